@@ -1,0 +1,89 @@
+# `make help` lists what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+# What `make env` installs. Without a CPU build of torch at hand: make env GROUPS="base ray dev"
+GROUPS ?= base ray dev vllm
+
+VENV := .venv
+PY := $(VENV)/bin/python
+BENCH_VENV := .venv-bench
+LOCKS := $(GROUPS:%=requirements/%.txt)
+
+# Stamps carry the hash of what they stand for, so that content decides, not a file's time.
+digest = $(shell cat $(1) | sha256sum | cut -c1-16)
+PACKAGES := $(VENV)/.packages-$(call digest,$(LOCKS))
+PROJECT := $(VENV)/.project-$(call digest,pyproject.toml)
+BENCH_PACKAGES := $(BENCH_VENV)/.packages-$(call digest,requirements/bench.txt)
+
+# The files are complete, hence --no-deps (which also keeps the CUDA packages out that vLLM would bring);
+# flock, because two shells may say `make env` at once.
+pip_install = flock $(1) $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+.PHONY: help env env-bench system-packages lock demo test slow escapes lint format types layers bench clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: system-packages $(PACKAGES) $(PROJECT) ## .venv with everything tests and demo need, and ray-guard in it
+
+system-packages:
+	@scripts/system-packages
+
+$(PACKAGES):
+	$(PYTHON) -m venv $(VENV)
+	$(call pip_install,$(VENV)) --require-hashes $(LOCKS:%=-r %)
+	rm -f $(VENV)/.packages-* && touch $@
+
+# The build backend comes from requirements/dev.txt: nothing is fetched to build with.
+$(PROJECT): $(PACKAGES)
+	$(call pip_install,$(VENV)) --no-build-isolation --editable .
+	rm -f $(VENV)/.project-* && touch $@
+
+env-bench: env $(BENCH_PACKAGES) ## .venv-bench with the peers that are measured against
+
+$(BENCH_PACKAGES):
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(call pip_install,$(BENCH_VENV)) --require-hashes -r requirements/bench.txt
+	rm -f $(BENCH_VENV)/.packages-* && touch $@
+
+lock: ## resolve all versions anew into requirements/*.txt
+	$(PYTHON) requirements/lock.py
+
+demo: env ## the ROME incident, replayed and attributed
+	$(PY) examples/rome_incident.py
+
+test: env ## all tests but the slow ones
+	$(PY) -m pytest -m "not slow"
+
+slow: env ## the slow tests
+	$(PY) -m pytest -m slow
+
+escapes: env ## every escape attempt, slow ones too
+	$(PY) -m pytest tests/escapes
+
+lint: env ## ruff: rules and format
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+format: env ## let ruff repair what it can
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+types: env ## mypy, strict
+	$(VENV)/bin/mypy
+
+layers: env ## who may import whom
+	$(VENV)/bin/lint-imports
+
+bench: env-bench ## measurements, beside the peers
+	$(PY) -m benchmarks
+
+clean: ## caches and outputs
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist out
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## the environments too
+	rm -rf $(VENV) $(BENCH_VENV)
