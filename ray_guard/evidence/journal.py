@@ -41,7 +41,7 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(folder).absolute()  # not resolve(): a symlink is judged, not followed
         self._folder_fd = _open_folder(self.folder)
         self._fd = -1
         try:

@@ -283,14 +283,10 @@ def _objects(parent: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _number(value: object, what: str) -> int:
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             return int(value)
-        if isinstance(value, str):
-            return int(value, 10)
     except (ValueError, OverflowError):
-        pass
+        pass  # "soon", NaN, Infinity: named below
     raise NotOtlp("invalid", f"{what} is {value!r:.80}, not a number")
 
 
