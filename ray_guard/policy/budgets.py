@@ -1,0 +1,349 @@
+"""The budget tree: job → actor → episode → call; every scope that has a limit must have room.
+
+Runs in the supervisor. Standard library only, no clock: what was used is told to it.
+
+Reserve before something is granted, settle when it is known what was really used:
+
+    job = Account(Scope.JOB, "01000000", policy.limits(Scope.JOB))
+    call = Account(Scope.CALL, span, policy.limits(Scope.CALL), parent=job)
+    if (exceeded := call.reserve("connections", 1)) and not exceeded.report_only:
+        refuse(exceeded)
+
+Used plus reserved never passes a limit as long as nothing settles for more than it reserved; what does (bytes that were
+counted only afterwards) is booked truthfully and answered with an :class:`Exceeded`.
+
+A limit that is absent is :data:`UNLIMITED`, which is not a number: zero is a limit, and grants nothing. Not
+thread-safe: one loop owns the tree.
+"""
+
+# ruff: noqa: SLF001 - the accounts of one tree are one data structure
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from enum import Enum, StrEnum
+from types import MappingProxyType
+from typing import Final, Literal, NamedTuple
+
+from ray_guard.errors import BudgetExceeded, PolicyError
+
+
+class Scope(StrEnum):
+    JOB = "job"
+    ACTOR = "actor"
+    EPISODE = "episode"
+    CALL = "call"
+
+
+class Unlimited(Enum):
+    """The type of :data:`UNLIMITED`."""
+
+    UNLIMITED = "unlimited"
+
+    def __repr__(self) -> str:
+        return "UNLIMITED"
+
+
+UNLIMITED: Final = Unlimited.UNLIMITED
+Amount = int | float
+Limits = Mapping[str, Amount]
+"""Limit by kind; a kind that is absent is unlimited."""
+
+NO_LIMITS: Final[Limits] = MappingProxyType({})
+
+SENT: Final = "egress_sent_bytes"
+RECEIVED: Final = "egress_received_bytes"
+EGRESS: Final = "egress_bytes"
+CONNECTIONS: Final = "connections"
+NETWORK_KINDS: Final = (CONNECTIONS, EGRESS, SENT, RECEIVED)
+"""What a new connection needs room in."""
+
+KINDS: Final[Mapping[str, frozenset[Scope]]] = MappingProxyType(
+    {
+        EGRESS: frozenset(Scope),
+        SENT: frozenset(Scope),
+        RECEIVED: frozenset(Scope),
+        CONNECTIONS: frozenset(Scope),
+        "cpu_seconds": frozenset(Scope),
+        "gpu_seconds": frozenset(Scope),
+        "tokens": frozenset(Scope),
+        "flops": frozenset(Scope),
+        # Levels of a live process tree, not sums: a job has trees on many nodes, and no moment they share.
+        "memory": frozenset({Scope.CALL, Scope.EPISODE, Scope.ACTOR}),
+        "processes": frozenset({Scope.CALL, Scope.EPISODE, Scope.ACTOR}),
+        "gpu_memory": frozenset({Scope.CALL, Scope.ACTOR}),
+        # Elapsed time of something that ends by itself; an actor lives as long as its job.
+        "wall_seconds": frozenset({Scope.CALL, Scope.EPISODE}),
+    }
+)
+"""Every limit of the policy, and the scopes it can be set for."""
+
+_FRACTIONAL: Final = frozenset({"cpu_seconds", "gpu_seconds", "wall_seconds", "flops"})
+_CHARGED: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {**{kind: (kind,) for kind in KINDS if kind != EGRESS}, SENT: (SENT, EGRESS), RECEIVED: (RECEIVED, EGRESS)}
+)
+
+
+class Exceeded(NamedTuple):
+    """A limit without room.
+
+    ``value`` is what would have been used (or was, when it is noticed afterwards), in the limit's own unit.
+    ``report_only``: the limit belongs to a policy in mode ``report``, so what was asked for *was* granted.
+    """
+
+    kind: str
+    value: Amount
+    limit: Amount
+    scope: Scope
+    source: str
+    report_only: bool = False
+
+    def error(self) -> BudgetExceeded:
+        return BudgetExceeded(self.kind, self.value, self.limit, self.scope.value, self.source)
+
+
+def limits_from_wire(scope: Scope, limits: object, *, key: str = "budgets") -> dict[str, Amount]:
+    """Limits as they came in a message, checked: kinds that exist in this scope, numbers that are finite and not
+    negative. Raises :class:`PolicyError`."""
+    if not isinstance(limits, dict):
+        raise PolicyError(key, limits, "limits are a mapping from kind to number")
+    checked: dict[str, Amount] = {}
+    for kind, value in limits.items():
+        if not isinstance(kind, str) or scope not in KINDS.get(kind, ()):
+            raise PolicyError(f"{key}.{kind}", value, f"not a limit of scope {scope.value}")
+        fits = isinstance(value, int) or (isinstance(value, float) and kind in _FRACTIONAL and math.isfinite(value))
+        if not fits or isinstance(value, bool) or value < 0:
+            raise PolicyError(f"{key}.{kind}", value, "a limit is a number, not negative, in the limit's own unit")
+        checked[kind] = value
+    return checked
+
+
+def tightest(*limits: Limits) -> dict[str, Amount]:
+    """The smaller limit of each kind; a kind that only one of them limits keeps that limit."""
+    smallest: dict[str, Amount] = {}
+    for each in limits:
+        for kind, value in each.items():
+            smallest[kind] = min(value, smallest.get(kind, value))
+    return smallest
+
+
+class Account:
+    """One scope's usage and limits.
+
+    Args:
+        scope: which level of the tree it is.
+        source: id of the scope, for :class:`Exceeded`.
+        limits: what is enforced.
+        watched: limits of policies in mode ``report``: passing one is told, not refused.
+        parent: the scope around this one; what is used here is used there too.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        source: str,
+        limits: Limits = NO_LIMITS,
+        *,
+        watched: Limits = NO_LIMITS,
+        parent: Account | None = None,
+    ) -> None:
+        for kind in (*limits, *watched):
+            _known(kind)
+        self.scope = scope
+        self.source = source
+        self._limits = dict(limits)
+        self._watched = dict(watched)
+        self._parent = parent
+        self._used: dict[str, Amount] = {}
+        self._held: dict[str, Amount] = {}
+        self._refused = 0
+        self._closed = False
+        self._children: dict[Account, None] = {}
+        if parent is not None:
+            if parent.closed:
+                raise ValueError(f"{parent.scope.value} {parent.source} is closed")
+            parent._children[self] = None
+
+    def __repr__(self) -> str:
+        return f"<Account {self.scope.value} {self.source} used={self._used} held={self._held} limits={self._limits}>"
+
+    @property
+    def parent(self) -> Account | None:
+        return self._parent
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    # Asking ----------------------------------------------------------------------------------------------------------
+
+    def used(self, kind: str) -> Amount:
+        """What was settled, here and in every scope below."""
+        return self._used.get(_known(kind), 0)
+
+    def held(self, kind: str) -> Amount:
+        """What is reserved and not settled yet, here and in every scope below."""
+        return self._held.get(_known(kind), 0)
+
+    def limit(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
+        """This scope's own enforced limit."""
+        return self._limits.get(_known(kind), UNLIMITED)
+
+    def room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
+        """What may still be reserved: the least room of this scope and those around it; never negative."""
+        _known(kind)
+        least: Amount | Literal[Unlimited.UNLIMITED] = UNLIMITED
+        for node in self._upwards():
+            if kind in node._limits:
+                own = max(0, node._limits[kind] - node._taken(kind))
+                least = own if least is UNLIMITED else min(least, own)
+        return least
+
+    def exhausted(self, kinds: Iterable[str]) -> Exceeded | None:
+        """The first limit among ``kinds`` that has no room for one more unit, as :meth:`reserve` would find it.
+
+        An enforced limit comes before a watched one.
+        """
+        return self._find([(kind, 1) for kind in kinds])
+
+    # Booking ---------------------------------------------------------------------------------------------------------
+
+    def reserve(self, kind: str, amount: Amount) -> Exceeded | None:
+        """Takes ``amount`` from this scope and all around it, or from none of them.
+
+        Bytes name their direction (``egress_sent_bytes``, ``egress_received_bytes``) and count for ``egress_bytes``
+        as well. None: granted. An :class:`Exceeded` with ``report_only`` was granted too.
+        """
+        return self.reserve_all({kind: amount})
+
+    def reserve_all(self, amounts: Limits) -> Exceeded | None:
+        """:meth:`reserve` for several kinds at once: all of them or none."""
+        if self._closed:
+            raise ValueError(f"{self.scope.value} {self.source} is closed")
+        asked = [(charged, _amount(amount)) for kind, amount in amounts.items() for charged in _charged(kind)]
+        if len(asked) > 1:
+            summed: dict[str, Amount] = {}
+            for kind, amount in asked:
+                summed[kind] = summed.get(kind, 0) + amount
+            asked = list(summed.items())
+        exceeded = self._find(asked)
+        if exceeded is None or exceeded.report_only:
+            for node in self._upwards():
+                for kind, amount in asked:
+                    node._held[kind] = node._held.get(kind, 0) + amount
+        return exceeded
+
+    def settle(self, kind: str, reserved: Amount, actual: Amount) -> Exceeded | None:
+        """Gives ``reserved`` back and books ``actual`` instead, here and in every scope around.
+
+        ``actual`` beyond ``reserved`` is booked too, because it happened; the limit it passed is returned. After
+        :meth:`close` the reservation is gone already, and late usage still counts.
+        """
+        charged = _charged(kind)
+        actual = _amount(actual)
+        if not self._closed:
+            self._release(charged, _amount(reserved))
+        for node in self._upwards():
+            for each in charged:
+                node._used[each] = node._used.get(each, 0) + actual
+        return self._find([(each, 0) for each in charged])
+
+    def charge(self, kind: str, actual: Amount) -> Exceeded | None:
+        """Books what was used without having been reserved; the limit it passed is returned."""
+        return self.settle(kind, 0, actual)
+
+    def release(self, kind: str, reserved: Amount) -> None:
+        """Gives a reservation back: what it was for did not happen."""
+        self.settle(kind, reserved, 0)
+
+    def measured(self, kind: str, value: Amount) -> Exceeded | None:
+        """Judges a level (``memory``, ``wall_seconds``) of this scope alone; nothing is booked."""
+        for limits, report_only in ((self._limits, False), (self._watched, True)):
+            if _known(kind) in limits and not value <= limits[kind]:
+                return Exceeded(kind, value, limits[kind], self.scope, self.source, report_only)
+        return None
+
+    def extend(self, kind: str, amount: Amount) -> None:
+        """Raises this scope's limit: the job's limit arrives in leased chunks. Absent means unlimited and stays so."""
+        if _known(kind) in self._limits:
+            self._limits[kind] += _amount(amount)
+
+    @property
+    def refused(self) -> int:
+        """Attempts that were refused, here and in every scope below; they are no ``connections``."""
+        return self._refused
+
+    def count_refused(self) -> None:
+        for node in self._upwards():
+            node._refused += 1
+
+    def close(self) -> None:
+        """The scope has ended, and those within it: what they had reserved is given back. Idempotent."""
+        if self._closed:
+            return
+        for child in list(self._children):
+            child.close()
+        for kind, amount in list(self._held.items()):
+            self._release((kind,), amount)
+        self._closed = True
+        if self._parent is not None:
+            self._parent._children.pop(self, None)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _upwards(self) -> Iterable[Account]:
+        node: Account | None = self
+        while node is not None:
+            yield node
+            node = node._parent
+
+    def _taken(self, kind: str) -> Amount:
+        return self._used.get(kind, 0) + self._held.get(kind, 0)
+
+    def _find(self, asked: list[tuple[str, Amount]]) -> Exceeded | None:
+        """The first limit that ``asked`` would pass, enforced ones first, from this scope outwards."""
+        noticed: Exceeded | None = None
+        node: Account | None = self
+        while node is not None:
+            for kind, amount in asked:
+                limits = node._limits
+                if kind in limits:
+                    value = node._used.get(kind, 0) + node._held.get(kind, 0) + amount
+                    if not value <= limits[kind]:
+                        return Exceeded(kind, value, limits[kind], node.scope, node.source)
+                if noticed is None and kind in node._watched:
+                    value = node._taken(kind) + amount
+                    if not value <= node._watched[kind]:
+                        noticed = Exceeded(kind, value, node._watched[kind], node.scope, node.source, report_only=True)
+            node = node._parent
+        return noticed
+
+    def _release(self, kinds: tuple[str, ...], reserved: Amount) -> None:
+        for kind in kinds:
+            held = self._held.get(kind, 0)
+            if reserved > held * (1 + 1e-9):
+                raise ValueError(f"{kind}: {reserved} given back, but only {held} are reserved")
+        for node in self._upwards():
+            for kind in kinds:
+                # Seconds are floats: what a chain of additions left over must not turn into negative holdings.
+                node._held[kind] = max(0, node._held.get(kind, 0) - reserved)
+
+
+def _known(kind: str) -> str:
+    """Refuses a kind that does not exist: it would be unlimited, because nobody limits it."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of limit: {kind!r}")
+    return kind
+
+
+def _charged(kind: str) -> tuple[str, ...]:
+    if kind == EGRESS:
+        raise ValueError(f"{EGRESS} is the sum of {SENT} and {RECEIVED}: book these")
+    return _CHARGED[_known(kind)]
+
+
+def _amount(value: Amount) -> Amount:
+    if isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"an amount is a finite number, not negative: {value!r}")
+    return value

@@ -1,0 +1,672 @@
+"""One pure decision: may this request be done, and why.
+
+Runs in the supervisor, between the gate that read the request and the account that reserves for it. Standard library
+only; no I/O, no clock.
+
+Precedence, first match wins. For connect and send:
+
+    1.  invalid             address, port or path that cannot be a destination: deny
+    2.  abstract_socket     an abstract unix socket: deny
+    3.  control_plane       Ray's control plane, the engine, the supervisor, the evidence: deny for tools whatever is
+                            listed; others need ``cluster`` or a rule that names this one address
+    4.  own_socket          a unix socket that this call or actor bound itself: allow
+    5.  rule                an address or path that is listed: allow
+    6.  cluster             an endpoint of this Ray cluster, ``cluster`` is listed and the role grants it: allow
+    7.  collectives         a peer's announced port, ``collectives`` is listed and the role grants it: allow
+    8.  name                an address that the guard's resolver gave for a listed name: allow
+    9.  resolver            port 53, and names are listed: allow, answered by the guard
+    10. role                ``cluster`` or ``collectives`` would grant it, but not to this role or process: deny
+    11. metadata_address … transition_address
+                            special addresses that only a rule lying within their range grants: deny
+    12. not_listed          everything else: deny
+
+For bind and listen:
+
+    1.  invalid, abstract_socket                                       deny
+    2.  unix_bind           a unix socket of one's own, by path        allow
+    3.  ephemeral           bind to port 0, to send from               allow
+    4.  listen              the port is in ``egress.listen``           allow
+    5.  cluster             one of the ports Ray itself listens on     allow
+    6.  collectives         role ``policy``: port 0 or 1024 and above  allow
+    7.  listen_not_listed                                              deny
+
+What was allowed to connect or send then needs room in every budget: ``budget``: deny.
+
+Several policies (:meth:`CompiledPolicy.intersect`) must all allow. A policy in mode ``report`` never denies: what it
+would have denied is allowed, with its reason and ``report_only``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, TypeVar
+
+from ray_guard.errors import PolicyError
+from ray_guard.policy.budgets import (
+    CONNECTIONS,
+    EGRESS,
+    NETWORK_KINDS,
+    NO_LIMITS,
+    RECEIVED,
+    SENT,
+    Account,
+    Exceeded,
+    Limits,
+    Scope,
+    limits_from_wire,
+    tightest,
+)
+from ray_guard.policy.destination import (
+    ANY_PORT,
+    AddressRule,
+    Group,
+    GroupRule,
+    NameRule,
+    PortRange,
+    SpecialKind,
+    Transport,
+    UnixRule,
+    canonical_address,
+    is_loopback,
+    parse_address,
+    parse_ports,
+    parse_rule,
+    special_ranges,
+)
+from ray_guard.records import Mode, Role
+
+
+class Operation(StrEnum):
+    CONNECT = "connect"
+    SEND = "send"
+    BIND = "bind"
+    LISTEN = "listen"
+
+
+class Process(StrEnum):
+    """Who asks, among the processes of the target."""
+
+    OTHER = "other"
+    OWN = "own"
+    """The actor's own process."""
+    ENGINE = "engine"
+    """A registered engine process of a policy actor."""
+
+
+class Verdict(IntEnum):
+    """The zero value denies."""
+
+    DENY = 0
+    ALLOW = 1
+
+
+class Route(IntEnum):
+    """How the bytes travel. NONE: they do not, because it was denied or because nothing is sent."""
+
+    NONE = 0
+    DIRECT = 1
+    RELAY = 2
+    RESOLVER = 3
+
+
+class Reason(StrEnum):
+    """``ray_guard.egress.reason``; what each means and which wins is listed at the top of this module."""
+
+    INVALID = "invalid"
+    ABSTRACT_SOCKET = "abstract_socket"
+    CONTROL_PLANE = "control_plane"
+    OWN_SOCKET = "own_socket"
+    RULE = "rule"
+    CLUSTER = "cluster"
+    COLLECTIVES = "collectives"
+    NAME = "name"
+    RESOLVER = "resolver"
+    ROLE = "role"
+    METADATA_ADDRESS = "metadata_address"
+    LINK_LOCAL_ADDRESS = "link_local_address"
+    MULTICAST_ADDRESS = "multicast_address"
+    BROADCAST_ADDRESS = "broadcast_address"
+    RESERVED_ADDRESS = "reserved_address"
+    TRANSITION_ADDRESS = "transition_address"
+    NOT_LISTED = "not_listed"
+    UNIX_BIND = "unix_bind"
+    EPHEMERAL = "ephemeral"
+    LISTEN = "listen"
+    LISTEN_NOT_LISTED = "listen_not_listed"
+    BUDGET = "budget"
+
+
+class Request(NamedTuple):
+    """What a target wants to do.
+
+    ``address`` is canonical text (:func:`~ray_guard.policy.destination.canonical_packed`) for tcp and udp. ``path`` is
+    absolute and resolved in the target's root, or begins with NUL for an abstract socket. ``inode`` is (device, inode)
+    of what ``path`` resolved to. For LISTEN ``port`` is the port the socket is bound to, 0 when it is not.
+    """
+
+    operation: Operation
+    transport: Transport
+    address: str = ""
+    port: int = 0
+    path: str = ""
+    process: Process = Process.OTHER
+    inode: tuple[int, int] | None = None
+
+
+class Decision(NamedTuple):
+    """What was decided and why.
+
+    ``rule`` is the entry of ``egress.allow`` (or ``egress.listen``) that matched. ``report_only``: a policy in mode
+    ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``.
+    """
+
+    verdict: Verdict = Verdict.DENY
+    reason: Reason = Reason.INVALID
+    rule: str | None = None
+    route: Route = Route.NONE
+    report_only: bool = False
+    exceeded: Exceeded | None = None
+
+    @property
+    def allowed(self) -> bool:
+        return self.verdict is Verdict.ALLOW
+
+    def attributes(self) -> dict[str, str]:
+        """The decision as span attributes. What was let through only because the mode is ``report`` reads ``allow``,
+        which is what happened, with the reason ``report_only:`` and why it would have been denied."""
+        reason = f"report_only:{self.reason.value}" if self.report_only else self.reason.value
+        return {"ray_guard.egress.decision": self.verdict.name.lower(), "ray_guard.egress.reason": reason}
+
+
+Endpoint = tuple[str, int]
+_NO_NAMES: Final[Mapping[str, frozenset[str]]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is true around a target right now. Replace it when that changes; everything is empty by default.
+
+    Addresses are canonical text. ``control`` need not repeat ``cluster``.
+    """
+
+    cluster: frozenset[Endpoint] = frozenset()
+    """Endpoints of this Ray cluster: GCS, raylets, object managers, agents, workers (TCP)."""
+    control: frozenset[Endpoint] = frozenset()
+    """More that tools never reach: job API, client server, engine ports, the supervisor's own."""
+    collectives: frozenset[Endpoint] = frozenset()
+    """Ports that guarded peers of the same job announced (TCP)."""
+    own_addresses: frozenset[str] = frozenset()
+    """This node's addresses; loopback is understood. A control endpoint at one of them is meant at all of them, because
+    most of these servers listen on every interface."""
+    cluster_unix: frozenset[str] = frozenset()
+    """Ray's session sockets (raylet, plasma) by resolved path."""
+    control_folders: tuple[str, ...] = ()
+    """Resolved folders whose sockets tools never reach: Ray's session, the evidence, the supervisor's."""
+    own_unix: frozenset[tuple[int, int]] = frozenset()
+    """(device, inode) of unix sockets that this call or actor bound. By inode, because a path can be made to mean
+    another socket later; hold an O_PATH descriptor of each, because a freed inode number is given out again."""
+    ray_listen: frozenset[int] = frozenset()
+    """Ports that Ray itself listens on in this actor's process."""
+    names: Mapping[str, frozenset[str]] = field(default_factory=lambda: _NO_NAMES)
+    """For each address the canonical names that the guard's resolver gave it for, to this target."""
+    _control: frozenset[Endpoint] = field(init=False, repr=False, compare=False)
+    _local_control_ports: frozenset[int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        control = self.control | self.cluster
+        object.__setattr__(self, "_control", control)
+        local = frozenset(port for address, port in control if self.is_local(address))
+        object.__setattr__(self, "_local_control_ports", local)
+
+    def is_local(self, address: str) -> bool:
+        """Whether ``address`` is this node: one of its own, or loopback."""
+        if address in self.own_addresses:
+            return True
+        try:
+            return is_loopback(parse_address(address))
+        except ValueError:
+            return False
+
+    def is_control(self, address: str, port: int) -> bool:
+        """Whether it is an endpoint that tools never reach."""
+        return (address, port) in self._control or (port in self._local_control_ports and self.is_local(address))
+
+    def is_control_path(self, path: str) -> bool:
+        return path in self.cluster_unix or any(path.startswith(folder + "/") for folder in self.control_folders)
+
+
+class _Answer(NamedTuple):
+    """What the static rules say of one (transport, address, port)."""
+
+    address: str
+    granted: Decision | None
+    literal: bool
+    denied: Decision
+
+
+_INVALID: Final = Decision(Verdict.DENY, Reason.INVALID)
+_ABSTRACT: Final = Decision(Verdict.DENY, Reason.ABSTRACT_SOCKET)
+_CONTROL: Final = Decision(Verdict.DENY, Reason.CONTROL_PLANE)
+_NOT_LISTED: Final = Decision(Verdict.DENY, Reason.NOT_LISTED)
+_LISTEN_NOT_LISTED: Final = Decision(Verdict.DENY, Reason.LISTEN_NOT_LISTED)
+_ROLE: Final = Decision(Verdict.DENY, Reason.ROLE)
+_OWN_SOCKET: Final = Decision(Verdict.ALLOW, Reason.OWN_SOCKET, None, Route.DIRECT)
+_CLUSTER: Final = Decision(Verdict.ALLOW, Reason.CLUSTER, "cluster", Route.DIRECT)
+_COLLECTIVES: Final = Decision(Verdict.ALLOW, Reason.COLLECTIVES, "collectives", Route.DIRECT)
+_UNIX_BIND: Final = Decision(Verdict.ALLOW, Reason.UNIX_BIND)
+_EPHEMERAL: Final = Decision(Verdict.ALLOW, Reason.EPHEMERAL)
+_RAY_LISTEN: Final = Decision(Verdict.ALLOW, Reason.CLUSTER, "cluster")
+_COLLECTIVES_LISTEN: Final = Decision(Verdict.ALLOW, Reason.COLLECTIVES, "collectives")
+_SPECIAL: Final = {kind: Decision(Verdict.DENY, Reason(kind.value)) for kind in SpecialKind}
+_NEEDED: Final[Mapping[Operation, tuple[str, ...]]] = {
+    Operation.CONNECT: NETWORK_KINDS,
+    Operation.SEND: tuple(kind for kind in NETWORK_KINDS if kind != CONNECTIONS),
+}
+_OUTWARD: Final = frozenset(_NEEDED)
+_INWARD: Final = frozenset({Operation.BIND, Operation.LISTEN})
+# A target that sweeps addresses must not grow the supervisor: past this many the memory starts anew.
+_REMEMBERED: Final = 4096
+_FIRST_UNPRIVILEGED_PORT: Final = 1024
+_DNS_PORT: Final = 53
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One policy, made ready for deciding."""
+
+    mode: Mode
+    groups: frozenset[Group]
+    addresses: Mapping[tuple[Transport, int], tuple[AddressRule, ...]]
+    """Rules for one single port, by transport and port."""
+    ranges: Mapping[Transport, tuple[AddressRule, ...]]
+    """Rules for several ports, by transport."""
+    names: tuple[NameRule, ...]
+    unix: Mapping[str, UnixRule]
+    listen: tuple[PortRange, ...]
+    verify_names: bool
+    capped: bool
+    """Whether a call or an episode has a byte cap: then flows go by relay, which stops on the byte."""
+    _memory: dict[tuple[str, str, int], _Answer] = field(default_factory=dict, repr=False, compare=False)
+
+    def decide(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
+        operation = request.operation
+        if operation in _OUTWARD:
+            if request.transport is Transport.UNIX:
+                return self._unix(role, surroundings, request)
+            return self._inet(role, surroundings, request)
+        if operation in _INWARD:
+            return self._listen(role, surroundings, request)
+        return _INVALID
+
+    def _inet(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
+        key = (request.transport, request.address, request.port)
+        answer = self._memory.get(key)
+        if answer is None:
+            answer = self._ask(request.transport, request.address, request.port)
+            if len(self._memory) >= _REMEMBERED:
+                self._memory.clear()
+            self._memory[key] = answer
+        address, port = answer.address, request.port
+        control = surroundings.is_control(address, port)
+        if control and role is Role.TOOL:
+            return _CONTROL
+        if answer.granted is not None and (answer.literal or not control):
+            return answer.granted
+        if answer.denied is _INVALID:
+            return _INVALID
+        tcp = request.transport is Transport.TCP
+        cluster = tcp and Group.CLUSTER in self.groups and (address, port) in surroundings.cluster
+        if cluster and _may_use_cluster(role, request.process):
+            return _CLUSTER
+        collectives = tcp and Group.COLLECTIVES in self.groups and (address, port) in surroundings.collectives
+        if collectives and role is Role.POLICY:
+            return _COLLECTIVES
+        if control:
+            return _ROLE if cluster else _CONTROL
+        if self.names:
+            named = self._named(surroundings, address, port) if tcp else None
+            if named is not None:
+                return named
+            if port == _DNS_PORT:
+                return Decision(Verdict.ALLOW, Reason.RESOLVER, None, Route.RESOLVER)
+        return _ROLE if collectives else answer.denied
+
+    def _named(self, surroundings: Surroundings, address: str, port: int) -> Decision | None:
+        told = surroundings.names.get(address)
+        if told:
+            for rule in self.names:
+                if port in rule.ports and any(rule.matches(name) for name in told):
+                    return Decision(Verdict.ALLOW, Reason.NAME, rule.text, Route.RELAY)
+        return None
+
+    def _ask(self, transport: Transport, text: str, port: int) -> _Answer:
+        try:
+            address = parse_address(text)
+            canonical = canonical_address(text)
+        except ValueError:
+            return _Answer(text, None, literal=False, denied=_INVALID)
+        if not 0 < port <= ANY_PORT.last or transport not in (Transport.TCP, Transport.UDP):
+            return _Answer(canonical, None, literal=False, denied=_INVALID)
+        specials = special_ranges(address)
+        granting = [rule for rule in self.addresses.get((transport, port), ()) if rule.grants(address, specials)]
+        granting += [
+            rule for rule in self.ranges.get(transport, ()) if port in rule.ports and rule.grants(address, specials)
+        ]
+        denied = _SPECIAL[specials[-1].kind] if specials else _NOT_LISTED
+        if not granting:
+            return _Answer(canonical, None, literal=False, denied=denied)
+        # The narrowest rule is the one a reader of the span wants to see, and it decides what counts as literal.
+        rule = min(granting, key=lambda rule: rule.range.high - rule.range.low)
+        route = Route.RELAY if self.capped and transport is Transport.TCP else Route.DIRECT
+        granted = Decision(Verdict.ALLOW, Reason.RULE, rule.text, route)
+        return _Answer(canonical, granted, literal=rule.literal, denied=denied)
+
+    def _unix(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
+        refused = _unusable_path(request.path)
+        if refused is not None:
+            return refused
+        control = surroundings.is_control_path(request.path)
+        if control and role is Role.TOOL:
+            return _CONTROL
+        if request.inode is not None and request.inode in surroundings.own_unix and not control:
+            return _OWN_SOCKET
+        rule = self.unix.get(request.path)
+        if rule is not None:
+            return Decision(Verdict.ALLOW, Reason.RULE, rule.text, Route.DIRECT)
+        if Group.CLUSTER in self.groups and request.path in surroundings.cluster_unix:
+            return _CLUSTER if _may_use_cluster(role, request.process) else _ROLE
+        return _CONTROL if control else _NOT_LISTED
+
+    def _listen(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
+        if request.transport is Transport.UNIX:
+            if request.operation is Operation.LISTEN:
+                return _UNIX_BIND  # its address was decided when it was bound
+            return _unusable_path(request.path) or _UNIX_BIND
+        port = request.port
+        if request.transport not in (Transport.TCP, Transport.UDP) or not 0 <= port <= ANY_PORT.last:
+            return _INVALID
+        if port == 0 and request.operation is Operation.BIND:
+            return _EPHEMERAL
+        for ports in self.listen:
+            if port in ports:
+                return Decision(Verdict.ALLOW, Reason.LISTEN, str(ports))
+        ray = Group.CLUSTER in self.groups and port in surroundings.ray_listen
+        if ray and _may_use_cluster(role, request.process):
+            return _RAY_LISTEN
+        free = port == 0 or port >= _FIRST_UNPRIVILEGED_PORT
+        if Group.COLLECTIVES in self.groups and role is Role.POLICY and free:
+            return _COLLECTIVES_LISTEN
+        return _LISTEN_NOT_LISTED
+
+
+def _may_use_cluster(role: Role, process: Process) -> bool:
+    if role is Role.ENV:
+        return process is Process.OWN
+    return role is Role.POLICY and process in (Process.OWN, Process.ENGINE)
+
+
+def _unusable_path(path: str) -> Decision | None:
+    if path.startswith("\0"):
+        return _ABSTRACT
+    if not path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path[1:].split("/")):
+        return _INVALID
+    return None
+
+
+_STRICTER_ROLE: Final = (Role.TOOL, Role.ENV, Role.POLICY)
+_STRICTER_GPU: Final = ("none", "engine", "any")
+_STRICTER_SUBPROCESS: Final = ("confine", "plain")
+_STRICTER_SURVIVORS: Final = ("kill", "keep")
+_STRICTER_VIOLATION: Final = ("kill_actor", "end_episode", "kill_call", "deny")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledPolicy:
+    """One or several policies, all of which must allow. The zero value, without any, denies everything."""
+
+    layers: tuple[Layer, ...] = ()
+    role: Role = Role.TOOL
+    gpu: str = "none"
+    subprocess: str = "confine"
+    survivors: str = "kill"
+    on_violation: str = "deny"
+    require: frozenset[str] = frozenset()
+    wires: tuple[Mapping[str, Any], ...] = ()
+    """What each was built from (:meth:`ray_guard.Policy.to_wire`), for what is enforced elsewhere."""
+    _limits: Mapping[Scope, Limits] = field(default_factory=dict, repr=False)
+    _watched: Mapping[Scope, Limits] = field(default_factory=dict, repr=False)
+
+    @property
+    def mode(self) -> Mode:
+        """REPORT only when every policy is in that mode."""
+        reports = self.layers and all(layer.mode is Mode.REPORT for layer in self.layers)
+        return Mode.REPORT if reports else Mode.ENFORCE
+
+    @property
+    def names(self) -> bool:
+        """Whether any name is listed; if not there is no DNS."""
+        return any(layer.names for layer in self.layers)
+
+    def limits(self, scope: Scope) -> Limits:
+        """The limits of that scope that are enforced."""
+        return self._limits.get(scope, NO_LIMITS)
+
+    def watched(self, scope: Scope) -> Limits:
+        """The limits of that scope that only report."""
+        return self._watched.get(scope, NO_LIMITS)
+
+    def allows_name(self, name: str) -> bool:
+        """Whether the resolver answers for ``name`` (canonical): every enforcing policy lists it."""
+        enforcing = [layer for layer in self.layers if layer.mode is Mode.ENFORCE]
+        if not enforcing:
+            return bool(self.layers)
+        return all(any(rule.matches(name) for rule in layer.names) for layer in enforcing)
+
+    def with_role(self, role: Role) -> CompiledPolicy:
+        """The same policy for the processes of another role: a call's tools get ``tool``."""
+        return replace(self, role=role)
+
+    def intersect(self, other: CompiledPolicy) -> CompiledPolicy:
+        """What both allow, with the smaller limit of each and the stricter of every setting.
+
+        A policy in mode ``report`` keeps reporting and does not make one that enforces stricter.
+        """
+        ours, theirs = self, other
+        if self.mode is not other.mode:
+            ours = theirs = self if self.mode is Mode.ENFORCE else other
+        return CompiledPolicy(
+            layers=self.layers + other.layers if self.layers and other.layers else (),
+            role=_stricter(_STRICTER_ROLE, self.role, other.role),
+            gpu=_stricter(_STRICTER_GPU, ours.gpu, theirs.gpu),
+            subprocess=_stricter(_STRICTER_SUBPROCESS, ours.subprocess, theirs.subprocess),
+            survivors=_stricter(_STRICTER_SURVIVORS, ours.survivors, theirs.survivors),
+            on_violation=_stricter(_STRICTER_VIOLATION, ours.on_violation, theirs.on_violation),
+            require=self.require | other.require,
+            wires=self.wires + other.wires,
+            _limits={scope: tightest(self.limits(scope), other.limits(scope)) for scope in Scope},
+            _watched={scope: tightest(self.watched(scope), other.watched(scope)) for scope in Scope},
+        )
+
+    @classmethod
+    def from_wire(cls, wire: object, *, role: Role | None = None) -> CompiledPolicy:
+        """The policy that :meth:`ray_guard.Policy.to_wire` described.
+
+        Args:
+            wire: what came in a message; nothing in it is trusted to be well formed.
+            role: applies where the policy does not say one itself; if neither does it is ``tool``, the strictest.
+
+        Raises:
+            PolicyError: something is missing, unknown or malformed. What is missing is never "no limit".
+        """
+        if isinstance(wire, dict) and set(wire) == {"all"}:
+            wires = wire["all"]
+            if not isinstance(wires, list) or not wires:
+                raise PolicyError("policy", wires, "an intersection lists at least one policy")
+            compiled = cls.from_wire(wires[0], role=role)
+            for each in wires[1:]:
+                compiled = compiled.intersect(cls.from_wire(each, role=role))
+            return compiled
+        return _compile(_Wire("", wire), role)
+
+
+def intersect(*wires: Mapping[str, Any]) -> dict[str, Any]:
+    """Several wire policies as one, all of which must allow; :meth:`CompiledPolicy.from_wire` takes it.
+
+    Raises ValueError when there is none: that would not be a policy that denies but no policy at all.
+    """
+    flat: list[Mapping[str, Any]] = []
+    for wire in wires:
+        flat += wire["all"] if set(wire) == {"all"} else [wire]
+    if not flat:
+        raise ValueError("no policy to intersect")
+    return {"all": flat}
+
+
+class _Wire:
+    """A mapping from a message, read key by key; each complaint is a PolicyError that names the key."""
+
+    def __init__(self, path: str, value: object) -> None:
+        if not isinstance(value, dict):
+            raise PolicyError(path or "policy", value, "a mapping")
+        self.path = path
+        self.value: dict[object, object] = value
+
+    def key(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+    def get(self, name: str) -> object:
+        if name not in self.value:
+            raise PolicyError(self.key(name), None, "a policy in a message states every key")
+        return self.value[name]
+
+    def child(self, name: str) -> _Wire:
+        return _Wire(self.key(name), self.get(name))
+
+    def word(self, name: str, words: tuple[_T, ...]) -> _T:
+        value = self.get(name)
+        for word in words:
+            if isinstance(value, str) and word == value:
+                return word
+        raise PolicyError(self.key(name), value, "one of " + ", ".join(str(word) for word in words))
+
+    def texts(self, name: str) -> list[str]:
+        value = self.get(name)
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise PolicyError(self.key(name), value, "a list of text")
+        return list(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if not isinstance(value, bool):
+            raise PolicyError(self.key(name), value, "true or false")
+        return value
+
+
+def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
+    if wire.get("version") != 1 or isinstance(wire.get("version"), bool):
+        raise PolicyError("version", wire.get("version"), "this release reads version 1")
+    mode = wire.word("mode", tuple(Mode))
+    said = None if wire.get("role") is None else wire.word("role", tuple(Role))
+    budgets = wire.child("budgets")
+    for scope in budgets.value:
+        if scope not in tuple(Scope):
+            raise PolicyError(f"budgets.{scope}", None, "the scopes are call, episode, actor, job")
+    limits = {scope: limits_from_wire(scope, budgets.get(scope.value), key=budgets.key(scope.value)) for scope in Scope}
+    capped = any(kind in limits[scope] for scope in (Scope.CALL, Scope.EPISODE) for kind in (EGRESS, SENT, RECEIVED))
+    layer = _layer(wire.child("egress"), mode, capped=capped)
+    return CompiledPolicy(
+        layers=(layer,),
+        role=said or role or Role.TOOL,
+        gpu=wire.word("gpu", _STRICTER_GPU),
+        subprocess=wire.word("subprocess", _STRICTER_SUBPROCESS),
+        survivors=wire.word("survivors", _STRICTER_SURVIVORS),
+        on_violation=wire.word("on_violation", _STRICTER_VIOLATION),
+        require=frozenset(wire.texts("require")),
+        wires=(MappingProxyType({str(key): value for key, value in wire.value.items()}),),
+        _limits=limits if mode is Mode.ENFORCE else {},
+        _watched=limits if mode is Mode.REPORT else {},
+    )
+
+
+def _layer(egress: _Wire, mode: Mode, *, capped: bool) -> Layer:
+    single: dict[tuple[Transport, int], tuple[AddressRule, ...]] = {}
+    ranges: dict[Transport, tuple[AddressRule, ...]] = {}
+    names: list[NameRule] = []
+    unix: dict[str, UnixRule] = {}
+    groups: set[Group] = set()
+    for index, text in enumerate(egress.texts("allow")):
+        rule = parse_rule(text, key=f"{egress.key('allow')}[{index}]")
+        match rule:
+            case AddressRule(ports=ports) if ports.first == ports.last:
+                key = (rule.transport, ports.first)
+                single[key] = (*single.get(key, ()), rule)
+            case AddressRule():
+                ranges[rule.transport] = (*ranges.get(rule.transport, ()), rule)
+            case NameRule():
+                names.append(rule)
+            case UnixRule():
+                unix[rule.path] = rule
+            case GroupRule():
+                groups.add(rule.group)
+    listen: list[PortRange] = []
+    for text in egress.texts("listen"):
+        try:
+            listen.append(parse_ports(text))
+        except ValueError as error:
+            raise PolicyError(egress.key("listen"), text, str(error)) from None
+    return Layer(
+        mode=mode,
+        groups=frozenset(groups),
+        addresses=single,
+        ranges=ranges,
+        names=tuple(names),
+        unix=unix,
+        listen=tuple(listen),
+        verify_names=egress.flag("verify_names"),
+        capped=capped,
+    )
+
+
+def _stricter(order: tuple[_T, ...], first: _T, second: _T) -> _T:
+    return order[min(order.index(first), order.index(second))]
+
+
+def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, request: Request) -> Decision:
+    """Whether ``request`` is granted, why, by which rule, and how its bytes travel.
+
+    Pure: what it grants is reserved by the caller afterwards, and may then still be refused.
+
+    Args:
+        policy: see :meth:`CompiledPolicy.from_wire`.
+        surroundings: what is true around the target now.
+        usage: the account of the scope that asks (its call, else its actor); an account without limits where there is
+            none.
+        request: what the gate read.
+    """
+    granted: Decision | None = None
+    noticed: Decision | None = None
+    for layer in policy.layers:
+        decision = layer.decide(policy.role, surroundings, request)
+        if decision.verdict is Verdict.ALLOW:
+            if granted is None or decision.route > granted.route:
+                granted = decision
+        elif layer.mode is Mode.ENFORCE:
+            return decision
+        else:
+            noticed = noticed or decision
+    if granted is None and noticed is None:
+        return _NOT_LISTED
+    if request.operation in _OUTWARD and request.transport is not Transport.UNIX:
+        exceeded = usage.exhausted(_NEEDED[request.operation])
+        if exceeded is not None:
+            if not exceeded.report_only:
+                return Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
+            noticed = noticed or Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
+    if noticed is not None:
+        route = granted.route if granted is not None else Route.DIRECT
+        return Decision(Verdict.ALLOW, noticed.reason, None, route, report_only=True, exceeded=noticed.exceeded)
+    return granted or _NOT_LISTED

@@ -1,0 +1,478 @@
+"""The policy as the user writes it: frozen models, every key checked, every complaint with its remedy.
+
+Runs in the driver, and in the target before it is confined. The supervisor never imports it: it gets
+:meth:`Policy.to_wire` and builds a :class:`~ray_guard.policy.decide.CompiledPolicy` from that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from ray_guard.errors import PolicyError
+from ray_guard.policy.budgets import KINDS, Amount, Scope
+from ray_guard.policy.destination import Rule, parse_endpoint, parse_ports, parse_rule
+from ray_guard.policy.load import read_policy
+from ray_guard.records import Mode, Role
+
+# Values ------------------------------------------------------------------------------------------------------------
+
+_UNITS: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)[ ]?([A-Za-z]*)\Z")
+_NUMBER: Final = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?\Z")
+_MOST_BYTES: Final = 1 << 60
+_MOST_COUNT: Final = 1 << 53
+_MOST_SECONDS: Final = 1e12
+_MOST_FLOPS: Final = 1e36
+_LONGEST_NUMBER: Final = 40
+
+
+def parse_size(value: object) -> int:
+    """A number of bytes: ``5MiB``, ``0.5 GiB``, ``1048576``. Raises PolicyError for what is none."""
+    size = value
+    if isinstance(value, str):
+        match = _SIZE.match(value) if len(value) <= _LONGEST_NUMBER else None
+        if match is None:
+            raise _problem(value, "a size is a number of bytes, plain or with KiB, MiB or GiB: 5MiB")
+        number, unit = match.groups()
+        if unit and unit not in _UNITS:
+            raise _problem(value, f"the units are KiB, MiB and GiB: write {number}{_nearest_unit(unit)}")
+        size = float(number) * _UNITS.get(unit, 1) if "." in number else int(number) * _UNITS.get(unit, 1)
+    number_of_bytes = _whole(value, size, "bytes")
+    if number_of_bytes > _MOST_BYTES:
+        raise _problem(value, "more than any network or memory holds: leave the key out for no limit")
+    return number_of_bytes
+
+
+def parse_count(value: object) -> int:
+    """A whole number: connections, processes, tokens. Raises PolicyError."""
+    number = _whole(value, _from_text(value), "things")
+    if number > _MOST_COUNT:
+        raise _problem(value, "too large to be counted exactly: leave the key out for no limit")
+    return number
+
+
+def parse_seconds(value: object) -> float:
+    """A number of seconds. Raises PolicyError."""
+    if isinstance(value, str) and not _NUMBER.match(value):
+        raise _problem(value, "a plain number of seconds: write 600 for ten minutes")
+    return _real(value, _MOST_SECONDS, "a number of seconds")
+
+
+def parse_flops(value: object) -> float:
+    """A number of floating-point operations, such as 1e18. Raises PolicyError."""
+    return _real(value, _MOST_FLOPS, "a number of floating-point operations, such as 1e18")
+
+
+def _problem(value: object, remedy: str) -> PolicyError:
+    return PolicyError("", value, remedy)  # the key is filled in where it is known
+
+
+def _from_text(value: object) -> object:
+    # YAML 1.1 reads 1e18, which has no dot, as text; so numbers may be text.
+    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and _NUMBER.match(value):
+        return int(value) if value.isdigit() else float(value)
+    return value
+
+
+def _whole(value: object, number: object, what: str) -> int:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise _problem(value, f"a whole number of {what}")
+    if number < 0:
+        raise _problem(value, "a limit is not negative; 0 grants nothing, and no key at all is no limit")
+    if not math.isfinite(number):
+        raise _problem(value, "no number that can be reached: leave the key out for no limit")
+    if number != int(number):
+        raise _problem(value, f"a whole number of {what}")
+    return int(number)
+
+
+def _real(value: object, most: float, what: str) -> float:
+    number = _from_text(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise _problem(value, what)
+    if number < 0:
+        raise _problem(value, "a limit is not negative; 0 grants nothing, and no key at all is no limit")
+    if not number <= most:
+        raise _problem(value, "no number that can be reached: leave the key out for no limit")
+    return number
+
+
+def _nearest_unit(unit: str) -> str:
+    return {"k": "KiB", "m": "MiB"}.get(unit[0].lower(), "GiB")
+
+
+def _optional(parse: Any) -> BeforeValidator:  # noqa: ANN401
+    return BeforeValidator(lambda value: None if value is None else parse(value))
+
+
+Size = Annotated[int | None, _optional(parse_size)]
+Count = Annotated[int | None, _optional(parse_count)]
+Seconds = Annotated[float | None, _optional(parse_seconds)]
+Flops = Annotated[float | None, _optional(parse_flops)]
+
+
+def _destination(value: object) -> object:
+    parse_rule(value)
+    return value
+
+
+def _port(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    try:
+        if isinstance(value, str):
+            return str(parse_ports(value))
+    except ValueError:
+        pass
+    raise _problem(value, 'a port from 1 to 65535, or a range in quotes, "6000-6010"; port 0 is free to send from')
+
+
+def _proxy(value: object) -> object:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.startswith("http://"):
+        raise _problem(value, "a proxy is http://host:port")
+    try:
+        parse_endpoint(value.removeprefix("http://"))
+    except ValueError as error:
+        raise _problem(value, f"a proxy is http://host:port: {error}") from None
+    return value
+
+
+def _endpoint(value: object) -> object:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _problem(value, "the engine's server as host:port")
+    try:
+        parse_endpoint(value)
+    except ValueError as error:
+        raise _problem(value, f"the engine's server as host:port: {error}") from None
+    return value
+
+
+def _version(value: object) -> object:
+    if isinstance(value, bool) or value != 1:
+        raise _problem(value, "this release reads version 1")
+    return 1
+
+
+def _place(*words: str) -> BeforeValidator:
+    def check(value: object) -> object:
+        if not isinstance(value, str) or "\0" in value:
+            raise _problem(value, "a path is text")
+        if value in words or value.startswith("/") or value == "~" or value.startswith("~/"):
+            return value
+        named = f"one of {', '.join(words)}, or " if words else ""
+        raise _problem(value, f"{named}an absolute path, or one that begins with ~/{_meant(value, words)}")
+
+    return BeforeValidator(check)
+
+
+def _meant(word: object, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(words), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+# Models ------------------------------------------------------------------------------------------------------------
+
+Gpu = Literal["none", "engine", "any"]
+Subprocess = Literal["confine", "plain"]
+Survivors = Literal["kill", "keep"]
+OnViolation = Literal["deny", "kill_call", "end_episode", "kill_actor"]
+Requirement = Literal["egress", "processes", "files", "gpu"]
+
+
+class _Model(BaseModel):
+    """Frozen, unknown keys refused, and every fault a :class:`PolicyError`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, /, **data: Any) -> None:  # noqa: ANN401
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _policy_error(type(self), error) from None
+
+    # pydantic then builds nested models itself, and reports all faults of a policy at once with their full paths,
+    # instead of calling the constructor above for each part.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise _policy_error(cls, error) from None
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise _policy_error(cls, error) from None
+
+
+class Egress(_Model):
+    """What may be reached, and what may be listened on."""
+
+    allow: tuple[Annotated[str, BeforeValidator(_destination)], ...] = ()
+    proxy: Annotated[str | None, BeforeValidator(_proxy)] = None
+    listen: tuple[Annotated[str, BeforeValidator(_port)], ...] = ()
+    """Ports or ranges as text, however they were given."""
+    verify_names: StrictBool = True
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """``allow``, parsed."""
+        return tuple(parse_rule(entry) for entry in self.allow)
+
+
+class Files(_Model):
+    """What a tool call sees of the file system: words, absolute paths, or paths that begin with ``~/``."""
+
+    read: tuple[Annotated[str, _place("system", "env", "cwd", "scratch")], ...] = ("system", "env", "cwd")
+    write: tuple[Annotated[str, _place("cwd", "scratch")], ...] = ("cwd", "scratch")
+    hide: tuple[Annotated[str, _place()], ...] = ()
+    protect: tuple[Annotated[str, _place()], ...] = ()
+
+
+class Budget(_Model):
+    """The limits of one scope; None, the default, is no limit, and zero grants nothing.
+
+    Sizes are bytes, or text with KiB, MiB or GiB; times are seconds; ``flops`` are floating-point operations.
+    """
+
+    egress_bytes: Size = None
+    egress_sent_bytes: Size = None
+    egress_received_bytes: Size = None
+    connections: Count = None
+    wall_seconds: Seconds = None
+    cpu_seconds: Seconds = None
+    processes: Count = None
+    memory: Size = None
+    gpu_seconds: Seconds = None
+    gpu_memory: Size = None
+    tokens: Count = None
+    flops: Flops = None
+
+    def limits(self) -> dict[str, Amount]:
+        """The limits that are set, by kind, in bytes, seconds, count, tokens or FLOPs."""
+        return {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}
+
+
+class Budgets(_Model):
+    """Limits by scope; every scope that has a limit must have room."""
+
+    call: Budget = Budget()
+    episode: Budget = Budget()
+    actor: Budget = Budget()
+    job: Budget = Budget()
+
+    @model_validator(mode="after")
+    def _scopes_fit(self) -> Self:
+        for scope in Scope:
+            for kind, value in getattr(self, scope.value).limits().items():
+                if scope not in KINDS[kind]:
+                    scopes = " or ".join(each.value for each in reversed(Scope) if each in KINDS[kind])
+                    raise PolicyError(f"{scope.value}.{kind}", value, f"it is a limit of a {scopes}: set it there")
+        return self
+
+
+class Policy(_Model):
+    """What a guarded process may do. The default lets nothing out and sets no limit.
+
+    ``role`` None: not said; ``guard`` then takes ``env``, and ``run`` takes ``tool``.
+    """
+
+    version: Annotated[Literal[1], BeforeValidator(_version)] = 1
+    mode: Mode = Mode.ENFORCE
+    role: Role | None = None
+    egress: Egress = Egress()
+    model_endpoint: Annotated[str | None, BeforeValidator(_endpoint)] = None
+    gpu: Gpu = "none"
+    files: Files = Files()
+    budgets: Budgets = Budgets()
+    subprocess: Subprocess = "confine"
+    survivors: Survivors = "kill"
+    on_violation: OnViolation = "deny"
+    require: tuple[Requirement, ...] = ("egress", "processes", "files")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a YAML or JSON file. Raises :class:`PolicyError`, which names the file and the key in it."""
+        data = read_policy(path)
+        try:
+            return cls.model_validate(data)
+        except PolicyError as error:
+            raise PolicyError(error.key, error.value, f"{error.remedy} (in {os.fspath(path)})") from None
+
+    @classmethod
+    def of(cls, value: Policy | Mapping[str, Any] | str | os.PathLike[str] | None = None, /, **shorthand: Any) -> Policy:  # noqa: ANN401
+        """A policy from what ``guard`` and ``confine`` are given: a policy, a mapping, the path of a file, or shorthand.
+
+        Raises :class:`PolicyError`, also for both at once, because it would not be clear which of them holds.
+        """
+        if value is None:
+            return cls.from_shorthand(**shorthand)
+        if shorthand:
+            raise PolicyError(next(iter(shorthand)), next(iter(shorthand.values())), "give a policy or its keys, not both")
+        if isinstance(value, Policy):
+            return value
+        if isinstance(value, Mapping):
+            return cls.model_validate(dict(value))
+        if isinstance(value, str | os.PathLike):
+            return cls.load(value)
+        raise PolicyError("policy", value, "a Policy, a mapping, or the path of a policy file")
+
+    @classmethod
+    def from_shorthand(cls, **shorthand: Any) -> Self:  # noqa: ANN401
+        """A policy from keyword arguments under the policy's own names.
+
+        A top-level key (``mode``, ``budgets`` …) is itself; ``allow``, ``listen`` … belong to ``egress``, ``read``,
+        ``write`` … to ``files``; a limit (``egress_bytes``) is the actor's; ``call``, ``episode``, ``actor`` and
+        ``job`` are budgets. Raises :class:`PolicyError` for any other name and for a key that is given twice.
+        """
+        data: dict[str, Any] = {key: _opened(shorthand[key]) for key in shorthand if key in cls.model_fields}
+        for name, value in shorthand.items():
+            if name in cls.model_fields:
+                continue
+            path = _SHORTHAND.get(name)
+            if path is None:
+                known = [*cls.model_fields, *_SHORTHAND]
+                raise PolicyError(name, value, f"no key of a policy{_meant(name, known)}")
+            if path[0] == "budgets" and len(path) == 3 and Scope.ACTOR not in KINDS[name]:
+                scopes = [scope.value for scope in reversed(Scope) if scope in KINDS[name]]
+                raise PolicyError(name, value, f"it limits a {' or '.join(scopes)}: {scopes[0]}={{{name!r}: {value!r}}}")
+            _place_at(data, path, value)
+        return cls.model_validate(data)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The policy as plain data for a message: every key, limits in their own unit, a limit that is not set absent,
+        and under ``set`` the dotted keys that were given explicitly."""
+        wire = self.model_dump(mode="json", exclude={"budgets"})
+        wire["budgets"] = {scope.value: getattr(self.budgets, scope.value).limits() for scope in Scope}
+        wire["set"] = list(_explicit(self))
+        return wire
+
+
+_SHORTHAND: Final[dict[str, tuple[str, ...]]] = {
+    **{key: ("egress", key) for key in Egress.model_fields},
+    **{key: ("files", key) for key in Files.model_fields},
+    **{scope: ("budgets", scope) for scope in Budgets.model_fields},
+    **{kind: ("budgets", "actor", kind) for kind in Budget.model_fields},
+}
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def _opened(value: object) -> object:
+    """A part of a policy as a mapping that more can be put into, whether it was given as a model or a mapping."""
+    if isinstance(value, BaseModel):
+        return {key: _opened(getattr(value, key)) for key in value.model_fields_set}
+    if isinstance(value, Mapping):
+        return {key: _opened(item) for key, item in value.items()}
+    return value
+
+
+def _place_at(data: dict[str, Any], path: tuple[str, ...], value: object) -> None:
+    for key in path[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            return  # what was given for the whole is no mapping: the model says so
+    last = path[-1]
+    value = _opened(value)
+    if isinstance(value, dict) and isinstance(data.get(last), dict):
+        for key, item in value.items():
+            _place_at(data, (last, str(key)), item)
+        return
+    if last in data:
+        raise PolicyError(".".join(path), value, f"it is given twice, here and as {data[last]!r}: leave one out")
+    data[last] = value
+
+
+def _explicit(model: BaseModel, prefix: str = "") -> Iterable[str]:
+    for key in type(model).model_fields:
+        if key in model.model_fields_set:
+            value = getattr(model, key)
+            if isinstance(value, BaseModel):
+                yield from _explicit(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key
+
+
+# Faults ------------------------------------------------------------------------------------------------------------
+
+
+def _policy_error(model: type[BaseModel], error: ValidationError) -> PolicyError:
+    """All faults as one error: the first is its key, value and remedy; the others follow in the text."""
+    faults = [_fault(model, details) for details in error.errors(include_url=False)]
+    first, *others = faults
+    remedy = first.remedy
+    if others:
+        remedy += "".join(f"\n  {other}" for other in others)
+    return PolicyError(first.key, first.value, remedy)
+
+
+def _fault(model: type[BaseModel], details: ErrorDetails) -> PolicyError:
+    key = _dotted(details["loc"])
+    value = details["input"]
+    inner = details.get("ctx", {}).get("error")
+    if isinstance(inner, PolicyError):
+        # Raised by one of the validators above; one that judges a whole model says which key below it.
+        below = "" if inner.key == "egress.allow" else inner.key
+        return PolicyError(".".join(part for part in (key, below) if part) or "policy", inner.value, inner.remedy)
+    part = _model_at(model, details["loc"][:-1])
+    match details["type"]:
+        case "extra_forbidden":
+            remedy = f"no such key; the keys here are {', '.join(part.model_fields)}" if part else "no such key"
+            remedy += _meant(details["loc"][-1], _known_keys(part))
+        case "invalid_key":
+            remedy = "a key is text; put it in quotes"
+        case "enum" | "literal_error":
+            remedy = f"one of {details.get('ctx', {}).get('expected', '')}".replace("'", "")
+            remedy += _meant(value, _words(part, details["loc"][-1]))
+        case "bool_type" | "bool_parsing":
+            remedy = "true or false"
+        case "tuple_type":
+            remedy = "a list, such as [first, second]; [] is an empty one"
+        case "string_type":
+            remedy = "text; put it in quotes"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            at = _model_at(model, details["loc"])
+            remedy = f"a mapping with keys among {', '.join(at.model_fields)}" if at else "a mapping"
+        case _:
+            remedy = details["msg"]
+    return PolicyError(key or "policy", value, remedy)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    at: type[BaseModel] | None = model
+    for part in location:
+        info = at.model_fields.get(str(part)) if at is not None else None
+        annotation = info.annotation if info is not None else None
+        at = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return at
+
+
+def _known_keys(model: type[BaseModel] | None) -> Iterable[str]:
+    return model.model_fields if model is not None else ()
+
+
+def _words(model: type[BaseModel] | None, key: int | str) -> Iterable[str]:
+    info = model.model_fields.get(str(key)) if model is not None else None
+    return [str(word) for word in get_args(info.annotation)] if info is not None else ()
