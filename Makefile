@@ -4,13 +4,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3.11
-# What `make env` installs. Without a CPU build of torch at hand: make env GROUPS="base ray dev"
-GROUPS ?= base ray dev vllm
+# What `make env` installs. Without a CPU build of torch at hand: make env ENV_GROUPS="base ray dev"
+ENV_GROUPS ?= base ray dev vllm
 
 VENV := .venv
 PY := $(VENV)/bin/python
 BENCH_VENV := .venv-bench
-LOCKS := $(GROUPS:%=requirements/%.txt)
+LOCKS := $(ENV_GROUPS:%=requirements/%.txt)
 
 # Stamps carry the hash of what they stand for, so that content decides, not a file's time.
 digest = $(shell cat $(1) | sha256sum | cut -c1-16)
