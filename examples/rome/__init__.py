@@ -1,0 +1,1 @@
+"""What the ROME example needs beside itself: a small model, an outside world with judges, actions, a table."""
