@@ -1,0 +1,78 @@
+"""``ray-guard report EVIDENCE``: what a job used, was refused and violated.
+
+Runs later, on any machine: needs nothing but the evidence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_guard.evidence.reader import NotEvidence, Quarantine, merge, read, segments
+from ray_guard.report import html, tables, terminal
+from ray_guard.report.index import Index
+from ray_guard.report.summary import summarise
+
+if TYPE_CHECKING:
+    # What add_subparsers() returns has no public name.
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Adds ``report`` to the command's parsers."""
+    parser = subparsers.add_parser(
+        "report",
+        help="usage, denials and violations of a job; reward against violation",
+        description="Reads an evidence folder (or one segment) and says who tried what, what was refused and why, how "
+        "many bytes went where, what was left open or killed, and whether violating rollouts were rewarded.",
+    )
+    parser.add_argument("evidence", metavar="EVIDENCE", help="evidence folder, or one *.otlp.jsonl file")
+    parser.add_argument("--html", metavar="OUT", type=Path, help="also write the report, with all rows, to this file")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report. 0; 2 with a line on stderr when there is no evidence to read or OUT cannot be written."""
+    quarantine = Quarantine()
+    try:
+        files = segments([args.evidence])
+        index = Index(merge(read([args.evidence], quarantine)).values())
+    except NotEvidence as error:
+        return _failed(str(error))
+    if not len(index) and quarantine.total:
+        first = quarantine.first[0]
+        return _failed(f"{args.evidence}: no span in it can be read; first: {first.reason} at {first.position}")
+    summary = summarise(index)
+    report = tables.report(summary, quarantine, str(args.evidence), len(files))
+    # Written first: a closed pipe must not cost the file.
+    if args.html is not None:
+        try:
+            args.html.write_text(html.render(report, summary.iterations), encoding="utf-8", newline="\n")
+        except OSError as error:
+            return _failed(f"{args.html} cannot be written: {error.strerror}")
+    wide = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else None
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    _print(terminal.render(report, columns=wide, colour=colour))
+    if args.html is not None:
+        _print(f"\nwritten: {args.html}\n")
+    return 0
+
+
+def _print(content: str) -> None:
+    """To stdout in whatever encoding it has, and quietly when nobody reads any more (``| head``)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter would flush once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _failed(why: str) -> int:
+    sys.stderr.write(f"ray-guard report: {why}\n")
+    return 2
