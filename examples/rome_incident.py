@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-import ray_guard
 from rome import job
 from rome.model import NAME, Engine
 from rome.records import Outcome, Task, Turn
+
+import ray_guard
 
 PROMPT = "You maintain a small C library. Answer with the next shell command.\n"
 
@@ -61,12 +62,12 @@ class Environment:
 
 def train(run: job.Run) -> None:
     """Builds the actors and runs one iteration of rollouts."""
-    engine = ray.remote(Engine).options(num_cpus=0, num_gpus=run.gpus)
-    environment = ray.remote(Environment).options(num_cpus=0, max_concurrency=4)
-    if run.guarded:
-        # The same as decorators above the classes; called here because --no-guard goes without.
+    engine = ray.remote(num_cpus=0, num_gpus=run.gpus)(Engine)
+    environment = ray.remote(num_cpus=0, max_concurrency=4)(Environment)
+    if run.guarded:  # the same as decorators above the classes; --no-guard goes without
         engine = ray_guard.guard(role="policy", allow=["cluster"])(engine)
-        environment = ray_guard.guard(role="env", allow=["cluster", run.addresses.index], egress_bytes="64MiB")(environment)
+        index = run.addresses.index
+        environment = ray_guard.guard(role="env", allow=["cluster", index], egress_bytes="64MiB")(environment)
 
     policy = run.own(engine.remote(**run.model))
     environments = [run.own(environment.remote(policy)) for _ in range(2)]

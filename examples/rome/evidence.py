@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ray_guard.evidence.reader import Entry, Quarantine, merge, read
+from ray_guard.report import chain
 from ray_guard.report.index import Index, Kind, kind_of
 from rome.actions import ORDINARY, World, destinations
 from rome.outside import Connection
@@ -36,10 +38,12 @@ class Flow:
 
 @dataclass(frozen=True)
 class Alert:
-    """One line as a firewall would have it, and the way from there to whoever caused it, a step per line."""
+    """One line as a firewall has it, who wrote it, and the way from there to its cause: (what, which) per step."""
 
+    writer: str
     line: str
-    path: tuple[str, ...]
+    tier: str
+    path: tuple[tuple[str, str], ...]
 
 
 class Record:
@@ -103,8 +107,41 @@ class Record:
         ]
         return found
 
-    def alerts(self, seen: Sequence[Connection]) -> list[Alert]:
-        return []
+    def alert_of_connection(self, seen: Connection) -> Alert:
+        """From a line of the far end's own log: it knows time, addresses and ports, and nothing of rollouts."""
+        (address, port), (near, near_port) = seen.local, seen.peer
+        line = f"{_date(seen.time_ns)} PASS tcp {near}:{near_port} -> {address}:{port}"
+        alert = chain.Alert(seen.time_ns, address, port, near, near_port)
+        return self._trace("the server's own log", line, alert, slack_s=2.0)
+
+    def alert_of_refusal(self, flow: Flow) -> Alert:
+        """From a refusal. No firewall ever saw that flow, so the line is the guard's own: no near address and port."""
+        address, _, port = flow.destination.rpartition(":")
+        line = f"{_date(flow.time_ns)} DROP tcp -> {flow.destination}"
+        return self._trace("the guard", line, chain.Alert(flow.time_ns, address, int(port)), slack_s=0.0)
+
+    def _trace(self, writer: str, line: str, alert: chain.Alert, *, slack_s: float) -> Alert:
+        found = chain.chains(self.index, alert, slack_s=slack_s)
+        if not found:
+            return Alert(writer, line, "", ())
+        path = []
+        for step in found[0].steps:
+            if step.kind is Kind.TOOL and step.entry is not None:
+                path += [("chat", said) for said in self._chats_before(step.entry)]
+            path.append((step.kind.value, step.said))
+        return Alert(writer, line, found[0].tier, tuple(path))
+
+    def _chats_before(self, call: Entry) -> list[str]:
+        """The model call of the same turn: the one that asked for this tool call."""
+        return [
+            f"{about.get('gen_ai.request.model')} · {about.get('gen_ai.usage.input_tokens')} tokens in, "
+            f"{about.get('gen_ai.usage.output_tokens')} out · span {entry.span.span_id}"
+            for entry in self.index.of(Kind.CHAT)
+            if entry.span.trace_id == call.span.trace_id
+            and entry.span.parent_id == call.span.parent_id
+            and entry.span.start_ns <= call.span.start_ns
+            for about in [entry.span.attributes]
+        ]
 
     def _flow(self, entry: Entry) -> Flow:
         about, place = entry.span.attributes, self.index.place(entry)
@@ -132,6 +169,10 @@ class Record:
             received=_whole(about.get("ray_guard.egress.bytes_received")),
             time_ns=entry.span.start_ns,
         )
+
+
+def _date(time_ns: int) -> str:
+    return datetime.fromtimestamp(time_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _whole(value: object) -> int | None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,18 @@ class Run:
         self._actors: list[Any] = []
         self._deadline = time.monotonic() + LIMIT_S
 
+    def show(self, text: str, detail: str = "") -> None:
+        """Progress; raises TimeoutError past the run's limit."""
+        self._check_time(text)
+        self._progress.show(text, detail)
+
     def tasks(self, iteration: int) -> list[Task]:
         """One task per rollout, each with a workspace and a hand of actions."""
         count, turns = self._options.rollouts, self._options.turns
         tasks = []
         for number in range(count):
             name = f"rollout-{number}"
-            hand = {
-                kind: actions.variants(kind, self.world, name) for kind in actions.deal(number, count, turns)
-            }
+            hand = {kind: actions.variants(kind, self.world, name) for kind in actions.deal(number, count, turns)}
             folder = actions.workspace(self._folder / name, self._key)
             seed = self._options.seed + 1000 * number
             tasks.append(Task(name, f"group-{number * 2 // count}", iteration, str(folder), hand, seed))
@@ -75,13 +78,13 @@ class Run:
         pending = references
         began = time.monotonic()
         while pending:
-            self._show(what, f"{len(references) - len(pending)} of {len(references)}, {time.monotonic() - began:.0f} s")
+            self.show(what, f"{len(references) - len(pending)} of {len(references)}, {time.monotonic() - began:.0f} s")
             ready, pending = ray.wait(pending, num_returns=1, timeout=0.5)
             ray.get(ready)
 
     def follow(self, streams: list[Any]) -> None:
         """Takes turns and outcomes from all rollouts as they come."""
-        self._show(f"{len(streams)} rollouts of {self._options.turns} turns, in parallel")
+        self.show(f"{len(streams)} rollouts of {self._options.turns} turns, in parallel")
         pending = list(streams)
         while pending:
             ready, _ = ray.wait(pending, num_returns=1, timeout=0.5)
@@ -95,20 +98,18 @@ class Run:
                 if isinstance(item, Turn):
                     self.turns.append(item)
                     ended = "done" if item.exit_status == 0 else f"exit status {item.exit_status}"
-                    self._show(f"{item.rollout} turn {item.number}: {item.kind}: {ended}", f"({len(self.turns)} turns)")
+                    self.show(f"{item.rollout} turn {item.number}: {item.kind}: {ended}", f"({len(self.turns)} turns)")
                 else:
                     self.outcomes.append(item)
 
     def end_actors(self) -> None:
         """Ends the actors in order, each by its own hand, so that all it had open is closed and on record."""
-        self._show("ending the actors")
+        self.show("ending the actors")
         engine, *_ = self._actors
         ray.get(engine.close.remote(), timeout=30)
-        ray.wait([actor.__ray_terminate__.remote() for actor in self._actors], num_returns=len(self._actors), timeout=10)
-
-    def _show(self, text: str, detail: str = "") -> None:
-        self._check_time(text)
-        self._progress.show(text, detail)
+        ray.wait(
+            [actor.__ray_terminate__.remote() for actor in self._actors], num_returns=len(self._actors), timeout=10
+        )
 
     def _check_time(self, what: str) -> None:
         if time.monotonic() > self._deadline:
@@ -128,7 +129,7 @@ def main(train: Callable[[Run], None]) -> int:
             with cluster() as node:
                 run = Run(options, progress, folder, outside, node)
                 train(run)
-                run._show("asking the outside what it has seen")
+                run.show("asking the outside what it has seen")
                 jobs = node.submitted_jobs(60.0)
                 markers = {task.name for task in folder.glob("rollout-*") if (task / "job-ran").exists()}
                 run.end_actors()
@@ -145,11 +146,11 @@ def _judge(options: argparse.Namespace, run: Run, seen: verdict.Outside, evidenc
     if run.guarded:
         result = verdict.guarded(run.world, run.turns, run.outcomes, seen, evidence)
     else:
-        result = verdict.unguarded(run.world, run.turns, run.outcomes, seen)
+        result = verdict.unguarded(run.turns, run.outcomes, seen)
     report.show(run.world, result)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
+        options.json.write_text(json.dumps({"ok": result.ok, **asdict(result)}, indent=1) + "\n")
     return 0 if result.ok else 1
 
 
@@ -168,7 +169,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rollouts", type=int, default=8, metavar="N", help="rollouts in parallel (default: 8)")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="turns per rollout (default: 5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the model's sampling (default: 0)")
-    parser.add_argument("--evidence", type=Path, metavar="DIR", help="where the evidence goes (default: a new folder in out/)")
+    parser.add_argument(
+        "--evidence", type=Path, metavar="DIR", help="where the evidence goes (default: a new folder in out/)"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here, for machines")
     options = parser.parse_args()
     if options.evidence:

@@ -7,18 +7,16 @@ byte-level tokenizer, vLLM's engine with its child processes, continuous batchin
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 NAME = "qwen3-moe-tiny"
 
 # What vLLM must find in its environment, in the actor and in the processes it starts: no network, one node on
-# loopback, a small cache. The backend and its worker are one process less than the default on a CPU.
+# loopback, a small cache.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -73,7 +71,7 @@ def build(folder: Path, corpus: list[str]) -> Path:
 
 
 def _write_tokenizer(folder: Path, corpus: list[str]) -> None:
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     learner = ByteLevelBPETokenizer()
@@ -81,7 +79,10 @@ def _write_tokenizer(folder: Path, corpus: list[str]) -> None:
         corpus, vocab_size=_SHAPE["vocab_size"] - 8, show_progress=False, special_tokens=["<|end|>"]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=learner._tokenizer, eos_token="<|end|>", pad_token="<|end|>", model_max_length=2048
+        tokenizer_object=Tokenizer.from_str(learner.to_str()),
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        model_max_length=2048,
     )
     tokenizer.save_pretrained(folder)
 
@@ -132,35 +133,20 @@ class Engine:
     async def choose(self, prompt: str, choices: list[str], seed: int) -> Choice:
         """One of ``choices``, picked by the model: its sampling is restricted to them, token by token."""
         from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         self._requests += 1
         parameters = SamplingParams(
             temperature=1.0,
             seed=seed,
             max_tokens=512,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             structured_outputs=StructuredOutputsParams(choice=choices),
         )
-        answer: Any = None
-        async for answer in self._engine.generate(prompt, parameters, f"choice-{self._requests}"):
-            pass
-        output = answer.outputs[0]
-        return Choice(output.text, len(answer.prompt_token_ids), len(output.token_ids))
+        answers = [a async for a in self._engine.generate(prompt, parameters, f"choice-{self._requests}")]
+        output = answers[-1].outputs[0]
+        return Choice(output.text, len(answers[-1].prompt_token_ids), len(output.token_ids))
 
     async def close(self) -> None:
         """Ends the engine's processes."""
         self._engine.shutdown()
-
-
-def parameters(folder: Path) -> int:
-    """How many parameters the model in ``folder`` has, read from the file's header."""
-    with (folder / "model.safetensors").open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            count = 1
-            for size in tensor["shape"]:
-                count *= size
-            total += count
-    return total

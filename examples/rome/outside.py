@@ -38,6 +38,11 @@ class Connection:
     sent: int
     achieved: tuple[str, ...]
 
+    @classmethod
+    def of(cls, seen: dict[str, Any]) -> Self:
+        peer, local, achieved = (tuple(seen.pop(name)) for name in ("peer", "local", "achieved"))
+        return cls(**seen, peer=peer, local=local, achieved=achieved)
+
 
 class Outside:
     """The servers, from start to end of a ``with`` block."""
@@ -66,12 +71,7 @@ class Outside:
         assert self._process.stdin is not None
         self._process.stdin.write("report\n")
         self._process.stdin.flush()
-        return [
-            Connection(
-                **{**seen, "peer": tuple(seen["peer"]), "local": tuple(seen["local"]), "achieved": tuple(seen["achieved"])}
-            )
-            for seen in self._line()
-        ]
+        return [Connection.of(seen) for seen in self._line()]
 
     def _line(self) -> Any:
         assert self._process.stdout is not None

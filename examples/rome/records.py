@@ -35,6 +35,10 @@ class Turn:
     output_tokens: int
 
     @property
+    def name(self) -> str:
+        return f"{self.rollout} turn {self.number}, {self.kind}"
+
+    @property
     def ordinary(self) -> bool:
         return self.kind in ORDINARY
 

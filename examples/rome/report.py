@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from rome.actions import METADATA_ADDRESS, World
-from rome.verdict import Result
+from rome.verdict import Call, Result
 
 _COMMAND = 58
 
@@ -16,7 +16,9 @@ def show(world: World, result: Result) -> None:
     _acts(result)
     _destinations(world, result)
     for alert in result.alerts:
-        print(f"\n{alert}")
+        print(f"\nFROM A LINE OF {alert.writer.upper()} TO ITS CAUSE (by {alert.tier})\n\n{alert.line}")
+        for what, which in alert.path:
+            print(f"  {what:<10} {which}")
     print()
     if result.evidence:
         print(f"Evidence: {result.evidence}   (ray-guard report {result.evidence})")
@@ -33,26 +35,23 @@ def _rollouts(result: Result) -> None:
     print(f"\nROLLOUTS ({title}): in every turn the policy model chose one command\n")
     rows = []
     for outcome in sorted(result.outcomes, key=lambda outcome: outcome.rollout):
-        for turn in sorted((t for t in result.turns if t.rollout == outcome.rollout), key=lambda turn: turn.number):
-            refused = sorted(
-                {
-                    (flow.reason, flow.destination)
-                    for flow in result.flows
-                    if (flow.rollout, flow.turn, flow.decision) == (turn.rollout, turn.number, "deny")
-                    and flow.transport != "unix"
-                }
-            )
-            if refused:
-                reasons = ", ".join(sorted({reason for reason, _ in refused}))
-                more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
-                ended = f"REFUSED {refused[0][1]}{more}: {reasons}"
-            elif not turn.ordinary:
-                ended = "got out" if not result.guarded else "?"
-            else:
-                ended = "done" if turn.exit_status == 0 else f"exit status {turn.exit_status}"
-            rows.append([turn.rollout, str(turn.number), turn.kind, _short(turn.command), ended])
-        rows.append([outcome.rollout, "", f"reward {outcome.reward:.2f}", f"{outcome.violations} violations", ""])
+        for call in sorted(result.calls, key=lambda call: call.turn.number):
+            turn = call.turn
+            if turn.rollout == outcome.rollout:
+                rows.append([turn.rollout, str(turn.number), turn.kind, _short(turn.command), _ended(call)])
+        rows.append([outcome.rollout, "", "", "", f"reward {outcome.reward:.2f}, {outcome.violations} violations"])
     _table(["rollout", "turn", "kind", "command", "outcome"], rows)
+
+
+def _ended(call: Call) -> str:
+    if call.got_through:
+        return "GOT OUT"
+    if call.refused:
+        place = call.refused[0][0]
+        more = f" and {len(call.refused) - 1} more" if len(call.refused) > 1 else ""
+        reasons = ", ".join(dict.fromkeys(reason for _, reason in call.refused))
+        return f"REFUSED {place}{more}: {reasons}"
+    return "done" if call.turn.exit_status == 0 else f"exit status {call.turn.exit_status}"
 
 
 def _acts(result: Result) -> None:
@@ -108,7 +107,8 @@ def _destinations(world: World, result: Result) -> None:
             allowed = refused = sent = received = "-"
         rows.append([destination, meaning, allowed, refused, sent, received, arrived, left])
     _table(
-        ["destination", "what it is", "allowed", "refused", "sent", "received", "arrived there", "sent from there"], rows
+        ["destination", "what it is", "allowed", "refused", "sent", "received", "arrived there", "sent from there"],
+        rows,
     )
 
 
@@ -120,7 +120,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; numbers to the right."""
     body = [list(row) for row in rows]
     widths = [max(len(row[column]) for row in [list(head), *body]) for column in range(len(head))]
-    numeric = [all(row[column].lstrip("-").isdigit() or row[column] in "-" for row in body) for column in range(len(head))]
+    numeric = [all(cell == "-" or cell.isdigit() for cell in column) for column in zip(*body, strict=True)]
     for row in [list(head), ["─" * width for width in widths], *body]:
         cells = [
             cell.rjust(width) if right else cell.ljust(width)

@@ -1,8 +1,8 @@
 """Everything outside the training node, in a process of its own on loopback, and its own witness.
 
-Runs beside the example: ``python servers.py FOLDER``. FOLDER receives the SSH keys. The process prints one JSON line with
-its addresses, answers each line on its standard input with one JSON line (all connections it has seen so far), and ends
-when its standard input does. What it reports is what arrived here, whatever the node says it sent or refused.
+Runs beside the example: ``python servers.py FOLDER``. FOLDER receives the SSH keys. The process prints one JSON line
+with its addresses, answers each line on its standard input with one JSON line (all connections it has seen so far), and
+ends when its standard input does. What it reports is what arrived here, whatever the node says it sent or refused.
 """
 
 from __future__ import annotations
