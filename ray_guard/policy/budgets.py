@@ -79,6 +79,8 @@ KINDS: Final[Mapping[str, frozenset[Scope]]] = MappingProxyType(
 )
 """Every limit of the policy, and the scopes it can be set for."""
 
+_BYTES: Final = frozenset({EGRESS, SENT, RECEIVED})
+_EXACT_SCOPES: Final = frozenset({Scope.CALL, Scope.EPISODE})
 _FRACTIONAL: Final = frozenset({"cpu_seconds", "gpu_seconds", "wall_seconds", "flops"})
 _CHARGED: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {**{kind: (kind,) for kind in KINDS if kind != EGRESS}, SENT: (SENT, EGRESS), RECEIVED: (RECEIVED, EGRESS)}
@@ -207,6 +209,16 @@ class Account:
         """
         return self._find([(kind, 1) for kind in kinds])
 
+    @property
+    def exact(self) -> bool:
+        """Whether bytes must stop on the byte: a call's or an episode's cap is around."""
+        node: Account | None = self
+        while node is not None:
+            if node.scope in _EXACT_SCOPES and not _BYTES.isdisjoint(node._limits):
+                return True
+            node = node._parent
+        return False
+
     # Booking ---------------------------------------------------------------------------------------------------------
 
     def reserve(self, kind: str, amount: Amount) -> Exceeded | None:
@@ -306,16 +318,16 @@ class Account:
         noticed: Exceeded | None = None
         node: Account | None = self
         while node is not None:
-            for kind, amount in asked:
-                limits = node._limits
-                if kind in limits:
-                    value = node._used.get(kind, 0) + node._held.get(kind, 0) + amount
-                    if not value <= limits[kind]:
+            limits, watched = node._limits, node._watched
+            if limits or watched:  # on the path of every connect, and most scopes have none
+                for kind, amount in asked:
+                    # "not <=" and not ">": what cannot be compared is refused.
+                    if kind in limits and not node._taken(kind) + amount <= limits[kind]:
+                        value = node._taken(kind) + amount
                         return Exceeded(kind, value, limits[kind], node.scope, node.source)
-                if noticed is None and kind in node._watched:
-                    value = node._taken(kind) + amount
-                    if not value <= node._watched[kind]:
-                        noticed = Exceeded(kind, value, node._watched[kind], node.scope, node.source, report_only=True)
+                    if noticed is None and kind in watched and not node._taken(kind) + amount <= watched[kind]:
+                        value = node._taken(kind) + amount
+                        noticed = Exceeded(kind, value, watched[kind], node.scope, node.source, report_only=True)
             node = node._parent
         return noticed
 

@@ -30,7 +30,7 @@ For bind and listen:
     6.  collectives         role ``policy``: port 0 or 1024 and above  allow
     7.  listen_not_listed                                              deny
 
-What was allowed to connect or send then needs room in every budget: ``budget``: deny.
+What was allowed to connect or send by tcp or udp then needs room in every budget, else ``budget``: deny.
 
 Several policies (:meth:`CompiledPolicy.intersect`) must all allow. A policy in mode ``report`` never denies: what it
 would have denied is allowed, with its reason and ``report_only``.
@@ -47,11 +47,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 from ray_guard.errors import PolicyError
 from ray_guard.policy.budgets import (
     CONNECTIONS,
-    EGRESS,
     NETWORK_KINDS,
     NO_LIMITS,
-    RECEIVED,
-    SENT,
     Account,
     Exceeded,
     Limits,
@@ -174,6 +171,10 @@ class Decision(NamedTuple):
     def allowed(self) -> bool:
         return self.verdict is Verdict.ALLOW
 
+    def __bool__(self) -> bool:
+        """As :attr:`allowed`. A tuple with something in it is true, and ``if decision:`` must not let a denial pass."""
+        return self.allowed
+
     def attributes(self) -> dict[str, str]:
         """The decision as span attributes. What was let through only because the mode is ``report`` reads ``allow``,
         which is what happened, with the reason ``report_only:`` and why it would have been denied."""
@@ -287,8 +288,6 @@ class Layer:
     unix: Mapping[str, UnixRule]
     listen: tuple[PortRange, ...]
     verify_names: bool
-    capped: bool
-    """Whether a call or an episode has a byte cap: then flows go by relay, which stops on the byte."""
     _memory: dict[tuple[str, str, int], _Answer] = field(default_factory=dict, repr=False, compare=False)
 
     def decide(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
@@ -360,8 +359,7 @@ class Layer:
             return _Answer(canonical, None, literal=False, denied=denied)
         # The narrowest rule is the one a reader of the span wants to see, and it decides what counts as literal.
         rule = min(granting, key=lambda rule: rule.range.high - rule.range.low)
-        route = Route.RELAY if self.capped and transport is Transport.TCP else Route.DIRECT
-        granted = Decision(Verdict.ALLOW, Reason.RULE, rule.text, route)
+        granted = Decision(Verdict.ALLOW, Reason.RULE, rule.text, Route.DIRECT)
         return _Answer(canonical, granted, literal=rule.literal, denied=denied)
 
     def _unix(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
@@ -384,7 +382,8 @@ class Layer:
         if request.transport is Transport.UNIX:
             if request.operation is Operation.LISTEN:
                 return _UNIX_BIND  # its address was decided when it was bound
-            return _unusable_path(request.path) or _UNIX_BIND
+            refused = _unusable_path(request.path)
+            return _UNIX_BIND if refused is None else refused
         port = request.port
         if request.transport not in (Transport.TCP, Transport.UDP) or not 0 <= port <= ANY_PORT.last:
             return _INVALID
@@ -543,6 +542,12 @@ class _Wire:
             raise PolicyError(self.key(name), None, "a policy in a message states every key")
         return self.value[name]
 
+    def only(self, *names: str) -> None:
+        """Refuses what this release does not know: it may be what makes the policy strict."""
+        for name in self.value:
+            if name not in names:
+                raise PolicyError(self.key(str(name)), self.value[name], "this release knows no such key")
+
     def child(self, name: str) -> _Wire:
         return _Wire(self.key(name), self.get(name))
 
@@ -566,18 +571,22 @@ class _Wire:
         return value
 
 
+_KEYS: Final = (
+    *("version", "mode", "role", "egress", "model_endpoint", "gpu", "files", "budgets"),
+    *("subprocess", "survivors", "on_violation", "require", "set"),
+)
+
+
 def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
+    wire.only(*_KEYS)
     if wire.get("version") != 1 or isinstance(wire.get("version"), bool):
         raise PolicyError("version", wire.get("version"), "this release reads version 1")
     mode = wire.word("mode", tuple(Mode))
     said = None if wire.get("role") is None else wire.word("role", tuple(Role))
     budgets = wire.child("budgets")
-    for scope in budgets.value:
-        if scope not in tuple(Scope):
-            raise PolicyError(f"budgets.{scope}", None, "the scopes are call, episode, actor, job")
+    budgets.only(*Scope)
     limits = {scope: limits_from_wire(scope, budgets.get(scope.value), key=budgets.key(scope.value)) for scope in Scope}
-    capped = any(kind in limits[scope] for scope in (Scope.CALL, Scope.EPISODE) for kind in (EGRESS, SENT, RECEIVED))
-    layer = _layer(wire.child("egress"), mode, capped=capped)
+    layer = _layer(wire.child("egress"), mode)
     return CompiledPolicy(
         layers=(layer,),
         role=said or role or Role.TOOL,
@@ -592,12 +601,13 @@ def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
     )
 
 
-def _layer(egress: _Wire, mode: Mode, *, capped: bool) -> Layer:
+def _layer(egress: _Wire, mode: Mode) -> Layer:
     single: dict[tuple[Transport, int], tuple[AddressRule, ...]] = {}
     ranges: dict[Transport, tuple[AddressRule, ...]] = {}
     names: list[NameRule] = []
     unix: dict[str, UnixRule] = {}
     groups: set[Group] = set()
+    egress.only("allow", "proxy", "listen", "verify_names")
     for index, text in enumerate(egress.texts("allow")):
         rule = parse_rule(text, key=f"{egress.key('allow')}[{index}]")
         match rule:
@@ -627,7 +637,6 @@ def _layer(egress: _Wire, mode: Mode, *, capped: bool) -> Layer:
         unix=unix,
         listen=tuple(listen),
         verify_names=egress.flag("verify_names"),
-        capped=capped,
     )
 
 
@@ -656,8 +665,8 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
                 granted = decision
         elif layer.mode is Mode.ENFORCE:
             return decision
-        else:
-            noticed = noticed or decision
+        elif noticed is None:
+            noticed = decision
     if granted is None and noticed is None:
         return _NOT_LISTED
     if request.operation in _OUTWARD and request.transport is not Transport.UNIX:
@@ -665,8 +674,11 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
         if exceeded is not None:
             if not exceeded.report_only:
                 return Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
-            noticed = noticed or Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
+            if noticed is None:
+                noticed = Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
+        if granted is not None and granted.reason is Reason.RULE and request.transport is Transport.TCP and usage.exact:
+            granted = Decision(Verdict.ALLOW, Reason.RULE, granted.rule, Route.RELAY)
     if noticed is not None:
         route = granted.route if granted is not None else Route.DIRECT
         return Decision(Verdict.ALLOW, noticed.reason, None, route, report_only=True, exceeded=noticed.exceeded)
-    return granted or _NOT_LISTED
+    return _NOT_LISTED if granted is None else granted

@@ -37,11 +37,10 @@ SUPPORTED: Final = frozenset(
 )
 """What this version enforces on a host that offers everything. A caller removes what its host does not offer.
 
-Names are dotted keys; where a key is held for some values only, the value follows (``survivors.kill``), and the kinds of
-destination follow ``egress.allow``: ``address``, ``name``, ``unix``, ``cluster``, ``collectives``.
+Names are dotted keys. Where a key is held for some values only the value follows (``survivors.kill``), and the kind of
+destination follows ``egress.allow``: ``address``, ``name``, ``unix``, ``cluster``, ``collectives``.
 """
 
-# What asks for nothing: there is nothing to enforce in a key that is set to it.
 _ASKS_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {
     "egress.proxy": (None,),
     "model_endpoint": (None,),
@@ -74,31 +73,27 @@ def unenforced(wire: Mapping[str, Any], supported: frozenset[str] = SUPPORTED) -
 
 
 def _unenforced(key: str, value: object, wire: Mapping[str, Any], supported: frozenset[str]) -> Iterator[str]:
-    if key == "version" or value in _ASKS_NOTHING.get(key, ()):
+    if key in supported or _asks_nothing(key, value, wire):
         return
     if key == "egress.allow":
         for index, entry in enumerate(_list(value)):
             if f"egress.allow.{_kind(entry)}" not in supported:
                 yield f"egress.allow[{index}]"
-    elif key == "egress.verify_names":
-        # It concerns names alone; whether these are enforced is said of each of them.
-        named = any(_kind(entry) == "name" for entry in _list(wire["egress"]["allow"]))
-        if value and named and key not in supported:
-            yield key
-    elif key == "egress.listen":
-        if value and key not in supported:
-            yield key
     elif key == "require":
         for word in _list(value):
             if f"require.{word}" not in supported:
                 yield f"require.{word}"
-    elif key in _BY_VALUE:
-        if key not in supported and f"{key}.{value}" not in supported:
-            yield key
-    elif key.startswith("budgets.") and value is None:
-        return  # explicitly no limit
-    elif key not in supported:
+    elif key not in _BY_VALUE or f"{key}.{value}" not in supported:
         yield key
+
+
+def _asks_nothing(key: str, value: object, wire: Mapping[str, Any]) -> bool:
+    """Whether there is nothing to enforce in ``key`` being ``value``."""
+    if key == "version" or value in _ASKS_NOTHING.get(key, ()):
+        return True
+    if key == "egress.verify_names":  # it concerns names alone
+        return not value or not any(_kind(entry) == "name" for entry in _list(wire["egress"]["allow"]))
+    return key.startswith("budgets.") and value is None
 
 
 def _kind(entry: object) -> str:

@@ -67,7 +67,7 @@ def _parse(text: str) -> object:
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             pass  # a YAML flow mapping, or broken: YAML's message says where
     try:
         # A loader derived from SafeLoader builds plain data only.
@@ -102,7 +102,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "write it out: aliases are not read here", event.start_mark)
         return super().compose_node(parent, index)
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -109,7 +109,7 @@ def _nearest_unit(unit: str) -> str:
     return {"k": "KiB", "m": "MiB"}.get(unit[0].lower(), "GiB")
 
 
-def _optional(parse: Any) -> BeforeValidator:  # noqa: ANN401
+def _optional(parse: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: None if value is None else parse(value))
 
 
@@ -120,7 +120,7 @@ Flops = Annotated[float | None, _optional(parse_flops)]
 
 
 def _destination(value: object) -> object:
-    parse_rule(value)
+    parse_rule(value, key="")  # where it stands is known further out
     return value
 
 
@@ -169,7 +169,7 @@ def _place(*words: str) -> BeforeValidator:
     def check(value: object) -> object:
         if not isinstance(value, str) or "\0" in value:
             raise _problem(value, "a path is text")
-        if value in words or value.startswith("/") or value == "~" or value.startswith("~/"):
+        if value in words or value == "~" or value.startswith(("/", "~/")):
             return value
         named = f"one of {', '.join(words)}, or " if words else ""
         raise _problem(value, f"{named}an absolute path, or one that begins with ~/{_meant(value, words)}")
@@ -191,12 +191,18 @@ OnViolation = Literal["deny", "kill_call", "end_episode", "kill_actor"]
 Requirement = Literal["egress", "processes", "files", "gpu"]
 
 
+def _scopes_of(kind: str) -> str:
+    return " or ".join(
+        f"a {scope.value}" for scope in (Scope.CALL, Scope.EPISODE, Scope.JOB) if scope in KINDS[kind]
+    ) + (" or an actor" if Scope.ACTOR in KINDS[kind] else "")
+
+
 class _Model(BaseModel):
     """Frozen, unknown keys refused, and every fault a :class:`PolicyError`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def __init__(self, /, **data: Any) -> None:  # noqa: ANN401
+    def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -207,14 +213,14 @@ class _Model(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
-    def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:
             raise _policy_error(cls, error) from None
 
     @classmethod
-    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
         try:
             return super().model_validate_json(json_data, **options)
         except ValidationError as error:
@@ -282,8 +288,8 @@ class Budgets(_Model):
         for scope in Scope:
             for kind, value in getattr(self, scope.value).limits().items():
                 if scope not in KINDS[kind]:
-                    scopes = " or ".join(each.value for each in reversed(Scope) if each in KINDS[kind])
-                    raise PolicyError(f"{scope.value}.{kind}", value, f"it is a limit of a {scopes}: set it there")
+                    remedy = f"it limits {_scopes_of(kind)}: set it there"
+                    raise PolicyError(f"{scope.value}.{kind}", value, remedy)
         return self
 
 
@@ -316,15 +322,16 @@ class Policy(_Model):
             raise PolicyError(error.key, error.value, f"{error.remedy} (in {os.fspath(path)})") from None
 
     @classmethod
-    def of(cls, value: Policy | Mapping[str, Any] | str | os.PathLike[str] | None = None, /, **shorthand: Any) -> Policy:  # noqa: ANN401
-        """A policy from what ``guard`` and ``confine`` are given: a policy, a mapping, the path of a file, or shorthand.
+    def of(cls, value: PolicyLike | None = None, /, **shorthand: Any) -> Policy:
+        """A policy from what ``guard`` and ``confine`` take: a policy, a mapping, the path of a file, or shorthand.
 
         Raises :class:`PolicyError`, also for both at once, because it would not be clear which of them holds.
         """
         if value is None:
             return cls.from_shorthand(**shorthand)
         if shorthand:
-            raise PolicyError(next(iter(shorthand)), next(iter(shorthand.values())), "give a policy or its keys, not both")
+            name, given = next(iter(shorthand.items()))
+            raise PolicyError(name, given, "give a policy or single keys, not both: it would not be clear which holds")
         if isinstance(value, Policy):
             return value
         if isinstance(value, Mapping):
@@ -334,7 +341,7 @@ class Policy(_Model):
         raise PolicyError("policy", value, "a Policy, a mapping, or the path of a policy file")
 
     @classmethod
-    def from_shorthand(cls, **shorthand: Any) -> Self:  # noqa: ANN401
+    def from_shorthand(cls, **shorthand: Any) -> Self:
         """A policy from keyword arguments under the policy's own names.
 
         A top-level key (``mode``, ``budgets`` …) is itself; ``allow``, ``listen`` … belong to ``egress``, ``read``,
@@ -350,8 +357,8 @@ class Policy(_Model):
                 known = [*cls.model_fields, *_SHORTHAND]
                 raise PolicyError(name, value, f"no key of a policy{_meant(name, known)}")
             if path[0] == "budgets" and len(path) == 3 and Scope.ACTOR not in KINDS[name]:
-                scopes = [scope.value for scope in reversed(Scope) if scope in KINDS[name]]
-                raise PolicyError(name, value, f"it limits a {' or '.join(scopes)}: {scopes[0]}={{{name!r}: {value!r}}}")
+                remedy = f"it limits {_scopes_of(name)}: write call={{{name!r}: {value!r}}}"
+                raise PolicyError(name, value, remedy)
             _place_at(data, path, value)
         return cls.model_validate(data)
 
@@ -364,13 +371,15 @@ class Policy(_Model):
         return wire
 
 
+PolicyLike = Policy | Mapping[str, Any] | str | os.PathLike[str]
+"""What stands for a policy: one, a mapping of its keys, or the path of its file."""
+
 _SHORTHAND: Final[dict[str, tuple[str, ...]]] = {
     **{key: ("egress", key) for key in Egress.model_fields},
     **{key: ("files", key) for key in Files.model_fields},
     **{scope: ("budgets", scope) for scope in Budgets.model_fields},
     **{kind: ("budgets", "actor", kind) for kind in Budget.model_fields},
 }
-_M = TypeVar("_M", bound=BaseModel)
 
 
 def _opened(value: object) -> object:
@@ -383,19 +392,20 @@ def _opened(value: object) -> object:
 
 
 def _place_at(data: dict[str, Any], path: tuple[str, ...], value: object) -> None:
+    part: Any = data
     for key in path[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
+        part = part.setdefault(key, {})
+        if not isinstance(part, dict):
             return  # what was given for the whole is no mapping: the model says so
-    last = path[-1]
     value = _opened(value)
-    if isinstance(value, dict) and isinstance(data.get(last), dict):
+    last = path[-1]
+    if isinstance(value, dict) and isinstance(part.get(last), dict):
         for key, item in value.items():
-            _place_at(data, (last, str(key)), item)
+            _place_at(data, (*path, str(key)), item)
         return
-    if last in data:
-        raise PolicyError(".".join(path), value, f"it is given twice, here and as {data[last]!r}: leave one out")
-    data[last] = value
+    if last in part:
+        raise PolicyError(".".join(path), value, f"it is given twice, here and as {part[last]!r}: leave one out")
+    part[last] = value
 
 
 def _explicit(model: BaseModel, prefix: str = "") -> Iterable[str]:
@@ -408,6 +418,8 @@ def _explicit(model: BaseModel, prefix: str = "") -> Iterable[str]:
                 yield prefix + key
 
 
+_MOST_FAULTS: Final = 20
+
 # Faults ------------------------------------------------------------------------------------------------------------
 
 
@@ -415,10 +427,10 @@ def _policy_error(model: type[BaseModel], error: ValidationError) -> PolicyError
     """All faults as one error: the first is its key, value and remedy; the others follow in the text."""
     faults = [_fault(model, details) for details in error.errors(include_url=False)]
     first, *others = faults
-    remedy = first.remedy
-    if others:
-        remedy += "".join(f"\n  {other}" for other in others)
-    return PolicyError(first.key, first.value, remedy)
+    lines = [first.remedy, *(f"  {other}" for other in others[:_MOST_FAULTS])]
+    if len(others) > _MOST_FAULTS:
+        lines.append(f"  and {len(others) - _MOST_FAULTS} more")
+    return PolicyError(first.key, first.value, "\n".join(lines))
 
 
 def _fault(model: type[BaseModel], details: ErrorDetails) -> PolicyError:
@@ -427,15 +439,14 @@ def _fault(model: type[BaseModel], details: ErrorDetails) -> PolicyError:
     inner = details.get("ctx", {}).get("error")
     if isinstance(inner, PolicyError):
         # Raised by one of the validators above; one that judges a whole model says which key below it.
-        below = "" if inner.key == "egress.allow" else inner.key
-        return PolicyError(".".join(part for part in (key, below) if part) or "policy", inner.value, inner.remedy)
+        return PolicyError(".".join(each for each in (key, inner.key) if each) or "policy", inner.value, inner.remedy)
     part = _model_at(model, details["loc"][:-1])
     match details["type"]:
         case "extra_forbidden":
             remedy = f"no such key; the keys here are {', '.join(part.model_fields)}" if part else "no such key"
             remedy += _meant(details["loc"][-1], _known_keys(part))
         case "invalid_key":
-            remedy = "a key is text; put it in quotes"
+            return PolicyError(_dotted(details["loc"][:-1]) or "policy", value, "a key is text; put it in quotes")
         case "enum" | "literal_error":
             remedy = f"one of {details.get('ctx', {}).get('expected', '')}".replace("'", "")
             remedy += _meant(value, _words(part, details["loc"][-1]))
