@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -50,12 +51,13 @@ def cluster() -> Iterator[Cluster]:
         )
         yield Cluster(f"127.0.0.1:{port}", Path(context.address_info["session_dir"]))
     finally:
-        started = [process for process in psutil.Process().children(recursive=True) if process not in before]
-        ray.shutdown()
-        # The engine's processes and submitted jobs are not Ray's children: what has not ended with it is ended here, by
-        # pid. psutil compares start times, so a pid that was used again is left alone.
-        _, alive = psutil.wait_procs(started, timeout=5)
-        _end(alive)
+        with _to_the_end():
+            started = [process for process in psutil.Process().children(recursive=True) if process not in before]
+            ray.shutdown()
+            # The engine's processes and submitted jobs are not Ray's children: what has not ended with it is ended
+            # here, by pid. psutil compares start times, so a pid that was used again is left alone.
+            _, alive = psutil.wait_procs(started, timeout=5)
+            _end(alive)
 
 
 class Cluster:
@@ -77,6 +79,19 @@ class Cluster:
             if all(status.is_terminal() for status in jobs.values()) or time.monotonic() > deadline:
                 return {name: status.value for name, status in jobs.items()}
             time.sleep(0.5)
+
+
+@contextmanager
+def _to_the_end() -> Iterator[None]:
+    """Puts Ctrl-C off until the block is done: a clean-up that was begun is finished."""
+    missed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: missed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if missed:
+        raise KeyboardInterrupt
 
 
 def _free_port(wanted: int) -> int:

@@ -55,8 +55,10 @@ class Record:
         self._entries = self.index.of(Kind.FLOW)
         self.flows = [self._flow(entry) for entry in self._entries]
 
-    def flows_of(self, rollout: str, turn: int) -> list[Flow]:
-        return [flow for flow in self.flows if (flow.rollout, flow.turn) == (rollout, turn)]
+    def flows_of(self, turn: Turn) -> list[Flow]:
+        """The flows of a turn's tool call; what the actor itself does for a turn (asking the policy) is no tool call."""
+        here = (turn.rollout, turn.number)
+        return [flow for flow in self.flows if (flow.rollout, flow.turn) == here and flow.call_id]
 
     def broken(self, flows: Sequence[Flow], turn: Turn) -> str:
         """What is missing between these flows and their iteration; empty when nothing is.

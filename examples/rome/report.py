@@ -88,7 +88,7 @@ def _destinations(world: World, result: Result) -> None:
         return f"{network}x:{at.range_port}" if destination.startswith(network) else destination
 
     for flow in result.flows:
-        if flow.transport == "unix" or flow.rollout is None:
+        if flow.transport == "unix" or flow.call_id is None:
             continue
         row = totals[place(flow.destination)]
         row[0 if flow.decision == "allow" else 1] += 1

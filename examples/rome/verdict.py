@@ -95,7 +95,7 @@ def guarded(world: World, turns: Sequence[Turn], outcomes: Sequence[Outcome], se
     record = Record(evidence)
     failures, calls = [], []
     for turn in turns:
-        flows = record.flows_of(turn.rollout, turn.number)
+        flows = record.flows_of(turn)
         denied = [flow for flow in flows if flow.decision == "deny" and flow.transport != "unix"]
         call = Call(turn, sorted({(flow.destination, flow.reason) for flow in denied}), got_through=seen.knows(turn))
         calls.append(call)
