@@ -20,6 +20,8 @@ from ray_guard.report.summary import Destination, Episode, Flows, Refusal, Summa
 _NONE: Final = "-"
 _BAR: Final = 10
 _COLLAPSE: Final = 4
+#: The longest IPv4 address with a port is never cut.
+_ADDRESS: Final = 21
 
 
 class Tone(Enum):
@@ -41,11 +43,15 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """``flexible`` columns give way on a narrow terminal, longest first."""
+    """A column with a ``least`` width gives way on a narrow terminal, the widest first, down to it."""
 
     title: str
     right: bool = False
-    flexible: bool = False
+    least: int = 0
+
+    @property
+    def flexible(self) -> bool:
+        return self.least > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +159,13 @@ def _refused(summary: Summary) -> Table:
     ]
     columns = [
         Column("UTC"),
-        Column("actor", flexible=True),
-        Column("rollout", flexible=True),
+        Column("actor", least=10),
+        Column("rollout", least=10),
         Column("turn", right=True),
         Column("tool"),
-        Column("what ran", flexible=True),
-        Column("refused destination", flexible=True),
-        Column("why", flexible=True),
+        Column("what ran", least=24),
+        Column("refused destination", least=_ADDRESS),
+        Column("why", least=10),
         Column("tries", right=True),
     ]
     note = f"{text.plural(summary.total.refused, 'attempt')}, {_callers(found)}"
@@ -194,8 +200,8 @@ def _violations(summary: Summary) -> Table:
         Column("tool"),
         Column("count", right=True),
         Column("rollouts", right=True),
-        Column("actors", flexible=True),
-        Column("reason", flexible=True),
+        Column("actors", least=10),
+        Column("reason", least=10),
         Column("worst", right=True),
         Column("limit", right=True),
         Column("first, UTC"),
@@ -224,15 +230,15 @@ def _destinations(summary: Summary) -> Table:
         for where, item in allowed + refused
     ]
     columns = [
-        Column("destination", flexible=True),
+        Column("destination", least=_ADDRESS),
         Column("outcome"),
-        Column("why", flexible=True),
+        Column("why", least=10),
         Column("flows", right=True),
         Column("sent", right=True),
         Column("received", right=True),
         Column("calls", right=True),
         Column("rollouts", right=True),
-        Column("actors", flexible=True),
+        Column("actors", least=10),
     ]
     note = "payload bytes"
     if summary.total.unmeasured:
@@ -324,10 +330,10 @@ def _episodes(summary: Summary) -> Table:
         for episode in sorted(summary.episodes.values(), key=urgency)
     ]
     columns = [
-        Column("rollout", flexible=True),
+        Column("rollout", least=10),
         Column("iteration", right=True),
-        Column("group", flexible=True),
-        Column("actor", flexible=True),
+        Column("group", least=10),
+        Column("actor", least=10),
         Column("turns", right=True),
         *_USAGE,
         Column("reward", right=True),
@@ -351,7 +357,7 @@ def _actors(summary: Summary) -> Table:
         )
     ]
     columns = [
-        Column("actor", flexible=True),
+        Column("actor", least=10),
         Column("rollouts", right=True),
         *_USAGE,
         Column("tokens in", right=True),
@@ -375,7 +381,7 @@ def _tools(summary: Summary) -> Table:
         )
     ]
     columns = [
-        Column("tool", flexible=True),
+        Column("tool", least=10),
         Column("rollouts", right=True),
         *_USAGE,
         Column("median", right=True),
@@ -402,11 +408,11 @@ def _unfinished(summary: Summary) -> Table:
         Column("begun, UTC"),
         Column("state"),
         Column("kind"),
-        Column("what", flexible=True),
-        Column("actor", flexible=True),
-        Column("rollout", flexible=True),
+        Column("what", least=10),
+        Column("actor", least=10),
+        Column("rollout", least=10),
         Column("lasted", right=True),
-        Column("message", flexible=True),
+        Column("message", least=10),
     ]
     killed = sum(item.state == "killed" for item in summary.unfinished)
     note = f"{len(rows) - killed:,} without an end in this evidence, {killed:,} closed by the supervisor"
@@ -417,7 +423,7 @@ def _quarantined(quarantine: Quarantine) -> Table:
     rows = [
         [Cell(item.reason, Tone.WARN), _cell(str(item.position)), _cell(item.detail)] for item in quarantine.first[:200]
     ]
-    columns = [Column("reason"), Column("where", flexible=True), Column("what", flexible=True)]
+    columns = [Column("reason"), Column("where", least=10), Column("what", least=10)]
     by_reason = ", ".join(f"{count:,} {reason}" for reason, count in sorted(quarantine.counts.items()))
     return Table("Quarantined", f"not used: {by_reason}", columns, rows, limit=10)
 

@@ -21,7 +21,6 @@ _CODES: Final = {
 }
 _RESET: Final = "\x1b[0m"
 _GAP: Final = "  "
-_NARROWEST: Final = 8
 #: Even where nothing has to fit, no cell is wider than this: an argument list can be.
 _WIDEST: Final = 160
 
@@ -85,7 +84,7 @@ def _table(table: Table, columns: int | None, *, colour: bool) -> list[str]:
 
 
 def _widths(table: Table, rows: Sequence[Sequence[Cell]], columns: int | None) -> list[int]:
-    """What each column needs; where that is too much, the widest flexible ones give way, evenly."""
+    """What each column needs; where that is too much, the widest flexible ones give way."""
     widths = [
         min(_WIDEST, max(text.width(column.title), *(text.width(row[index].text) for row in rows)))
         for index, column in enumerate(table.columns)
@@ -96,8 +95,9 @@ def _widths(table: Table, rows: Sequence[Sequence[Cell]], columns: int | None) -
     excess = sum(widths) + len(_GAP) * len(widths) - columns
     while excess > 0 and flexible:
         widest = max(flexible, key=lambda index: widths[index])
-        if widths[widest] <= max(_NARROWEST, text.width(table.columns[widest].title)):
-            break
+        if widths[widest] <= max(table.columns[widest].least, text.width(table.columns[widest].title)):
+            flexible.remove(widest)
+            continue
         widths[widest] -= 1
         excess -= 1
     return widths
