@@ -16,6 +16,7 @@ import yaml
 from ray_guard.errors import PolicyError
 
 _MOST_BYTES: Final = 1 << 20
+_QUOTES: Final = '; put what begins with * or [ in quotes, as in "*.example.org:443"'
 _SMALLEST: Final = 'the smallest policy is "version: 1", which lets nothing out'
 
 
@@ -75,7 +76,7 @@ def _parse(text: str) -> object:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        raise _FaultError(f"it is neither YAML nor JSON: {error.problem or error.context}{where}") from None
+        raise _FaultError(f"it is neither YAML nor JSON: {error.problem or error.context}{where}{_QUOTES}") from None
     except yaml.YAMLError as error:
         raise _FaultError(f"it is neither YAML nor JSON: {' '.join(str(error).split())}") from None
     except RecursionError:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -87,7 +87,7 @@ def _whole(value: object, number: object, what: str) -> int:
         raise _problem(value, f"a whole number of {what}")
     if number < 0:
         raise _problem(value, "a limit is not negative; 0 grants nothing, and no key at all is no limit")
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise _problem(value, "no number that can be reached: leave the key out for no limit")
     if number != int(number):
         raise _problem(value, f"a whole number of {what}")
@@ -448,8 +448,8 @@ def _fault(model: type[BaseModel], details: ErrorDetails) -> PolicyError:
         case "invalid_key":
             return PolicyError(_dotted(details["loc"][:-1]) or "policy", value, "a key is text; put it in quotes")
         case "enum" | "literal_error":
-            remedy = f"one of {details.get('ctx', {}).get('expected', '')}".replace("'", "")
-            remedy += _meant(value, _words(part, details["loc"][-1]))
+            expected = str(details.get("ctx", {}).get("expected", ""))
+            remedy = "one of " + expected.replace("'", "") + _meant(value, re.findall(r"'([^']*)'", expected))
         case "bool_type" | "bool_parsing":
             remedy = "true or false"
         case "tuple_type":
@@ -482,8 +482,3 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
 
 def _known_keys(model: type[BaseModel] | None) -> Iterable[str]:
     return model.model_fields if model is not None else ()
-
-
-def _words(model: type[BaseModel] | None, key: int | str) -> Iterable[str]:
-    info = model.model_fields.get(str(key)) if model is not None else None
-    return [str(word) for word in get_args(info.annotation)] if info is not None else ()

@@ -163,9 +163,10 @@ def test_the_end_of_a_scope_gives_back_what_it_and_those_within_it_held() -> Non
 @pytest.mark.parametrize("amount", [-1, math.nan, math.inf, True])
 def test_impossible_amounts_are_refused(amount: float) -> None:
     call = tree()[-1]
-    for book in (lambda: call.reserve(SENT, amount), lambda: call.charge(SENT, amount)):
-        with pytest.raises(ValueError, match="not negative"):
-            book()
+    with pytest.raises(ValueError, match="not negative"):
+        call.reserve(SENT, amount)
+    with pytest.raises(ValueError, match="not negative"):
+        call.charge(SENT, amount)
 
 
 def test_a_kind_that_does_not_exist_is_not_unlimited() -> None:
