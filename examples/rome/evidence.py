@@ -56,7 +56,7 @@ class Record:
         self.flows = [self._flow(entry) for entry in self._entries]
 
     def flows_of(self, turn: Turn) -> list[Flow]:
-        """The flows of a turn's tool call; what the actor itself does for a turn (asking the policy) is no tool call."""
+        """The flows of a turn's tool call, without what the actor itself does for the turn (asking the policy)."""
         here = (turn.rollout, turn.number)
         return [flow for flow in self.flows if (flow.rollout, flow.turn) == here and flow.call_id]
 
