@@ -1,0 +1,565 @@
+"""target: scopes: iteration, episode, turn, chat and tool call, each a span and a place that usage is charged to.
+
+Entering a scope sends one ``open`` message, leaving it one ``close``; a killed process leaves its open ones known.
+Where nothing listens (no guard, no evidence folder) a scope is only a place in the process and costs next to nothing.
+In a confined process evidence is binding: when the supervisor is gone, entering a scope raises ``SupervisorLost``.
+Apart from that, nothing that goes wrong in here reaches the code inside the scope.
+
+The decorator :func:`ray_guard.client.decorator.tool` is built on :class:`ToolCall`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from ray_guard.client import carry
+from ray_guard.client.carry import Node
+from ray_guard.client.context import Place, attach, context, environment, read_context, traceparent
+from ray_guard.client.otel import attempt, mirror
+from ray_guard.client.outlet import Outlet, base_identity, outlet
+from ray_guard.client.spans import (
+    NAME_LIMIT,
+    Event,
+    Link,
+    Value,
+    arguments_digest,
+    attributes_json,
+    canonical,
+    clean,
+    clean_text,
+    close_message,
+    describe_exception,
+    new_span_id,
+    new_trace_id,
+    open_message,
+    quote,
+    to_json,
+    warn_once,
+)
+from ray_guard.client.verdicts import ask_violations, record_reward, violations
+from ray_guard.errors import PolicyError, SupervisorLost
+from ray_guard.records import SpanKind, StatusCode
+
+__all__ = [
+    "Chat",
+    "Episode",
+    "Iteration",
+    "Scope",
+    "ToolCall",
+    "Turn",
+    "attach",
+    "chat",
+    "context",
+    "episode",
+    "iteration",
+    "record_reward",
+    "tool_call",
+    "traceparent",
+    "turn",
+    "violations",
+]
+
+_EVENT_LIMIT = 128
+
+
+class _Forks:
+    """How often this process was forked off since the module was loaded: a child must not end its parent's spans."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def forked(self) -> None:
+        self.count += 1
+
+
+_forks = _Forks()
+os.register_at_fork(after_in_child=_forks.forked)
+
+
+class Scope(Node):
+    """A span of ours while it lasts. Use it as a context manager, ``with`` or ``async with``, once."""
+
+    __slots__ = (
+        "_attributes",
+        "_begun",
+        "_events",
+        "_forks",
+        "_outlet",
+        "_start_ns",
+        "above",
+        "ended",
+        "entered",
+        "links",
+        "name",
+        "parent",
+    )
+
+    span_kind = SpanKind.INTERNAL
+    scope_kind = ""
+    is_root = False
+
+    def __init__(self, name: str) -> None:
+        self.kind = self.scope_kind
+        self.name = name
+        self.span = new_span_id()
+        self.ended = False
+        self.entered = False
+        self._attributes: dict[str, Value] = {}
+        self._events: list[Event] = []
+        self.links: list[Link] = []
+
+    # What a kind of scope adds to the place above it. -----------------------------------------------------------------
+
+    def _own_identity(self) -> dict[str, str | int] | None:
+        """Identity attributes that differ from those above; None: none do."""
+        return None
+
+    def _prepare(self) -> None:
+        """Called before the span is reported, if it is to be reported at all."""
+
+    def opening(self) -> dict[str, Value]:
+        """Attributes that the span begins with."""
+        return {}
+
+    def _opening_json(self) -> str:
+        return attributes_json(self.opening())
+
+    def _budget(self) -> dict[str, Any] | None:
+        return None
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def set_attribute(self, key: str, value: object) -> None:
+        """Adds an attribute; a value that OTLP cannot carry is written as its type's name."""
+        self._attributes[clean_text(str(key), NAME_LIMIT)] = clean(value)
+
+    def add_event(self, name: str, attributes: Mapping[str, object] | None = None) -> None:
+        """Adds an event, now. The last 128 are kept."""
+        details = {clean_text(str(k), NAME_LIMIT): clean(v) for k, v in attributes.items()} if attributes else {}
+        self._event(clean_text(str(name), NAME_LIMIT), details)
+
+    def _event(self, name: str, details: dict[str, Value]) -> None:
+        self._events.append((name, time.time_ns(), details))
+        if len(self._events) > _EVENT_LIMIT:
+            del self._events[0]
+
+    def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
+        """Fills in trace, parent, identity and links from what encloses this scope."""
+        self.above = above
+        self.call = None
+        if above is not None and not self.is_root:
+            self.trace = above.trace
+            self.parent: str | None = above.span
+            self.episode = above.episode
+            self.call = above.call
+            self.sampled = above.sampled
+            self.attachment = above.attachment
+            if otel is not None:
+                self.parent = attempt(otel.between, above) or above.span
+        else:
+            outside: Place | None = None
+            if above is None:
+                outside = (attempt(otel.outer) if otel is not None else None) or environment()
+            self.episode = None
+            self.sampled = True
+            self.attachment = carry.UNASKED
+            self.parent = None
+            if self.is_root:
+                self.trace = new_trace_id()
+                if above is not None:
+                    self.links.append((above.trace, above.span))
+                elif outside is not None:
+                    self.links.append(outside[:2])
+            elif outside is not None:
+                self.trace, self.parent, self.sampled = outside
+            else:
+                self.trace = new_trace_id()
+        if above is not None:
+            self.identity = above.identity
+            self.identity_json = above.identity_json
+            self.capture = above.capture
+        else:
+            if where is not None:
+                self.identity = where.identity
+                self.identity_json = where.identity_json
+            else:
+                self.identity = base_identity(None)
+                self.identity_json = to_json(self.identity)
+            self.capture = os.environ.get("RAY_GUARD_CAPTURE_CONTENT") == "1"
+        own = self._own_identity()
+        if own is not None:
+            self.identity = own
+            self.identity_json = to_json(own)
+
+    def __enter__(self) -> Self:
+        if self.entered:
+            raise RuntimeError(f"a scope is entered once; this {self.scope_kind} was entered before")
+        self.entered = True
+        where = self._outlet = outlet()
+        otel = mirror()
+        self._locate(carry.current(), where, otel)
+        self._begun: Any = None
+        self._forks = _forks.count
+        self._start_ns = time.time_ns()
+        if where is not None or otel is not None:
+            self._prepare()
+        if where is not None:
+            where.post(
+                open_message(
+                    span=self.span,
+                    trace=self.trace,
+                    parent=self.parent,
+                    scope=self.scope_kind,
+                    name=self.name,
+                    kind=self.span_kind,
+                    start_ns=self._start_ns,
+                    attributes_json=self._opening_json(),
+                    identity_json=self.identity_json,
+                    links=self.links,
+                    episode=None if self.episode == self.span else self.episode,
+                    budget=self._budget(),
+                )
+            )
+        if otel is not None:
+            self._begun = attempt(otel.begin, self, self._start_ns)
+        carry.move_to(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        self.ended = True
+        # Scopes of interleaved generators end in any order: never make a place current that has ended.
+        above = self.above
+        while isinstance(above, Scope) and above.ended:
+            above = above.above
+        self.above = above
+        if carry.current() is self:
+            carry.move_to(above)
+        begun, self._begun = self._begun, None
+        otel = mirror() if begun is not None else None
+        if otel is not None:
+            attempt(otel.leave, begun)
+        where = self._outlet
+        if (where is None and begun is None) or self._forks != _forks.count:
+            return  # nobody to tell, or a forked child: the span is its parent's, which will end it
+        end_ns = max(time.time_ns(), self._start_ns)
+        status, message = 0, ""
+        if error is not None and not isinstance(error, GeneratorExit):  # a consumer that stops early is no error
+            attributes, message, event = describe_exception(error, end_ns)
+            status = int(StatusCode.ERROR)
+            self._attributes.update(attributes)
+            self._events.append(event)
+        if otel is not None:
+            attempt(otel.end, begun, end_ns, self._attributes, status, message, self._events)
+        if where is not None:
+            try:
+                where.post(
+                    close_message(
+                        span=self.span,
+                        end_ns=end_ns,
+                        attributes=self._attributes,
+                        status=status,
+                        message=message,
+                        events=self._events,
+                    )
+                )
+            except SupervisorLost:
+                if error is None:
+                    raise  # else the code's own exception is the one to see
+
+    def suspend(self) -> carry.State:
+        """Leaves the scope's place without ending the scope; the state returned leads back (:func:`carry.swap`)."""
+        inside = carry.capture()
+        carry.move_to(self.above)
+        otel = mirror() if self._begun is not None else None
+        if otel is not None:
+            attempt(otel.leave, self._begun)
+        return inside
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        self.__exit__(kind, error, trace)
+
+
+class ToolCall(Scope):
+    """One call of a tool; made by :func:`tool_call` and by the decorator."""
+
+    __slots__ = ("_arguments", "_call_id", "_content", "_digest", "_tool")
+    scope_kind = "tool"
+
+    def __init__(self, tool: str, arguments: object, call_id: str | None = None) -> None:
+        Scope.__init__(self, f"execute_tool {tool}")
+        self._tool = tool
+        self._digest: str | None = None
+        self._content: str | None = None
+        self._arguments = arguments
+        self._call_id = call_id
+
+    @property
+    def id(self) -> str:
+        """``gen_ai.tool.call.id``: the model's own, where it was given."""
+        return self._call_id or f"call_{self.span}"
+
+    def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
+        super()._locate(above, where, otel)
+        self.call = self.span
+
+    def _prepare(self) -> None:
+        arguments, self._arguments = self._arguments, None  # not kept alive for as long as the tool runs
+        try:
+            self._digest = arguments_digest(arguments)
+            if self.capture:
+                self._content = clean_text(canonical(arguments))
+        except Exception:  # noqa: BLE001 - keys and values are the caller's; their methods may raise anything
+            warn_once("arguments", "ray_guard: a tool's arguments could not be hashed")
+
+    def opening(self) -> dict[str, Value]:
+        opening: dict[str, Value] = {
+            "gen_ai.operation.name": "execute_tool",
+            "gen_ai.tool.name": self._tool,
+            "gen_ai.tool.call.id": self.id,
+        }
+        if self._digest is not None:
+            opening["ray_guard.arguments.sha256"] = self._digest
+        if self._content is not None:
+            opening["gen_ai.tool.call.arguments"] = self._content
+        return opening
+
+    def _opening_json(self) -> str:
+        if self._digest is None or self._content is not None:
+            return attributes_json(self.opening())
+        # The usual case, spelled out: this is the path of every tool call.
+        return (
+            f'{{"gen_ai.operation.name":"execute_tool","gen_ai.tool.name":{quote(self._tool)},'
+            f'"gen_ai.tool.call.id":{quote(self.id)},"ray_guard.arguments.sha256":"{self._digest}"}}'
+        )
+
+    def result(self, value: object) -> None:
+        """Records what the tool returned, where content is captured (``RAY_GUARD_CAPTURE_CONTENT=1``)."""
+        if self.capture:
+            try:
+                text = value if isinstance(value, str) else canonical(value)
+                self._attributes["gen_ai.tool.call.result"] = clean_text(text)
+            except Exception:  # noqa: BLE001 - the tool has done its work; its result is handed on
+                warn_once("result", "ray_guard: a tool's result could not be captured")
+
+
+class Episode(Scope):
+    """One trajectory: a trace of its own, an identity, a sub-budget and a reward."""
+
+    __slots__ = ("_budget_wire", "_given", "_iteration", "id")
+    scope_kind = "episode"
+    is_root = True
+
+    def __init__(
+        self,
+        agent: str,
+        *,
+        rollout: str | None,
+        group: str | None,
+        iteration: int | Iteration | Mapping[str, Any] | None,
+        policy_version: str | None,
+        budget: Any,
+    ) -> None:
+        Scope.__init__(self, f"invoke_agent {clean_text(str(agent), NAME_LIMIT)}")
+        self.id = new_trace_id() if rollout is None else clean_text(str(rollout), NAME_LIMIT)
+        """``rl.rollout.id``."""
+        self._given = {
+            key: clean_text(str(value), NAME_LIMIT)
+            for key, value in (("rl.group.id", group), ("rl.policy.version", policy_version))
+            if value is not None
+        }
+        self._iteration: Node | int | str | None
+        if isinstance(iteration, Mapping):
+            self._iteration = read_context(iteration)
+        elif isinstance(iteration, Iteration):
+            self._iteration = iteration if iteration.entered else iteration.number  # no span yet: nothing to link to
+        else:
+            self._iteration = None if iteration is None else _number(iteration)
+        self._budget_wire = _budget_wire(budget)
+
+    def _own_identity(self) -> dict[str, str | int]:
+        kept = ("rl.run.id", "rl.iteration", "rl.policy.version")
+        identity: dict[str, str | int] = {key: value for key, value in self.identity.items() if key in kept}
+        given = self._iteration
+        if isinstance(given, Node):
+            if "rl.iteration" in given.identity:
+                identity["rl.iteration"] = given.identity["rl.iteration"]
+            if (given.trace, given.span) not in self.links:
+                self.links.append((given.trace, given.span))
+        elif given is not None:
+            identity["rl.iteration"] = given
+        identity["rl.rollout.id"] = self.id
+        identity.update(self._given)
+        self.episode = self.span
+        return identity
+
+    def opening(self) -> dict[str, Value]:
+        return {"gen_ai.operation.name": "invoke_agent"}
+
+    def _budget(self) -> dict[str, Any] | None:
+        return self._budget_wire
+
+    def reward(self, value: float) -> None:
+        """Sets the reward. Called again, the last one counts; each is an event.
+
+        Raises:
+            TypeError, ValueError: `value` is not a number.
+        """
+        score = clean(float(value))
+        self._attributes["rl.reward.score"] = score
+        self._event(
+            "gen_ai.evaluation.result", {"gen_ai.evaluation.name": "reward", "gen_ai.evaluation.score.value": score}
+        )
+
+    def violations(self) -> list[dict[str, Any]]:
+        """This episode's violations so far; see :func:`violations`. Works after its end too."""
+        return ask_violations(self.span)
+
+
+class Iteration(Scope):
+    """One training iteration: a trace of its own, to which rollouts link."""
+
+    __slots__ = ("number",)
+    scope_kind = "iteration"
+    is_root = True
+
+    def __init__(self, number: int | str) -> None:
+        Scope.__init__(self, "rl.iteration")
+        self.number = number
+
+    def _own_identity(self) -> dict[str, str | int]:
+        return {
+            **{k: v for k, v in self.identity.items() if k in ("rl.run.id", "rl.policy.version")},
+            "rl.iteration": self.number,
+        }
+
+
+class Turn(Scope):
+    """One turn of a rollout."""
+
+    __slots__ = ("number",)
+    scope_kind = "turn"
+
+    def __init__(self, number: int | str) -> None:
+        Scope.__init__(self, "rl.turn")
+        self.number = number
+
+    def _own_identity(self) -> dict[str, str | int]:
+        return {**self.identity, "rl.turn": self.number}
+
+
+class Chat(Scope):
+    """One model call; settled by :meth:`usage`."""
+
+    __slots__ = ("_given", "_model")
+    scope_kind = "chat"
+    span_kind = SpanKind.CLIENT
+
+    def __init__(self, model: str, attributes: Mapping[str, object] | None) -> None:
+        self._model = clean_text(str(model), NAME_LIMIT)
+        Scope.__init__(self, f"chat {self._model}")
+        self._given = {clean_text(str(key), NAME_LIMIT): clean(value) for key, value in (attributes or {}).items()}
+
+    def opening(self) -> dict[str, Value]:
+        return {"gen_ai.operation.name": "chat", "gen_ai.request.model": self._model, **self._given}
+
+    def usage(self, input_tokens: int, output_tokens: int) -> None:
+        """What the call used, in tokens; counts of several requests within one scope add up.
+
+        Raises:
+            ValueError: a count is negative or no whole number.
+        """
+        for key, tokens in (("gen_ai.usage.input_tokens", input_tokens), ("gen_ai.usage.output_tokens", output_tokens)):
+            count = int(tokens)
+            if count < 0 or count != tokens:
+                raise ValueError(f"{key} must be a whole number of tokens, not {tokens!r}")
+            before = self._attributes.get(key, 0)
+            self._attributes[key] = (before if isinstance(before, int) else 0) + count
+
+
+def _number(value: object) -> int | str:
+    """An iteration or turn as it goes on spans: a number where it is one (NumPy's too), else text."""
+    plain = clean(value)
+    return plain if isinstance(plain, (int, str)) and not isinstance(plain, bool) else str(plain)
+
+
+def _budget_wire(budget: Any) -> dict[str, Any] | None:
+    if budget is None:
+        return None
+    # Here, because pydantic takes longer to load than everything else that a scope needs.
+    from ray_guard.policy.model import Budget, Budgets
+
+    if not isinstance(budget, (Budget, Mapping)):
+        raise PolicyError("budget", budget, "give limits by name, such as {'egress_bytes': '20MiB'}, or a Budget")
+    try:
+        checked = Budgets.model_validate({"episode": budget if isinstance(budget, Budget) else dict(budget)})
+    except PolicyError as error:
+        raise PolicyError(f"budget{error.key.removeprefix('episode')}", error.value, error.remedy) from None
+    return dict(checked.episode.limits())
+
+
+# --- the public functions -----------------------------------------------------------------------------------------
+
+
+def tool_call(name: str, arguments: object = None, *, id: str | None = None) -> ToolCall:
+    """One call of a tool, as a context manager: one span, one accounting scope, one process scope.
+
+    Args:
+        name: of the tool.
+        arguments: hashed (SHA-256 of canonical JSON), recorded only where content is captured.
+        id: the model's own id of the call; a fresh one where none is given.
+    """
+    return ToolCall(
+        clean_text(str(name), NAME_LIMIT),
+        {} if arguments is None else arguments,
+        None if id is None else clean_text(str(id), NAME_LIMIT),
+    )
+
+
+def episode(  # noqa: PLR0917 - the contract's parameters, in its order
+    id: str | None = None,
+    group: str | None = None,
+    iteration: int | Iteration | Mapping[str, Any] | None = None,
+    policy_version: str | None = None,
+    agent: str = "agent",
+    budget: Any = None,
+) -> Episode:
+    """One trajectory, as a context manager.
+
+    Args:
+        id: ``rl.rollout.id``; a fresh one where none is given.
+        group: ``rl.group.id``, of rollouts that answer the same prompt.
+        iteration: a number, or an iteration's scope or :func:`context`, which is then linked to. An enclosing iteration
+            is linked to by itself.
+        policy_version: of the weights that act.
+        agent: name of the agent, part of the span's name.
+        budget: limits of this episode; they add to the policy's, never loosen them.
+    """
+    return Episode(agent, rollout=id, group=group, iteration=iteration, policy_version=policy_version, budget=budget)
+
+
+def iteration(n: int) -> Iteration:
+    """One training iteration, as a context manager."""
+    return Iteration(_number(n))
+
+
+def turn(n: int) -> Turn:
+    """One turn of a rollout, as a context manager."""
+    return Turn(_number(n))
+
+
+def chat(model: str, *, attributes: Mapping[str, object] | None = None) -> Chat:
+    """One model call, as a context manager, where no engine hook applies; settle it by ``.usage(…)``."""
+    return Chat(model, attributes)

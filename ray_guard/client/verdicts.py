@@ -1,0 +1,71 @@
+"""target: what the supervisor has to say of an episode, and what it is told after the fact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray_guard.client import carry
+from ray_guard.client.outlet import outlet
+from ray_guard.client.spans import NAME_LIMIT, clean, clean_text
+from ray_guard.errors import BudgetExceeded, EgressDenied, NotEnforced, RayGuardError, SupervisorLost
+
+
+def violations(*, raise_: bool = False) -> list[dict[str, Any]]:
+    """The violations of the current episode; outside of an episode, of this process.
+
+    Returns:
+        One dict each: ``kind``, ``limit`` and ``value`` in the limit's own unit, ``span``, ``time`` (Unix ns),
+        ``reason``, ``destination``.
+
+    Raises:
+        EgressDenied, BudgetExceeded: the first violation, where `raise_`.
+        NotEnforced: this process is not guarded, so nobody counts: that is not the same as none.
+        SupervisorLost: the supervisor does not answer.
+    """
+    node = carry.current()
+    found = ask_violations(None if node is None else node.episode)
+    if raise_ and found:
+        raise _violation_error(found[0])
+    return found
+
+
+def ask_violations(episode: str | None) -> list[dict[str, Any]]:
+    where = outlet()
+    if where is None:
+        raise NotEnforced(("violations",), "this process is not guarded, so no violation would be seen")
+    answer = where.wire.request({"op": "violations", "episode": episode})
+    found = answer.get("violations")
+    if not isinstance(found, list):
+        raise SupervisorLost(f"the supervisor answered nonsense: {answer!r:.200}")
+    return found
+
+
+def _violation_error(violation: Mapping[str, Any]) -> RayGuardError:
+    kind, reason = str(violation.get("kind")), str(violation.get("reason") or "")
+    limit, value = violation.get("limit"), violation.get("value")
+    if isinstance(limit, (int, float)) and isinstance(value, (int, float)):
+        scope = reason.removesuffix(" budget")
+        return BudgetExceeded(kind, value, limit, scope or "episode", str(violation.get("span") or ""))
+    if violation.get("destination"):
+        return EgressDenied(str(violation["destination"]), reason)
+    return RayGuardError(f"{kind}: {reason}")
+
+
+def record_reward(episode_id: str, value: float) -> None:
+    """A reward that arrives after its episode, from anywhere in the job.
+
+    Args:
+        episode_id: the episode's ``id`` (``rl.rollout.id``).
+        value: the reward.
+
+    Raises:
+        TypeError, ValueError: `value` is not a number.
+        NotEnforced: there is no evidence to write it to from here; it would be lost.
+        SupervisorLost: the supervisor does not answer.
+    """
+    score = clean(float(value))
+    where = outlet()
+    if where is None:
+        raise NotEnforced(("evidence",), "no supervisor can be reached from here, so the reward would be lost")
+    where.wire.send({"op": "reward", "episode": clean_text(str(episode_id), NAME_LIMIT), "value": score})
