@@ -227,24 +227,16 @@ class Account:
         Bytes name their direction (``egress_sent_bytes``, ``egress_received_bytes``) and count for ``egress_bytes``
         as well. None: granted. An :class:`Exceeded` with ``report_only`` was granted too.
         """
-        return self.reserve_all({kind: amount})
+        amount = _amount(amount)
+        return self._take([(each, amount) for each in _charged(kind)])
 
     def reserve_all(self, amounts: Limits) -> Exceeded | None:
         """:meth:`reserve` for several kinds at once: all of them or none."""
-        if self._closed:
-            raise ValueError(f"{self.scope.value} {self.source} is closed")
-        asked = [(charged, _amount(amount)) for kind, amount in amounts.items() for charged in _charged(kind)]
-        if len(asked) > 1:
-            summed: dict[str, Amount] = {}
-            for kind, amount in asked:
-                summed[kind] = summed.get(kind, 0) + amount
-            asked = list(summed.items())
-        exceeded = self._find(asked)
-        if exceeded is None or exceeded.report_only:
-            for node in self._upwards():
-                for kind, amount in asked:
-                    node._held[kind] = node._held.get(kind, 0) + amount
-        return exceeded
+        summed: dict[str, Amount] = {}
+        for kind, amount in amounts.items():
+            for each in _charged(kind):
+                summed[each] = summed.get(each, 0) + _amount(amount)
+        return self._take(list(summed.items()))
 
     def settle(self, kind: str, reserved: Amount, actual: Amount) -> Exceeded | None:
         """Gives ``reserved`` back and books ``actual`` instead, here and in every scope around.
@@ -254,11 +246,15 @@ class Account:
         """
         charged = _charged(kind)
         actual = _amount(actual)
-        if not self._closed:
+        if reserved and not self._closed:
             self._release(charged, _amount(reserved))
-        for node in self._upwards():
-            for each in charged:
-                node._used[each] = node._used.get(each, 0) + actual
+        if actual:
+            node: Account | None = self
+            while node is not None:
+                used = node._used
+                for each in charged:
+                    used[each] = used.get(each, 0) + actual
+                node = node._parent
         return self._find([(each, 0) for each in charged])
 
     def charge(self, kind: str, actual: Amount) -> Exceeded | None:
@@ -318,28 +314,54 @@ class Account:
         noticed: Exceeded | None = None
         node: Account | None = self
         while node is not None:
-            limits, watched = node._limits, node._watched
-            if limits or watched:  # on the path of every connect, and most scopes have none
+            if node._limits or node._watched:  # on the path of every connect, and most scopes have none
                 for kind, amount in asked:
-                    # "not <=" and not ">": what cannot be compared is refused.
-                    if kind in limits and not node._taken(kind) + amount <= limits[kind]:
-                        value = node._taken(kind) + amount
-                        return Exceeded(kind, value, limits[kind], node.scope, node.source)
-                    if noticed is None and kind in watched and not node._taken(kind) + amount <= watched[kind]:
-                        value = node._taken(kind) + amount
-                        noticed = Exceeded(kind, value, watched[kind], node.scope, node.source, report_only=True)
+                    exceeded = node._judge(kind, amount)
+                    if exceeded is not None:
+                        if not exceeded.report_only:
+                            return exceeded
+                        noticed = exceeded if noticed is None else noticed
             node = node._parent
         return noticed
+
+    def _judge(self, kind: str, amount: Amount) -> Exceeded | None:
+        """This scope's own limit, if ``amount`` more passes it; the enforced one before the watched one."""
+        # "not <=" rather than ">": what cannot be compared is refused.
+        if kind in self._limits:
+            value = self._taken(kind) + amount
+            if not value <= self._limits[kind]:
+                return Exceeded(kind, value, self._limits[kind], self.scope, self.source)
+        if kind in self._watched:
+            value = self._taken(kind) + amount
+            if not value <= self._watched[kind]:
+                return Exceeded(kind, value, self._watched[kind], self.scope, self.source, report_only=True)
+        return None
+
+    def _take(self, asked: list[tuple[str, Amount]]) -> Exceeded | None:
+        if self._closed:
+            raise ValueError(f"{self.scope.value} {self.source} is closed")
+        exceeded = self._find(asked)
+        if exceeded is None or exceeded.report_only:
+            node: Account | None = self
+            while node is not None:
+                held = node._held
+                for kind, amount in asked:
+                    held[kind] = held.get(kind, 0) + amount
+                node = node._parent
+        return exceeded
 
     def _release(self, kinds: tuple[str, ...], reserved: Amount) -> None:
         for kind in kinds:
             held = self._held.get(kind, 0)
             if reserved > held * (1 + 1e-9):
                 raise ValueError(f"{kind}: {reserved} given back, but only {held} are reserved")
-        for node in self._upwards():
+        node: Account | None = self
+        while node is not None:
             for kind in kinds:
                 # Seconds are floats: what a chain of additions left over must not turn into negative holdings.
-                node._held[kind] = max(0, node._held.get(kind, 0) - reserved)
+                left = node._held.get(kind, 0) - reserved
+                node._held[kind] = max(0, left)
+            node = node._parent
 
 
 def _known(kind: str) -> str:

@@ -322,10 +322,10 @@ class Policy(_Model):
             raise PolicyError(error.key, error.value, f"{error.remedy} (in {os.fspath(path)})") from None
 
     @classmethod
-    def of(cls, value: PolicyLike | None = None, /, **shorthand: Any) -> Policy:
+    def of(cls, value: object = None, /, **shorthand: Any) -> Policy:
         """A policy from what ``guard`` and ``confine`` take: a policy, a mapping, the path of a file, or shorthand.
 
-        Raises :class:`PolicyError`, also for both at once, because it would not be clear which of them holds.
+        Raises :class:`PolicyError` for anything else, and for a policy and shorthand at once.
         """
         if value is None:
             return cls.from_shorthand(**shorthand)
@@ -370,9 +370,6 @@ class Policy(_Model):
         wire["set"] = list(_explicit(self))
         return wire
 
-
-PolicyLike = Policy | Mapping[str, Any] | str | os.PathLike[str]
-"""What stands for a policy: one, a mapping of its keys, or the path of its file."""
 
 _SHORTHAND: Final[dict[str, tuple[str, ...]]] = {
     **{key: ("egress", key) for key in Egress.model_fields},

@@ -377,7 +377,7 @@ def test_of_takes_what_guard_takes(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="not both"):
         Policy.of(policy, egress_bytes=5)
     with pytest.raises(PolicyError, match="a Policy, a mapping, or the path"):
-        Policy.of(5)  # type: ignore[arg-type]
+        Policy.of(5)
 
 
 # The message --------------------------------------------------------------------------------------------------------
