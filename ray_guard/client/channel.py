@@ -1,0 +1,223 @@
+"""The target's end of the line to its supervisor. Runs in target and driver.
+
+Messages go as packets (:mod:`ray_guard.kernel.seqpacket`); what needs an answer brings its own way back, a socketpair
+end that travels with the question, so that threads never share an answer and no reader thread is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ray_guard import errors
+from ray_guard.errors import NotEnforced, SupervisorLost
+from ray_guard.kernel import rendezvous, seqpacket
+
+ANSWER_TIMEOUT_S: Final = 30.0
+_START_ATTEMPTS: Final = 5
+
+_BOOT: Final = (
+    "import os,sys\n"
+    "if os.fork(): os._exit(0)\n"  # the starter reaps this; the supervisor belongs to nobody
+    "os.setsid()\n"
+    "sys.path[:] = {path!r}\n"
+    "from ray_guard.supervisor.__main__ import main\n"
+    "main({socket})\n"
+)
+
+#: what a supervisor (and its forwarder) may know of the environment of whoever happened to start it
+_KEPT_ENVIRONMENT: Final = ("OTEL_", "RAY_GUARD_", "LANG", "LC_", "TZ", "SSL_CERT_", "NO_PROXY", "PATH", "HOME")
+
+
+class Channel:
+    """One connection to the supervisor, for all threads of this process.
+
+    Args:
+        sock: connected SOCK_SEQPACKET socket.
+        identity: attributes that every span of this process carries (``rl.run.id`` …).
+    """
+
+    def __init__(self, sock: socket.socket, identity: Mapping[str, str | int] | None = None) -> None:
+        self._sock = sock
+        self.identity: dict[str, str | int] = dict(identity or {})
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def send_packet(self, packet: bytes) -> None:
+        """Sends one encoded message.
+
+        Raises:
+            SupervisorLost: nobody listens any more.
+        """
+        try:
+            self._sock.send(packet, socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise SupervisorLost(f"the supervisor is gone: {error}") from error
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends one message that needs no answer."""
+        self.send_packet(json.dumps(message, separators=(",", ":")).encode())
+
+    def request(
+        self, message: dict[str, Any], descriptors: Sequence[int] = (), timeout: float | None = ANSWER_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """Sends a question and waits for its answer (seconds; None: for ever).
+
+        Raises:
+            RayGuardError: whatever the supervisor refused it with.
+            SupervisorLost: it is gone, or did not answer in time.
+        """
+        answer, passed = self.exchange(message, descriptors, timeout)
+        seqpacket.close_all(passed)
+        return answer
+
+    def exchange(
+        self, message: dict[str, Any], descriptors: Sequence[int] = (), timeout: float | None = ANSWER_TIMEOUT_S
+    ) -> tuple[dict[str, Any], list[int]]:
+        """:meth:`request`, with the descriptors that came with the answer."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            with theirs:
+                self.pass_on(message, [theirs.fileno(), *descriptors])
+            ours.settimeout(timeout)
+            return receive_answer(ours)
+
+    def exchange_bare(self, message: dict[str, Any], timeout: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
+        """:meth:`request` while sendmsg must not be used, because it may be notified with nobody there to answer.
+
+        The answer comes on the line itself, so nothing else may be asked meanwhile: for the start of a target only.
+        """
+        self.send(message)
+        self._sock.settimeout(timeout)
+        try:
+            answer, passed = receive_answer(self._sock)
+        finally:
+            self._sock.settimeout(None)
+        seqpacket.close_all(passed)
+        return answer
+
+    def pass_on(self, message: dict[str, Any], descriptors: Sequence[int]) -> None:
+        """Sends a message with descriptors and waits for nothing."""
+        try:
+            seqpacket.send(self._sock, message, descriptors)
+        except OSError as error:
+            raise SupervisorLost(f"the supervisor is gone: {error}") from error
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def receive_answer(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """One answer from ``sock``, raising the error it names."""
+    try:
+        received = seqpacket.receive(sock)
+    except TimeoutError as error:
+        raise SupervisorLost("the supervisor did not answer in time") from error
+    except (OSError, seqpacket.BadPacket) as error:
+        raise SupervisorLost(f"the supervisor's answer is unusable: {error}") from error
+    if received is None:
+        raise SupervisorLost("the supervisor hung up")
+    answer, passed = received
+    if "error" in answer:
+        seqpacket.close_all(passed)
+        raise errors.from_wire(answer)
+    return answer, passed
+
+
+def connect() -> Channel:
+    """A channel to this node's supervisor, started if there is none yet.
+
+    Raises:
+        NotEnforced: it cannot be started here.
+    """
+    path = rendezvous.socket_path()
+    for _ in range(_START_ATTEMPTS):
+        sock = rendezvous.connect(path)
+        if sock is None:
+            with rendezvous.start_lock(path):
+                sock = rendezvous.connect(path)  # somebody else may have been quicker
+                if sock is None:
+                    _start_supervisor(path)
+                    sock = rendezvous.connect(path)
+        if sock is not None:
+            return Channel(sock)
+        time.sleep(0.05)
+    raise NotEnforced(["supervisor"], f"no supervisor can be started; its log is {path.with_suffix('.log')}")
+
+
+def _start_supervisor(path: Path) -> None:
+    with rendezvous.bind(path) as listener:
+        descriptor = listener.fileno()
+        with open(path.with_suffix(".log"), "ab", buffering=0) as log:
+            code = _BOOT.format(path=[entry or os.getcwd() for entry in sys.path], socket=descriptor)
+            # -S -E: no site-packages start-up files and no PYTHON* variables of whoever starts it
+            subprocess.run(
+                [sys.executable, "-S", "-E", "-c", code],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[descriptor],
+                env={key: value for key, value in os.environ.items() if key.startswith(_KEPT_ENVIRONMENT)},
+                cwd="/",
+                check=True,
+            )
+
+
+_lock = threading.Lock()
+_current: Channel | None = None
+_observer: Channel | None = None
+
+
+def current() -> Channel | None:
+    """This process's channel; None: it is not guarded."""
+    return _current
+
+
+def adopt(channel: Channel) -> None:
+    """Makes ``channel`` this process's own, for good: called once, when it is confined."""
+    global _current
+    _current = channel
+
+
+def observer() -> Channel | None:
+    """A channel for an unguarded process (a driver) whose spans should be journaled.
+
+    None where ``RAY_GUARD_EVIDENCE`` (set by the job hook, or by hand) names no folder to write them to.
+    """
+    global _observer
+    evidence = os.environ.get("RAY_GUARD_EVIDENCE") or evidence_of_job
+    if not evidence:
+        return None
+    with _lock:
+        if _observer is None:
+            channel = connect()
+            run = os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}"
+            identity = {"run_id": run, "service_name": os.environ.get("OTEL_SERVICE_NAME", "driver")}
+            channel.request(
+                {"op": "hello", "kind": "observer", "pid": os.getpid(), "identity": identity, "evidence": evidence}
+            )
+            channel.identity = {"rl.run.id": run}
+            _observer = channel
+        return _observer
+
+
+evidence_of_job: str | None = None
+"""The job's evidence folder, once the Ray integration knows it; ``RAY_GUARD_EVIDENCE`` comes first."""
+
+
+def _after_fork() -> None:
+    # The child shares its parent's socket; its pid is another, so what it observes must be said on its own line.
+    global _observer
+    _observer = None
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,291 @@
+"""Confining the current process, all its threads and all it will start, for good. Runs in target.
+
+Order matters: what cannot be confined is refused first (:func:`_obstacles`), then the supervisor agrees to the policy,
+then the filter goes over all threads, and the listener is the supervisor's alone before any other code runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_guard.client import channel as channels
+from ray_guard.client.audit import install_audit
+from ray_guard.client.carry import install_carriers
+from ray_guard.client.channel import Channel
+from ray_guard.egress import rings
+from ray_guard.errors import NotEnforced
+from ray_guard.kernel import libc, procfs, seccomp, syscalls
+from ray_guard.policy.model import Policy
+from ray_guard.records import Role
+
+_INET = (socket.AF_INET, socket.AF_INET6)
+_FREE_FAMILIES = (socket.AF_UNIX, socket.AF_NETLINK)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the target is. Empty fields are unknown; ``evidence`` names a folder and is never empty."""
+
+    evidence: str
+    run_id: str = ""
+    service_name: str = "ray_guard"
+    job_id: str = ""
+    node_id: str = ""
+    actor_id: str = ""
+    actor_name: str = ""
+
+    def as_message(self) -> dict[str, str]:
+        names = ("run_id", "service_name", "job_id", "node_id", "actor_id", "actor_name")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterAccess:
+    """How the supervisor learns what belongs to this Ray cluster; told before any user code runs.
+
+    Args:
+        gcs_address: names the cluster.
+        directory: command of the helper that reads its tables.
+        environment: of that helper.
+        endpoints: what is known already, (address, port).
+        unix: Ray's session sockets.
+        folders: folders whose sockets and files belong to Ray's control plane.
+        listening: ports this process listens on for Ray.
+        control: endpoints that no guarded process may reach (job API, client server …).
+    """
+
+    gcs_address: str
+    directory: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    endpoints: tuple[tuple[str, int], ...] = ()
+    unix: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    listening: tuple[int, ...] = ()
+    control: tuple[tuple[str, int], ...] = ()
+
+    def as_message(self) -> dict[str, Any]:
+        return {
+            "gcs_address": self.gcs_address,
+            "directory": self.directory,
+            "environment": self.environment,
+            "endpoints": self.endpoints,
+            "unix": self.unix,
+            "folders": self.folders,
+            "listening": self.listening,
+            "control": self.control,
+        }
+
+
+_lock = threading.Lock()
+_policies: list[dict[str, Any]] = []
+
+
+def confine(policy: Policy | Mapping[str, Any] | str | os.PathLike[str]) -> None:
+    """Confines this process, its threads and everything it will ever start, for good.
+
+    Inside a confined process the policy is intersected with the one that holds already.
+
+    Args:
+        policy: a :class:`Policy`, a mapping of its keys, or the path of a file.
+
+    Raises:
+        PolicyError: the policy cannot be meant.
+        NotEnforced: something it asks for cannot be enforced here; nothing has changed.
+    """
+    evidence = os.environ.get("RAY_GUARD_EVIDENCE") or default_evidence()
+    identity = Identity(
+        evidence=evidence,
+        run_id=os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}",
+        service_name=os.environ.get("OTEL_SERVICE_NAME", "ray_guard"),
+    )
+    enter(Policy.of(policy), identity)
+
+
+def default_evidence() -> str:
+    """Where evidence goes when nobody named a folder: the user's state folder."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(state, "ray_guard", "evidence")
+
+
+def policies() -> tuple[dict[str, Any], ...]:
+    """The policies this process is confined under, as messages; none: it is not confined."""
+    return tuple(_policies)
+
+
+def enter(policy: Policy, identity: Identity, *, cluster: ClusterAccess | None = None) -> Channel:
+    """:func:`confine` for an actor: says who it is and how its cluster is found.
+
+    Raises:
+        NotEnforced: see :func:`confine`.
+    """
+    wire = policy.to_wire()
+    with _lock:
+        known = channels.current()
+        if known is not None:
+            known.request({"op": "tighten", "policy": wire})
+            _policies.append(wire)
+            return known
+        channel = _enter(wire, identity, cluster)
+        _policies.append(wire)
+        channels.adopt(channel)
+    install_carriers()
+    install_audit()
+    return channel
+
+
+def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | None) -> Channel:
+    if syscalls.MACHINE not in syscalls.TABLES:
+        raise NotEnforced(["seccomp.architecture"], f"{syscalls.MACHINE} is not supported: x86_64 or aarch64 is")
+    obstacles = _obstacles()
+    if obstacles:
+        raise NotEnforced(obstacles, "a process in this state cannot be confined completely")
+    channel = channels.connect()
+    try:
+        hello = {
+            "op": "hello",
+            "kind": "actor" if cluster is not None else "program",
+            "pid": os.getpid(),
+            "policy": wire,
+            "identity": identity.as_message(),
+            "evidence": identity.evidence,
+            "sockets": _connections(),
+            "cluster": None if cluster is None else cluster.as_message(),
+        }
+        answer, passed = channel.exchange(hello)
+        channel.identity = {"rl.run.id": identity.run_id} if identity.run_id else {}
+        _let_judge(int(answer["supervisor"]))
+        program = rings.actor_ring(Role(answer["role"]), platform.machine(), datagrams=bool(answer["datagrams"]))
+        lifeline = passed[0]
+    except BaseException:
+        channel.close()
+        raise
+    try:
+        listener = seccomp.install_on_process(program)
+    except OSError as error:
+        channel.close()
+        os.close(lifeline)
+        raise NotEnforced(["seccomp.user_notification"], _why(error)) from error
+    # From here on there is no way back: whatever fails leaves a process whose notified calls fail.
+    try:
+        _hand_over(channel, listener)
+    finally:
+        os.close(listener)
+    _tie(lifeline)
+    return channel
+
+
+def _hand_over(channel: Channel, listener: int) -> None:
+    """Gives the listener to the supervisor. By number where it may take it: an actor's sendmsg may be notified already."""
+    try:
+        channel.exchange_bare({"op": "armed", "listener": listener})
+    except NotEnforced:
+        channel.exchange({"op": "armed", "listener": listener}, [listener])
+
+
+def _why(error: OSError) -> str:
+    return {
+        errno.EBUSY: "a filter with a listener of its own is present already (another sandbox)",
+        errno.EINVAL: "this kernel offers no user notification with thread synchronisation (Linux 5.7 is needed)",
+        errno.ENOSYS: "this kernel has no seccomp",
+        errno.ESRCH: "a thread carries a filter of its own",
+        errno.EACCES: "no_new_privs could not be set",
+    }.get(error.errno or 0, str(error))
+
+
+def _let_judge(supervisor: int) -> None:
+    """Where Yama restricts who may look into a process: the supervisor may."""
+    try:
+        libc.prctl(libc.PR_SET_PTRACER, supervisor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # EINVAL: no Yama here
+            raise
+
+
+def _tie(lifeline: int) -> None:
+    """Ties this process's life to the supervisor's: when its end of the line closes, the kernel kills this process.
+
+    No thread and no handler is needed, so no code of the target can be late.
+    """
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    # It may have closed in between: then no signal comes any more.
+    with socket.socket(fileno=os.dup(lifeline)) as probe:
+        try:
+            if probe.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b"":
+                os.kill(os.getpid(), signal.SIGKILL)
+        except BlockingIOError:
+            return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what stands in the way
+
+
+def _obstacles() -> list[str]:
+    found = []
+    children = [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
+    if children:
+        names = ", ".join(f"{pid} ({' '.join(procfs.command_line(pid))[:60]})" for pid in children[:5])
+        found.append(f"live child processes: {names}")
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            link = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if link == "anon_inode:[io_uring]":
+            found.append(f"io_uring (descriptor {name})")
+        elif link == "anon_inode:seccomp notify":
+            found.append(f"a seccomp listener (descriptor {name})")
+    for sock in _own_sockets():
+        with sock:
+            if sock.family in _INET and sock.type == socket.SOCK_RAW:
+                found.append(f"raw socket (descriptor {sock.fileno()})")
+            elif sock.family not in (*_INET, *_FREE_FAMILIES):
+                found.append(f"socket of family {int(sock.family)}")
+            elif sock.family in _INET and sock.type == socket.SOCK_DGRAM:
+                _mute(sock)
+    return found
+
+
+def _own_sockets() -> list[socket.socket]:
+    """A duplicate of every socket of this process."""
+    found = []
+    for number in procfs.sockets_of(os.getpid()).values():
+        try:
+            found.append(socket.socket(fileno=os.dup(number)))
+        except OSError:
+            continue  # closed by another thread meanwhile
+    return found
+
+
+def _mute(sock: socket.socket) -> None:
+    """A datagram socket from before can never send again (see ``egress.gate.mute_datagram_socket``)."""
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+
+
+def _connections() -> list[tuple[str, str, int]]:
+    """Peers of the TCP connections that are open already."""
+    peers = []
+    for sock in _own_sockets():
+        with sock:
+            if sock.family in _INET and sock.type == socket.SOCK_STREAM:
+                try:
+                    host, port = sock.getpeername()[:2]
+                except OSError:
+                    continue  # not connected: it can only connect through the gate
+                peers.append(("tcp", host, port))
+    return peers

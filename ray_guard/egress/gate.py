@@ -1,0 +1,894 @@
+"""The gate: decode a notified call, have it judged, act on the supervisor's own copy, answer. Runs in the supervisor.
+
+One :class:`Gate` per listener. It holds no policy and writes no record: the :class:`Judge` behind it decides, accounts
+and journals before anything is done on the target's behalf. Nothing a target passes can raise out of here.
+
+Things that do not work, and what is done instead:
+
+- answering CONTINUE to a call that carries a destination: its memory can change after the check;
+- toggling O_NONBLOCK for the wait: it belongs to the file description that the target shares. A blocking connect is
+  begun under an interval timer instead: interrupted, it goes on in the background and is awaited by epoll;
+- keeping the duplicate of a socket: it would suppress the FIN of the target's close;
+- reading SO_ERROR to learn how a connect went: it clears the error. connect() is asked a second time.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+import stat
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from ray_guard.egress import sockaddr
+from ray_guard.kernel import libc, procfs
+from ray_guard.kernel.seccomp import Listener, Notification
+from ray_guard.kernel.sock_diag import SO_COOKIE
+from ray_guard.kernel.syscalls import NUMBERS
+from ray_guard.policy.decide import Operation
+from ray_guard.policy.destination import Transport
+
+log = logging.getLogger("ray_guard.gate")
+
+_NONBLOCK, _CLOEXEC, _TYPE = 0o4000, 0o2000000, 0xF
+_MSG_DONTWAIT, _MSG_NOSIGNAL, _MSG_ZEROCOPY, _MSG_FASTOPEN = 0x40, 0x4000, 0x4000000, 0x20000000
+_STREAM, _SEQPACKET = 1, 5
+_CONNECTION_ORIENTED = (_STREAM, _SEQPACKET)
+"""Socket types that ignore an address given to send: it must not be judged as a destination either."""
+_PATIENCE_S: Final = 0.002
+"""How long a blocking call may hold up the supervisor before it is interrupted and awaited."""
+_ASK_AGAIN_S: Final = 0.01
+_PENDING_LIMIT: Final = 1024
+_PAYLOAD_LIMIT: Final = 1 << 20
+_ENTRIES_LIMIT: Final = 1024
+
+
+class Attempt(Protocol):
+    """A granted connect, while it is being made."""
+
+    def connected(self, cookie: int | None, local: tuple[str, int] | None, holder: tuple[int, int]) -> None:
+        """It was made (or, nonblocking, begun). ``holder`` is (thread, descriptor) in the target; cookie None: no TCP."""
+
+    def failed(self, error: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """The judge's word. ``error`` is 0 where the call is granted, else what the target gets; negative: ask again."""
+
+    error: int
+    attempt: Attempt | None = None
+
+
+class Judge(Protocol):
+    """Decides, accounts and journals; the gate does the rest."""
+
+    def rule(
+        self,
+        operation: Operation,
+        transport: Transport,
+        tid: int,
+        address: str = "",
+        port: int = 0,
+        path: str | None = None,
+        inode: tuple[int, int] | None = None,
+        size: int = 0,
+    ) -> Ruling:
+        """``path`` None with transport UNIX: abstract or unnamed. ``size``: payload bytes that would be sent at once."""
+
+    def known_flow(self, cookie: int, address: str, port: int) -> bool:
+        """Whether the TCP socket ``cookie`` already has a granted flow to this destination (connect asked again)."""
+
+    def dissolved(self, cookie: int, info: bytes) -> None:
+        """The socket was disconnected by AF_UNSPEC; ``info`` is its last ``struct tcp_info``."""
+
+    def bound(self, pinned: int) -> None:
+        """The target made the unix socket ``pinned`` (O_PATH, now the judge's): its own processes may connect to it."""
+
+    def listening(self, address: str, port: int) -> None:
+        """A TCP socket of the target now listens."""
+
+    def may_borrow(self, tid: int, pid: int) -> bool:
+        """Whether ``tid`` may read or take descriptors of process ``pid`` (policy actors, within their tree)."""
+
+    def fault(self, what: str) -> None:
+        """Something could not be judged and was refused."""
+
+
+class Waiting(Protocol):
+    """What the gate needs of the supervisor's loop."""
+
+    def watch(self, descriptor: int, events: int, callback: Callable[[int], None]) -> None: ...
+    def forget(self, descriptor: int) -> None: ...
+    def later(self, seconds: float, callback: Callable[[], None]) -> None: ...
+
+
+class Pidfds:
+    """Open pidfds of threads that asked lately: opening one costs more than using it. A dead one answers ESRCH."""
+
+    def __init__(self, capacity: int = 512) -> None:
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._capacity = capacity
+
+    def descriptor(self, tid: int, number: int) -> int:
+        """A duplicate of the thread's descriptor ``number``, or ``-errno``."""
+        pidfd = self._open.get(tid)
+        if pidfd is not None:
+            duplicate = libc.pidfd_getfd(pidfd, number)
+            if duplicate != -errno.ESRCH:
+                return duplicate
+            os.close(self._open.pop(tid))
+        try:
+            pidfd = self._of(tid)
+        except OSError as error:
+            return -(error.errno or errno.ESRCH)
+        if len(self._open) >= self._capacity:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[tid] = pidfd
+        return libc.pidfd_getfd(pidfd, number)
+
+    @staticmethod
+    def _of(tid: int) -> int:
+        try:
+            return os.pidfd_open(tid, libc.PIDFD_THREAD)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        leader = procfs.thread_group(tid)  # before Linux 6.9; threads nearly always share one descriptor table
+        if leader is None:
+            raise ProcessLookupError(errno.ESRCH, "thread is gone")
+        return os.pidfd_open(leader)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+@contextmanager
+def impatience() -> Iterator[None]:
+    """Interrupts what blocks in here, again and again until it is left, so that one slow peer holds up nobody else."""
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, _PATIENCE_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def prepare_impatience() -> None:
+    """Once per process, in its main thread: the timer's signal must interrupt calls and do nothing else."""
+    signal.signal(signal.SIGALRM, lambda _signal, _frame: None)
+    signal.siginterrupt(signal.SIGALRM, True)
+
+
+def mute_datagram_socket(family: int, protocol: int) -> socket.socket:
+    """A datagram socket that can be connected and asked for its address, but can never send.
+
+    SEND_SHUTDOWN is checked where the kernel allocates the first fragment of any datagram (``sock_alloc_send_pskb``),
+    whatever call, option or address it comes with, and nothing takes it off a UDP socket again: measured for sendto,
+    sendmsg, MSG_MORE, UDP_CORK, UDP_SEGMENT, MSG_ZEROCOPY, sendfile, splice, AF_UNSPEC and IPV6_ADDRFORM.
+    """
+    muted = socket.socket(family, socket.SOCK_DGRAM, protocol)
+    try:
+        muted.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:  # said of an unconnected socket, but the flag is set all the same
+            muted.close()
+            raise
+    return muted
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A call that is waited for on the target's behalf."""
+
+    notification: Notification
+    duplicate: int
+    retry: Callable[[], bool]
+    deadline: float | None
+    late_error: int
+
+
+class Gate:
+    """Answers one listener.
+
+    Args:
+        listener: the notifications' descriptor.
+        judge: whoever owns the processes behind it.
+        loop: the supervisor's event loop.
+        pidfds, memory: shared by all gates of one supervisor.
+        gone: called once, when the last filtered process has ended.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        judge: Judge,
+        loop: Waiting,
+        pidfds: Pidfds,
+        memory: libc.MemoryReader,
+        gone: Callable[[], None],
+    ) -> None:
+        self._listener = listener
+        self._judge = judge
+        self._loop = loop
+        self._pidfds = pidfds
+        self._memory = memory
+        self._gone = gone
+        self._pending: dict[int, _Pending] = {}
+        self._sweeping = False
+        by_name: dict[str, Callable[[Notification], None]] = {
+            "connect": self._connect,
+            "bind": self._bind,
+            "listen": self._listen,
+            "sendto": self._sendto,
+            "sendmsg": self._sendmsg,
+            "sendmmsg": self._sendmmsg,
+            "socket": self._socket,
+            "pidfd_getfd": self._pidfd_getfd,
+            "process_vm_readv": self._process_vm,
+            "process_vm_writev": self._process_vm,
+        }
+        self._handlers = {NUMBERS[name]: handler for name, handler in by_name.items() if name in NUMBERS}
+        loop.watch(listener.fd, select.EPOLLIN, self.ready)
+
+    def ready(self, events: int) -> None:
+        """The loop's callback: one notification, or the end."""
+        if not events & select.EPOLLIN:
+            self.close()
+            self._gone()
+            return
+        notification = self._listener.receive()
+        if notification is None:
+            return
+        self._handle(notification)
+
+    def _handle(self, notification: Notification) -> None:
+        handler = self._handlers.get(notification.nr)
+        try:
+            if handler is None:
+                self._refuse(notification, errno.EPERM)
+            else:
+                handler(notification)
+        except sockaddr.BadAddress as bad:
+            self._refuse(notification, bad.errno)
+        except Exception as fault:  # fail closed, and live on: other targets depend on this process
+            log.exception("notification %d of thread %d", notification.nr, notification.pid)
+            self._judge.fault(f"{type(fault).__name__}: {fault}")
+            self._refuse(notification, errno.EPERM)
+
+    def close(self) -> None:
+        """Lets go of the listener and of everything awaited for it: pending calls then fail with ENOSYS."""
+        for pending in list(self._pending.values()):
+            self._drop(pending)
+        if self._listener.fd >= 0:
+            self._loop.forget(self._listener.fd)
+            os.close(self._listener.fd)
+            self._listener.fd = -1
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # reading the target
+
+    def _refuse(self, notification: Notification, error: int) -> None:
+        self._listener.answer(notification.id, error=error)
+
+    def _read(self, notification: Notification, address: int, length: int) -> bytes:
+        """``length`` bytes of the caller's memory.
+
+        Raises:
+            BadAddress: EFAULT, or the caller is unreadable or gone.
+        """
+        if length == 0:
+            return b""
+        data = self._memory.read(notification.pid, address, length)
+        if isinstance(data, int):
+            if data != -errno.EFAULT:
+                self._judge.fault(f"memory of thread {notification.pid} is unreadable: {os.strerror(-data)}")
+            raise sockaddr.BadAddress(errno.EFAULT if data == -errno.EFAULT else errno.EPERM)
+        if not self._listener.is_valid(notification.id):  # the pid may be another's by now
+            raise sockaddr.BadAddress(errno.EPERM)
+        return data
+
+    def _read_address(self, notification: Notification, pointer: int, length: int) -> bytes:
+        length &= 0xFFFFFFFF
+        if length > sockaddr.STORAGE:  # negative lengths too
+            raise sockaddr.BadAddress(errno.EINVAL)
+        return self._read(notification, pointer, length)
+
+    def _take(self, notification: Notification, number: int) -> int:
+        """A duplicate of the caller's descriptor; the caller of this function closes it."""
+        duplicate = self._pidfds.descriptor(notification.pid, number & 0xFFFFFFFF)
+        if duplicate >= 0:
+            return duplicate
+        if duplicate != -errno.EBADF:
+            self._judge.fault(f"descriptors of thread {notification.pid} are unreachable: {os.strerror(-duplicate)}")
+        raise sockaddr.BadAddress(errno.EBADF if duplicate == -errno.EBADF else errno.EPERM)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # connect
+
+    def _connect(self, notification: Notification) -> None:
+        raw = self._read_address(notification, notification.arg1, notification.arg2)
+        address = sockaddr.decode(raw)
+        duplicate = self._take(notification, notification.arg0)
+        try:
+            taken = self._connect_duplicate(notification, duplicate, raw, address)
+        except BaseException:
+            os.close(duplicate)
+            raise
+        if not taken:
+            os.close(duplicate)
+
+    def _connect_duplicate(
+        self, notification: Notification, duplicate: int, raw: bytes, address: sockaddr.Address
+    ) -> bool:
+        """Whether the duplicate is still needed: the connect is pending."""
+        if isinstance(address, sockaddr.Unix):
+            return self._connect_unix(notification, duplicate, address)
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=duplicate)
+        try:
+            kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+            if isinstance(address, sockaddr.Unspecified):
+                self._dissolve(notification, sock, kind, raw)
+                return False
+            if isinstance(address, sockaddr.Netlink):
+                error = 0 if address.port_id == 0 else errno.EPERM  # the kernel alone, no process
+                self._refuse(notification, error or -libc.connect(duplicate, raw))
+                return False
+            cookie = None
+            transport = Transport.UDP
+            if kind == _STREAM:
+                transport = Transport.TCP
+                (cookie,) = struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+            if cookie is not None and self._judge.known_flow(cookie, address.address, address.port):
+                attempt = None  # a nonblocking connect asked again how it went
+            else:
+                ruling = self._judge.rule(Operation.CONNECT, transport, notification.pid, address.address, address.port)
+                if ruling.error < 0:
+                    self._loop.later(_ASK_AGAIN_S, lambda: self._ask_again(notification))
+                    return False
+                if ruling.error:
+                    self._refuse(notification, ruling.error)
+                    return False
+                attempt = ruling.attempt
+            return self._await_connect(notification, sock, raw, cookie, attempt)
+        except OSError as error:  # not a socket
+            self._refuse(notification, error.errno or errno.EINVAL)
+            return False
+        finally:
+            sock.detach()
+
+    def _await_connect(
+        self, notification: Notification, sock: socket.socket, raw: bytes, cookie: int | None, attempt: Attempt | None
+    ) -> bool:
+        duplicate = sock.fileno()
+        holder = (notification.pid, notification.arg0 & 0xFFFFFFFF)
+        announced = False
+
+        def step() -> bool:
+            """One try; True when the target has its answer."""
+            nonlocal announced
+            signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, _PATIENCE_S)
+            result = libc.connect(duplicate, raw)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            begun = result in (0, -errno.EINPROGRESS, -errno.EINTR) or (announced and result == -errno.EALREADY)
+            if attempt is not None:
+                if begun and not announced:
+                    announced = True
+                    attempt.connected(cookie, _local_address(duplicate), holder)
+                elif not begun:
+                    attempt.failed(-result)
+            if result == -errno.EINTR or (result == -errno.EALREADY and waiting):
+                return False
+            self._listener.answer(notification.id, error=-result)
+            return True
+
+        waiting = False
+        if step():
+            return False
+        waiting = True
+        timeout = _timeout(sock, socket.SO_SNDTIMEO)
+        return self._wait(notification, duplicate, select.EPOLLOUT, step, timeout, errno.EINPROGRESS)
+
+    def _ask_again(self, notification: Notification) -> None:
+        if self._listener.fd >= 0 and self._listener.is_valid(notification.id):
+            self._handle(notification)
+
+    def _dissolve(self, notification: Notification, sock: socket.socket, kind: int, raw: bytes) -> None:
+        """AF_UNSPEC. It resets the byte counts of a TCP socket, so those are settled first, after sending has ended."""
+        if kind == _STREAM:
+            (cookie,) = struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # never connected
+            self._judge.dissolved(cookie, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+        self._refuse(notification, -libc.connect(sock.fileno(), raw))
+
+    def _connect_unix(self, notification: Notification, duplicate: int, address: sockaddr.Unix) -> bool:
+        pinned = self._pin(notification, address)
+        try:
+            error = self._judge_unix(notification, pinned)
+            if error:
+                self._refuse(notification, error)
+                return False
+        except BaseException:
+            os.close(pinned)
+            raise
+        through = sockaddr.through_descriptor(pinned)
+
+        def step() -> bool:
+            with impatience():
+                result = libc.connect(duplicate, through)
+            if result == -errno.EINTR:  # the peer's queue is full; this connect has left nothing behind
+                return False
+            os.close(pinned)
+            self._listener.answer(notification.id, error=-result)
+            return True
+
+        if step():
+            return False
+        return self._wait(notification, duplicate, None, step, None, errno.EAGAIN)
+
+    def _pin(self, notification: Notification, address: sockaddr.Unix) -> int:
+        """An O_PATH descriptor of the socket that the path means *to the target*, right now.
+
+        Raises:
+            BadAddress: EACCES for abstract addresses, else what looking the path up gave.
+        """
+        if address.path is None:
+            self._judge.rule(Operation.CONNECT, Transport.UNIX, notification.pid)
+            raise sockaddr.BadAddress(errno.EACCES)
+        path = address.path
+        for own in (b"/proc/self/", b"/proc/thread-self/"):  # would mean the supervisor
+            if path.startswith(own):
+                path = b"/proc/%d/" % notification.pid + path[len(own) :]
+        folder = None
+        try:
+            if not path.startswith(b"/"):
+                folder = os.open(f"/proc/{notification.pid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            return os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=folder)
+        except OSError as error:
+            raise sockaddr.BadAddress(error.errno or errno.ENOENT) from error
+        finally:
+            if folder is not None:
+                os.close(folder)
+
+    def _judge_unix(self, notification: Notification, pinned: int, size: int = 0) -> int:
+        found = os.fstat(pinned)
+        if not stat.S_ISSOCK(found.st_mode):
+            return errno.ECONNREFUSED
+        path = os.readlink(f"/proc/self/fd/{pinned}")
+        inode = (found.st_dev, found.st_ino)
+        return self._judge.rule(
+            Operation.CONNECT, Transport.UNIX, notification.pid, path=path, inode=inode, size=size
+        ).error
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # waiting on a target's behalf
+
+    def _wait(
+        self,
+        notification: Notification,
+        duplicate: int,
+        events: int | None,
+        retry: Callable[[], bool],
+        timeout: float | None,
+        late_error: int,
+    ) -> bool:
+        """Parks a call: retried when ``events`` come (None: at every sweep). False: refused, too many are parked."""
+        if len(self._pending) >= _PENDING_LIMIT:
+            self._judge.fault("too many calls are pending")
+            self._refuse(notification, errno.EAGAIN)
+            return False
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pending = _Pending(notification, duplicate, retry, deadline, late_error)
+        self._pending[notification.id] = pending
+        if events is not None:
+            self._loop.watch(duplicate, events, lambda _events: self._retry(pending))
+        if not self._sweeping:
+            self._sweeping = True
+            self._loop.later(0.02, self._sweep)
+        return True
+
+    def _retry(self, pending: _Pending) -> None:
+        if pending.retry():
+            self._drop(pending)
+
+    def _drop(self, pending: _Pending) -> None:
+        if self._pending.pop(pending.notification.id, None) is not None:
+            self._loop.forget(pending.duplicate)
+            os.close(pending.duplicate)
+
+    def _sweep(self) -> None:
+        """Ends what nobody waits for any more, and what has waited as long as its socket allows."""
+        now = time.monotonic()
+        for pending in list(self._pending.values()):
+            if not self._listener.is_valid(pending.notification.id):
+                try:  # the target is gone: an attempt left alone would go on for two minutes
+                    socket.socket(fileno=os.dup(pending.duplicate)).shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+                self._drop(pending)
+            elif pending.deadline is not None and now >= pending.deadline:
+                self._refuse(pending.notification, pending.late_error)
+                self._drop(pending)
+            else:
+                self._retry(pending)
+        if self._pending:
+            self._loop.later(0.05, self._sweep)
+        else:
+            self._sweeping = False
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # bind, listen
+
+    def _bind(self, notification: Notification) -> None:
+        raw = self._read_address(notification, notification.arg1, notification.arg2)
+        address = sockaddr.decode(raw)
+        duplicate = self._take(notification, notification.arg0)
+        try:
+            if isinstance(address, sockaddr.Unix):
+                result = self._bind_unix(notification, duplicate, raw, address)
+            elif isinstance(address, sockaddr.Inet):
+                result = self._bind_inet(notification, duplicate, raw, address)
+            elif isinstance(address, sockaddr.Netlink):
+                result = libc.bind(duplicate, raw)
+            else:
+                result = -errno.EAFNOSUPPORT
+        finally:
+            os.close(duplicate)
+        self._listener.answer(notification.id, error=-result)
+
+    def _bind_inet(self, notification: Notification, duplicate: int, raw: bytes, address: sockaddr.Inet) -> int:
+        if address.port:  # port 0 to send from is free
+            transport = Transport.TCP if _type(duplicate) == _STREAM else Transport.UDP
+            ruling = self._judge.rule(Operation.BIND, transport, notification.pid, address.address, address.port)
+            if ruling.error:
+                return -ruling.error
+        return libc.bind(duplicate, raw)
+
+    def _bind_unix(self, notification: Notification, duplicate: int, raw: bytes, address: sockaddr.Unix) -> int:
+        if address.path is None:
+            self._judge.rule(Operation.BIND, Transport.UNIX, notification.pid)
+            return -errno.EACCES
+        # The name is made by this process, so it must be made where, and with the mode, the target would.
+        home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        mask = os.umask(procfs.umask(notification.pid))
+        try:
+            os.chdir(f"/proc/{notification.pid}/cwd")
+            result = libc.bind(duplicate, raw)
+            if result == 0:
+                self._judge.bound(os.open(address.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+            return result
+        except OSError as error:
+            return -(error.errno or errno.EACCES)
+        finally:
+            os.umask(mask)
+            os.fchdir(home)
+            os.close(home)
+
+    def _listen(self, notification: Notification) -> None:
+        duplicate = self._take(notification, notification.arg0)
+        sock = socket.socket(fileno=duplicate)
+        try:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                address, port = sock.getsockname()[:2]
+                ruling = self._judge.rule(Operation.LISTEN, Transport.TCP, notification.pid, address, port)
+                if ruling.error:
+                    self._refuse(notification, ruling.error)
+                    return
+            sock.listen(min(notification.arg1 & 0xFFFFFFFF, 0x7FFFFFFF))
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                self._judge.listening(*sock.getsockname()[:2])
+            self._listener.answer(notification.id)
+        except OSError as error:
+            self._refuse(notification, error.errno or errno.EINVAL)
+        finally:
+            sock.close()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # datagrams, and everything else that sends with an address
+
+    def _sendto(self, notification: Notification) -> None:
+        raw = self._read_address(notification, notification.arg4, notification.arg5)
+        flags, size = notification.arg3 & 0xFFFFFFFF, notification.arg2
+        duplicate = self._take(notification, notification.arg0)
+        try:
+            kind = _type(duplicate)
+            limit = _PAYLOAD_LIMIT if kind == _STREAM else 1 << 17  # a short write is a stream's right
+            data = self._read(notification, notification.arg1, min(size, limit))
+            if kind == _STREAM and flags & _MSG_FASTOPEN:
+                self._refuse(notification, errno.EOPNOTSUPP)  # programs fall back to connect, which is judged
+                return
+            message = _Message(data, raw if kind not in _CONNECTION_ORIENTED else b"", b"", [])
+            taken = self._send(notification, duplicate, flags, [message], lambda sent: sent[0])
+        except BaseException:
+            os.close(duplicate)
+            raise
+        if not taken:
+            os.close(duplicate)
+
+    def _sendmsg(self, notification: Notification) -> None:
+        self._send_messages(notification, [notification.arg1], notification.arg2, lambda sent: sent[0])
+
+    def _sendmmsg(self, notification: Notification) -> None:
+        count = min(notification.arg2 & 0xFFFFFFFF, _ENTRIES_LIMIT)
+        entries = [notification.arg1 + 64 * i for i in range(count)]
+
+        def report(sent: list[int]) -> int:
+            # The kernel would store each entry's length; the caller (glibc's resolver for one) checks it.
+            if self._listener.is_valid(notification.id):
+                for pointer, length in zip(entries, sent, strict=False):
+                    libc.write_word(notification.pid, pointer + 56, length)
+            return len(sent)
+
+        self._send_messages(notification, entries, notification.arg3, report)
+
+    def _send_messages(
+        self, notification: Notification, headers: list[int], flags: int, report: Callable[[list[int]], int]
+    ) -> None:
+        if flags & _MSG_FASTOPEN:
+            self._refuse(notification, errno.EOPNOTSUPP)
+            return
+        duplicate = self._take(notification, notification.arg0)
+        messages: list[_Message] = []
+        try:
+            kind = _type(duplicate)
+            for header in headers:
+                messages.append(self._read_message(notification, header, kind))
+            taken = self._send(notification, duplicate, flags & 0xFFFFFFFF, messages, report)
+        except BaseException:
+            os.close(duplicate)
+            for message in messages:
+                message.close()
+            raise
+        if not taken:
+            os.close(duplicate)
+
+    def _read_message(self, notification: Notification, header: int, kind: int) -> _Message:
+        """One ``struct msghdr`` with all it points to, read once.
+
+        Raises:
+            BadAddress: EFAULT, EMSGSIZE, EINVAL as the kernel; EPERM for control messages nobody may send.
+        """
+        fields = struct.unpack("=QIxxxxQQQQIxxxx", self._read(notification, header, 56))
+        name, name_length, vector, vector_length, control, control_length, _flags = fields
+        if vector_length > _ENTRIES_LIMIT:
+            raise sockaddr.BadAddress(errno.EMSGSIZE)
+        address = self._read_address(notification, name, name_length) if name else b""
+        room = _PAYLOAD_LIMIT if kind == _STREAM else 1 << 17
+        parts = []
+        spans = self._read(notification, vector, 16 * vector_length)
+        for base, length in struct.iter_unpack("=QQ", spans):
+            part = min(length, room)
+            parts.append(self._read(notification, base, part))
+            room -= part
+        if control_length > 1 << 14:
+            raise sockaddr.BadAddress(errno.ENOBUFS)
+        ancillary, descriptors = b"", list[int]()
+        if control and control_length:
+            raw = self._read(notification, control, control_length)
+            ancillary, descriptors = self._ancillary(notification, raw)
+        return _Message(b"".join(parts), address if kind not in _CONNECTION_ORIENTED else b"", ancillary, descriptors)
+
+    def _ancillary(self, notification: Notification, raw: bytes) -> tuple[bytes, list[int]]:
+        """Control messages that may be sent, as (harmless ones, descriptors to pass on)."""
+        passed: list[int] = []
+        kept = b""
+        at = 0
+        try:
+            while at + 16 <= len(raw):
+                length, level, kind = struct.unpack_from("=Qii", raw, at)
+                if length < 16 or at + length > len(raw):
+                    raise sockaddr.BadAddress(errno.EINVAL)
+                data = raw[at + 16 : at + length]
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    for number in array.array("i", data[: len(data) // 4 * 4]):
+                        passed.append(self._take(notification, number))
+                elif (level, kind) in _HARMLESS_CONTROL:
+                    kept += raw[at : at + ((length + 7) & ~7)]
+                else:
+                    raise sockaddr.BadAddress(errno.EPERM)
+                at += (length + 7) & ~7
+        except BaseException:
+            for descriptor in passed:
+                os.close(descriptor)
+            raise
+        return kept, passed
+
+    def _send(
+        self,
+        notification: Notification,
+        duplicate: int,
+        flags: int,
+        messages: list[_Message],
+        report: Callable[[list[int]], int],
+    ) -> bool:
+        """Sends the messages one by one, each judged; whether the duplicate is still needed: the socket is full.
+
+        As in sendmmsg(2) the first failure ends the series, and is told only where nothing was sent.
+        """
+        sent: list[int] = []
+        blocking = not flags & _MSG_DONTWAIT and os.get_blocking(duplicate)
+        flags = flags & ~_MSG_ZEROCOPY | _MSG_DONTWAIT
+
+        def finish(error: int) -> bool:
+            for message in messages:
+                message.close()
+            if sent or not error:
+                self._listener.answer(notification.id, value=report(sent) if messages else 0)
+            else:
+                self._refuse(notification, error)
+            return True
+
+        def step() -> bool:
+            while len(sent) < len(messages):
+                message = messages[len(sent)]
+                if not message.granted:
+                    error = self._judge_message(notification, message)
+                    if error:
+                        return finish(error)
+                    message.granted = True
+                with impatience():  # a unix socket's peer can make even this wait
+                    result = message.send(duplicate, flags | _MSG_NOSIGNAL)
+                if result in (-errno.EAGAIN, -errno.EINTR) and blocking:
+                    return False
+                if result < 0:
+                    return finish(-result)
+                sent.append(result)
+            return finish(0)
+
+        if step():
+            return False
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=duplicate)
+        timeout = _timeout(sock, socket.SO_SNDTIMEO)
+        sock.detach()
+        return self._wait(notification, duplicate, select.EPOLLOUT, step, timeout, errno.EAGAIN)
+
+    def _judge_message(self, notification: Notification, message: _Message) -> int:
+        """Judges where one message goes; pins a unix destination so that it goes nowhere else."""
+        if not message.address:
+            return 0
+        address = sockaddr.decode(message.address)
+        if isinstance(address, sockaddr.Inet):
+            return self._judge.rule(
+                Operation.SEND,
+                Transport.UDP,
+                notification.pid,
+                address.address,
+                address.port,
+                size=len(message.data),
+            ).error
+        if isinstance(address, sockaddr.Netlink):
+            return 0 if address.port_id == 0 and address.groups == 0 else errno.EPERM
+        if isinstance(address, sockaddr.Unix):
+            pinned = self._pin(notification, address)
+            message.pin(pinned)
+            return self._judge_unix(notification, pinned, size=len(message.data))
+        return errno.EAFNOSUPPORT
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # descriptors made or borrowed
+
+    def _socket(self, notification: Notification) -> None:
+        """Sockets that only this process may create: mute datagram sockets, netlink without the right to change."""
+        family, kind, protocol = (notification.arg0 & 0xFFFFFFFF, notification.arg1, notification.arg2 & 0xFFFFFFFF)
+        try:
+            if family == socket.AF_NETLINK:
+                made = socket.socket(family, kind & _TYPE, protocol)
+            else:
+                made = mute_datagram_socket(family, protocol)
+        except OSError as error:
+            self._refuse(notification, error.errno or errno.EAFNOSUPPORT)
+            return
+        with made:
+            made.setblocking(not kind & _NONBLOCK)
+            self._listener.answer_with_descriptor(notification.id, made.fileno(), close_on_exec=bool(kind & _CLOEXEC))
+
+    def _pidfd_getfd(self, notification: Notification) -> None:
+        caller = procfs.thread_group(notification.pid)
+        owner = None if caller is None else procfs.traced_pid(caller, notification.arg0 & 0xFFFFFFFF)
+        if owner is None or not self._judge.may_borrow(notification.pid, owner):
+            self._refuse(notification, errno.EPERM)
+            return
+        borrowed = self._pidfds.descriptor(owner, notification.arg1 & 0xFFFFFFFF)
+        if borrowed < 0:
+            self._refuse(notification, -borrowed)
+            return
+        try:
+            self._listener.answer_with_descriptor(notification.id, borrowed, close_on_exec=True)
+        finally:
+            os.close(borrowed)
+
+    def _process_vm(self, notification: Notification) -> None:
+        pid = notification.arg0 & 0xFFFFFFFF  # in a register: what is checked is what is executed
+        if self._judge.may_borrow(notification.pid, pid):
+            self._listener.proceed(notification.id)
+        else:
+            self._refuse(notification, errno.EPERM)
+
+
+_SOL_UDP, _IP_TOS, _IP_TTL, _IP_PKTINFO = 17, 1, 2, 8
+_IPV6_PKTINFO, _IPV6_HOPLIMIT, _IPV6_TCLASS, _UDP_SEGMENT = 50, 52, 67, 103
+_HARMLESS_CONTROL = frozenset(
+    {
+        (socket.IPPROTO_IP, _IP_TOS),
+        (socket.IPPROTO_IP, _IP_TTL),
+        (socket.IPPROTO_IP, _IP_PKTINFO),
+        (socket.IPPROTO_IPV6, _IPV6_PKTINFO),
+        (socket.IPPROTO_IPV6, _IPV6_HOPLIMIT),
+        (socket.IPPROTO_IPV6, _IPV6_TCLASS),
+        (_SOL_UDP, _UDP_SEGMENT),
+    }
+)
+"""Control messages that choose how, never where to, a datagram goes: no source routes, marks or credentials."""
+
+
+class _Message:
+    """One message, read whole from the target. ``address`` is empty where none was given or the socket ignores it."""
+
+    __slots__ = ("_control", "_to_close", "address", "data", "granted")
+
+    def __init__(self, data: bytes, address: bytes, control: bytes, descriptors: list[int]) -> None:
+        self.data = data
+        self.address = address
+        self.granted = False
+        self._to_close = list(descriptors)
+        self._control = control
+        if descriptors:
+            passed = array.array("i", descriptors).tobytes()
+            self._control += struct.pack("=Qii", 16 + len(passed), socket.SOL_SOCKET, socket.SCM_RIGHTS) + passed
+            self._control += bytes(-len(passed) % 8)
+
+    def pin(self, descriptor: int) -> None:
+        """From here on the message goes to this unix socket, whatever happens to its path."""
+        self._to_close.append(descriptor)
+        self.address = sockaddr.through_descriptor(descriptor)
+
+    def send(self, descriptor: int, flags: int) -> int:
+        """Bytes sent, or ``-errno``."""
+        return libc.sendmsg(descriptor, self.data, self.address, self._control, flags)
+
+    def close(self) -> None:
+        while self._to_close:
+            os.close(self._to_close.pop())
+
+
+def _type(descriptor: int) -> int:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    except OSError as error:
+        raise sockaddr.BadAddress(error.errno or errno.ENOTSOCK) from error
+    finally:
+        sock.detach()
+
+
+def _local_address(descriptor: int) -> tuple[str, int] | None:
+    sock = socket.socket(fileno=descriptor)
+    try:
+        name = sock.getsockname()
+        return (str(name[0]), int(name[1])) if sock.family in (socket.AF_INET, socket.AF_INET6) else None
+    except OSError:
+        return None
+    finally:
+        sock.detach()
+
+
+def _timeout(sock: socket.socket, option: int) -> float | None:
+    """The socket's own limit for a blocking call, in seconds; None: it waits for ever."""
+    try:
+        seconds, microseconds = struct.unpack("=qq", sock.getsockopt(socket.SOL_SOCKET, option, 16))
+    except OSError:
+        return None
+    return float(seconds + microseconds / 1e6) or None

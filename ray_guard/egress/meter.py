@@ -1,0 +1,177 @@
+"""The meter: bytes of direct TCP flows, exact at their end, watched while they live. Runs in the supervisor.
+
+Nothing is held of a flow but its cookie. The kernel tells the final counts of every socket that ends (sock_diag destroy
+events); while a flow belongs to a scope with a byte cap, one dump per tick tells how far it is. Such a flow is cut late,
+by at most its rate times :data:`TICK_S`: callers that must not overshoot use the relay.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from ray_guard.egress.gate import Pidfds, Waiting
+from ray_guard.kernel import procfs
+from ray_guard.kernel.sock_diag import SO_COOKIE, LostEvents, SockDiag
+
+log = logging.getLogger("ray_guard.meter")
+
+TICK_S: Final = 0.005
+"""How often flows under a byte cap are read."""
+_SETTLE_S: Final = 1.0
+
+
+class FlowOwner(Protocol):
+    """Who is charged for a flow."""
+
+    @property
+    def capped(self) -> bool:
+        """Whether any scope above the flow limits bytes, so that it must be watched while it lives."""
+
+    def progressed(self, flow: Flow, sent: int, received: int) -> bool:
+        """``sent`` and ``received`` more payload bytes; False: no room is left, cut it."""
+
+    def ended(self, flow: Flow, *, exact: bool) -> None:
+        """The flow's counts are final."""
+
+
+@dataclass(slots=True)
+class Flow:
+    """One granted TCP connection of a target."""
+
+    cookie: int
+    address: str
+    port: int
+    holder: tuple[int, int]
+    """(thread, descriptor) that made it: the first place to look for it again."""
+    owner: FlowOwner
+    root: int
+    """Process whose tree may hold the socket by now."""
+    sent: int = 0
+    received: int = 0
+    cut: bool = False
+
+
+class Meter:
+    """All direct flows of the node.
+
+    Args:
+        diag: the kernel's counters.
+        loop: the supervisor's event loop.
+        pidfds: to take a socket again when it must be cut.
+    """
+
+    def __init__(self, diag: SockDiag, loop: Waiting, pidfds: Pidfds) -> None:
+        self._diag = diag
+        self._loop = loop
+        self._pidfds = pidfds
+        self._flows: dict[int, Flow] = {}
+        self._ticking = False
+        loop.watch(diag.fileno(), select.EPOLLIN, lambda _events: self.collect())
+
+    def begin(self, flow: Flow) -> None:
+        self._flows[flow.cookie] = flow
+        if flow.owner.capped and not self._ticking:
+            self._ticking = True
+            self._loop.later(TICK_S, self._tick)
+
+    def find(self, cookie: int) -> Flow | None:
+        return self._flows.get(cookie)
+
+    def collect(self) -> None:
+        """Settles every flow whose end the kernel has told."""
+        try:
+            ended = self._diag.events(self._flows)
+        except LostEvents:  # what is left in the queue makes it readable again
+            log.warning("destroy events were lost; flows that are gone will be marked inexact")
+            self._loop.later(_SETTLE_S, self._audit)
+            return
+        for counted in ended:
+            flow = self._flows.pop(counted.cookie, None)
+            if flow is not None:
+                self._advance(flow, counted.sent, counted.received)
+                flow.owner.ended(flow, exact=True)
+
+    def settle(self, cookie: int, sent: int, received: int) -> None:
+        """Ends a flow by counts read elsewhere (its socket goes on without it)."""
+        flow = self._flows.pop(cookie, None)
+        if flow is not None:
+            self._advance(flow, sent, received)
+            flow.owner.ended(flow, exact=True)
+
+    def discard(self, cookie: int) -> None:
+        """Forgets a flow that was never established."""
+        self._flows.pop(cookie, None)
+
+    def finish(self, flows: Iterable[Flow]) -> None:
+        """Cuts and settles flows whose scope has ended."""
+        flows = [flow for flow in flows if flow.cookie in self._flows]
+        for flow in flows:
+            self.cut(flow)
+        self.collect()
+        self._read_live()
+
+    def _advance(self, flow: Flow, sent: int, received: int) -> bool:
+        more_sent, more_received = max(0, sent - flow.sent), max(0, received - flow.received)
+        flow.sent, flow.received = max(sent, 0), max(received, 0)
+        return flow.owner.progressed(flow, more_sent, more_received) if more_sent or more_received else True
+
+    def _tick(self) -> None:
+        if not any(flow.owner.capped for flow in self._flows.values()):
+            self._ticking = False
+            return
+        self._read_live()
+        self._loop.later(TICK_S, self._tick)
+
+    def _read_live(self) -> None:
+        live = self._diag.live()
+        for flow in list(self._flows.values()):
+            counted = live.get(flow.cookie)
+            if counted is not None and not self._advance(flow, counted.sent, counted.received) and not flow.cut:
+                self.cut(flow)
+
+    def _audit(self) -> None:
+        """After lost events: what is neither live nor ended is charged what was last seen, and marked."""
+        live = self._diag.live()
+        for flow in list(self._flows.values()):
+            if flow.cookie not in live:
+                del self._flows[flow.cookie]
+                flow.owner.ended(flow, exact=False)
+
+    # -- cutting -------------------------------------------------------------------------------------------------------
+
+    def cut(self, flow: Flow) -> bool:
+        """Shuts the flow's socket down, wherever in the tree it is held by now; False: it was not found."""
+        started = time.monotonic()
+        flow.cut = True
+        if self._shut_down(flow, *flow.holder):
+            return True
+        for pid in (flow.root, *procfs.descendants(flow.root)):
+            for number in procfs.sockets_of(pid).values():
+                if self._shut_down(flow, pid, number):
+                    return True
+        log.warning("flow %d to %s:%d was not found (%.1f ms)", flow.cookie, flow.address, flow.port,
+                    1e3 * (time.monotonic() - started))  # fmt: skip
+        return False
+
+    def _shut_down(self, flow: Flow, pid: int, number: int) -> bool:
+        duplicate = self._pidfds.descriptor(pid, number)
+        if duplicate < 0:
+            return False
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=duplicate) as sock:
+                (cookie,) = struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+                if cookie != flow.cookie:
+                    return False
+                # Discard what is queued: after the cut nothing may follow, not even what was accepted before it.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,174 @@
+"""The two rings: which system calls run freely, are refused on the spot, or are put to the supervisor. Pure.
+
+Runs in target (actor ring) and zygote (call ring), just before the filter is installed.
+
+Anything that carries a destination in memory is *notified*: the supervisor reads it once, decides, and acts on its own
+copy. Anything that would make such a call avoidable (io_uring, other architectures, namespaces, foreign processes,
+socket families nobody granted) is *refused*. The rest runs at full speed: the kernel caches those verdicts in a bitmap.
+
+Why the actor ring does not notify sendmsg: gRPC writes with it, and notifying it costs every Ray call 15 %. On a stream
+socket an address in ``msghdr`` is ignored, so it matters for datagram sockets alone. The supervisor therefore creates an
+actor's datagram sockets itself, shut down for writing before they are handed over (:mod:`ray_guard.egress.gate`): such a
+socket can be connected, which is how Ray and vLLM learn their own address, but can never send.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Final
+
+from ray_guard.kernel.seccomp import (
+    NOTIFY,
+    Instruction,
+    Rule,
+    When,
+    assemble,
+    differs,
+    equals,
+    pointer_given,
+    refuse,
+)
+from ray_guard.kernel.seccomp import ALLOW as RUN
+from ray_guard.records import Role
+
+AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
+STREAM, DGRAM, RAW, SEQPACKET = 1, 2, 3, 5
+_TYPE = 0xF  # without SOCK_NONBLOCK and SOCK_CLOEXEC
+MSG_FASTOPEN: Final = 0x20000000
+
+_REFUSE = refuse(errno.EPERM)
+_ABSENT = refuse(errno.ENOSYS)  # callers fall back to an older call that can be judged
+_NO_FAMILY = refuse(errno.EAFNOSUPPORT)
+_NO_PROTOCOL = refuse(errno.EPROTONOSUPPORT)
+_NO_OPTION = refuse(errno.ENOPROTOOPT)
+
+_NEW_NAMESPACES = 0x7E020080  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET,TIME}
+_CLONE_NAMESPACES = 0x7E020000  # in clone(2) the bit of NEWTIME belongs to the exit signal
+
+#: never needed by a workload, each a way around the gate, into another process or into the kernel
+_PRIVILEGED = """
+mount umount2 pivot_root chroot move_mount open_tree open_tree_attr fsopen fsconfig fsmount fspick mount_setattr setns
+swapon swapoff reboot acct quotactl quotactl_fd sethostname setdomainname iopl ioperm
+init_module finit_module delete_module kexec_load kexec_file_load bpf perf_event_open userfaultfd fanotify_init
+add_key request_key keyctl open_by_handle_at kcmp process_madvise process_mrelease
+settimeofday clock_settime vhangup syslog migrate_pages move_pages
+""".split()
+
+#: reading, writing or borrowing from another process; a policy actor may, within its own tree (torch, NCCL)
+_FOREIGN_PROCESS = ("pidfd_getfd", "process_vm_readv", "process_vm_writev")
+
+
+def _protocol(family: int, kind: int, protocol: int) -> tuple[When, When, When]:
+    return equals(0, family), equals(1, kind, mask=_TYPE), equals(2, protocol)
+
+
+def _sockets(datagram: int, netlink: int) -> list[Rule]:
+    """socket(2) by exact (family, type, protocol): whatever is not listed cannot be created."""
+    rules = []
+    for family in (AF_INET, AF_INET6):
+        for protocol in (0, socket.IPPROTO_TCP):
+            rules.append(Rule("socket", RUN, _protocol(family, STREAM, protocol)))
+        for protocol in (0, socket.IPPROTO_UDP):
+            rules.append(Rule("socket", datagram, _protocol(family, DGRAM, protocol)))
+        # MPTCP, SCTP, UDP-Lite …: the answer of a kernel built without them, on which programs fall back to TCP
+        rules.append(Rule("socket", refuse(errno.EPERM), (equals(0, family), equals(1, RAW, mask=_TYPE))))
+        rules.append(Rule("socket", _NO_PROTOCOL, (equals(0, family),)))
+    for kind in (STREAM, SEQPACKET):
+        rules.append(Rule("socket", RUN, (equals(0, AF_UNIX), equals(1, kind, mask=_TYPE), equals(2, 0))))
+    for kind in (RAW, DGRAM):  # routing tables, by a socket that cannot change them: getifaddrs, NCCL, Gloo
+        rules.append(Rule("socket", netlink, _protocol(AF_NETLINK, kind, 0)))
+    rules.append(Rule("socket", _NO_FAMILY))
+    return rules
+
+
+def _socket_pairs(kinds: tuple[int, ...]) -> list[Rule]:
+    free = [Rule("socketpair", RUN, (equals(0, AF_UNIX), equals(1, kind, mask=_TYPE))) for kind in kinds]
+    return [*free, Rule("socketpair", _NO_FAMILY)]
+
+
+def _options() -> list[Rule]:
+    """Options that change where a connected socket sends, or undo a limit."""
+    option, level = 2, 1
+    refused = [
+        (socket.IPPROTO_TCP, (19, 23, 30, 31)),  # REPAIR, FASTOPEN, FASTOPEN_CONNECT, ULP (smc)
+        (socket.IPPROTO_IP, (4, 19)),  # OPTIONS (source routes), TRANSPARENT
+        (socket.IPPROTO_IPV6, (54, 55, 57, 59, 75)),  # HOPOPTS, RTHDRDSTOPTS, RTHDR, DSTOPTS, TRANSPARENT
+        (socket.SOL_SOCKET, (25, 36, 47, 62)),  # BINDTODEVICE, MARK, MAX_PACING_RATE, BINDTOIFINDEX
+    ]
+    return [
+        Rule("setsockopt", _NO_OPTION, (equals(level, at), equals(option, number)))
+        for at, numbers in refused
+        for number in numbers
+    ]
+
+
+_READING_SIOC = [
+    int(number, 16)
+    for number in """
+8903 8904 8905 8906 8907 8910 8912 8913 8915 8917 8919 891b 891d 8921 8927 8933 8942 8970
+""".split()
+]
+"""SIOCG*: owner, time stamps, names, flags, addresses, metric, MTU, index, queue length, map."""
+
+
+def _ioctls() -> list[Rule]:
+    request = 1
+    rules = [Rule("ioctl", RUN, (equals(request, number),)) for number in _READING_SIOC]
+    rules += [
+        Rule("ioctl", _REFUSE, (equals(request, 0x8900, mask=0xFF00),)),  # SIOC*: interfaces, routes, tunnels
+        Rule("ioctl", _REFUSE, (equals(request, 0x400454CA),)),  # TUNSETIFF
+        Rule("ioctl", _REFUSE, (equals(request, 0x5412),)),  # TIOCSTI: typing into somebody's terminal
+        Rule("ioctl", _REFUSE, (equals(request, 0x541C),)),  # TIOCLINUX
+    ]
+    return rules
+
+
+def _common() -> list[Rule]:
+    rules = [Rule(name, _ABSENT) for name in ("io_uring_setup", "io_uring_enter", "io_uring_register", "clone3")]
+    rules += [
+        Rule("connect", NOTIFY),
+        Rule("bind", NOTIFY),
+        Rule("listen", NOTIFY),
+        *pointer_given("sendto", NOTIFY, 4),
+        Rule("sendto", refuse(errno.EOPNOTSUPP), (equals(3, MSG_FASTOPEN, mask=MSG_FASTOPEN),)),
+        Rule("clone", _REFUSE, (differs(0, 0, mask=_CLONE_NAMESPACES),)),
+        Rule("unshare", _REFUSE, (differs(0, 0, mask=_NEW_NAMESPACES),)),
+        # ssh-agent and Chromium ask to be unreadable; the supervisor could then not judge them: agree, and do nothing
+        Rule("prctl", refuse(0), (equals(0, 4), equals(1, 0))),
+    ]
+    rules += [Rule(name, _REFUSE) for name in _PRIVILEGED]
+    return rules + _options() + _ioctls()
+
+
+def actor_ring(role: Role, machine: str, *, datagrams: bool) -> tuple[Instruction, ...]:
+    """The filter of a whole actor process (role ``env`` or ``policy``).
+
+    Args:
+        machine: ``platform.machine()``.
+        datagrams: the policy grants ``udp://`` destinations. The actor then gets datagram sockets that can send, and
+            sendmsg is notified, at the cost stated above.
+    """
+    foreign = NOTIFY if role is Role.POLICY else _REFUSE
+    rules = _common() + _sockets(datagram=RUN if datagrams else NOTIFY, netlink=NOTIFY)
+    rules += _socket_pairs((STREAM, SEQPACKET))
+    rules += [Rule(name, foreign) for name in _FOREIGN_PROCESS]
+    rules.append(Rule("ptrace", _REFUSE, (differs(0, 0),)))
+    if datagrams:
+        rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
+    else:  # on stream sockets only this flag makes an address in msghdr count
+        rules += [
+            Rule(name, refuse(errno.EOPNOTSUPP), (equals(at, MSG_FASTOPEN, mask=MSG_FASTOPEN),))
+            for name, at in (("sendmsg", 2), ("sendmmsg", 3))
+        ]
+    return assemble(rules, machine)
+
+
+def call_ring(machine: str) -> tuple[Instruction, ...]:
+    """The filter of a tool process and all it will ever start."""
+    rules = _common() + _sockets(datagram=RUN, netlink=NOTIFY)
+    rules.insert(0, Rule("socket", RUN, (equals(0, AF_UNIX), equals(1, DGRAM, mask=_TYPE), equals(2, 0))))
+    rules += _socket_pairs((STREAM, SEQPACKET, DGRAM))  # a datagram pair's addresses are judged in sendto and sendmsg
+    rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
+    rules += [Rule(name, _REFUSE) for name in _FOREIGN_PROCESS]
+    return assemble(rules, machine)

@@ -1,0 +1,200 @@
+"""System calls that the standard library does not offer. Runs in target, supervisor and zygote.
+
+Each function is the call of the same name in section 2 of the manual; failures are ``OSError`` with the call's errno.
+Hot calls (connect, process_vm_readv, pidfd_getfd) return ``-errno`` instead: raising costs more than the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+get_errno = ctypes.get_errno
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_DUMPABLE: Final = 4
+PR_SET_NAME: Final = 15
+PR_CAPBSET_DROP: Final = 24
+PR_SET_CHILD_SUBREAPER: Final = 36
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+PR_SET_PTRACER: Final = 0x59616D61
+
+PIDFD_THREAD: Final = os.O_EXCL
+"""pidfd_open(2): accept a thread id that leads no process (Linux 6.9)."""
+
+#: numbers above 423 are the same on every architecture; the two below are not
+NR_PIDFD_GETFD: Final = 438
+NR_CLOSE_RANGE: Final = 436
+_MACHINE = platform.machine()
+NR_SECCOMP: Final = {"x86_64": 317, "aarch64": 277}.get(_MACHINE, -1)
+
+
+class IOVec(ctypes.Structure):
+    _fields_ = (("iov_base", ctypes.c_void_p), ("iov_len", ctypes.c_size_t))
+
+
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_prctl = _libc.prctl
+_prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_process_vm_readv = _libc.process_vm_readv
+_process_vm_readv.restype = ctypes.c_ssize_t
+_process_vm_readv.argtypes = (
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+)
+_connect = _libc.connect
+_connect.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+_bind = _libc.bind
+_bind.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+
+
+def _check(result: int, call: str) -> int:
+    if result < 0:
+        errno = get_errno()
+        raise OSError(errno, f"{call}: {os.strerror(errno)}")
+    return result
+
+
+def syscall(number: int, *args: int) -> int:
+    """Any system call by number, integer arguments only."""
+    return _check(_syscall(ctypes.c_long(number), *(ctypes.c_long(a) for a in args)), f"syscall {number}")
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
+    return _check(_prctl(option, arg2, arg3, arg4, arg5), f"prctl {option}")
+
+
+def pidfd_getfd(pidfd: int, descriptor: int) -> int:
+    """A duplicate (close-on-exec) of another process's descriptor, or ``-errno``."""
+    duplicate: int = _syscall(NR_PIDFD_GETFD, pidfd, descriptor, 0)
+    return duplicate if duplicate >= 0 else -get_errno()
+
+
+def connect(descriptor: int, address: bytes) -> int:
+    """connect(2) with a raw ``sockaddr``; 0 or ``-errno``. EINTR is reported, not retried: the caller counts on it."""
+    return 0 if _connect(descriptor, address, len(address)) == 0 else -get_errno()
+
+
+def bind(descriptor: int, address: bytes) -> int:
+    """bind(2) with a raw ``sockaddr``; 0 or ``-errno``."""
+    return 0 if _bind(descriptor, address, len(address)) == 0 else -get_errno()
+
+
+class _MsgHdr(ctypes.Structure):
+    _fields_ = (
+        ("msg_name", ctypes.c_char_p),
+        ("msg_namelen", ctypes.c_uint),
+        ("msg_iov", ctypes.c_void_p),
+        ("msg_iovlen", ctypes.c_size_t),
+        ("msg_control", ctypes.c_char_p),
+        ("msg_controllen", ctypes.c_size_t),
+        ("msg_flags", ctypes.c_int),
+    )
+
+
+def sendmsg(descriptor: int, data: bytes, address: bytes, control: bytes, flags: int) -> int:
+    """sendmsg(2) with a raw ``sockaddr`` (empty: none) and raw control messages; bytes sent or ``-errno``."""
+    payload = ctypes.create_string_buffer(data, len(data) or 1)
+    vector = IOVec(ctypes.addressof(payload), len(data))
+    header = _MsgHdr(address or None, len(address), ctypes.addressof(vector), 1, control or None, len(control), 0)
+    sent: int = _libc.sendmsg(ctypes.c_int(descriptor), ctypes.byref(header), ctypes.c_int(flags))
+    return sent if sent >= 0 else -get_errno()
+
+
+def write_word(pid: int, address: int, value: int) -> None:
+    """Stores 32 bits in another process, where a call made on its behalf must; a page it may not write stays as it is."""
+    word = ctypes.c_uint32(value)
+    local, remote = IOVec(ctypes.addressof(word), 4), IOVec(address, 4)
+    _libc.process_vm_writev(
+        ctypes.c_int(pid),
+        ctypes.byref(local),
+        ctypes.c_ulong(1),
+        ctypes.byref(remote),
+        ctypes.c_ulong(1),
+        ctypes.c_ulong(0),
+    )
+
+
+class MemoryReader:
+    """Reads other processes' memory through one preallocated buffer (not thread-safe: one per loop)."""
+
+    def __init__(self, capacity: int = 1 << 16) -> None:
+        self._buffer = ctypes.create_string_buffer(capacity)
+        self._capacity = capacity
+        self._view = memoryview(self._buffer).cast("B")
+        self._local = IOVec(ctypes.addressof(self._buffer), capacity)
+        self._remote = IOVec(0, 0)
+        self._local_at = ctypes.addressof(self._local)
+        self._remote_at = ctypes.addressof(self._remote)
+
+    def read(self, pid: int, address: int, length: int) -> bytes | int:
+        """``length`` bytes at ``address`` of process (or thread) ``pid``, or ``-errno``; short reads are ``-EFAULT``."""
+        if length > self._capacity:
+            return self._read_long(pid, address, length)
+        self._local.iov_len = length
+        remote = self._remote
+        remote.iov_base = address
+        remote.iov_len = length
+        got = _process_vm_readv(pid, self._local_at, 1, self._remote_at, 1, 0)
+        if got == length:
+            return self._view[:length].tobytes()
+        return -get_errno() if got < 0 else -14
+
+    def _read_long(self, pid: int, address: int, length: int) -> bytes | int:
+        parts = []
+        while length > 0:
+            part = self.read(pid, address, min(length, self._capacity))
+            if isinstance(part, int):
+                return part
+            parts.append(part)
+            address += len(part)
+            length -= len(part)
+        return b"".join(parts)
+
+
+def close_range(first: int, last: int) -> None:
+    """Close every descriptor in [first, last]."""
+    syscall(NR_CLOSE_RANGE, first, last, 0)
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+_CAP_VERSION_3 = 0x20080522
+
+
+def capget() -> tuple[int, int, int]:
+    """(effective, permitted, inheritable) capability sets of this thread, as bit masks."""
+    header, data = _CapHeader(_CAP_VERSION_3, 0), (_CapData * 2)()
+    _check(_libc.capget(ctypes.byref(header), data), "capget")
+    effective, permitted, inheritable = (
+        data[0].effective | data[1].effective << 32,
+        data[0].permitted | data[1].permitted << 32,
+        data[0].inheritable | data[1].inheritable << 32,
+    )
+    return effective, permitted, inheritable
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Sets this thread's capability sets."""
+    header, data = _CapHeader(_CAP_VERSION_3, 0), (_CapData * 2)()
+    for half, shift in ((0, 0), (1, 32)):
+        data[half].effective = effective >> shift & 0xFFFFFFFF
+        data[half].permitted = permitted >> shift & 0xFFFFFFFF
+        data[half].inheritable = inheritable >> shift & 0xFFFFFFFF
+    _check(_libc.capset(ctypes.byref(header), data), "capset")

@@ -1,0 +1,73 @@
+"""Where the supervisor of this node, user and set of namespaces is found. Runs in target and supervisor.
+
+The socket is bound by whoever needs a supervisor first and handed to the new one, so that connecting never races with
+its start. A lock file keeps two from starting at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray_guard.errors import NotEnforced
+
+_NAMESPACES = ("net", "pid", "mnt", "user")
+
+
+def folder() -> Path:
+    """The folder of this user's supervisors, made if it is missing.
+
+    Raises:
+        NotEnforced: somebody else made it, or can write into it.
+    """
+    path = Path(f"/tmp/ray_guard-{os.getuid()}")  # not $TMPDIR: every process of the user must find the same one
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise NotEnforced(["supervisor"], f"{path} is not a folder of this user alone: remove it")
+    return path
+
+
+def socket_path() -> Path:
+    """One name per set of namespaces: a supervisor can neither judge nor connect for another set."""
+    numbers = "-".join(str(os.stat(f"/proc/self/ns/{name}").st_ino) for name in _NAMESPACES)
+    return folder() / f"{numbers}.sock"
+
+
+@contextmanager
+def start_lock(path: Path) -> Iterator[None]:
+    """Held while a supervisor is looked for and started."""
+    descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def bind(path: Path) -> socket.socket:
+    """A listening socket at ``path``, replacing what a dead supervisor left there. Call under :func:`start_lock`."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen(128)
+    return listener
+
+
+def connect(path: Path) -> socket.socket | None:
+    """A connection to the supervisor at ``path``; None: there is none."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        return None
+    return sock

@@ -1,0 +1,285 @@
+"""seccomp(2): assembling filters, installing them, and the user notification ioctls.
+
+Runs in target and zygote (install) and supervisor (notifications). :func:`assemble` is pure.
+Source: seccomp(2), seccomp_unotify(2), ``include/uapi/linux/{seccomp,filter}.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, NamedTuple
+
+from ray_guard.kernel import libc
+from ray_guard.kernel.syscalls import AUDIT_ARCH, LAST_KNOWN, TABLES
+
+# ---------------------------------------------------------------------------------------------------------------------
+# filters
+
+SECCOMP_RET_KILL_PROCESS: Final = 0x80000000
+SECCOMP_RET_ERRNO: Final = 0x00050000
+SECCOMP_RET_USER_NOTIF: Final = 0x7FC00000
+SECCOMP_RET_ALLOW: Final = 0x7FFF0000
+SECCOMP_SET_MODE_FILTER: Final = 1
+SECCOMP_FILTER_FLAG_TSYNC: Final = 1 << 0
+SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
+SECCOMP_FILTER_FLAG_TSYNC_ESRCH: Final = 1 << 4
+SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5
+
+
+def refuse(error: int) -> int:
+    """The filter action that fails the call with ``error`` without executing it; 0 makes it succeed in doing nothing."""
+    return SECCOMP_RET_ERRNO | error
+
+
+NOTIFY: Final = SECCOMP_RET_USER_NOTIF
+ALLOW: Final = SECCOMP_RET_ALLOW
+
+
+class Test(Enum):
+    """How a :class:`When` compares the low (or high) 32 bits of an argument, after masking."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+
+
+class When(NamedTuple):
+    """A condition on one argument. The kernel reads ``int`` arguments by their low half, so that is the default."""
+
+    argument: int
+    test: Test
+    value: int
+    mask: int = 0xFFFFFFFF
+    high: bool = False
+
+
+def equals(argument: int, value: int, *, mask: int = 0xFFFFFFFF) -> When:
+    return When(argument, Test.EQUAL, value, mask)
+
+
+def differs(argument: int, value: int, *, mask: int = 0xFFFFFFFF) -> When:
+    return When(argument, Test.DIFFERENT, value, mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When system call ``name`` is made and all ``conditions`` hold, the filter returns ``action``."""
+
+    name: str
+    action: int
+    conditions: tuple[When, ...] = ()
+
+
+def pointer_given(name: str, action: int, argument: int, *conditions: When) -> tuple[Rule, Rule]:
+    """The two rules that hold where a 64-bit pointer argument is not NULL."""
+    return (
+        Rule(name, action, (When(argument, Test.DIFFERENT, 0), *conditions)),
+        Rule(name, action, (When(argument, Test.DIFFERENT, 0, high=True), *conditions)),
+    )
+
+
+class Instruction(NamedTuple):
+    """``struct sock_filter``."""
+
+    code: int
+    jt: int
+    jf: int
+    k: int
+
+
+_LD_ABS, _ALU_AND, _JEQ, _JGT, _JSET, _RET = 0x20, 0x54, 0x15, 0x25, 0x45, 0x06
+_OFFSET_NR, _OFFSET_ARCH, _OFFSET_ARGS = 0, 4, 16
+_X32_BIT = 0x40000000
+
+
+def assemble(rules: Sequence[Rule], machine: str, *, default: int = ALLOW) -> tuple[Instruction, ...]:
+    """A filter program: the first rule that holds decides, else ``default``.
+
+    A foreign architecture (i386 by ``int 0x80``), x32 and numbers this version does not know are answered ENOSYS:
+    they would bypass every rule by another number.
+
+    Args:
+        rules: in order of precedence.
+        machine: ``platform.machine()`` of the target.
+
+    Raises:
+        KeyError: the architecture is not supported.
+    """
+    numbers = TABLES[machine]
+    nosys = refuse(errno.ENOSYS)
+    program = [
+        Instruction(_LD_ABS, 0, 0, _OFFSET_ARCH),
+        Instruction(_JEQ, 1, 0, AUDIT_ARCH[machine]),
+        Instruction(_RET, 0, 0, nosys),
+        Instruction(_LD_ABS, 0, 0, _OFFSET_NR),
+        Instruction(_JGT, 0, 1, LAST_KNOWN),  # the x32 bit is above it too
+        Instruction(_RET, 0, 0, nosys),
+    ]
+    for rule in rules:
+        number = numbers.get(rule.name)
+        if number is not None:
+            program += _assemble_rule(rule, number)
+    program.append(Instruction(_RET, 0, 0, default))
+    return tuple(program)
+
+
+def _assemble_rule(rule: Rule, number: int) -> list[Instruction]:
+    tests: list[tuple[list[Instruction], Test, int]] = [([], Test.EQUAL, number)]
+    for when in rule.conditions:
+        load = [Instruction(_LD_ABS, 0, 0, _OFFSET_ARGS + 8 * when.argument + (4 if when.high else 0))]
+        if when.mask != 0xFFFFFFFF:
+            load.append(Instruction(_ALU_AND, 0, 0, when.mask))
+        tests.append((load, when.test, when.value))
+    body: list[Instruction] = [Instruction(_RET, 0, 0, rule.action)]
+    for load, test, value in reversed(tests):
+        over = len(body)  # a failed test jumps behind the rule's return
+        if over > 250:
+            raise ValueError(f"rule for {rule.name} has too many conditions")
+        jump = Instruction(_JEQ, 0, over, value) if test is Test.EQUAL else Instruction(_JEQ, over, 0, value)
+        body = [*load, jump, *body]
+    # The accumulator holds an argument after a failed test: every rule loads the number again.
+    return [Instruction(_LD_ABS, 0, 0, _OFFSET_NR), *body]
+
+
+class _SockFprog(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def _install(program: Iterable[Instruction], flags: int) -> int:
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    prog = _SockFprog(len(code) // 8, ctypes.addressof(buffer))
+    return libc.syscall(libc.NR_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(prog))
+
+
+def _install_listener(program: Sequence[Instruction], flags: int) -> int:
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+    flags |= SECCOMP_FILTER_FLAG_NEW_LISTENER
+    try:
+        return _install(program, flags | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # before Linux 5.19 the flag is unknown
+            raise
+        return _install(program, flags)
+
+
+def install_on_process(program: Sequence[Instruction]) -> int:
+    """Filters every thread of this process, now and for good, and returns the listener.
+
+    Raises:
+        OSError: EBUSY where a listener is already present, ESRCH where a thread has a filter of its own.
+    """
+    return _install_listener(program, SECCOMP_FILTER_FLAG_TSYNC | SECCOMP_FILTER_FLAG_TSYNC_ESRCH)
+
+
+def install_on_thread(program: Sequence[Instruction]) -> int:
+    """Filters the calling thread and what it will start, and returns the listener: for a single-threaded child."""
+    return _install_listener(program, 0)
+
+
+def stack_on_thread(program: Sequence[Instruction]) -> None:
+    """Adds a filter without a listener to the calling thread."""
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+    _install(program, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# notifications
+
+_IOCTL_RECV, _IOCTL_SEND, _IOCTL_ID_VALID = 0xC0502100, 0xC0182101, 0x40082102
+_IOCTL_ADDFD, _IOCTL_SET_FLAGS = 0x40182103, 0x40082104
+_NOTIFICATION = struct.Struct("=QIIiIQ6Q")
+_RESPONSE = struct.Struct("=QqiI")
+_ADDFD = struct.Struct("=QIIII")
+_SYNC_WAKE_UP = 1
+_FLAG_CONTINUE = 1
+_ADDFD_FLAG_SEND = 2
+_O_CLOEXEC = 0o2000000
+_ZERO = bytes(80)
+
+
+class Notification(NamedTuple):
+    """``struct seccomp_notif``: ``pid`` is the id of the calling *thread* in the listener's pid namespace."""
+
+    id: int
+    pid: int
+    flags: int
+    nr: int
+    arch: int
+    instruction_pointer: int
+    arg0: int
+    arg1: int
+    arg2: int
+    arg3: int
+    arg4: int
+    arg5: int
+
+
+class Listener:
+    """The supervisor's end of a filter: one per actor or tool call."""
+
+    __slots__ = ("_buffer", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._buffer = bytearray(80)
+        try:  # Linux 6.6: the woken side runs at once on the waker's CPU, which halves the round trip
+            fcntl.ioctl(fd, _IOCTL_SET_FLAGS, _SYNC_WAKE_UP)
+        except OSError:
+            pass
+
+    def receive(self) -> Notification | None:
+        """The next notification; None where the caller has gone meanwhile. Poll first: this call can block."""
+        buffer = self._buffer
+        buffer[:] = _ZERO
+        try:
+            fcntl.ioctl(self.fd, _IOCTL_RECV, buffer, True)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+                return None
+            raise
+        return Notification._make(_NOTIFICATION.unpack(buffer))
+
+    def is_valid(self, notification_id: int) -> bool:
+        """Whether the caller still waits: only then is what was read of it by pid certainly its own."""
+        try:
+            fcntl.ioctl(self.fd, _IOCTL_ID_VALID, notification_id.to_bytes(8, "little"))
+        except OSError:
+            return False
+        return True
+
+    def answer(self, notification_id: int, value: int = 0, error: int = 0) -> bool:
+        """Completes the call: ``value`` is returned, or the call fails with ``error`` (> 0). False: caller gone."""
+        return self._send(_RESPONSE.pack(notification_id, value, -error, 0))
+
+    def proceed(self, notification_id: int) -> bool:
+        """Lets the kernel execute the call as it stands.
+
+        Only for calls whose decisive arguments are in registers: memory can change after it was checked.
+        """
+        return self._send(_RESPONSE.pack(notification_id, 0, 0, _FLAG_CONTINUE))
+
+    def _send(self, response: bytes) -> bool:
+        try:
+            fcntl.ioctl(self.fd, _IOCTL_SEND, response)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EINPROGRESS):
+                return False
+            raise
+        return True
+
+    def answer_with_descriptor(self, notification_id: int, descriptor: int, *, close_on_exec: bool) -> bool:
+        """Installs a duplicate of ``descriptor`` in the caller and completes the call with its number there."""
+        request = _ADDFD.pack(notification_id, _ADDFD_FLAG_SEND, descriptor, 0, _O_CLOEXEC if close_on_exec else 0)
+        try:
+            fcntl.ioctl(self.fd, _IOCTL_ADDFD, request)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True

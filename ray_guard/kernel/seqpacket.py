@@ -1,0 +1,77 @@
+"""Packets with descriptors between processes of one host: unix(7), SOCK_SEQPACKET, SCM_RIGHTS. Runs everywhere.
+
+One JSON object per packet; descriptors travel beside it. A packet that is cut short, too long or no JSON is an error
+that names itself: neither side may guess.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, Final
+
+PACKET_LIMIT: Final = 1 << 17
+DESCRIPTOR_LIMIT: Final = 64
+
+
+class BadPacket(ValueError):
+    """What arrived is no message of ours."""
+
+
+def send(sock: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+    """Sends one message. Raises OSError (EPIPE, EMSGSIZE …) as sendmsg(2) does."""
+    packet = json.dumps(message, separators=(",", ":")).encode()
+    if not descriptors:
+        sock.send(packet, socket.MSG_NOSIGNAL)
+        return
+    passed = array.array("i", descriptors)
+    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed.tobytes())], socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[int]] | None:
+    """The next message with its descriptors (close-on-exec, now the caller's); None at the end of the connection.
+
+    Raises:
+        BadPacket: the packet was no JSON object; its descriptors are closed.
+    """
+    room = socket.CMSG_SPACE(4 * DESCRIPTOR_LIMIT)
+    packet, control, message_flags, _ = sock.recvmsg(PACKET_LIMIT, room, flags | socket.MSG_CMSG_CLOEXEC)
+    descriptors = _descriptors(control)
+    try:
+        if message_flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise BadPacket("a packet was too long")
+        if not packet:
+            return None
+        return decode(packet), descriptors
+    except BadPacket:
+        close_all(descriptors)
+        raise
+
+
+def decode(packet: bytes) -> dict[str, Any]:
+    """The JSON object in a packet. Raises :class:`BadPacket`."""
+    try:
+        message = json.loads(packet)
+    except (ValueError, RecursionError) as error:
+        raise BadPacket(f"not JSON: {packet[:60]!r}") from error
+    if not isinstance(message, dict):
+        raise BadPacket(f"not an object: {packet[:60]!r}")
+    return message
+
+
+def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            found += numbers
+    return found
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""Frozen values that cross a process border: spans, identities, resources.
+
+Runs everywhere. No I/O, no third-party import: the supervisor and the zygote load this module too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+AttributeValue = str | bool | int | float | tuple[str, ...]
+Attributes = Mapping[str, AttributeValue]
+
+
+class Role(StrEnum):
+    """Which defaults apply to a target (see DESIGN.md, Roles)."""
+
+    TOOL = "tool"
+    ENV = "env"
+    POLICY = "policy"
+
+
+class Mode(StrEnum):
+    ENFORCE = "enforce"
+    REPORT = "report"
+
+
+class SpanKind(IntEnum):
+    """OTLP numbers."""
+
+    INTERNAL = 1
+    CLIENT = 3
+
+
+class StatusCode(IntEnum):
+    """OTLP numbers."""
+
+    UNSET = 0
+    OK = 1
+    ERROR = 2
+
+
+class Source(StrEnum):
+    """Who reported a span (``ray_guard.source``); only the supervisor's own are proof."""
+
+    TARGET = "target"
+    SUPERVISOR = "supervisor"
+
+
+@dataclass(frozen=True, slots=True)
+class SpanEvent:
+    name: str
+    time_ns: int
+    attributes: Attributes = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanLink:
+    trace_id: str
+    span_id: str
+    attributes: Attributes = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanRecord:
+    """One span, begun or ended.
+
+    ``trace_id`` is 32 and ``span_id`` 16 lower-case hex digits; times are Unix nanoseconds. ``end_ns`` None: the span
+    is open; its journal line has no ``endTimeUnixNano`` and a later line with the same ids replaces it.
+    """
+
+    trace_id: str
+    span_id: str
+    parent_id: str | None
+    name: str
+    kind: SpanKind
+    start_ns: int
+    end_ns: int | None
+    attributes: Attributes
+    status: StatusCode = StatusCode.UNSET
+    status_message: str = ""
+    events: tuple[SpanEvent, ...] = ()
+    links: tuple[SpanLink, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """Who a span is about: attributes of the OTLP resource (``service.name``, ``host.ip``, ``ray.actor_id`` …)."""
+
+    attributes: Attributes

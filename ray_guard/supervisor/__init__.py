@@ -1,0 +1,1 @@
+"""The supervisor: the one process per node, user and set of namespaces that decides, counts and writes evidence."""

@@ -1,0 +1,124 @@
+"""What the supervisor knows of the Ray cluster: its endpoints, re-read on a miss. Runs in the supervisor.
+
+The supervisor holds no ray. A helper (``ray_guard.actors.directory``) reads the node and worker tables for it and
+answers one line per question; it is started when the first target of a cluster arrives and lives as long as one is here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from ray_guard.egress.gate import Waiting
+from ray_guard.policy.destination import canonical_address
+
+log = logging.getLogger("ray_guard.cluster")
+
+REREAD_S: Final = 1.0
+"""Least time between two readings: a target that sweeps addresses must not load the cluster's control plane."""
+PATIENCE_S: Final = 3.0
+"""How long a connect that missed waits for the reading it caused."""
+
+Endpoint = tuple[str, int]
+
+
+class Directory:
+    """The endpoints of one cluster.
+
+    Args:
+        argv: the helper's command.
+        environ: its environment: the target's, for it must be able to log in to the cluster.
+        changed: called whenever the endpoints are others than before.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], environ: dict[str, str], loop: Waiting, changed: Callable[[], None]
+    ) -> None:
+        self.endpoints: frozenset[Endpoint] = frozenset()
+        self.nodes = 0
+        self._loop = loop
+        self._changed = changed
+        self._asked = self._read = float("-inf")
+        self._buffer = b""
+        self._helper = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, cwd="/", bufsize=0
+        )
+        assert self._helper.stdin is not None and self._helper.stdout is not None
+        self._question, self._answers = self._helper.stdin, self._helper.stdout
+        os.set_blocking(self._answers.fileno(), False)
+        loop.watch(self._answers.fileno(), select.EPOLLIN, self._answered)
+        self.reread()
+
+    def include(self, endpoints: Sequence[Sequence[Any]]) -> None:
+        """Adds what the trusted start of an actor already knew, so that it need not wait for the first reading."""
+        known = frozenset(_endpoint(entry) for entry in endpoints)
+        if not known <= self.endpoints:
+            self.endpoints |= known
+            self._changed()
+
+    def fresh(self, since: float) -> bool:
+        """Whether a reading asked for at or after ``since`` (monotonic) has come; asks for one where that is due.
+
+        A dead helper, or one that is silent, gives no reading: what was missed stays missed.
+        """
+        if self._read >= since:
+            return True
+        if time.monotonic() - since > PATIENCE_S or self._helper.poll() is not None:
+            return True
+        if self._asked < since and time.monotonic() - self._asked >= REREAD_S:
+            self.reread()
+        return False
+
+    def reread(self) -> None:
+        self._asked = time.monotonic()
+        try:
+            self._question.write(b'{"op":"read"}\n')
+        except OSError as error:
+            log.warning("the cluster's directory cannot be asked: %s", error)
+
+    def _answered(self, _events: int) -> None:
+        try:
+            chunk = os.read(self._answers.fileno(), 1 << 20)
+        except BlockingIOError:
+            return
+        if not chunk:
+            self._loop.forget(self._answers.fileno())
+            log.warning("the cluster's directory has ended")
+            return
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        for line in lines:
+            self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            answer = json.loads(line)
+            endpoints = frozenset(_endpoint(entry) for entry in answer["endpoints"])
+            self.nodes = len(answer.get("nodes", ()))
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("the cluster's directory answered %r: %s", line[:200], error)
+            return
+        self._read = self._asked
+        if endpoints != self.endpoints:
+            self.endpoints = endpoints
+            self._changed()
+
+    def close(self) -> None:
+        self._loop.forget(self._answers.fileno())
+        self._question.close()
+        self._answers.close()
+        try:
+            self._helper.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self._helper.kill()
+            self._helper.wait()
+
+
+def _endpoint(entry: Sequence[Any]) -> Endpoint:
+    address, port = entry
+    return canonical_address(str(address)), int(port)

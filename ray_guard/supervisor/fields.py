@@ -1,0 +1,68 @@
+"""What a target sends, checked field by field. Runs in the supervisor. Pure; every complaint is a BadPacket."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ray_guard.kernel.seqpacket import BadPacket
+from ray_guard.records import AttributeValue, SpanEvent, SpanLink
+
+IDENTITY: Final = ("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version")
+_HEX: Final = frozenset("0123456789abcdef")
+
+
+def identifier(value: object, length: int) -> str:
+    if isinstance(value, str) and len(value) == length and _HEX.issuperset(value):
+        return value
+    raise BadPacket(f"not an id of {length} hex digits: {value!r:.80}")
+
+
+def text(value: object, limit: int) -> str:
+    if not isinstance(value, str):
+        raise BadPacket(f"not text: {value!r:.80}")
+    return value[:limit]
+
+
+def time(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63:
+        return value
+    raise BadPacket(f"not a time in nanoseconds: {value!r:.80}")
+
+
+def attributes(value: object) -> dict[str, AttributeValue]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise BadPacket(f"attributes are a mapping: {value!r:.80}")
+    found: dict[str, AttributeValue] = {}
+    for key, entry in value.items():
+        if isinstance(entry, (str, bool, int, float)):
+            found[key] = entry
+        elif isinstance(entry, list):
+            found[key] = tuple(str(item) for item in entry)
+    return found
+
+
+def identity(value: object) -> dict[str, AttributeValue]:
+    """The part of ``value`` that says whose span it is; anything else in it is left out."""
+    return {name: entry for name, entry in attributes(value).items() if name in IDENTITY}
+
+
+def links(value: object) -> tuple[SpanLink, ...]:
+    if not isinstance(value, list):
+        return ()
+    return tuple(
+        SpanLink(identifier(link[0], 32), identifier(link[1], 16))
+        for link in value[:128]
+        if isinstance(link, list) and len(link) >= 2
+    )
+
+
+def events(value: object) -> tuple[SpanEvent, ...]:
+    if not isinstance(value, list):
+        return ()
+    return tuple(
+        SpanEvent(text(event[0], 256), time(event[1]), attributes(event[2]))
+        for event in value[:128]
+        if isinstance(event, list) and len(event) == 3
+    )

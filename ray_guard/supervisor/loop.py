@@ -1,0 +1,62 @@
+"""The supervisor's event loop: epoll and timers, in one thread. Runs in the supervisor.
+
+Not asyncio: a notified connect should cost microseconds, and one callback per event is all there is.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import select
+import time
+from collections.abc import Callable
+
+log = logging.getLogger("ray_guard.loop")
+
+
+class Loop:
+    """Calls back when a descriptor is ready or a time has come. A failing callback is logged; the loop goes on."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._running = False
+
+    def watch(self, descriptor: int, events: int, callback: Callable[[int], None]) -> None:
+        """Calls ``callback(events)`` whenever ``descriptor`` is ready (level-triggered), until :meth:`forget`."""
+        self._epoll.register(descriptor, events)
+        self._callbacks[descriptor] = callback
+
+    def forget(self, descriptor: int) -> None:
+        """To be called before the descriptor is closed: a duplicate elsewhere would keep it in the set."""
+        if self._callbacks.pop(descriptor, None) is not None:
+            self._epoll.unregister(descriptor)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), callback))
+
+    def run(self) -> None:
+        """Until :meth:`stop`."""
+        self._running = True
+        poll, callbacks, timers = self._epoll.poll, self._callbacks, self._timers
+        while self._running:
+            timeout = -1.0 if not timers else max(0.0, timers[0][0] - time.monotonic())
+            for descriptor, events in poll(timeout):
+                callback = callbacks.get(descriptor)
+                if callback is not None:  # an earlier callback of this round may have forgotten it
+                    try:
+                        callback(events)
+                    except Exception:
+                        log.exception("descriptor %d", descriptor)
+            while timers and timers[0][0] <= time.monotonic():
+                due = heapq.heappop(timers)[2]
+                try:
+                    due()
+                except Exception:
+                    log.exception("timer")
+
+    def stop(self) -> None:
+        self._running = False

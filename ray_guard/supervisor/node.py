@@ -1,0 +1,173 @@
+"""What all targets of one node share: meter, journals, cluster directories, announced ports. Runs in the supervisor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from ray_guard.egress.gate import Pidfds
+from ray_guard.egress.meter import Meter
+from ray_guard.evidence.forward import forwarder_argv
+from ray_guard.evidence.journal import Journal
+from ray_guard.kernel import libc, rtnetlink
+from ray_guard.kernel.sock_diag import SockDiag
+from ray_guard.policy.budgets import Account, Scope
+from ray_guard.policy.decide import CompiledPolicy, Surroundings
+from ray_guard.policy.destination import canonical_address
+from ray_guard.records import Role
+from ray_guard.supervisor.cluster import Directory
+from ray_guard.supervisor.loop import Loop
+
+if TYPE_CHECKING:
+    from ray_guard.supervisor.target import Target
+
+log = logging.getLogger("ray_guard.node")
+
+SYNC_S: Final = 1.0
+"""How often journals are forced to disk."""
+
+Endpoint = tuple[str, int]
+
+
+class Membership:
+    """How one target stands in a cluster: told by the trusted start of its actor, before any user code ran."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.address = str(told["gcs_address"])
+        self.argv = [str(word) for word in told["directory"]]
+        self.endpoints = [list(entry) for entry in told.get("endpoints", ())]
+        self.unix = frozenset(str(path) for path in told.get("unix", ()))
+        self.folders = tuple(str(path) for path in told.get("folders", ()))
+        self.listening = frozenset(int(port) for port in told.get("listening", ()))
+        self.control = frozenset((canonical_address(str(host)), int(port)) for host, port in told.get("control", ()))
+        self.environment = {str(key): str(value) for key, value in told.get("environment", {}).items()}
+
+
+class Node:
+    """See the module."""
+
+    def __init__(self, loop: Loop, own_folders: tuple[str, ...]) -> None:
+        self.loop = loop
+        self.pidfds = Pidfds()
+        self.memory = libc.MemoryReader()
+        self.meter = Meter(SockDiag(), loop, self.pidfds)
+        self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
+        self.hostname = socket.gethostname()
+        self.surroundings_changed: list[Callable[[], None]] = []
+        self._own_folders = own_folders
+        self._journals: dict[str, Journal] = {}
+        self._forwarders: list[subprocess.Popen[bytes]] = []
+        self._jobs: dict[str, Account] = {}
+        self._directories: dict[str, Directory] = {}
+        self._memberships: dict[int, Membership] = {}
+        self._announced: dict[str, set[Endpoint]] = {}
+        loop.later(SYNC_S, self._sync)
+
+    # -- evidence ------------------------------------------------------------------------------------------------------
+
+    def journal(self, folder: str) -> Journal:
+        """The journal in that folder, one segment per supervisor. Raises NotEnforced where there can be none."""
+        folder = os.path.abspath(folder)
+        if folder not in self._journals:
+            self._journals[folder] = Journal(folder)
+            argv = forwarder_argv(folder, os.environ)
+            if argv is not None:
+                self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/"))
+        return self._journals[folder]
+
+    def _sync(self) -> None:
+        for journal in self._journals.values():
+            try:
+                journal.sync()
+            except OSError as error:
+                log.warning("%s: %s", journal.folder, error)
+        self.loop.later(SYNC_S, self._sync)
+
+    def close(self) -> None:
+        for journal in self._journals.values():
+            journal.close()
+        for directory in self._directories.values():
+            directory.close()
+        for forwarder in self._forwarders:  # each flushes once this process is gone; none is waited for
+            forwarder.returncode = 0
+
+    # -- budgets -------------------------------------------------------------------------------------------------------
+
+    def job(self, run_id: str, policy: CompiledPolicy) -> Account:
+        """The account of a job: the first target's policy sets its limits."""
+        if run_id not in self._jobs:
+            limits, watched = policy.limits(Scope.JOB), policy.watched(Scope.JOB)
+            self._jobs[run_id] = Account(Scope.JOB, run_id, limits, watched=watched)
+        return self._jobs[run_id]
+
+    # -- surroundings --------------------------------------------------------------------------------------------------
+
+    def join(self, target: Target, membership: Membership) -> None:
+        self._memberships[id(target)] = membership
+        directory = self._directories.get(membership.address)
+        if directory is None:
+            environment = {**membership.environment}
+            directory = Directory(membership.argv, environment, self.loop, self._changed)
+            self._directories[membership.address] = directory
+        directory.include(membership.endpoints)
+        self._changed()
+
+    def leave(self, target: Target) -> None:
+        membership = self._memberships.pop(id(target), None)
+        if membership is not None and all(m.address != membership.address for m in self._memberships.values()):
+            self._directories.pop(membership.address).close()
+
+    def directory(self, target: Target) -> Directory | None:
+        membership = self._memberships.get(id(target))
+        return None if membership is None else self._directories.get(membership.address)
+
+    def announce(self, target: Target, address: str, port: int) -> None:
+        """A policy actor listens: its peers in the same job may connect to that port."""
+        host = canonical_address(address)
+        hosts = {host}
+        if address in ("0.0.0.0", "::"):
+            hosts = {*self.addresses, "127.0.0.1", "::1"}
+        announced = self._announced.setdefault(target.run_id, set())
+        announced |= {(each, port) for each in hosts}
+        self._changed()
+
+    def surroundings(self, target: Target) -> Surroundings:
+        membership = self._memberships.get(id(target))
+        directory = self.directory(target)
+        announced = self._announced.get(target.run_id, set()) if target.policy.role is Role.POLICY else set()
+        # Every cluster of this node is control plane to every tool, whichever job it belongs to.
+        control = frozenset[Endpoint]().union(
+            *(d.endpoints for d in self._directories.values()), *(m.control for m in self._memberships.values())
+        )
+        folders = {folder for m in self._memberships.values() for folder in m.folders}
+        return Surroundings(
+            cluster=directory.endpoints if directory is not None else frozenset(),
+            control=control,
+            collectives=frozenset(announced),
+            own_addresses=self.addresses,
+            cluster_unix=membership.unix if membership is not None else frozenset(),
+            control_folders=(*self._own_folders, *self._journals, *sorted(folders)),
+            ray_listen=membership.listening if membership is not None else frozenset(),
+        )
+
+    def _changed(self) -> None:
+        for callback in list(self.surroundings_changed):
+            callback()
+
+
+def resource_attributes(node: Node, identity: dict[str, Any]) -> dict[str, Any]:
+    """The OTLP resource of a target, from what it told about itself and what this node knows."""
+    attributes: dict[str, Any] = {
+        "service.name": str(identity.get("service_name") or "ray_guard"),
+        "host.name": node.hostname,
+        "host.ip": tuple(sorted(node.addresses)),
+        "rl.run.id": str(identity.get("run_id") or ""),
+    }
+    for name in ("job_id", "node_id", "actor_id", "actor_name"):
+        if identity.get(name):
+            attributes[f"ray.{name}"] = str(identity[name])
+    return attributes

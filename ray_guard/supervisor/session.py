@@ -1,0 +1,399 @@
+"""A session: one connected process, from its hello to its end. Runs in the supervisor.
+
+Every packet is checked before it means anything. What is wrong is answered, or logged, and costs the sender its
+connection at most: a target without one is a target that has gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from ray_guard import errors
+from ray_guard.egress.gate import Gate
+from ray_guard.errors import NotEnforced, PolicyError, RayGuardError
+from ray_guard.evidence.journal import JournalError
+from ray_guard.kernel import libc, seqpacket
+from ray_guard.kernel.seccomp import Listener
+from ray_guard.policy.budgets import Scope
+from ray_guard.policy.decide import CompiledPolicy, Operation, Process, Request, decide
+from ray_guard.policy.destination import Group, Transport, canonical_address
+from ray_guard.policy.enforcement import unenforced
+from ray_guard.records import Mode, Resource, Role
+from ray_guard.supervisor import fields
+from ray_guard.supervisor.node import Membership, Node, resource_attributes
+from ray_guard.supervisor.ring import Ring, grants_datagrams
+from ray_guard.supervisor.target import Target
+from ray_guard.supervisor.tools import Call, Tool
+from ray_guard.supervisor.zygote import read_start
+
+log = logging.getLogger("ray_guard.session")
+
+_BATCH: Final = 64
+"""Packets read at one go: a chatty target must not keep others waiting."""
+_KINDS: Final = ("actor", "program", "run", "observer")
+_ENV_ROLES: Final = (Role.ENV, Role.POLICY)
+
+
+class Session:
+    """See the module.
+
+    Args:
+        sock: the accepted connection.
+        zygote: where tool starts are sent.
+        ended: called once, when the process and all it started are gone.
+    """
+
+    def __init__(
+        self, sock: socket.socket, node: Node, zygote: socket.socket, ended: Callable[[Session], None]
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._node = node
+        self._zygote = zygote
+        self._ended = ended
+        self._target: Target | None = None
+        self._gate: Gate | None = None
+        self._ring: Ring | None = None
+        self._tools: list[Tool] = []
+        self._lifeline: socket.socket | None = None
+        self._pidfd = -1
+        self._connected = True
+        self._dead = False
+        self._handlers: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
+            "open": lambda message, _: self._known().begin(message),
+            "close": self._close_span,
+            "intent": self._intent,
+            "identify": self._identify,
+            "reward": self._reward,
+            "hello": self._hello,
+            "armed": self._armed,
+            "start": self._start,
+            "violations": self._violations,
+            "tighten": self._tighten,
+        }
+        node.loop.watch(sock.fileno(), select.EPOLLIN, self._ready)
+
+    # -- packets -------------------------------------------------------------------------------------------------------
+
+    def _ready(self, _events: int) -> None:
+        self._read(_BATCH)
+
+    def pump(self) -> None:
+        """Takes in all that the target has sent so far."""
+        self._read(1 << 16)
+
+    def _read(self, count: int) -> None:
+        for _ in range(count):
+            if not self._connected:
+                return
+            try:
+                received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
+            except (BlockingIOError, InterruptedError):
+                return
+            except (OSError, seqpacket.BadPacket) as error:
+                log.warning("a packet of %s is unusable: %s", self._name(), error)
+                if isinstance(error, OSError):
+                    self._disconnected()
+                    return
+                continue
+            if received is None:
+                self._disconnected()
+                return
+            self._handle(*received)
+
+    def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        handler = self._handlers.get(str(message.get("op")))
+        try:
+            if handler is None:
+                raise seqpacket.BadPacket(f"unknown operation {message.get('op')!r:.80}")
+            handler(message, descriptors)
+        except (seqpacket.BadPacket, JournalError, RayGuardError, ValueError, KeyError, TypeError, OSError) as error:
+            log.warning("%s of %s: %s: %s", message.get("op"), self._name(), type(error).__name__, error)
+            if descriptors or message.get("op") == "armed":
+                known = isinstance(error, RayGuardError) and not isinstance(error, JournalError)
+                refusal = (
+                    error
+                    if isinstance(error, RayGuardError) and known
+                    else RayGuardError(f"{type(error).__name__}: {error}")
+                )
+                self._reply(self._way_back(descriptors), errors.to_wire(refusal))
+        finally:
+            seqpacket.close_all(descriptors)
+
+    def _way_back(self, descriptors: list[int]) -> int:
+        """A question brings the descriptor to answer on; one that could not is answered on the line itself."""
+        return descriptors[0] if descriptors else self._sock.fileno()
+
+    def _name(self) -> str:
+        return "a stranger" if self._target is None else f"{self._target.kind} {self._target.pid}"
+
+    def _known(self) -> Target:
+        if self._target is None:
+            raise seqpacket.BadPacket("no hello yet")
+        return self._target
+
+    @staticmethod
+    def _reply(descriptor: int, message: dict[str, Any], passed: tuple[int, ...] = ()) -> None:
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            sock.setblocking(False)
+            try:
+                seqpacket.send(sock, message, passed)
+            except OSError as error:
+                log.warning("an answer could not be delivered: %s", error)
+
+    # -- hello ---------------------------------------------------------------------------------------------------------
+
+    def _hello(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        if self._target is not None:
+            raise seqpacket.BadPacket("a second hello")
+        kind = message.get("kind")
+        if kind not in _KINDS:
+            raise seqpacket.BadPacket(f"unknown kind {kind!r:.40}")
+        pid, uid = self._peer()
+        if uid != os.getuid():
+            raise NotEnforced(["supervisor"], f"it belongs to user {os.getuid()}, not to user {uid}")
+        identity = dict(message.get("identity") or {})
+        told = message.get("cluster")
+        membership = Membership(told) if told else None
+        policy = CompiledPolicy()
+        if kind != "observer":
+            policy = _policy(message["policy"], kind, clustered=membership is not None)
+        target = Target(
+            pid=pid,
+            kind=str(kind),
+            policy=policy,
+            resource=Resource(resource_attributes(self._node, identity)),
+            journal=self._node.journal(str(message["evidence"])),
+            job=self._node.job(str(identity.get("run_id") or ""), policy),
+            run_id=str(identity.get("run_id") or ""),
+            actor_id=str(identity.get("actor_id") or pid),
+        )
+        target.pump = self.pump
+        if membership is not None:
+            self._node.join(target, membership)
+        refused = self._refused_sockets(target, message.get("sockets") or ())
+        if refused and policy.mode is Mode.ENFORCE:
+            if membership is not None:
+                self._node.leave(target)
+            raise NotEnforced(refused, "these connections are open already, and no rule grants them: close them first")
+        self._pidfd = os.pidfd_open(pid)
+        self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
+        self._target = target
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._lifeline = ours
+            self._reply(descriptors[0], {"ok": True, "supervisor": os.getpid(), "role": policy.role.value,
+                                         "datagrams": grants_datagrams(policy)}, (theirs.fileno(),))  # fmt: skip
+
+    def _peer(self) -> tuple[int, int]:
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid = (int.from_bytes(credentials[at : at + 4], "little") for at in (0, 4))
+        return pid, uid
+
+    def _refused_sockets(self, target: Target, sockets: Any) -> list[str]:
+        """Which of the connections that are open already no rule grants."""
+        surroundings = self._node.surroundings(target)
+        refused = []
+        for transport, host, port in sockets:
+            address = canonical_address(str(host))
+            request = Request(Operation.CONNECT, Transport(transport), address, int(port), process=Process.OWN)
+            if not decide(target.policy, surroundings, target.account, request).allowed:
+                refused.append(f"{transport}://{address}:{port}")
+        return refused
+
+    def _armed(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        """The filter stands: from here on the process runs only as far as this ring lets it."""
+        target = self._known()
+        if self._gate is not None:
+            raise seqpacket.BadPacket("armed already")
+        if len(descriptors) > 1:
+            listener = os.dup(descriptors[1])
+        else:
+            listener = libc.pidfd_getfd(self._pidfd, int(message["listener"]))
+            if listener < 0:
+                raise NotEnforced(["seccomp.listener"], f"it cannot be taken: {os.strerror(-listener)}")
+        self._ring = Ring(self._node, target, target.policy, target.pid)
+        self._gate = Gate(
+            Listener(listener), self._ring, self._node.loop, self._node.pidfds, self._node.memory, self._unfiltered
+        )
+        self._reply(self._way_back(descriptors), {"ok": True})
+
+    def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        """A second policy inside a confined process: what both allow."""
+        target = self._known()
+        added = _policy(message["policy"], target.kind, clustered=self._node.directory(target) is not None)
+        target.policy = target.policy.intersect(added)
+        if self._ring is not None:
+            self._ring.policy = target.policy
+        self._reply(descriptors[0], {"ok": True})
+
+    # -- the target's reports ------------------------------------------------------------------------------------------
+
+    def _close_span(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        target = self._known()
+        span = message.get("span")
+        for tool in self._tools:
+            if tool.call == span and tool.running:
+                tool.end()  # what a call started ends with the call
+        self._tools = [tool for tool in self._tools if tool.running]
+        target.end(message)
+
+    def _intent(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        intents = self._known().intents
+        if len(intents) > 4096:
+            intents.clear()
+        intents[int(message["tid"])] = str(message["span"])
+
+    def _identify(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        names = ("actor_id", "actor_name")
+        self._known().identify({f"ray.{name}": str(message[name]) for name in names if message.get(name)})
+
+    def _reward(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        self._known().reward(str(message["episode"]), float(message["value"]))
+
+    def _violations(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        episode = message.get("episode")
+        found = self._known().violations_of(None if episode is None else str(episode))
+        self._reply(descriptors[0], {"violations": found})
+
+    # -- tools ---------------------------------------------------------------------------------------------------------
+
+    def _start(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        target = self._known()
+        if target.kind == "observer":
+            raise NotEnforced(["subprocess"], "an observer has no policy to start a tool under")
+        if len(descriptors) < 3:
+            raise seqpacket.BadPacket("a start needs a control line, a memory file and a working folder")
+        try:
+            start = read_start(descriptors[1])
+        except OSError as error:
+            self._reply(descriptors[0], {"op": "failed", "errno": error.errno or errno.EINVAL})
+            return
+        if len(start.descriptors) != len(descriptors) - 3:
+            raise seqpacket.BadPacket(f"{len(descriptors) - 3} descriptors for {len(start.descriptors)} numbers")
+        control = socket.socket(fileno=os.dup(descriptors[0]))
+        tool = Tool(
+            self._node,
+            target,
+            target.policy,
+            start,
+            _call(message),
+            control,
+            self._zygote,
+            [os.dup(descriptor) for descriptor in descriptors[1:]],
+        )
+        self._tools = [known for known in self._tools if known.running]
+        self._tools.append(tool)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _disconnected(self) -> None:
+        """The channel is closed. A filtered process that closed it has cut itself off from being judged: it ends."""
+        if not self._connected:
+            return
+        self._connected = False
+        self._node.loop.forget(self._sock.fileno())
+        self._sock.close()
+        if self._target is None:
+            self._finish()
+        elif self._gate is not None:
+            self._kill()
+        elif self._target.kind in ("observer", "run"):
+            self._died()
+
+    def _kill(self) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except OSError:
+            pass  # gone already
+
+    def _died(self) -> None:
+        """The process has ended."""
+        if self._dead:
+            return
+        self._dead = True
+        self.pump()  # what it sent before it died counts
+        for tool in self._tools:
+            tool.end()
+        if self._connected:
+            self._connected = False
+            self._node.loop.forget(self._sock.fileno())
+            self._sock.close()
+        if self._pidfd >= 0:
+            self._node.loop.forget(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._target is not None:
+            try:
+                self._target.lost()
+            except JournalError:
+                log.exception("spans of %s could not be closed", self._name())
+        self._try_finish()
+
+    def _unfiltered(self) -> None:
+        self._gate = None
+        self._try_finish()
+
+    def _try_finish(self) -> None:
+        if not self._dead or self._gate is not None:
+            return
+        if any(tool.running for tool in self._tools):
+            self._node.loop.later(0.05, self._try_finish)
+            return
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+        if self._lifeline is not None:
+            self._lifeline.close()
+            self._lifeline = None
+        if self._target is not None:
+            self._node.leave(self._target)
+            self._target.account.close()
+        self._ended(self)
+
+
+def _call(message: dict[str, Any]) -> Call:
+    ids = {
+        name: None if message.get(name) is None else fields.identifier(message[name], length)
+        for name, length in (("span", 16), ("trace", 32), ("parent", 16))
+    }
+    return Call(**ids, identity=fields.identity(message.get("identity")))
+
+
+def _policy(wire: Any, kind: str, *, clustered: bool) -> CompiledPolicy:
+    """The policy of a new target.
+
+    Raises:
+        PolicyError: it is malformed.
+        NotEnforced: it asks for what this version or host does not hold, and is meant to be enforced.
+    """
+    if not isinstance(wire, dict):
+        raise PolicyError("policy", wire, "a mapping")
+    policy = CompiledPolicy.from_wire(wire, role=Role.TOOL if kind == "run" else Role.ENV)
+    if policy.mode is Mode.ENFORCE:
+        missing = unenforced(wire)
+        if missing:
+            raise NotEnforced(missing, "this version does not enforce that yet")
+        uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in Scope
+                     if grants_datagrams(policy) and any("egress" in kind for kind in policy.limits(scope))]  # fmt: skip
+        if uncounted:
+            raise NotEnforced(
+                uncounted, "bytes of connected UDP sockets are not counted yet: drop the udp:// rules or the cap"
+            )
+    if clustered and policy.role in _ENV_ROLES:
+        # A Ray actor without its cluster is none: the role grants it to the actor's own process, listed or not.
+        groups = {Group.CLUSTER} | ({Group.COLLECTIVES} if policy.role is Role.POLICY else set())
+        layers = tuple(replace(layer, groups=layer.groups | groups) for layer in policy.layers)
+        policy = replace(policy, layers=layers)
+    return policy

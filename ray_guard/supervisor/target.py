@@ -1,0 +1,352 @@
+"""Targets: whose records are written and whose budgets are charged. Runs in the supervisor.
+
+A target is one guarded actor, one program under ``confine`` or ``ray-guard run``, or one observer (a driver whose spans
+are journaled, nothing more). It holds the open spans that its process reported, and closes them when that process dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from ray_guard.errors import PolicyError
+from ray_guard.evidence.journal import Journal
+from ray_guard.evidence.otlp import Fragment, LineEncoder, fragment
+from ray_guard.kernel.seqpacket import BadPacket
+from ray_guard.policy.budgets import Account, Exceeded, Limits, Scope, limits_from_wire, tightest
+from ray_guard.policy.decide import CompiledPolicy
+from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
+from ray_guard.supervisor import fields
+
+log = logging.getLogger("ray_guard.target")
+
+_VIOLATIONS_KEPT: Final = 10_000
+_OPEN_LIMIT: Final = 100_000
+
+
+def new_span_id() -> str:
+    return os.urandom(8).hex()
+
+
+def new_trace_id() -> str:
+    return os.urandom(16).hex()
+
+
+@dataclass(slots=True)
+class OpenSpan:
+    """A span that the target has begun and not ended."""
+
+    record: SpanRecord
+    scope: str
+    identity: Mapping[str, AttributeValue]
+    episode: str | None
+    account: Account | None
+    violations: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which call something is put down to, and who pays for it."""
+
+    trace_id: str
+    parent_id: str | None
+    identity: Fragment
+    account: Account
+    episode: str | None
+    call: str | None
+    candidates: tuple[str, ...] = ()
+    """Calls it may as well belong to; empty: it is certain."""
+
+
+@dataclass(slots=True)
+class Violation:
+    """One entry of ``violations()``."""
+
+    kind: str
+    limit: AttributeValue | None
+    value: AttributeValue | None
+    span: str
+    time_ns: int
+    reason: str
+    destination: str
+    episode: str | None
+
+    def as_message(self) -> dict[str, Any]:
+        names = ("kind", "limit", "value", "span", "reason", "destination")
+        return {**{name: getattr(self, name) for name in names}, "time": self.time_ns}
+
+
+@dataclass(slots=True)
+class Target:
+    """See the module. ``job`` is the account above the actor's own."""
+
+    pid: int
+    kind: str
+    policy: CompiledPolicy
+    resource: Resource
+    journal: Journal
+    job: Account
+    run_id: str
+    actor_id: str
+    account: Account = field(init=False)
+    trace_id: str = field(default_factory=new_trace_id)
+    open: dict[str, OpenSpan] = field(default_factory=dict)
+    intents: dict[int, str] = field(default_factory=dict)
+    violations: deque[Violation] = field(default_factory=lambda: deque(maxlen=_VIOLATIONS_KEPT))
+    pump: Callable[[], None] = lambda: None
+    """Reads what the target has sent so far; set by its session."""
+    _encoder: LineEncoder = field(init=False)
+    _own: Origin = field(init=False)
+    _fragments: dict[str, Fragment] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.account = self._scope_account(Scope.ACTOR, self.actor_id, self.job)
+        self._encoder = LineEncoder(self.resource)
+        self._own = self._own_origin()
+
+    def _scope_account(self, scope: Scope, source: str, parent: Account, limits: Limits | None = None) -> Account:
+        own = self.policy.limits(scope)
+        return Account(
+            scope,
+            source,
+            own if limits is None else tightest(own, limits),
+            watched=self.policy.watched(scope),
+            parent=parent,
+        )
+
+    def _own_origin(self) -> Origin:
+        identity = fragment({"rl.run.id": self.run_id, "ray_guard.source": Source.SUPERVISOR.value})
+        return Origin(self.trace_id, None, identity, self.account, None, None)
+
+    def identify(self, attributes: Mapping[str, AttributeValue]) -> None:
+        """Completes the resource: what a worker learns only after it was confined (its actor's id and name)."""
+        self.resource = Resource({**self.resource.attributes, **attributes})
+        self._encoder = LineEncoder(self.resource)
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def write(self, record: SpanRecord, identity: Fragment | None = None) -> None:
+        """Journals a record of the supervisor's own. Raises JournalError: then nothing may be granted."""
+        self.journal.append(self._encoder.encode(record, identity or self._own.identity))
+
+    def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue], source: Source) -> None:
+        key = repr(sorted(identity.items()))
+        fixed = self._fragments.get(key)
+        if fixed is None or len(self._fragments) > 1024:
+            self._fragments.clear()
+            fixed = fragment({**identity, "ray_guard.source": source.value})
+            self._fragments[key] = fixed
+        self.journal.append(self._encoder.encode(record, fixed))
+
+    # -- spans the target reports --------------------------------------------------------------------------------------
+
+    def begin(self, message: Mapping[str, Any]) -> None:
+        """A span begins. Raises BadPacket for what is no span."""
+        if len(self.open) >= _OPEN_LIMIT:
+            raise BadPacket("too many open spans")
+        span_id = fields.identifier(message.get("span"), 16)
+        identity = fields.identity(message.get("identity"))
+        identity.setdefault("rl.run.id", self.run_id)
+        parent = message.get("parent")
+        record = SpanRecord(
+            trace_id=fields.identifier(message.get("trace"), 32),
+            span_id=span_id,
+            parent_id=None if parent is None else fields.identifier(parent, 16),
+            name=fields.text(message.get("name"), 512),
+            kind=SpanKind.CLIENT if message.get("kind") == SpanKind.CLIENT.value else SpanKind.INTERNAL,
+            start_ns=fields.time(message.get("start")),
+            end_ns=None,
+            attributes=fields.attributes(message.get("attributes")),
+            links=fields.links(message.get("links")),
+        )
+        scope = fields.text(message.get("scope"), 32)
+        episode = message.get("episode")
+        episode = None if episode is None else fields.identifier(episode, 16)
+        account: Account | None = None
+        if scope == "episode":
+            budget = message.get("budget")
+            try:
+                limits = None if budget is None else limits_from_wire(Scope.EPISODE, budget)
+            except PolicyError as error:
+                raise BadPacket(str(error)) from error
+            account, episode = self._scope_account(Scope.EPISODE, span_id, self.account, limits), span_id
+        elif scope == "tool":
+            account = self.call_account(span_id, episode)
+        self._write_reported(record, identity, Source.TARGET)
+        self.open[span_id] = OpenSpan(record, scope, identity, episode, account)
+
+    def call_account(self, span_id: str, episode: str | None) -> Account:
+        around = self.open.get(episode) if episode is not None else None
+        parent = around.account if around is not None and around.account is not None else self.account
+        return self._scope_account(Scope.CALL, span_id, parent)
+
+    def end(self, message: Mapping[str, Any]) -> None:
+        """A span ends. One that never began is an error of the target's; nothing is written for it."""
+        span = self.open.get(fields.identifier(message.get("span"), 16))
+        if span is None:
+            return
+        status = message.get("status", 0)
+        self._finish(
+            span,
+            end_ns=fields.time(message.get("end")),
+            more=fields.attributes(message.get("attributes")),
+            status=StatusCode(status) if status in (0, 1, 2) else StatusCode.UNSET,
+            text=fields.text(message.get("message", ""), 4096),
+            events=fields.events(message.get("events")),
+        )
+
+    def _finish(
+        self,
+        span: OpenSpan,
+        *,
+        end_ns: int,
+        more: Mapping[str, AttributeValue],
+        status: StatusCode,
+        text: str = "",
+        events: tuple[SpanEvent, ...] = (),
+    ) -> None:
+        record = span.record
+        attributes = {**record.attributes, **more}
+        if span.scope == "episode":
+            attributes["ray_guard.violation_count"] = span.violations
+        record = replace(
+            record,
+            end_ns=max(end_ns, record.start_ns),
+            attributes=attributes,
+            status=status,
+            status_message=text,
+            events=events,
+        )
+        # Forgotten only when it is written: were the disk full, the span would still be known as open.
+        self._write_reported(record, span.identity, Source.TARGET)
+        self.open.pop(record.span_id, None)
+        if span.account is not None:
+            span.account.close()
+
+    def lost(self) -> None:
+        """The process is gone: what it had begun ends here, and says so."""
+        now = time.time_ns()
+        for span in reversed(list(self.open.values())):
+            self._finish(
+                span,
+                end_ns=now,
+                more={"ray_guard.ended_by": "supervisor"},
+                status=StatusCode.ERROR,
+                text="the process ended before the span did",
+            )
+
+    # -- whose doing something is --------------------------------------------------------------------------------------
+
+    def origin_of_thread(self, tid: int) -> Origin:
+        """Which call thread ``tid`` of the actor's own process acts for.
+
+        The thread said so just before the system call (the audit event), or nobody did: then every open call is a
+        candidate, and none is guessed.
+        """
+        self.pump()
+        call = self.intents.pop(tid, None)
+        if call is not None and call in self.open:
+            return self.origin_of_call(call)
+        return self.origin_unknown()
+
+    def origin_unknown(self) -> Origin:
+        calls = tuple(span_id for span_id, span in self.open.items() if span.scope == "tool")
+        if not calls:
+            return self._own
+        traces = {self.open[call].record.trace_id for call in calls}
+        trace = traces.pop() if len(traces) == 1 else self.trace_id
+        return replace(self._own, trace_id=trace, candidates=calls[:64])
+
+    def own_origin(self) -> Origin:
+        """The actor itself, for what no call can have caused."""
+        return self._own
+
+    def origin_of_call(self, call: str, parent: str | None = None) -> Origin:
+        """The open call ``call``; ``parent`` is the process span within it, where that is known."""
+        span = self.open[call]
+        account = span.account or self.account
+        identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
+        return Origin(span.record.trace_id, parent or call, identity, account, span.episode, call)
+
+    # -- violations ----------------------------------------------------------------------------------------------------
+
+    def violation(
+        self,
+        origin: Origin,
+        span_id: str | None,
+        kind: str,
+        *,
+        reason: str,
+        destination: str = "",
+        limit: AttributeValue | None = None,
+        value: AttributeValue | None = None,
+    ) -> SpanEvent:
+        """Journals a violation below ``span_id`` and remembers it; returns the event for the offending span."""
+        now = time.time_ns()
+        attributes: dict[str, AttributeValue] = {"ray_guard.violation.kind": kind, "error.type": reason}
+        if limit is not None:
+            attributes["ray_guard.violation.limit"] = limit
+        if value is not None:
+            attributes["ray_guard.violation.value"] = value
+        if destination:
+            attributes["ray_guard.violation.destination"] = destination
+        record = SpanRecord(
+            trace_id=origin.trace_id,
+            span_id=new_span_id(),
+            parent_id=span_id or origin.parent_id,
+            name="ray_guard.violation",
+            kind=SpanKind.INTERNAL,
+            start_ns=now,
+            end_ns=now,
+            attributes=attributes,
+            status=StatusCode.ERROR,
+            status_message=f"{kind}: {reason}",
+        )
+        self.write(record, origin.identity)
+        offending = span_id or origin.call or ""
+        self.violations.append(Violation(kind, limit, value, offending, now, reason, destination, origin.episode))
+        if origin.episode is not None and (episode := self.open.get(origin.episode)) is not None:
+            episode.violations += 1
+        return SpanEvent("ray_guard.violation", now, attributes)
+
+    def exceeded(self, origin: Origin, span_id: str | None, exceeded: Exceeded, destination: str = "") -> SpanEvent:
+        return self.violation(
+            origin,
+            span_id,
+            exceeded.kind,
+            reason=f"{exceeded.scope.value} budget",
+            destination=destination,
+            limit=exceeded.limit,
+            value=exceeded.value,
+        )
+
+    def violations_of(self, episode: str | None) -> list[dict[str, Any]]:
+        found = [each for each in self.violations if episode is None or each.episode == episode]
+        return [each.as_message() for each in found[-500:]]
+
+    def reward(self, rollout: str, value: float) -> None:
+        """A reward that arrived later: a record of its own, in the trace of the rollout where that is still open."""
+        now = time.time_ns()
+        known = next((s for s in self.open.values() if s.identity.get("rl.rollout.id") == rollout), None)
+        attributes: dict[str, AttributeValue] = {
+            "gen_ai.evaluation.name": "reward",
+            "gen_ai.evaluation.score.value": value,
+        }
+        record = SpanRecord(
+            trace_id=known.record.trace_id if known else new_trace_id(),
+            span_id=new_span_id(),
+            parent_id=known.record.span_id if known else None,
+            name="ray_guard.reward",
+            kind=SpanKind.INTERNAL,
+            start_ns=now,
+            end_ns=now,
+            attributes={"rl.reward.score": value},
+            events=(SpanEvent("gen_ai.evaluation.result", now, attributes),),
+        )
+        identity = known.identity if known else {"rl.run.id": self.run_id}
+        self._write_reported(record, {**identity, "rl.rollout.id": rollout}, Source.TARGET)
