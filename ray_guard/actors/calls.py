@@ -1,0 +1,140 @@
+"""driver, target: where the caller is (its episode, turn, call) travels with every call to a guarded actor or task.
+
+The caller's side is Ray's own hook for it: a decorator around an actor method's invocation, which is part of the
+metadata from which handles are made, wherever they are made. It adds one keyword argument, ``_ray_guard_context``, when
+there is a scope to speak of. The callee's side takes it off again where Ray executes a method, so that the methods
+themselves, their signatures and their ``__dict__`` stay the user's.
+
+What does not work: wrapping methods (generators, coroutine checks and frameworks' flags on them all need care, and
+inherited ones must not be pinned), Ray's tracing hook (generator methods raise TypeError), runtime environments (one
+per episode would be one worker each).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from ray_guard.actors import documents, internals
+from ray_guard.client import carry
+from ray_guard.client.scope import attach, context
+
+CONTEXT = "_ray_guard_context"
+_PARAMETER = inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, default=None)
+
+Invocation = Callable[[Any, MutableMapping[str, Any]], Any]
+
+
+def install() -> None:
+    """Puts both sides in place, or neither: a context that nobody takes off would break the call."""
+    if internals.DESCRIBE_METHODS.exists() and internals.EXECUTE_METHOD.exists():
+        internals.EXECUTE_METHOD.wrap(_around_executor)
+        internals.DESCRIBE_METHODS.wrap(_around_create)
+
+
+def _carries() -> bool:
+    return internals.DESCRIBE_METHODS.exists() and internals.DESCRIBE_METHODS.wrapped()
+
+
+# The caller's side -------------------------------------------------------------------------------------------------
+
+
+def _around_create(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create(cls: Any, modified_class: Any, *args: Any, **kwargs: Any) -> Any:
+        meta = original(cls, modified_class, *args, **kwargs)
+        if modified_class is not None and documents.of(modified_class):
+            extend(meta)
+        return meta
+
+    return create
+
+
+def extend(meta: Any) -> None:
+    """Makes the methods in `meta` carry their caller's context."""
+    if not _carries():
+        return
+    for name, parameters in meta.signatures.items():
+        # A constructor's arguments are kept for restarts, when the episode that they were given in is long over.
+        if name != "__init__" and not name.startswith("__ray_") and not _takes_context(parameters):
+            meta.signatures[name] = _with_parameter(parameters)
+            users = meta.decorators.get(name)
+            meta.decorators[name] = bring_context if users is None else functools.partial(bring_context, users)
+
+
+def _takes_context(parameters: list[inspect.Parameter]) -> bool:
+    return any(parameter.name == CONTEXT for parameter in parameters)
+
+
+def _with_parameter(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """`parameters` with the context's, where Ray's check of arguments lets it pass."""
+    if _takes_context(parameters):
+        return parameters
+    at = len(parameters)
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        at -= 1
+    return [*parameters[:at], _PARAMETER, *parameters[at:]]
+
+
+def bring_context(invocation: Any, next_invocation: Invocation | None = None) -> Invocation:
+    """Adds the caller's context to an invocation's keyword arguments.
+
+    With two arguments the first is another such decorator, the user's, which then stands around ours.
+    """
+    if next_invocation is not None:
+        outer: Invocation = invocation(bring_context(next_invocation))
+        return outer
+
+    def invoke(args: Any, kwargs: MutableMapping[str, Any]) -> Any:
+        if carry.current() is not None:
+            kwargs = {**kwargs, CONTEXT: context()}
+        return invocation(args, kwargs)
+
+    return invoke
+
+
+def with_context(remote_function: Any, kwargs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The keyword arguments of a guarded task, with the caller's context."""
+    if not _carries() or carry.current() is None:
+        return kwargs
+    internals.extend_signature(remote_function, _with_parameter)
+    return {**(kwargs or {}), CONTEXT: context()}
+
+
+# The callee's side -------------------------------------------------------------------------------------------------
+
+
+def _around_executor(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make(self: Any, method_name: str, method: Callable[..., Any]) -> Any:
+        executor = original(self, method_name, method)
+
+        def run(actor: Any, /, *args: Any, **kwargs: Any) -> Any:
+            given = kwargs.pop(CONTEXT, None)
+            if given is None:
+                return executor(actor, *args, **kwargs)
+            return under(given, functools.partial(executor, actor, *args, **kwargs), method)
+
+        # Ray looks at these to see whether to run a method in the event loop.
+        vars(run).update(vars(executor))
+        return run
+
+    return make
+
+
+def under(given: Mapping[str, Any], call: Callable[[], Any], method: Callable[..., Any]) -> Any:
+    """Runs `call` where its caller was; `method` tells what kind of function it is."""
+    scope = attach(given)
+    if inspect.isasyncgenfunction(method):
+        return carry.run_async_generator(scope, call)
+    if inspect.isgeneratorfunction(method):
+        return carry.run_generator(scope, call)
+    if inspect.iscoroutinefunction(method):
+        return _await(scope, call)
+    with scope:
+        return call()
+
+
+async def _await(scope: attach, call: Callable[[], Any]) -> Any:
+    with scope:
+        return await call()
