@@ -61,6 +61,12 @@ def _status(pid: int, key: bytes, base: int = 10) -> int | None:
     return None
 
 
+def has_capability(pid: int, capability: int) -> bool:
+    """Whether the process has it in its effective set; an unreadable process has none."""
+    effective = _status(pid, b"CapEff:", 16)
+    return effective is not None and bool(effective >> capability & 1)
+
+
 def umask(pid: int) -> int:
     """The process's umask; 0o077, the strictest in use, where it cannot be read."""
     mask = _status(pid, b"Umask:", 8)

@@ -223,15 +223,16 @@ class Notification(NamedTuple):
 class Listener:
     """The supervisor's end of a filter: one per actor or tool call."""
 
-    __slots__ = ("_buffer", "fd")
+    __slots__ = ("_buffer", "fd", "sync_wake_up")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._buffer = bytearray(80)
-        try:  # Linux 6.6: the woken side runs at once on the waker's CPU, which halves the round trip
+        self.sync_wake_up = True
+        try:  # Linux 6.6: the woken side runs at once on the waker's CPU, which shortens the round trip
             fcntl.ioctl(fd, _IOCTL_SET_FLAGS, _SYNC_WAKE_UP)
         except OSError:
-            pass
+            self.sync_wake_up = False
 
     def receive(self) -> Notification | None:
         """The next notification; None where the caller has gone meanwhile. Poll first: this call can block."""

@@ -1,0 +1,34 @@
+"""The ``ray-guard`` command. Each subcommand is a module of this package and is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ray_guard import __version__
+
+COMMANDS = ("doctor", "run", "report")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="ray-guard", description="Kernel-enforced egress and compute budgets, with a span for every tool call."
+    )
+    parser.add_argument("--version", action="version", version=f"ray-guard {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    # Only the module that will run: `ray-guard run` should not wait for what draws reports.
+    asked = [word for word in words if word in COMMANDS][:1]
+    for name in asked or COMMANDS:
+        command = importlib.import_module(f"ray_guard.cli.{name}")
+        command.add_parser(subparsers).set_defaults(run=command.run)
+    arguments = parser.parse_args(words)
+    status: int = arguments.run(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

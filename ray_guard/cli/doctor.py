@@ -1,0 +1,84 @@
+"""``ray-guard doctor``: what this host can enforce, by which mechanism, and what is missing. Everything is tried."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ray_guard.egress.meter import TICK_S
+from ray_guard.kernel.probe import Feature, Status, probe
+
+_NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "egress": (
+        "seccomp.architecture",
+        "seccomp.user_notification",
+        "seccomp.thread_sync",
+        "pidfd_getfd",
+        "process_vm_readv",
+        "sock_diag.destroy_events",
+        "udp.mute",
+        "yama",
+    ),
+    "processes": ("seccomp.user_notification", "pidfd_getfd", "subreaper"),
+}
+_NOT_IN_THIS_VERSION: Final = ("files", "gpu", "names", "compute")
+
+_SAID: Final = f"""\
+Two promises:
+  tool processes (ray_guard.run)   hostile code: nothing leaves but what the policy grants
+  the actor's own process          egress and accounting hold for all its tree does by system call; files, signals and
+                                   GPU opens are not prevented, and code that speaks Ray's wire protocol itself is not
+                                   contained
+Direct flows: bytes are exact at a flow's end (off by one where a tool closes while its peer still sends). Under a byte
+cap they are read every {1000 * TICK_S:g} ms and cut late by at most the flow's rate times that.
+Datagrams: an actor's own sockets are mute unless the policy lists udp:// destinations (sendmsg is then judged too, which
+costs every Ray call about 15 %)."""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "doctor",
+        help="what this host can enforce, and what is missing",
+        description="Tries every mechanism the guard uses on this host. Exit status 1 where egress or processes "
+        "cannot be enforced.",
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    features = probe()
+    enforceable = judge(features)
+    if arguments.json:
+        rows = [{"name": f.name, "status": f.status.value, "detail": f.detail} for f in features]
+        print(json.dumps({"features": rows, "enforceable": enforceable}, indent=2))
+    else:
+        print(_table(features, enforceable))
+    return 0 if enforceable["egress"] and enforceable["processes"] else 1
+
+
+def judge(features: Sequence[Feature]) -> dict[str, bool]:
+    """What can be enforced: all that it needs was tried and works. What was not tried is not enforceable."""
+    works = {feature.name for feature in features if feature.status is not Status.MISSING}
+    can = {name: works.issuperset(needs) for name, needs in _NEEDS.items()}
+    return {**can, **dict.fromkeys(_NOT_IN_THIS_VERSION, False)}
+
+
+def _table(features: Sequence[Feature], enforceable: Mapping[str, bool]) -> str:
+    width = max(len(feature.name) for feature in features)
+    lines = [f"{feature.name:{width}}  {feature.status.value:7}  {feature.detail}" for feature in features]
+    lines.append("")
+    for name, can in enforceable.items():
+        lines.append(
+            f"{name:{width}}  {'enforced' if can else 'NOT enforced'}{'' if can else _why_not(name, features)}"
+        )
+    return "\n".join([*lines, "", _SAID])
+
+
+def _why_not(name: str, features: Sequence[Feature]) -> str:
+    if name in _NOT_IN_THIS_VERSION:
+        return " (not in this version)"
+    missing = [f.name for f in features if f.name in _NEEDS[name] and f.status is Status.MISSING]
+    return f" (missing: {', '.join(missing)})"

@@ -1,0 +1,267 @@
+"""What this kernel, in this container, really offers: each feature is tried, none is inferred from a version.
+
+Runs in the process of ``ray-guard doctor`` (and in children of it, where a trial cannot be taken back).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import select
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ray_guard.kernel import libc, procfs, seccomp, sock_diag
+from ray_guard.kernel.seccomp import NOTIFY, Rule
+from ray_guard.kernel.syscalls import MACHINE, TABLES
+
+_NR_LANDLOCK_CREATE_RULESET = 444
+_LANDLOCK_VERSION = 1
+_PATIENCE_S = 5
+
+
+class Status(StrEnum):
+    """``partly``: works with a limit that the detail names."""
+
+    FULL = "full"
+    PARTLY = "partly"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    name: str
+    status: Status
+    detail: str
+
+
+def probe() -> list[Feature]:
+    """Tries everything. Takes a fraction of a second, changes nothing, sends nothing beyond loopback."""
+    return [
+        _tried("seccomp.architecture", _architecture),
+        _tried("seccomp.user_notification", _notification),
+        _tried("seccomp.thread_sync", _thread_sync),
+        _tried("seccomp.sync_wake_up", _sync_wake_up),
+        _tried("pidfd_getfd", _pidfd_getfd),
+        _tried("process_vm_readv", _memory),
+        _tried("sock_diag.destroy_events", _destroy_events),
+        _tried("udp.mute", _mute),
+        _tried("subreaper", _subreaper),
+        _tried("landlock", _landlock),
+        _tried("yama", _yama),
+        _tried("cgroup.kill", _cgroup),
+    ]
+
+
+def _tried(name: str, trial: Callable[[], Feature | str]) -> Feature:
+    try:
+        found = trial()
+    except (OSError, KeyError, ValueError) as error:
+        return Feature(name, Status.MISSING, str(error))
+    return found if isinstance(found, Feature) else Feature(name, Status.FULL, found)
+
+
+def _in_child(work: Callable[[], None]) -> None:
+    """Runs ``work`` in a child. Raises OSError with the child's errno, or ETIMEDOUT."""
+    pid = os.fork()
+    if pid == 0:
+        code = errno.EPROTO
+        try:
+            signal.alarm(_PATIENCE_S)
+            work()
+            code = 0
+        except OSError as error:
+            code = error.errno or errno.EIO
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code:
+        number = code if code > 0 else errno.ETIMEDOUT
+        raise OSError(number, os.strerror(number))
+
+
+def _architecture() -> str:
+    if MACHINE not in TABLES:
+        raise KeyError(f"{platform.machine()} is not supported")
+    return MACHINE
+
+
+def _listener(program_rules: list[Rule]) -> int:
+    return seccomp.install_on_thread(seccomp.assemble(program_rules, MACHINE))
+
+
+def _notification() -> str:
+    """The whole round trip: a child's connect is received, read and answered by this process."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(_PATIENCE_S)
+            number = _listener([Rule("connect", NOTIFY)])
+            theirs.send(struct.pack("i", number))
+            theirs.recv(1)
+            probe_socket = socket.socket()
+            code = probe_socket.connect_ex(("127.0.0.1", 9))
+        except OSError as error:
+            code = error.errno or 255
+        os._exit(code)
+    theirs.close()
+    try:
+        ours.settimeout(_PATIENCE_S)
+        data = ours.recv(4)
+        if data:
+            _answer_one(pid, struct.unpack("i", data)[0], ours)
+    finally:
+        ours.close()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code != errno.EACCES:
+        raise OSError(code, f"a notified call was not answered ({os.strerror(code) if code > 0 else code})")
+    return "connect was received, read and refused"
+
+
+def _answer_one(pid: int, number: int, line: socket.socket) -> None:
+    pidfd = os.pidfd_open(pid)
+    fd = libc.pidfd_getfd(pidfd, number)
+    os.close(pidfd)
+    if fd < 0:
+        raise OSError(-fd, "the listener cannot be taken")
+    listener = seccomp.Listener(fd)
+    line.send(b"g")
+    if select.select([fd], [], [], _PATIENCE_S)[0]:
+        notification = listener.receive()
+        if notification is not None:
+            listener.answer(notification.id, error=errno.EACCES)
+    os.close(fd)
+
+
+def _thread_sync() -> str:
+    _in_child(lambda: os.close(seccomp.install_on_process(seccomp.assemble([Rule("connect", NOTIFY)], MACHINE))))
+    return "a filter covers all threads of a running process"
+
+
+def _sync_wake_up() -> Feature | str:
+    def trial() -> None:
+        if not seccomp.Listener(_listener([Rule("connect", NOTIFY)])).sync_wake_up:
+            raise OSError(errno.ENOSYS, "before Linux 6.6: connects take a little longer")
+
+    _in_child(trial)
+    return "notified calls run on the waker's CPU"
+
+
+def _pidfd_getfd() -> str:
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(_PATIENCE_S)
+        signal.pause()
+        os._exit(0)
+    try:
+        pidfd = os.pidfd_open(pid)
+        duplicate = libc.pidfd_getfd(pidfd, 1)
+        os.close(pidfd)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if duplicate < 0:
+        raise OSError(-duplicate, os.strerror(-duplicate))
+    os.close(duplicate)
+    return "sockets of child processes can be connected in place"
+
+
+def _memory() -> str:
+    told = ctypes.create_string_buffer(b"ray_guard")
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(_PATIENCE_S)
+        signal.pause()
+        os._exit(0)
+    try:
+        read = libc.MemoryReader().read(pid, ctypes.addressof(told), 9)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if isinstance(read, int):
+        raise OSError(-read, os.strerror(-read))
+    return "arguments of child processes can be read"
+
+
+def _destroy_events() -> str:
+    diag = sock_diag.SockDiag()
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
+            (cookie,) = struct.unpack("=Q", client.getsockopt(socket.SOL_SOCKET, sock_diag.SO_COOKIE, 8))
+            client.connect(server.getsockname())
+            accepted, _ = server.accept()
+            client.sendall(b"12345")
+            accepted.recv(5)
+            accepted.close()
+        for _ in range(20):
+            select.select([diag], [], [], 0.1)
+            for counted in diag.events({cookie}):
+                if counted.sent == 5:
+                    return "byte counts of ended TCP connections are exact"
+                raise ValueError(f"5 bytes were sent, {counted.sent} were told")
+    finally:
+        diag.close()
+    raise ValueError("the end of a connection was not told")
+
+
+def _mute() -> str:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as muted,
+    ):
+        sink.bind(("127.0.0.1", 0))
+        try:
+            muted.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+        muted.connect(sink.getsockname())
+        try:
+            muted.send(b"x")
+        except BrokenPipeError:
+            return "an actor's datagram sockets can be connected but cannot send"
+    raise ValueError("a socket that was shut down could still send")
+
+
+def _subreaper() -> str:
+    _in_child(lambda: _ignore(libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)))
+    return "what a call leaves behind is found and ended"
+
+
+def _ignore(_result: int) -> None:
+    """For a trial that succeeds by not failing."""
+
+
+def _landlock() -> Feature:
+    abi = libc.syscall(_NR_LANDLOCK_CREATE_RULESET, 0, 0, _LANDLOCK_VERSION)
+    return Feature("landlock", Status.PARTLY, f"ABI {abi} is here; this version does not use it yet")
+
+
+def _yama() -> str:
+    try:
+        with open("/proc/sys/kernel/yama/ptrace_scope") as file:
+            scope = int(file.read())
+    except FileNotFoundError:
+        return "not in this kernel"
+    if scope >= 2 and not procfs.has_capability(os.getpid(), 19):
+        raise OSError(errno.EPERM, f"ptrace_scope {scope}: only an administrator may look into processes")
+    return f"ptrace_scope {scope}"
+
+
+def _cgroup() -> Feature:
+    with open("/proc/self/cgroup") as file:
+        own = next((line[3:].strip() for line in file if line.startswith("0::")), None)
+    if own is None:
+        raise OSError(errno.ENOENT, "no cgroup v2 hierarchy")
+    for mount in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
+        path = f"{mount}{own}"
+        if os.path.exists(f"{path}/cgroup.procs") and os.access(path, os.W_OK):
+            return Feature("cgroup.kill", Status.PARTLY, "writable; this version does not use it yet")
+    raise OSError(errno.EACCES, "this process may not make control groups")
