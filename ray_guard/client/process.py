@@ -168,7 +168,7 @@ class Control:
         self._sock.close()
 
 
-def _checked(number: int) -> int:
+def checked_descriptor(number: int) -> int:
     """A descriptor that a tool may have. Raises ValueError for one that would be a way out."""
     mode = os.fstat(number).st_mode
     if stat.S_ISSOCK(mode):
@@ -221,16 +221,16 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         opened: list[int] = []
         try:
             descriptors = [
-                _checked(pipe if pipe != -1 else _inherited(own, opened)) for own, pipe in enumerate(standard)
+                checked_descriptor(pipe if pipe != -1 else _inherited(own, opened)) for own, pipe in enumerate(standard)
             ]
-            descriptors += [_checked(number) for number in numbers[3:]]
+            descriptors += [checked_descriptor(number) for number in numbers[3:]]
             folder = os.open(given["cwd"] or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             opened.append(folder)
             environment = given["env"] if given["env"] is not None else tool_environment(dict(os.environ))
             payload = start_message(
                 argv,
                 executable=executable,
-                environment={**environment, **_own_variables()},
+                environment={**environment, **own_variables()},
                 umask=int(given["umask"]),
                 numbers=numbers,
                 restore_signals=bool(given["restore_signals"]),
@@ -291,7 +291,7 @@ def _inherited(number: int, opened: list[int]) -> int:
         return opened[-1]
 
 
-def _own_variables() -> dict[str, str]:
+def own_variables() -> dict[str, str]:
     node = carry.current()
     variables = {CALL_VARIABLE: "1" if node is None or node.call is None else node.call}
     parent = traceparent()
