@@ -40,6 +40,7 @@ _BY_FIRST_WORD: Final = {
     "execute_tool": Kind.TOOL,
     "process": Kind.PROCESS,
 }
+_IDENTITY: Final = ("rl.run.id", "rl.iteration", "rl.group.id", "rl.rollout.id", "rl.turn", "rl.policy.version")
 #: What only the supervisor can know. A target's claim of one of these is no fact.
 _NEEDS_PROOF: Final = frozenset({Kind.PROCESS, Kind.FLOW, Kind.VIOLATION})
 
@@ -113,9 +114,10 @@ class Index:
         said: dict[str, AttributeValue] = {}
         call = process = None
         for step in self.lineage(entry):
-            for key, value in step.span.attributes.items():
-                if key.startswith("rl.") and value != "":
-                    said.setdefault(key, value)
+            attributes = step.span.attributes
+            for key in _IDENTITY:
+                if key not in said and attributes.get(key, "") != "":
+                    said[key] = attributes[key]
             kind = kind_of(step.span)
             if kind is Kind.TOOL and call is None:
                 call = step

@@ -16,7 +16,7 @@ from ray_guard.report.index import Index, Kind, Place
 
 @dataclass(slots=True)
 class Usage:
-    """Sums over some part of a job. Bytes are payload bytes; ``unmeasured`` counts flows whose bytes are not known."""
+    """Sums over some part of a job. Bytes are payload; ``unsure_*`` counts flows that moved more than is known."""
 
     rollouts: set[str] = field(default_factory=set)
     calls: int = 0
@@ -27,11 +27,13 @@ class Usage:
     refused: int = 0
     sent: int = 0
     received: int = 0
-    unmeasured: int = 0
+    unsure_sent: int = 0
+    unsure_received: int = 0
     violations: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     flops: float = 0.0
+    cpu_s: float = 0.0
     durations_s: list[float] = field(default_factory=list)
 
 
@@ -311,9 +313,10 @@ def _call(summary: Summary, entry: Entry, place: Place) -> None:
             usage.durations_s.append((span.end_ns - span.start_ns) / 1e9)
 
 
-def _process(summary: Summary, _entry: Entry, place: Place) -> None:
+def _process(summary: Summary, entry: Entry, place: Place) -> None:
     for usage in _with_tool(summary, place):
         usage.processes += 1
+        usage.cpu_s += _number(entry.span.attributes.get("ray_guard.process.cpu_seconds")) or 0.0
 
 
 def _flow(summary: Summary, entry: Entry, place: Place) -> None:
@@ -329,19 +332,38 @@ def _flow(summary: Summary, entry: Entry, place: Place) -> None:
     if place.rollout is not None:
         flows.usage.rollouts.add(place.rollout)
     refused = decision == "deny"
-    sent, received = (_number(attributes.get(f"ray_guard.egress.bytes_{way}")) for way in ("sent", "received"))
+    sent, received = (_moved(entry, way) for way in ("sent", "received"))
     for usage in (*_with_tool(summary, place), flows.usage):
         usage.refused += refused
         usage.allowed += not refused
-        usage.sent += int(sent or 0)
-        usage.received += int(received or 0)
-        usage.unmeasured += not refused and (sent is None or received is None)
+        usage.sent += sent.bytes
+        usage.received += received.bytes
+        usage.unsure_sent += not sent.exact
+        usage.unsure_received += not received.exact
     if refused:
         command = command_of(place)
         call = place.call.span.span_id if place.call is not None else ""
         key = (place.actor, place.rollout or "", call, command, reason)
         refusal = summary.refusals.setdefault(key, Refusal(entry.span.start_ns, place, command, reason))
         refusal.destinations[destination] = refusal.destinations.get(destination, 0) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    bytes: int
+    exact: bool
+
+
+def _moved(entry: Entry, way: str) -> _Moved:
+    """Bytes one way. A missing reading is no zero, but where nothing was connected, or nothing is counted by policy
+    (Unix sockets), there is none to miss."""
+    attributes = entry.span.attributes
+    count = _number(attributes.get(f"ray_guard.egress.bytes_{way}"))
+    if count is not None:
+        return _Moved(int(count), attributes.get("ray_guard.egress.bytes_exact") is not False)
+    refused = attributes.get("ray_guard.egress.decision") == "deny"
+    failed = entry.span.end_ns is not None and entry.span.status is StatusCode.ERROR
+    return _Moved(0, refused or failed or attributes.get("network.transport") == "unix")
 
 
 def _violation(summary: Summary, entry: Entry, place: Place) -> None:
@@ -385,12 +407,12 @@ def _state(summary: Summary, entry: Entry, place: Place, kind: Kind) -> None:
 def _rewards(summary: Summary, index: Index) -> None:
     """The latest reward of each rollout: on its span, as an evaluation event, or on a span of its own, told later."""
     for entry in index:
-        found = [(entry.span.end_ns or entry.span.start_ns, _number(entry.span.attributes.get("rl.reward.score")))]
-        found += [
+        # The event says when; the attribute repeats it on a span that may end much later.
+        found = [
             (event.time_ns, _number(event.attributes.get("gen_ai.evaluation.score.value")))
             for event in entry.span.events
             if event.name == "gen_ai.evaluation.result"
-        ]
+        ] or [(entry.span.end_ns or entry.span.start_ns, _number(entry.span.attributes.get("rl.reward.score")))]
         for time_ns, reward in found:
             if reward is None:
                 continue

@@ -132,7 +132,7 @@ def _headline(summary: Summary) -> list[Cell]:
             text.plural(violations, "violation") + (f" in {text.plural(violating, 'rollout')}" if violating else ""),
             Tone.BAD if violations else Tone.GOOD,
         ),
-        Cell(f"{_bytes(total.sent, total.unmeasured)} sent, {_bytes(total.received, total.unmeasured)} received"),
+        Cell(f"{_bytes(total.sent, total.unsure_sent)} sent, {_bytes(total.received, total.unsure_received)} received"),
     ]
     if total.input_tokens or total.output_tokens:
         cells.append(Cell(f"{text.number(total.input_tokens)} tokens in, {text.number(total.output_tokens)} out"))
@@ -221,8 +221,8 @@ def _destinations(summary: Summary) -> Table:
             _cell("refused", Tone.BAD) if item.decision == "deny" else _cell(_past(item.decision), Tone.GOOD),
             _cell(item.reason),
             Cell(f"{item.flows:,}"),
-            _sum(item.usage.sent, item.usage.unmeasured),
-            _sum(item.usage.received, item.usage.unmeasured),
+            _sum(item.usage.sent, item.usage.unsure_sent),
+            _sum(item.usage.received, item.usage.unsure_received),
             _count(len(item.calls)),
             _count(len(item.usage.rollouts)),
             _cell(", ".join(sorted(item.actors))),
@@ -241,8 +241,8 @@ def _destinations(summary: Summary) -> Table:
         Column("actors", least=10),
     ]
     note = "payload bytes"
-    if summary.total.unmeasured:
-        note += f"; + marks sums that lack {text.plural(summary.total.unmeasured, 'flow')} whose bytes are not known"
+    if summary.total.unsure_sent or summary.total.unsure_received:
+        note += "; + means at least: a flow is still open, or was not counted to its end"
     return Table("Destinations", note, columns, rows)
 
 
@@ -439,6 +439,7 @@ _USAGE: Final = (
     Column("violations", right=True),
     Column("sent", right=True),
     Column("received", right=True),
+    Column("cpu", right=True),
 )
 
 
@@ -450,8 +451,9 @@ def _usage(usage: Usage, violations: int | None = None) -> list[Cell]:
         _count(usage.allowed),
         _count(usage.refused, Tone.BAD),
         _count(usage.violations if violations is None else violations, Tone.BAD),
-        _sum(usage.sent, usage.unmeasured),
-        _sum(usage.received, usage.unmeasured),
+        _sum(usage.sent, usage.unsure_sent),
+        _sum(usage.received, usage.unsure_received),
+        Cell(text.seconds(usage.cpu_s) if usage.cpu_s else _NONE),
     ]
 
 
@@ -464,12 +466,12 @@ def _count(count: int, tone: Tone = Tone.PLAIN) -> Cell:
     return Cell(f"{count:,}", tone) if count else Cell(_NONE, Tone.DIM)
 
 
-def _bytes(count: int, unmeasured: int) -> str:
-    return text.size(count) + ("+" if unmeasured else "")
+def _bytes(count: int, unsure: int) -> str:
+    return text.size(count) + ("+" if unsure else "")
 
 
-def _sum(count: int, unmeasured: int) -> Cell:
-    return Cell(_bytes(count, unmeasured)) if count or unmeasured else Cell(_NONE, Tone.DIM)
+def _sum(count: int, unsure: int) -> Cell:
+    return Cell(_bytes(count, unsure)) if count or unsure else Cell(_NONE, Tone.DIM)
 
 
 def _reward(value: float | None) -> str:

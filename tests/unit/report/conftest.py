@@ -79,7 +79,7 @@ class Writer:
     def flow(self, parent: SpanRecord, at: float, peer: str, port: int, *, reason: str, **more: Any) -> SpanRecord:
         decision = more.pop("decision", "allow")
         attributes = {
-            "network__transport": "tcp",
+            "network__transport": more.pop("network__transport", "tcp"),
             "network__peer__address": peer,
             "network__peer__port": port,
             "server__address": more.pop("name", peer),

@@ -164,6 +164,7 @@ def test_the_page_stands_alone_and_tells_the_same(
     assert "iteration 1: 3 of 4 rollouts" in parsed.texts
 
 
+START = 1_772_854_811 * 10**9
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[2J\x1b]0;owned\x07\u202e\r\n"
 
 
@@ -284,15 +285,37 @@ def load_summary(folder: Path) -> Summary:
 
 def test_bytes_that_were_not_measured_are_not_zero(writer: Any, tmp_path: Path) -> None:
     call = writer.write("execute_tool bash", None, 0, 1, source="target", gen_ai__tool__name="bash")
-    writer.flow(call, 0, "192.0.2.1", 443, reason="x", ray_guard__egress__bytes_sent=10)
-    writer.flow(call, 0, "192.0.2.1", 443, reason="x", lasting=None)
-    writer.flow(call, 0, "192.0.2.2", 443, reason="y", decision="deny")
+    both = {"ray_guard__egress__bytes_sent": 10, "ray_guard__egress__bytes_received": 20}
+    writer.flow(call, 0, "192.0.2.1", 443, reason="x", **both)
+    writer.flow(call, 0, "192.0.2.1", 443, reason="x", lasting=None)  # still open
+    writer.flow(call, 0, "192.0.2.2", 443, reason="x", ray_guard__egress__bytes_exact=False, **both)
+    writer.flow(call, 0, "192.0.2.3", 53, reason="x", ray_guard__egress__bytes_sent=10)  # a datagram's way back
+    # nothing to miss: refused, never connected, not counted by policy
+    writer.flow(call, 0, "192.0.2.4", 443, reason="y", decision="deny")
+    writer.flow(call, 0, "192.0.2.5", 443, reason="x", status=StatusCode.ERROR, error__type="ECONNREFUSED")
+    writer.flow(call, 0, "/run/x.sock", 0, reason="x", network__transport="unix")
+    total = load_summary(tmp_path / "evidence").total
+    assert (total.allowed, total.refused, total.sent, total.received) == (6, 1, 30, 40)
+    assert (total.unsure_sent, total.unsure_received) == (2, 3)
+    drawn = terminal.render(
+        tables.report(load_summary(tmp_path / "evidence"), Quarantine(), "e", 1), columns=None, colour=False
+    )
+    assert "30 B+ sent, 40 B+ received" in drawn
+    assert "+ means at least" in drawn
+    rows = {row[0]: row[4:6] for row in section(drawn, "Destinations")}
+    assert rows["192.0.2.1:443"] == ["10 B+", "20 B+"]
+    assert rows["192.0.2.2:443"] == ["10 B+", "20 B+"]
+    assert rows["192.0.2.3:53"] == ["10 B", "0 B+"]
+    assert rows["192.0.2.4:443"] == rows["192.0.2.5:443"] == ["-", "-"]
+
+
+def test_cpu_time_of_processes(writer: Any, tmp_path: Path) -> None:
+    for seconds in (1.5, 2.25):
+        writer.write("process make", None, 0, 3, ray_guard__process__cpu_seconds=seconds)
     summary = load_summary(tmp_path / "evidence")
-    assert (summary.total.allowed, summary.total.refused, summary.total.unmeasured) == (2, 1, 2)
+    assert summary.actors["env-0"].cpu_s == 3.75
     drawn = terminal.render(tables.report(summary, Quarantine(), "e", 1), columns=None, colour=False)
-    assert "10 B+ sent, 0 B+ received" in drawn
-    assert "lack 2 flows whose bytes are not known" in drawn
-    assert ["192.0.2.1:443", "allowed", "x", "2", "10 B+", "0 B+", "1", "env-0"] in section(drawn, "Destinations")
+    assert section(drawn, "Actors") == [["actor", "procs", "cpu"], ["env-0", "2", "3.8 s"]]
 
 
 def test_rewards_from_events_and_late_spans(writer: Any, tmp_path: Path) -> None:
@@ -300,14 +323,20 @@ def test_rewards_from_events_and_late_spans(writer: Any, tmp_path: Path) -> None
         writer.identity = {"rl.rollout.id": rollout, "rl.iteration": 0}
         events = (SpanEvent("gen_ai.evaluation.result", 10**19, {"gen_ai.evaluation.score.value": 0.2}),)
         writer.write("invoke_agent x", None, 0, 1, source="target", events=events if rollout == "b" else (), **extra)
-    writer.identity = {"rl.rollout.id": "a"}
-    writer.write("rl.reward", None, 5, 0, rl__reward__score=0.9)  # told later, from anywhere in the job
+    # told later, from anywhere in the job; "e" was told while it was still open
+    for rollout, at in (("a", 5), ("e", 5)):
+        writer.identity = {"rl.rollout.id": rollout}
+        writer.write("ray_guard.reward", None, at, 0, rl__reward__score=0.9)
+    writer.identity = {"rl.rollout.id": "e"}
+    early = (SpanEvent("gen_ai.evaluation.result", START + 10**9, {"gen_ai.evaluation.score.value": 0.3}),)
+    writer.write("invoke_agent x", None, 0, 9, source="target", events=early, rl__reward__score=0.3)
     summary = load_summary(tmp_path / "evidence")
     assert {name: episode.reward for name, episode in summary.episodes.items()} == {
         "a": 0.9,
         "b": 0.2,
         "c": None,
         "d": 1,
+        "e": 0.9,
     }
     (iteration,) = summary.iterations
     assert iteration.clean == 4
