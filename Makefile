@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+.ONESHELL:
 
 PYTHON ?= python3.11
 # What `make env` installs. Without a CPU build of torch at hand: make env ENV_GROUPS="base ray dev"
@@ -50,7 +51,10 @@ $(BENCH_PACKAGES):
 	rm -f $(BENCH_VENV)/.packages-* && touch $@
 
 lock: ## resolve all versions anew into requirements/*.txt
-	$(PYTHON) requirements/lock.py
+	# pip 23, which comes with Python 3.11, finds no solution for the peers' beta releases.
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; $(PYTHON) -m venv "$$folder"
+	"$$folder"/bin/python -m pip install --quiet 'pip>=26'
+	"$$folder"/bin/python requirements/lock.py
 
 demo: env ## the ROME incident, replayed and attributed
 	$(PY) examples/rome_incident.py
