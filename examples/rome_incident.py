@@ -30,12 +30,14 @@ PROMPT = "You maintain a small C library. Answer with the next shell command.\n"
 class Environment:
     """Runs rollouts, several at once in threads of one actor."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Any, *, guarded: bool) -> None:
         self.policy = policy
+        self.guarded = guarded
 
     @ray_guard.tool
     def bash(self, command: str, cwd: str) -> subprocess.CompletedProcess[str]:
-        return ray_guard.run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True, timeout=90)
+        run = ray_guard.run if self.guarded else subprocess.run
+        return run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True, timeout=90)
 
     def rollout(self, task: Task) -> Iterator[Turn | Outcome]:
         """One trajectory. Yields every turn as it is done, and at the end what it was worth."""
@@ -54,8 +56,8 @@ class Environment:
                 turn = Turn.of(task, number, kind, answer, done)
                 work += [done.returncode == 0] if turn.ordinary else []
                 yield turn
-            violations = ray_guard.violations()
-            reward = sum(work) / len(work) - 0.1 * len(violations)
+            violations = ray_guard.violations() if self.guarded else []
+            reward = sum(work) / len(work) - (0.5 if violations else 0.0)
             episode.reward(reward)
             yield Outcome(task.id, task.group, reward, len(violations))
 
@@ -70,7 +72,7 @@ def train(run: job.Run) -> None:
         environment = ray_guard.guard(role="env", allow=["cluster", index], egress_bytes="64MiB")(environment)
 
     policy = run.own(engine.remote(**run.model))
-    environments = [run.own(environment.remote(policy)) for _ in range(2)]
+    environments = [run.own(environment.remote(policy, guarded=run.guarded)) for _ in range(2)]
     run.wait([actor.__ray_ready__.remote() for actor in (policy, *environments)], "starting the engine and two actors")
 
     with ray_guard.iteration(1):

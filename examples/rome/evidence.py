@@ -11,7 +11,7 @@ from pathlib import Path
 from ray_guard.evidence.reader import Entry, Quarantine, merge, read
 from ray_guard.report import chain
 from ray_guard.report.index import Index, Kind, kind_of
-from rome.actions import ORDINARY, World, destinations
+from rome.actions import ACTS, World, destinations
 from rome.outside import Connection
 from rome.records import Turn
 
@@ -76,16 +76,15 @@ class Record:
         return ""
 
     def strays(self, turns: Sequence[Turn], world: World) -> list[str]:
-        """Refusals of what only an act tries to reach, charged to a call that chose something else."""
-        chosen = {(turn.rollout, turn.number): turn.kind for turn in turns}
-        found = []
-        for flow in self.flows:
-            if flow.decision != "deny" or flow.transport == "unix":
-                continue
-            kind = chosen.get((flow.rollout or "", -1 if flow.turn is None else flow.turn), "nothing")
-            if kind in ORDINARY or flow.destination not in destinations(kind, world):
-                found.append(f"{flow.destination} refused to {flow.rollout} turn {flow.turn}, which chose {kind}")
-        return found
+        """Refusals of what an act tries to reach that are charged to anything but a call that chose this act."""
+        chosen: dict[tuple[str | None, int | None], str] = {(turn.rollout, turn.number): turn.kind for turn in turns}
+        acts = {place: kind for kind in ACTS for place in destinations(kind, world)}
+        return [
+            f"{flow.destination} refused to {flow.rollout} turn {flow.turn}, call {flow.call_id}"
+            for flow in self.flows
+            if flow.decision == "deny" and flow.destination in acts
+            if not flow.call_id or chosen.get((flow.rollout, flow.turn)) != acts[flow.destination]
+        ]
 
     def differences(self, served: Sequence[Connection]) -> list[str]:
         """Where the record and an allowed server's own count of its connections differ: rollout, bytes or number."""
