@@ -38,6 +38,7 @@ def admit(instance: object) -> None:
     if worker is None:
         _outside(kind.__name__, texts)
         return
+    from ray_guard.actors import submission
     from ray_guard.actors.process import confinement
 
     mine = worker.current_instance() is instance
@@ -47,6 +48,7 @@ def admit(instance: object) -> None:
             _outside(kind.__name__, texts)
             return
         confinement.enter(policy_id, documents.read(texts[ids.index(policy_id)], policy_id))
+        submission.install_in_guarded()
     if mine:
         confinement.identify(kind.__name__)
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from ray_guard.actors import documents, internals
+from ray_guard.actors.process import confinement
 from ray_guard.client import carry
 from ray_guard.client.scope import attach, context
 
@@ -34,6 +35,29 @@ def install() -> None:
         internals.DESCRIBE_METHODS.wrap(_around_create)
 
 
+class _Known:
+    """Whom this process knows to be guarded, and how."""
+
+    def __init__(self) -> None:
+        self.classes: dict[Any, frozenset[str]] = {}
+        self.children: set[str] = set()
+
+
+_known = _Known()
+
+
+def remember_child(handle: Any) -> None:
+    """`handle` is of an actor that this guarded process created, so it is under the same policies."""
+    _known.children.add(internals.actor_of(handle))
+
+
+def is_as_guarded(handle: Any, ids: Collection[str]) -> bool:
+    """The actor behind `handle` is known to be under all of `ids`."""
+    if internals.actor_of(handle) in {*_known.children, internals.actor_id()}:
+        return True
+    return _known.classes.get(internals.class_of(handle), frozenset()).issuperset(ids)
+
+
 def _carries() -> bool:
     return internals.DESCRIBE_METHODS.exists() and internals.DESCRIBE_METHODS.wrapped()
 
@@ -42,10 +66,12 @@ def _carries() -> bool:
 
 
 def _around_create(original: Callable[..., Any]) -> Callable[..., Any]:
-    def create(cls: Any, modified_class: Any, *args: Any, **kwargs: Any) -> Any:
-        meta = original(cls, modified_class, *args, **kwargs)
-        if modified_class is not None and documents.of(modified_class):
+    def create(cls: Any, modified_class: Any, descriptor: Any, *args: Any, **kwargs: Any) -> Any:
+        meta = original(cls, modified_class, descriptor, *args, **kwargs)
+        texts = () if modified_class is None else documents.of(modified_class)
+        if texts:
             extend(meta)
+            _known.classes[descriptor] = frozenset(documents.identify(text) for text in texts)
         return meta
 
     return create
@@ -109,7 +135,11 @@ def _around_executor(original: Callable[..., Any]) -> Callable[..., Any]:
     def make(self: Any, method_name: str, method: Callable[..., Any]) -> Any:
         executor = original(self, method_name, method)
 
+        is_constructor = method_name == "__init__"
+
         def run(actor: Any, /, *args: Any, **kwargs: Any) -> Any:
+            if is_constructor:
+                confinement.identify(type(actor).__name__)  # confined with its whole job, its class is not marked
             given = kwargs.pop(CONTEXT, None)
             if given is None:
                 return executor(actor, *args, **kwargs)

@@ -69,11 +69,11 @@ class Tables:
     """The GCS's tables. Logs in as Ray itself does (token, TLS)."""
 
     def __init__(self, gcs_address: str, here: str | None) -> None:
-        import ray._raylet
-        import ray.core.generated.gcs_pb2
+        from ray import _raylet
+        from ray.core.generated import gcs_pb2
 
-        core: Any = ray._raylet
-        rows: Any = ray.core.generated.gcs_pb2
+        core: Any = _raylet
+        rows: Any = gcs_pb2
         self._row: Any = rows.WorkerTableData
         options = core.GcsClientOptions.create(
             gcs_address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False

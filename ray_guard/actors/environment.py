@@ -24,6 +24,9 @@ SUBMITTER: Final = "RAY_GUARD_SUBMITTER"
 """Hex id of the guarded actor whose budgets this work charges. It also gives each actor's tasks workers of their own:
 a worker that served two actors could not be charged to either."""
 
+SETTINGS: Final = ("RAY_GUARD_EVIDENCE", "RAY_GUARD_RUN_ID")
+"""What workers are told of the submitter's environment, besides policies."""
+
 _OURS: Final = "RAY_GUARD_"
 
 # What a guarded process may choose for the work it submits. All else is carried out by Ray's own agents, outside of any
@@ -45,6 +48,10 @@ def split(ids: str | None) -> tuple[str, ...]:
 
 def union(*lists: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(each for ids in lists for each in ids))
+
+
+def settings(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: environ[name] for name in SETTINGS if name in environ}
 
 
 def variables(

@@ -38,6 +38,7 @@ _kv: Any = _ray_internal_kv
 _setup_hook: Any = _ray_setup_hook
 _client: Any = ray.util.client.ray
 
+VERSION: Final = f"ray {ray.__version__}"
 ActorClass: Any = _actor_module.ActorClass
 RemoteFunction: Any = _task_module.RemoteFunction
 
@@ -70,6 +71,7 @@ SUBMIT_TASK: Final = Point(RemoteFunction, "_remote")
 LOAD_CLASS: Final = Point(_functions.FunctionActorManager, "load_actor_class")
 LOAD_FUNCTION: Final = Point(_functions.FunctionActorManager, "get_execution_info")
 DESCRIBE_METHODS: Final = Point(getattr(_actor_module, "_ActorClassMethodMetadata", None), "create")
+CALL_METHOD: Final = Point(_actor_module.ActorHandle, "_actor_method_call")
 EXECUTE_METHOD: Final = Point(_functions.FunctionActorManager, "_make_actor_method_executor")
 
 
@@ -80,7 +82,7 @@ def require_known() -> None:
     if getattr(_constants, "WORKER_PROCESS_SETUP_HOOK_ENV_VAR", None) != environment.HOOK:
         missing.append("WORKER_PROCESS_SETUP_HOOK_ENV_VAR")
     if missing:
-        raise NotEnforced((f"ray {ray.__version__}",), f"this version of Ray has no {', '.join(missing)}")
+        raise NotEnforced((VERSION,), f"this version of Ray has no {', '.join(missing)}")
 
 
 # This process ------------------------------------------------------------------------------------------------------
@@ -254,6 +256,16 @@ def with_environment(serialized: str | None, runtime_env: Mapping[str, Any]) -> 
 def metadata(actor_class: Any) -> Any:
     """What an ActorClass keeps: ``modified_class``, ``method_meta``, ``is_cross_language`` …"""
     return actor_class.__ray_metadata__
+
+
+def actor_of(handle: Any) -> str:
+    """The id, hex, of the actor that a handle stands for."""
+    return str(handle._actor_id.hex())
+
+
+def class_of(handle: Any) -> Any:
+    """What tells the class behind a handle from others."""
+    return handle._ray_actor_creation_function_descriptor
 
 
 def function_of(remote_function: Any) -> Any:

@@ -19,7 +19,7 @@ from ray_guard.actors import calls, documents, environment, internals, registry
 from ray_guard.actors.process import announce_driver, confinement, submitter
 from ray_guard.errors import NotEnforced
 
-_SETTINGS = ("RAY_GUARD_EVIDENCE", "RAY_GUARD_RUN_ID")
+_RUN_ANYTHING = "__ray_call__"
 _lock = threading.Lock()
 
 Settings = tuple[tuple[str, str], ...]
@@ -41,6 +41,26 @@ def install() -> None:
             announce_driver()
 
 
+def install_in_guarded() -> None:
+    """What only a guarded process needs besides."""
+    install()
+    with _lock:
+        if internals.CALL_METHOD.exists() and not internals.CALL_METHOD.wrapped():
+            internals.CALL_METHOD.wrap(_around_call)
+
+
+def _around_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _actor_method_call(self: Any, method_name: str, *args: Any, **kwargs: Any) -> Any:
+        if method_name == _RUN_ANYTHING and not calls.is_as_guarded(self, confinement.ids):
+            raise NotEnforced(
+                (f"ray.{_RUN_ANYTHING}",),
+                "it would run a guarded process's code in an actor that is not known to be under the same policies",
+            )
+        return original(self, method_name, *args, **kwargs)
+
+    return _actor_method_call
+
+
 def _around_actor(original: Callable[..., Any]) -> Callable[..., Any]:
     def _remote(self: Any, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         meta = internals.metadata(self)
@@ -48,7 +68,10 @@ def _around_actor(original: Callable[..., Any]) -> Callable[..., Any]:
         if texts or confinement.ids:
             _require_python(not meta.is_cross_language)
             options["runtime_env"] = _guarded(options.get("runtime_env"), texts)
-        return original(self, args, kwargs, *more, **options)
+        handle = original(self, args, kwargs, *more, **options)
+        if confinement.ids:
+            calls.remember_child(handle)
+        return handle
 
     return _remote
 
@@ -120,4 +143,4 @@ def _with_guard(
 
 
 def _settings() -> Settings:
-    return tuple((name, os.environ[name]) for name in _SETTINGS if name in os.environ)
+    return tuple(environment.settings(os.environ).items())
