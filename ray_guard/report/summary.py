@@ -109,7 +109,7 @@ class Violations:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A span that never ended, or that the supervisor closed because whoever began it was gone."""
+    """What never ended, was closed by the supervisor because whoever began it was gone, or died of a signal."""
 
     kind: Kind
     what: str
@@ -394,6 +394,9 @@ def _ending(entry: Entry) -> str:
 
 def _state(summary: Summary, entry: Entry, place: Place, kind: Kind) -> None:
     state = _ending(entry)
+    ended_by = entry.span.attributes.get("process.exit.signal")
+    if kind is Kind.PROCESS and not state and isinstance(ended_by, int):
+        state = f"signal {ended_by}"  # a budget's KILL, the guard's, or its own doing: the message says where known
     if state:
         what = command_of(place) if kind is Kind.PROCESS else entry.span.name
         if kind is Kind.FLOW:

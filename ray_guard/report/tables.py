@@ -414,8 +414,14 @@ def _unfinished(summary: Summary) -> Table:
         Column("lasted", right=True),
         Column("message", least=10),
     ]
-    killed = sum(item.state == "killed" for item in summary.unfinished)
-    note = f"{len(rows) - killed:,} without an end in this evidence, {killed:,} closed by the supervisor"
+    states = [item.state for item in summary.unfinished]
+    opened, closed = states.count("open"), states.count("killed")
+    parts = [
+        f"{opened:,} without an end in this evidence" if opened else "",
+        f"{closed:,} closed by the supervisor" if closed else "",
+        f"{len(states) - opened - closed:,} ended by a signal" if len(states) > opened + closed else "",
+    ]
+    note = ", ".join(part for part in parts if part)
     return Table("Open and killed", note, columns, rows)
 
 

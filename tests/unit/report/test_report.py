@@ -309,6 +309,18 @@ def test_bytes_that_were_not_measured_are_not_zero(writer: Any, tmp_path: Path) 
     assert rows["192.0.2.4:443"] == rows["192.0.2.5:443"] == ["-", "-"]
 
 
+def test_processes_that_died_of_a_signal_are_listed(writer: Any, tmp_path: Path) -> None:
+    writer.write("process miner", None, 0, 3, process__command_args=("miner", "-o", "pool"), process__exit__signal=9)
+    writer.write("process true", None, 0, 3, process__exit__code=0)
+    drawn = terminal.render(
+        tables.report(load_summary(tmp_path / "evidence"), Quarantine(), "e", 1), columns=None, colour=False
+    )
+    assert "Open and killed  1 ended by a signal" in drawn
+    assert section(drawn, "Open and killed")[1:] == [
+        ["03:40:11.000", "signal 9", "process", "miner -o pool", "env-0", "3.0 s"]
+    ]
+
+
 def test_cpu_time_of_processes(writer: Any, tmp_path: Path) -> None:
     for seconds in (1.5, 2.25):
         writer.write("process make", None, 0, 3, ray_guard__process__cpu_seconds=seconds)
