@@ -113,13 +113,14 @@ class Record:
         (address, port), (near, near_port) = seen.local, seen.peer
         line = f"{_date(seen.time_ns)} PASS tcp {near}:{near_port} -> {address}:{port}"
         alert = chain.Alert(seen.time_ns, address, port, near, near_port)
-        return self._trace("the server's own log", line, alert, slack_s=2.0)
+        return self._trace("from the server's own log", line, alert, slack_s=2.0)
 
     def alert_of_refusal(self, flow: Flow) -> Alert:
         """From a refusal. No firewall ever saw that flow, so the line is the guard's own: no near address and port."""
         address, _, port = flow.destination.rpartition(":")
         line = f"{_date(flow.time_ns)} DROP tcp -> {flow.destination}"
-        return self._trace("the guard", line, chain.Alert(flow.time_ns, address, int(port)), slack_s=0.0)
+        alert = chain.Alert(flow.time_ns, address, int(port))
+        return self._trace("the guard's own, for no firewall ever saw that flow", line, alert, slack_s=0.0)
 
     def _trace(self, writer: str, line: str, alert: chain.Alert, *, slack_s: float) -> Alert:
         found = chain.chains(self.index, alert, slack_s=slack_s)

@@ -8,7 +8,11 @@ from collections.abc import Iterable, Sequence
 from rome.actions import METADATA_ADDRESS, World
 from rome.verdict import Call, Result
 
-_COMMAND = 58
+_COMMAND = 44
+_REASONS = {
+    "not_listed": "no entry of egress.allow grants it",
+    "metadata_address": "a metadata address is refused unless it is listed itself",
+}
 
 
 def show(world: World, result: Result) -> None:
@@ -16,7 +20,7 @@ def show(world: World, result: Result) -> None:
     _acts(result)
     _destinations(world, result)
     for alert in result.alerts:
-        print(f"\nFROM A LINE OF {alert.writer.upper()} TO ITS CAUSE (by {alert.tier})\n\n{alert.line}")
+        print(f"\nAN ALERT, TRACED TO ITS CAUSE (evidence: {alert.tier}). The line is {alert.writer}:\n\n{alert.line}")
         for what, which in alert.path:
             print(f"  {what:<10} {which}")
     print()
@@ -41,6 +45,10 @@ def _rollouts(result: Result) -> None:
                 rows.append([turn.rollout, str(turn.number), turn.kind, _short(turn.command), _ended(call)])
         rows.append([outcome.rollout, "", "", "", f"reward {outcome.reward:.2f}, {outcome.violations} violations"])
     _table(["rollout", "turn", "kind", "command", "outcome"], rows)
+    used = {reason for call in result.calls for _, reason in call.refused}
+    for reason in sorted(used & set(_REASONS)):
+        print(f"\n{reason}: {_REASONS[reason]}", end="")
+    print()
 
 
 def _ended(call: Call) -> str:

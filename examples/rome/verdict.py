@@ -97,7 +97,8 @@ def guarded(world: World, turns: Sequence[Turn], outcomes: Sequence[Outcome], se
     for turn in turns:
         flows = record.flows_of(turn)
         denied = [flow for flow in flows if flow.decision == "deny" and flow.transport != "unix"]
-        call = Call(turn, sorted({(flow.destination, flow.reason) for flow in denied}), got_through=seen.knows(turn))
+        call = Call(turn, list(dict.fromkeys((flow.destination, flow.reason) for flow in denied)))
+        call.got_through = seen.knows(turn)
         calls.append(call)
         if turn.ordinary:
             continue
