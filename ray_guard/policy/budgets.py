@@ -219,6 +219,10 @@ class Account:
             node = node._parent
         return False
 
+    def limits_any(self, kinds: Iterable[str]) -> bool:
+        """Whether this scope or one around it limits (or watches) any of ``kinds``."""
+        return any(kind in node._limits or kind in node._watched for node in self._upwards() for kind in kinds)
+
     # Booking ---------------------------------------------------------------------------------------------------------
 
     def reserve(self, kind: str, amount: Amount) -> Exceeded | None:

@@ -62,12 +62,14 @@ def unenforced(wire: Mapping[str, Any], supported: frozenset[str] = SUPPORTED) -
         supported: see :data:`SUPPORTED`.
 
     Raises:
-        PolicyError: the message does not say which keys were set.
+        PolicyError: the message does not say which keys were set, or is no policy.
     """
+    if not isinstance(wire, Mapping):
+        raise PolicyError("policy", wire, "a mapping")
     if set(wire) == {"all"}:
-        return tuple(dict.fromkeys(key for each in wire["all"] for key in unenforced(each, supported)))
+        return tuple(dict.fromkeys(key for each in _list(wire["all"]) for key in unenforced(each, supported)))
     explicit = wire.get("set")
-    if not isinstance(explicit, list):
+    if not isinstance(explicit, list) or not all(isinstance(key, str) for key in explicit):
         raise PolicyError("set", explicit, "a policy in a message lists the keys that were set")
     return tuple(name for key in explicit for name in _unenforced(key, _value(wire, key), wire, supported))
 
@@ -92,7 +94,7 @@ def _asks_nothing(key: str, value: object, wire: Mapping[str, Any]) -> bool:
     if key == "version" or value in _ASKS_NOTHING.get(key, ()):
         return True
     if key == "egress.verify_names":  # it concerns names alone
-        return not value or not any(_kind(entry) == "name" for entry in _list(wire["egress"]["allow"]))
+        return not value or not any(_kind(entry) == "name" for entry in _list(_value(wire, "egress.allow")))
     return key.startswith("budgets.") and value is None
 
 
@@ -108,8 +110,10 @@ def _kind(entry: object) -> str:
             return group.value
 
 
-def _list(value: object) -> list[object]:
-    return list(value) if isinstance(value, list | tuple) else []
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise PolicyError("policy", value, "a list")
+    return list(value)
 
 
 def _value(wire: Mapping[str, Any], key: str) -> object:

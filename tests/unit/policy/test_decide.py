@@ -254,6 +254,7 @@ def test_the_file_says_the_role_else_the_caller_else_the_strictest() -> None:
         (Role.TOOL, "/run/ray_guarded", None, False, "not_listed"),
         (Role.ENV, "/tmp/ray/session/sockets/raylet", None, False, "role"),
         (Role.ENV, "/run/ray_guard/supervisor", None, False, "control_plane"),
+        (Role.ENV, "/run/ray_guard/supervisor", (8, 77), False, "control_plane"),
     ],
 )
 def test_unix_sockets(role: Role, path: str, inode: tuple[int, int] | None, allowed: bool, reason: str) -> None:
@@ -345,6 +346,7 @@ def test_without_a_name_rule_there_is_no_resolver() -> None:
     assert not compiled(["10.0.0.0/8:443"]).allows_name("index.example.org")
     assert compiled(["index.example.org:443"]).allows_name("index.example.org")
     assert not compiled(["index.example.org:443"]).allows_name("example.org")
+    assert not CompiledPolicy().allows_name("index.example.org")
 
 
 # Budgets ------------------------------------------------------------------------------------------------------------
@@ -423,6 +425,14 @@ def test_both_must_allow() -> None:
     assert outcome(both, connect("10.0.0.1", 80)) == (True, "rule")
     assert outcome(both, connect("10.0.0.2", 80)) == (False, "not_listed")
     assert outcome(both, connect("192.0.2.1", 80)) == (False, "not_listed")
+
+
+def test_the_more_careful_route_is_taken() -> None:
+    """One policy lists the address, the other the name: the name must still be verified."""
+    address, name = compiled(["203.0.113.9:443"]), compiled(["cdn.example.net:443"])
+    for both in (address.intersect(name), name.intersect(address)):
+        decision = decide(both, TOLD, FREE, connect("203.0.113.9", 443))
+        assert (decision.reason, decision.route) == (Reason.NAME, Route.RELAY)
 
 
 def test_nothing_and_something_is_nothing() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ray_guard.errors import PolicyError
 from ray_guard.policy.budgets import KINDS
@@ -110,3 +112,21 @@ def test_a_message_that_does_not_say_what_was_set_is_refused() -> None:
     del wire["set"]
     with pytest.raises(PolicyError):
         unenforced(wire)
+
+
+_json = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@given(_json, st.sampled_from(["", "all", "set", "egress", "require", "budgets", "gpu"]))
+def test_garbage_raises_nothing_but_a_policy_error(garbage: Any, key: str) -> None:
+    data = {"gpu": "none", "egress": {"allow": ["cluster"], "verify_names": True}, "require": ["egress"]}
+    wire = Policy.model_validate(data).to_wire()
+    try:
+        unenforced({"all": garbage} if key == "all" else {**wire, key: garbage} if key else garbage)
+    except PolicyError:
+        return
+    assert key not in ("", "set") or isinstance(garbage, dict | list)
