@@ -187,6 +187,21 @@ class LineEncoder:
             '"spans":[{"traceId":'
         )
 
+    def egress(
+        self, trace_id: str, span_id: str, parent_id: str | None, start_ns: int, end_ns: int | None, attributes: str
+    ) -> bytes:
+        """The line of an ``egress connect`` span, from parts that are known to be clean: the path of every connect.
+
+        Args:
+            attributes: the inside of the attributes array, encoded (:attr:`Fragment.encoded`, joined by commas).
+        """
+        parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
+        end = "" if end_ns is None else f',"endTimeUnixNano":"{end_ns}"'
+        return (
+            f'{self._head}"{trace_id}","spanId":"{span_id}"{parent},"name":"egress connect","kind":3,'
+            f'"startTimeUnixNano":"{start_ns}"{end},"attributes":[{attributes}]}}]}}]}}]}}\n'
+        ).encode("ascii")
+
     def encode(self, record: SpanRecord, fixed: Fragment | None = None) -> bytes:
         """The record as one line, newline included.
 
