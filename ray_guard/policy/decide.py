@@ -13,7 +13,7 @@ Precedence, first match wins. For connect and send:
     5.  rule                an address or path that is listed: allow
     6.  cluster             an endpoint of this Ray cluster, ``cluster`` is listed and the role grants it: allow
     7.  collectives         a peer's announced port, ``collectives`` is listed and the role grants it: allow
-    8.  name                an address that the guard's resolver gave for a listed name: allow
+    8.  name                an address, none of those of 11, that the guard's resolver gave for a listed name: allow
     9.  resolver            port 53, and names are listed: allow, answered by the guard
     10. role                ``cluster`` or ``collectives`` would grant it, but not to this role or process: deny
     11. metadata_address … transition_address
@@ -326,7 +326,8 @@ class Layer:
         if control:
             return _ROLE if cluster else _CONTROL
         if self.names:
-            named = self._named(surroundings, address, port) if tcp else None
+            # A listed name must not lead to a special address: its owner chooses what it resolves to.
+            named = self._named(surroundings, address, port) if tcp and answer.denied is _NOT_LISTED else None
             if named is not None:
                 return named
             if port == _DNS_PORT:

@@ -319,7 +319,15 @@ def test_unix_sockets_may_be_bound_by_path() -> None:
 
 # Names --------------------------------------------------------------------------------------------------------------
 
-TOLD = Surroundings(names={"203.0.113.9": frozenset({"a.files.example.org", "cdn.example.net"})})
+TOLD = Surroundings(
+    names={
+        "203.0.113.9": frozenset({"a.files.example.org", "cdn.example.net"}),
+        "169.254.169.254": frozenset({"rebound.files.example.org"}),
+        "64:ff9b::a9fe:a9fe": frozenset({"rebound.files.example.org"}),
+        "10.0.0.5": frozenset({"rebound.files.example.org"}),
+    },
+    control=frozenset({("10.0.0.5", 443)}),
+)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +337,10 @@ TOLD = Surroundings(names={"203.0.113.9": frozenset({"a.files.example.org", "cdn
         (connect("203.0.113.9", 80), False, "not_listed", Route.NONE),
         (connect("203.0.113.10", 443), False, "not_listed", Route.NONE),  # no allowed name gave it
         (connect("203.0.113.9", 443, UDP), False, "not_listed", Route.NONE),
+        # whoever owns a listed name chooses what it resolves to
+        (connect("169.254.169.254", 443), False, "metadata_address", Route.NONE),
+        (connect("64:ff9b::a9fe:a9fe", 443), False, "metadata_address", Route.NONE),
+        (connect("10.0.0.5", 443), False, "control_plane", Route.NONE),
         (connect("127.0.0.53", 53, UDP), True, "resolver", Route.RESOLVER),
         (connect("8.8.8.8", 53), True, "resolver", Route.RESOLVER),
     ],
