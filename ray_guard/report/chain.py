@@ -14,7 +14,7 @@ from ray_guard.evidence.reader import Entry
 from ray_guard.records import AttributeValue, SpanRecord
 from ray_guard.report import text
 from ray_guard.report.index import Index, Kind, kind_of
-from ray_guard.report.summary import command_of, destination_of, tool_of
+from ray_guard.report.summary import command_of, destination_of, reason_of, tool_of
 
 _UNKNOWN: Final = "not in this evidence"
 
@@ -202,7 +202,7 @@ def _flow(entry: Entry) -> str:
     far = text.endpoint(where.address, where.port)
     named = f" ({where.name})" if where.name else ""
     near = f"{text.endpoint(str(local), port if isinstance(port, int) else None)} to " if local else ""
-    decision, reason = attributes.get("ray_guard.egress.decision"), attributes.get("ray_guard.egress.reason")
+    decision, reason = attributes.get("ray_guard.egress.decision"), reason_of(entry)
     outcome = {"allow": "allowed", "deny": "refused"}.get(str(decision), str(decision or ""))
     moved = [
         f"{text.size(value)} {way}"

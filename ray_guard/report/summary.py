@@ -233,6 +233,13 @@ def destination_of(entry: Entry) -> Destination:
     )
 
 
+def reason_of(entry: Entry) -> str:
+    """Why a flow was allowed or refused; the policy's rule where one decided."""
+    reason = str(entry.span.attributes.get("ray_guard.egress.reason", ""))
+    rule = str(entry.span.attributes.get("ray_guard.egress.rule", ""))
+    return f"{reason} {rule}".strip() if rule not in reason else reason
+
+
 def _extent(summary: Summary, entry: Entry) -> None:
     span, about = entry.span, entry.resource.attributes
     end = span.start_ns if span.end_ns is None else span.end_ns
@@ -322,7 +329,7 @@ def _process(summary: Summary, entry: Entry, place: Place) -> None:
 def _flow(summary: Summary, entry: Entry, place: Place) -> None:
     attributes = entry.span.attributes
     decision = str(attributes.get("ray_guard.egress.decision", "unknown"))
-    reason = str(attributes.get("ray_guard.egress.reason", ""))
+    reason = reason_of(entry)
     destination = destination_of(entry)
     flows = summary.destinations.setdefault((destination, decision, reason), Flows(destination, decision, reason))
     flows.flows += 1

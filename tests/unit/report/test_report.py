@@ -309,6 +309,14 @@ def test_bytes_that_were_not_measured_are_not_zero(writer: Any, tmp_path: Path) 
     assert rows["192.0.2.4:443"] == rows["192.0.2.5:443"] == ["-", "-"]
 
 
+def test_the_rule_that_decided_is_named(writer: Any, tmp_path: Path) -> None:
+    writer.flow(
+        writer.write("x", None, 0, 1), 0, "192.0.2.1", 443, reason="rule", ray_guard__egress__rule="192.0.2.0/24:443"
+    )
+    (flows,) = load_summary(tmp_path / "evidence").destinations.values()
+    assert flows.reason == "rule 192.0.2.0/24:443"
+
+
 def test_processes_that_died_of_a_signal_are_listed(writer: Any, tmp_path: Path) -> None:
     writer.write("process miner", None, 0, 3, process__command_args=("miner", "-o", "pool"), process__exit__signal=9)
     writer.write("process true", None, 0, 3, process__exit__code=0)
