@@ -15,6 +15,7 @@ Things that do not work, and what is done instead:
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import logging
 import os
@@ -25,8 +26,7 @@ import stat
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -45,8 +45,22 @@ _MSG_DONTWAIT, _MSG_NOSIGNAL, _MSG_ZEROCOPY, _MSG_FASTOPEN = 0x40, 0x4000, 0x400
 _STREAM, _SEQPACKET = 1, 5
 _CONNECTION_ORIENTED = (_STREAM, _SEQPACKET)
 """Socket types that ignore an address given to send: it must not be judged as a destination either."""
+_Socket = socket.SocketType
+"""The C type under socket.socket: made of a known descriptor it asks the kernel nothing."""
+_AF_INET, _SOCK_STREAM, _SOL_SOCKET, _SO_TYPE = (
+    int(socket.AF_INET),
+    int(socket.SOCK_STREAM),
+    socket.SOL_SOCKET,
+    socket.SO_TYPE,
+)
+_PARKED: Final = -1
+"""Outcome of a call that is waited for: the duplicate is kept until then."""
+_UNANSWERED: Final = -2
+"""Outcome of a call that needs no answer here: it has one, or will be asked again."""
+_BEGUN: Final = frozenset({0, -errno.EINPROGRESS, -errno.EINTR})
 _PATIENCE_S: Final = 0.002
 """How long a blocking call may hold up the supervisor before it is interrupted and awaited."""
+_REST_S: Final = 0.05
 _ASK_AGAIN_S: Final = 0.01
 _PENDING_LIMIT: Final = 1024
 _PAYLOAD_LIMIT: Final = 1 << 20
@@ -154,20 +168,35 @@ class Pidfds:
             os.close(self._open.popitem()[1])
 
 
-@contextmanager
-def impatience() -> Iterator[None]:
-    """Interrupts what blocks in here, again and again until it is left, so that one slow peer holds up nobody else."""
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, _PATIENCE_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+class Impatience:
+    """Interrupts what blocks, again and again, so that one slow peer holds up nobody else.
 
+    The timer goes on ticking while calls keep coming and stops when there have been none for a while: two system calls
+    per connect would cost more than a few needless ticks. One per process, in its main thread.
+    """
 
-def prepare_impatience() -> None:
-    """Once per process, in its main thread: the timer's signal must interrupt calls and do nothing else."""
-    signal.signal(signal.SIGALRM, lambda _signal, _frame: None)
-    signal.siginterrupt(signal.SIGALRM, True)
+    def __init__(self, loop: Waiting) -> None:
+        self._loop = loop
+        self._ticking = False
+        self._used = False
+        signal.signal(signal.SIGALRM, lambda _signal, _frame: None)  # to interrupt is all it does
+        signal.siginterrupt(signal.SIGALRM, True)
+
+    def begin(self) -> None:
+        """To be called before a call that may block."""
+        self._used = True
+        if not self._ticking:
+            self._ticking = True
+            signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, _PATIENCE_S)
+            self._loop.later(_REST_S, self._rest)
+
+    def _rest(self) -> None:
+        if self._used:
+            self._used = False
+            self._loop.later(_REST_S, self._rest)
+        else:
+            self._ticking = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def mute_datagram_socket(family: int, protocol: int) -> socket.socket:
@@ -192,8 +221,8 @@ class _Pending:
     """A call that is waited for on the target's behalf."""
 
     notification: Notification
-    duplicate: int
-    retry: Callable[[], bool]
+    descriptors: tuple[int, ...]
+    retry: Callable[[], int]
     deadline: float | None
     late_error: int
 
@@ -205,7 +234,7 @@ class Gate:
         listener: the notifications' descriptor.
         judge: whoever owns the processes behind it.
         loop: the supervisor's event loop.
-        pidfds, memory: shared by all gates of one supervisor.
+        pidfds, memory, impatience: shared by all gates of one supervisor.
         gone: called once, when the last filtered process has ended.
     """
 
@@ -216,6 +245,7 @@ class Gate:
         loop: Waiting,
         pidfds: Pidfds,
         memory: libc.MemoryReader,
+        impatience: Impatience,
         gone: Callable[[], None],
     ) -> None:
         self._listener = listener
@@ -223,6 +253,7 @@ class Gate:
         self._loop = loop
         self._pidfds = pidfds
         self._memory = memory
+        self._impatience = impatience
         self._gone = gone
         self._pending: dict[int, _Pending] = {}
         self._sweeping = False
@@ -320,124 +351,114 @@ class Gate:
         raw = self._read_address(notification, notification.arg1, notification.arg2)
         address = sockaddr.decode(raw)
         duplicate = self._take(notification, notification.arg0)
+        outcome = _PARKED
         try:
-            taken = self._connect_duplicate(notification, duplicate, raw, address)
+            if isinstance(address, sockaddr.Unix):
+                outcome = self._connect_unix(notification, duplicate, address)
+            else:
+                sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+                try:
+                    outcome = self._connect_socket(notification, sock, raw, address)
+                finally:
+                    sock.detach()
+        except OSError as error:  # not a socket
+            outcome = error.errno or errno.EINVAL
         except BaseException:
             os.close(duplicate)
             raise
-        if not taken:
-            os.close(duplicate)
+        if outcome != _PARKED:
+            os.close(duplicate)  # first: while it is held, the target's close would send no FIN
+            if outcome != _UNANSWERED:
+                self._listener.answer(notification.id, error=outcome)
 
-    def _connect_duplicate(
-        self, notification: Notification, duplicate: int, raw: bytes, address: sockaddr.Address
-    ) -> bool:
-        """Whether the duplicate is still needed: the connect is pending."""
-        if isinstance(address, sockaddr.Unix):
-            return self._connect_unix(notification, duplicate, address)
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=duplicate)
-        try:
-            kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-            if isinstance(address, sockaddr.Unspecified):
-                self._dissolve(notification, sock, kind, raw)
-                return False
-            if isinstance(address, sockaddr.Netlink):
-                error = 0 if address.port_id == 0 else errno.EPERM  # the kernel alone, no process
-                self._refuse(notification, error or -libc.connect(duplicate, raw))
-                return False
-            cookie = None
-            transport = Transport.UDP
-            if kind == _STREAM:
-                transport = Transport.TCP
-                (cookie,) = struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
-            if cookie is not None and self._judge.known_flow(cookie, address.address, address.port):
-                attempt = None  # a nonblocking connect asked again how it went
+    def _connect_socket(self, notification: Notification, sock: _Socket, raw: bytes, address: sockaddr.Address) -> int:
+        """The errno to answer with (0: connected), or one of _PARKED and _UNANSWERED."""
+        kind = sock.getsockopt(_SOL_SOCKET, _SO_TYPE)
+        if not isinstance(address, sockaddr.Inet):
+            return self._connect_special(sock, kind, raw, address)
+        cookie: int | None = None
+        attempt: Attempt | None = None
+        if kind == _STREAM:
+            cookie = int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
+        if cookie is None or not self._judge.known_flow(cookie, address.address, address.port):
+            transport = Transport.UDP if cookie is None else Transport.TCP
+            ruling = self._judge.rule(Operation.CONNECT, transport, notification.pid, address.address, address.port)
+            if ruling.error:
+                if ruling.error > 0:
+                    return ruling.error
+                self._loop.later(_ASK_AGAIN_S, lambda: self._ask_again(notification))
+                return _UNANSWERED
+            attempt = ruling.attempt
+        # else: a nonblocking connect asks again how it went
+        self._impatience.begin()
+        result = libc.connect(sock.fileno(), raw)
+        if attempt is not None:
+            if result in _BEGUN:
+                attempt.connected(cookie, _name(sock), (notification.pid, notification.arg0 & 0xFFFFFFFF))
             else:
-                ruling = self._judge.rule(Operation.CONNECT, transport, notification.pid, address.address, address.port)
-                if ruling.error < 0:
-                    self._loop.later(_ASK_AGAIN_S, lambda: self._ask_again(notification))
-                    return False
-                if ruling.error:
-                    self._refuse(notification, ruling.error)
-                    return False
-                attempt = ruling.attempt
-            return self._await_connect(notification, sock, raw, cookie, attempt)
-        except OSError as error:  # not a socket
-            self._refuse(notification, error.errno or errno.EINVAL)
-            return False
-        finally:
-            sock.detach()
+                attempt.failed(-result)
+        if result == -errno.EINTR:
+            return self._await_connect(notification, sock, raw, attempt)
+        return -result
 
-    def _await_connect(
-        self, notification: Notification, sock: socket.socket, raw: bytes, cookie: int | None, attempt: Attempt | None
-    ) -> bool:
+    def _await_connect(self, notification: Notification, sock: _Socket, raw: bytes, attempt: Attempt | None) -> int:
+        """A blocking connect that takes its time: it goes on in the background, and is asked again when it is done."""
         duplicate = sock.fileno()
-        holder = (notification.pid, notification.arg0 & 0xFFFFFFFF)
-        announced = False
 
-        def step() -> bool:
-            """One try; True when the target has its answer."""
-            nonlocal announced
-            signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, _PATIENCE_S)
+        def step() -> int:
+            self._impatience.begin()
             result = libc.connect(duplicate, raw)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            begun = result in (0, -errno.EINPROGRESS, -errno.EINTR) or (announced and result == -errno.EALREADY)
-            if attempt is not None:
-                if begun and not announced:
-                    announced = True
-                    attempt.connected(cookie, _local_address(duplicate), holder)
-                elif not begun:
-                    attempt.failed(-result)
-            if result == -errno.EINTR or (result == -errno.EALREADY and waiting):
-                return False
-            self._listener.answer(notification.id, error=-result)
-            return True
+            if result in (-errno.EINTR, -errno.EALREADY):
+                return _PARKED
+            if result and attempt is not None:
+                attempt.failed(-result)
+            return -result
 
-        waiting = False
-        if step():
-            return False
-        waiting = True
-        timeout = _timeout(sock, socket.SO_SNDTIMEO)
-        return self._wait(notification, duplicate, select.EPOLLOUT, step, timeout, errno.EINPROGRESS)
+        return self._wait(
+            notification, duplicate, select.EPOLLOUT, step, _timeout(sock, socket.SO_SNDTIMEO), errno.EINPROGRESS
+        )
+
+    def _connect_special(self, sock: _Socket, kind: int, raw: bytes, address: sockaddr.Address) -> int:
+        if isinstance(address, sockaddr.Netlink):
+            if address.port_id:  # the kernel alone, no process
+                return errno.EPERM
+        elif kind == _STREAM:
+            # AF_UNSPEC resets the byte counts of a TCP socket: they are settled first, after sending has ended.
+            cookie = int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
+            with contextlib.suppress(OSError):  # never connected
+                sock.shutdown(socket.SHUT_RDWR)
+            self._judge.dissolved(cookie, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+        return -libc.connect(sock.fileno(), raw)
 
     def _ask_again(self, notification: Notification) -> None:
         if self._listener.fd >= 0 and self._listener.is_valid(notification.id):
             self._handle(notification)
 
-    def _dissolve(self, notification: Notification, sock: socket.socket, kind: int, raw: bytes) -> None:
-        """AF_UNSPEC. It resets the byte counts of a TCP socket, so those are settled first, after sending has ended."""
-        if kind == _STREAM:
-            (cookie,) = struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # never connected
-            self._judge.dissolved(cookie, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
-        self._refuse(notification, -libc.connect(sock.fileno(), raw))
-
-    def _connect_unix(self, notification: Notification, duplicate: int, address: sockaddr.Unix) -> bool:
+    def _connect_unix(self, notification: Notification, duplicate: int, address: sockaddr.Unix) -> int:
         pinned = self._pin(notification, address)
+        parked = False
         try:
             error = self._judge_unix(notification, pinned)
             if error:
-                self._refuse(notification, error)
-                return False
-        except BaseException:
-            os.close(pinned)
-            raise
-        through = sockaddr.through_descriptor(pinned)
+                return error
+            through = sockaddr.through_descriptor(pinned)
 
-        def step() -> bool:
-            with impatience():
-                result = libc.connect(duplicate, through)
-            if result == -errno.EINTR:  # the peer's queue is full; this connect has left nothing behind
-                return False
-            os.close(pinned)
-            self._listener.answer(notification.id, error=-result)
-            return True
+            def step() -> int:
+                for _ in range(2):  # one interruption may be a tick meant for somebody else
+                    self._impatience.begin()
+                    result = libc.connect(duplicate, through)
+                    if result != -errno.EINTR:
+                        return -result
+                return _PARKED  # the peer's queue is full; this connect has left nothing behind
 
-        if step():
-            return False
-        return self._wait(notification, duplicate, None, step, None, errno.EAGAIN)
+            outcome = step()
+            if outcome == _PARKED:
+                outcome = self._wait(notification, duplicate, None, step, None, errno.EAGAIN, pinned)
+                parked = outcome == _PARKED
+            return outcome
+        finally:
+            if not parked:
+                os.close(pinned)
 
     def _pin(self, notification: Notification, address: sockaddr.Unix) -> int:
         """An O_PATH descriptor of the socket that the path means *to the target*, right now.
@@ -481,47 +502,53 @@ class Gate:
         notification: Notification,
         duplicate: int,
         events: int | None,
-        retry: Callable[[], bool],
+        retry: Callable[[], int],
         timeout: float | None,
         late_error: int,
-    ) -> bool:
-        """Parks a call: retried when ``events`` come (None: at every sweep). False: refused, too many are parked."""
+        *more: int,
+    ) -> int:
+        """Parks a call: retried when ``events`` come (None: at every sweep) until its outcome is an errno.
+
+        ``duplicate`` and ``more`` are closed in the end. Returns _PARKED, or EAGAIN: too many are parked already.
+        """
         if len(self._pending) >= _PENDING_LIMIT:
             self._judge.fault("too many calls are pending")
-            self._refuse(notification, errno.EAGAIN)
-            return False
+            return errno.EAGAIN
         deadline = None if timeout is None else time.monotonic() + timeout
-        pending = _Pending(notification, duplicate, retry, deadline, late_error)
+        pending = _Pending(notification, (duplicate, *more), retry, deadline, late_error)
         self._pending[notification.id] = pending
         if events is not None:
             self._loop.watch(duplicate, events, lambda _events: self._retry(pending))
         if not self._sweeping:
             self._sweeping = True
             self._loop.later(0.02, self._sweep)
-        return True
+        return _PARKED
 
     def _retry(self, pending: _Pending) -> None:
-        if pending.retry():
+        outcome = pending.retry()
+        if outcome != _PARKED:
             self._drop(pending)
+            if outcome != _UNANSWERED:
+                self._listener.answer(pending.notification.id, error=outcome)
 
     def _drop(self, pending: _Pending) -> None:
         if self._pending.pop(pending.notification.id, None) is not None:
-            self._loop.forget(pending.duplicate)
-            os.close(pending.duplicate)
+            self._loop.forget(pending.descriptors[0])
+            for descriptor in pending.descriptors:
+                os.close(descriptor)
 
     def _sweep(self) -> None:
         """Ends what nobody waits for any more, and what has waited as long as its socket allows."""
         now = time.monotonic()
         for pending in list(self._pending.values()):
             if not self._listener.is_valid(pending.notification.id):
-                try:  # the target is gone: an attempt left alone would go on for two minutes
-                    socket.socket(fileno=os.dup(pending.duplicate)).shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+                # The target is gone: an attempt left alone would go on for two minutes.
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(pending.descriptors[0])) as sock:
+                    sock.shutdown(socket.SHUT_RDWR)
                 self._drop(pending)
             elif pending.deadline is not None and now >= pending.deadline:
-                self._refuse(pending.notification, pending.late_error)
                 self._drop(pending)
+                self._listener.answer(pending.notification.id, error=pending.late_error)
             else:
                 self._retry(pending)
         if self._pending:
@@ -611,12 +638,17 @@ class Gate:
                 self._refuse(notification, errno.EOPNOTSUPP)  # programs fall back to connect, which is judged
                 return
             message = _Message(data, raw if kind not in _CONNECTION_ORIENTED else b"", b"", [])
-            taken = self._send(notification, duplicate, flags, [message], lambda sent: sent[0])
+            outcome = self._send(notification, duplicate, flags, [message], lambda sent: sent[0])
         except BaseException:
             os.close(duplicate)
             raise
-        if not taken:
+        self._sent(notification, duplicate, outcome)
+
+    def _sent(self, notification: Notification, duplicate: int, outcome: int) -> None:
+        if outcome != _PARKED:
             os.close(duplicate)
+            if outcome != _UNANSWERED:
+                self._refuse(notification, outcome)
 
     def _sendmsg(self, notification: Notification) -> None:
         self._send_messages(notification, [notification.arg1], notification.arg2, lambda sent: sent[0])
@@ -646,14 +678,13 @@ class Gate:
             kind = _type(duplicate)
             for header in headers:
                 messages.append(self._read_message(notification, header, kind))
-            taken = self._send(notification, duplicate, flags & 0xFFFFFFFF, messages, report)
+            outcome = self._send(notification, duplicate, flags & 0xFFFFFFFF, messages, report)
         except BaseException:
             os.close(duplicate)
             for message in messages:
                 message.close()
             raise
-        if not taken:
-            os.close(duplicate)
+        self._sent(notification, duplicate, outcome)
 
     def _read_message(self, notification: Notification, header: int, kind: int) -> _Message:
         """One ``struct msghdr`` with all it points to, read once.
@@ -713,25 +744,24 @@ class Gate:
         flags: int,
         messages: list[_Message],
         report: Callable[[list[int]], int],
-    ) -> bool:
-        """Sends the messages one by one, each judged; whether the duplicate is still needed: the socket is full.
+    ) -> int:
+        """Sends the messages one by one, each judged; an errno, _PARKED (the socket is full) or _UNANSWERED (it is).
 
         As in sendmmsg(2) the first failure ends the series, and is told only where nothing was sent.
         """
         sent: list[int] = []
         blocking = not flags & _MSG_DONTWAIT and os.get_blocking(duplicate)
-        flags = flags & ~_MSG_ZEROCOPY | _MSG_DONTWAIT
+        flags = flags & ~_MSG_ZEROCOPY | _MSG_DONTWAIT | _MSG_NOSIGNAL
 
-        def finish(error: int) -> bool:
+        def finish(error: int) -> int:
             for message in messages:
                 message.close()
-            if sent or not error:
-                self._listener.answer(notification.id, value=report(sent) if messages else 0)
-            else:
-                self._refuse(notification, error)
-            return True
+            if error and not sent:
+                return error
+            self._listener.answer(notification.id, value=report(sent) if messages else 0)
+            return _UNANSWERED
 
-        def step() -> bool:
+        def step() -> int:
             while len(sent) < len(messages):
                 message = messages[len(sent)]
                 if not message.granted:
@@ -739,21 +769,23 @@ class Gate:
                     if error:
                         return finish(error)
                     message.granted = True
-                with impatience():  # a unix socket's peer can make even this wait
-                    result = message.send(duplicate, flags | _MSG_NOSIGNAL)
-                if result in (-errno.EAGAIN, -errno.EINTR) and blocking:
-                    return False
-                if result < 0:
+                result = message.send(duplicate, flags)
+                if result == -errno.EAGAIN and blocking:
+                    return _PARKED
+                if result < 0 and result != -errno.EINTR:
                     return finish(-result)
-                sent.append(result)
+                if result >= 0:
+                    sent.append(result)
             return finish(0)
 
-        if step():
-            return False
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=duplicate)
+        outcome = step()
+        if outcome != _PARKED:
+            return outcome
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
         timeout = _timeout(sock, socket.SO_SNDTIMEO)
         sock.detach()
-        return self._wait(notification, duplicate, select.EPOLLOUT, step, timeout, errno.EAGAIN)
+        outcome = self._wait(notification, duplicate, select.EPOLLOUT, step, timeout, errno.EAGAIN)
+        return outcome if outcome == _PARKED else finish(outcome)
 
     def _judge_message(self, notification: Notification, message: _Message) -> int:
         """Judges where one message goes; pins a unix destination so that it goes nowhere else."""
@@ -865,30 +897,28 @@ class _Message:
 
 
 def _type(descriptor: int) -> int:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+    sock = _Socket(_AF_INET, _SOCK_STREAM, 0, descriptor)
     try:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        return sock.getsockopt(_SOL_SOCKET, _SO_TYPE)
     except OSError as error:
         raise sockaddr.BadAddress(error.errno or errno.ENOTSOCK) from error
     finally:
         sock.detach()
 
 
-def _local_address(descriptor: int) -> tuple[str, int] | None:
-    sock = socket.socket(fileno=descriptor)
+def _name(sock: _Socket) -> tuple[str, int] | None:
+    """The socket's own address, whatever family it was said to have."""
     try:
         name = sock.getsockname()
-        return (str(name[0]), int(name[1])) if sock.family in (socket.AF_INET, socket.AF_INET6) else None
     except OSError:
         return None
-    finally:
-        sock.detach()
+    return (name[0], name[1]) if isinstance(name, tuple) and len(name) in (2, 4) else None
 
 
-def _timeout(sock: socket.socket, option: int) -> float | None:
+def _timeout(sock: _Socket, option: int) -> float | None:
     """The socket's own limit for a blocking call, in seconds; None: it waits for ever."""
     try:
-        seconds, microseconds = struct.unpack("=qq", sock.getsockopt(socket.SOL_SOCKET, option, 16))
+        seconds, microseconds = struct.unpack("=qq", sock.getsockopt(_SOL_SOCKET, option, 16))
     except OSError:
         return None
     return float(seconds + microseconds / 1e6) or None

@@ -25,6 +25,8 @@ log = logging.getLogger("ray_guard.meter")
 TICK_S: Final = 0.005
 """How often flows under a byte cap are read."""
 _SETTLE_S: Final = 1.0
+_COLLECT_S: Final = 0.001
+"""Delay of reading what has ended; more would blur whose FIN came first (:mod:`ray_guard.kernel.sock_diag`)."""
 
 
 class FlowOwner(Protocol):
@@ -34,7 +36,7 @@ class FlowOwner(Protocol):
     def capped(self) -> bool:
         """Whether any scope above the flow limits bytes, so that it must be watched while it lives."""
 
-    def progressed(self, flow: Flow, sent: int, received: int) -> bool:
+    def progressed(self, sent: int, received: int) -> bool:
         """``sent`` and ``received`` more payload bytes; False: no room is left, cut it."""
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
@@ -73,13 +75,22 @@ class Meter:
         self._pidfds = pidfds
         self._flows: dict[int, Flow] = {}
         self._ticking = False
-        loop.watch(diag.fileno(), select.EPOLLIN, lambda _events: self.collect())
+        loop.watch(diag.fileno(), select.EPOLLIN, lambda _events: self._told())
 
     def begin(self, flow: Flow) -> None:
         self._flows[flow.cookie] = flow
         if flow.owner.capped and not self._ticking:
             self._ticking = True
             self._loop.later(TICK_S, self._tick)
+
+    def _told(self) -> None:
+        """Sockets have ended. They are taken in together, a moment later: calls that wait come first."""
+        self._loop.forget(self._diag.fileno())
+        self._loop.later(_COLLECT_S, self._collect_late)
+
+    def _collect_late(self) -> None:
+        self.collect()
+        self._loop.watch(self._diag.fileno(), select.EPOLLIN, lambda _events: self._told())
 
     def find(self, cookie: int) -> Flow | None:
         return self._flows.get(cookie)
@@ -110,17 +121,19 @@ class Meter:
         self._flows.pop(cookie, None)
 
     def finish(self, flows: Iterable[Flow]) -> None:
-        """Cuts and settles flows whose scope has ended."""
-        flows = [flow for flow in flows if flow.cookie in self._flows]
-        for flow in flows:
-            self.cut(flow)
+        """Cuts flows whose scope has ended; their ends are told by the kernel as any other's."""
         self.collect()
-        self._read_live()
+        open_still = [flow for flow in flows if flow.cookie in self._flows]
+        if open_still:
+            live = self._diag.live()
+            for flow in open_still:
+                if flow.cookie in live and not flow.cut:
+                    self.cut(flow)
 
     def _advance(self, flow: Flow, sent: int, received: int) -> bool:
         more_sent, more_received = max(0, sent - flow.sent), max(0, received - flow.received)
         flow.sent, flow.received = max(sent, 0), max(received, 0)
-        return flow.owner.progressed(flow, more_sent, more_received) if more_sent or more_received else True
+        return flow.owner.progressed(more_sent, more_received) if more_sent or more_received else True
 
     def _tick(self) -> None:
         if not any(flow.owner.capped for flow in self._flows.values()):

@@ -18,6 +18,7 @@ import errno
 import socket
 from typing import Final
 
+from ray_guard.kernel.seccomp import ALLOW as RUN
 from ray_guard.kernel.seccomp import (
     NOTIFY,
     Instruction,
@@ -29,7 +30,6 @@ from ray_guard.kernel.seccomp import (
     pointer_given,
     refuse,
 )
-from ray_guard.kernel.seccomp import ALLOW as RUN
 from ray_guard.records import Role
 
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16

@@ -187,7 +187,7 @@ class LineEncoder:
             '"spans":[{"traceId":'
         )
 
-    def egress(
+    def egress(  # noqa: PLR0917 - the path of every connect: keywords cost there
         self, trace_id: str, span_id: str, parent_id: str | None, start_ns: int, end_ns: int | None, attributes: str
     ) -> bytes:
         """The line of an ``egress connect`` span, from parts that are known to be clean: the path of every connect.

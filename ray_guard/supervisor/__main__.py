@@ -14,7 +14,6 @@ import socket
 import sys
 from typing import Final
 
-from ray_guard.egress.gate import prepare_impatience
 from ray_guard.kernel import libc, rendezvous
 from ray_guard.supervisor import zygote
 from ray_guard.supervisor.loop import Loop
@@ -89,7 +88,6 @@ def main(descriptor: int) -> None:
     libc.prctl(libc.PR_SET_DUMPABLE, 0)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    prepare_impatience()
     loop = Loop()
     node = Node(loop, (str(rendezvous.folder()),))
     _lower_capabilities()

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from ray_guard.egress.gate import Pidfds
+from ray_guard.egress.gate import Impatience, Pidfds
 from ray_guard.egress.meter import Meter
 from ray_guard.evidence.forward import forwarder_argv
 from ray_guard.evidence.journal import Journal
@@ -54,6 +54,7 @@ class Node:
         self.loop = loop
         self.pidfds = Pidfds()
         self.memory = libc.MemoryReader()
+        self.impatience = Impatience(loop)
         self.meter = Meter(SockDiag(), loop, self.pidfds)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()

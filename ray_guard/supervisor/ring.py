@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Final
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
 from ray_guard.evidence.journal import JournalError
+from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import procfs
-from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, UNLIMITED, Account, Exceeded
+from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Exceeded
 from ray_guard.policy.decide import (
     CompiledPolicy,
     Decision,
@@ -31,7 +32,7 @@ from ray_guard.policy.decide import (
     decide,
 )
 from ray_guard.policy.destination import Transport
-from ray_guard.records import AttributeValue, Role, SpanEvent, SpanKind, SpanRecord, StatusCode
+from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Ring:
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
         self._surroundings: Surroundings | None = None
-        self._connections: set[Connection] = set()
+        self._flows: dict[int, Flow] = {}
+        self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
         self._missed: dict[tuple[str, int], float] = {}
         node.surroundings_changed.append(self._forget_surroundings)
@@ -85,14 +87,17 @@ class Ring:
         inode: tuple[int, int] | None = None,
         size: int = 0,
     ) -> Ruling:
-        process = Process.OTHER if self._origin is not None else self._process(tid)
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
-                          process, inode)  # fmt: skip
-        decision = decide(self.policy, self._around(), self.target.account, request)
+                          self._process(tid), inode)  # fmt: skip
+        origin = self._origin or self.target.origin_of_thread(tid)
+        decision = decide(self.policy, self._surroundings or self._around(), origin.account, request)
         if decision.reason is Reason.NOT_LISTED and self._may_have_missed(request):
+            if origin.call is not None:
+                self.target.intents[tid] = origin.call
             return _WAIT
-        origin = self._origin or self._origin_of(tid, decision)
+        if decision.reason in _OF_THE_ACTOR and origin.candidates:
+            origin = self.target.own_origin()  # Ray's own threads: no call has caused it
         if operation is Operation.SEND and decision.allowed:
             return self._send(request, decision, origin, size)
         if operation in (Operation.BIND, Operation.LISTEN):
@@ -133,7 +138,7 @@ class Ring:
     def close(self) -> None:
         """Nobody is left behind the listener: what flows on is cut and settled."""
         self._node.surroundings_changed.remove(self._forget_surroundings)
-        self._meter.finish([c.flow for c in self._connections if c.flow is not None])
+        self._meter.finish(list(self._flows.values()))
         for connection in list(self._datagrams.values()):
             connection.finish()
         self._datagrams.clear()
@@ -151,17 +156,10 @@ class Ring:
         return self._surroundings
 
     def _process(self, tid: int) -> Process:
+        if self._origin is not None or self._node.directory(self.target) is None:
+            return Process.OTHER
         own = tid == self.root or os.path.exists(f"/proc/{self.root}/task/{tid}")
         return Process.OWN if own else Process.OTHER
-
-    def _origin_of(self, tid: int, decision: Decision) -> Origin:
-        if decision.reason in (Reason.CLUSTER, Reason.COLLECTIVES):
-            self.target.pump()
-            call = self.target.intents.pop(tid, None)
-            if call is None or call not in self.target.open:
-                return self.target.own_origin()  # Ray's own threads: no call has caused it
-            return self.target.origin_of_call(call)
-        return self.target.origin_of_thread(tid)
 
     def _may_have_missed(self, request: Request) -> bool:
         """Whether the cluster may have grown since its tables were read: then the question waits for a reading."""
@@ -182,45 +180,51 @@ class Ring:
             return False
         return True
 
+    # -- flows ---------------------------------------------------------------------------------------------------------
+
+    def began(self, flow: Flow) -> None:
+        self._flows[flow.cookie] = flow
+        self._meter.begin(flow)
+
+    def left(self, flow: Flow) -> None:
+        self._flows.pop(flow.cookie, None)
+
+    def failed(self, flow: Flow) -> None:
+        """It was begun, but never established."""
+        self.left(flow)
+        self._meter.discard(flow.cookie)
+
+    def decision_text(self, request: Request, decision: Decision) -> str:
+        """The attributes that say what was decided, encoded; the same for every connect to the same place."""
+        key = (*request[1:5], decision.verdict, decision.reason, decision.rule, decision.report_only)
+        text = self._texts.get(key)
+        if text is None:
+            if len(self._texts) >= _TEXTS_KEPT:
+                self._texts.clear()
+            text = self._texts[key] = fragment(_decided(request, decision)).encoded
+        return text
+
     # -- outward -------------------------------------------------------------------------------------------------------
 
     def _connect(self, request: Request, decision: Decision, origin: Origin) -> Ruling:
-        account = origin.account
         connection = Connection(self, origin, request)
-        if decision.allowed and request.transport is not Transport.UNIX:
-            exceeded = account.reserve(CONNECTIONS, 1)
-            if exceeded is not None:
-                decision = _over_budget(decision, exceeded)
-        if not decision.allowed and self.mute and request.transport is Transport.UDP:
-            return self._look_up(connection, decision)
-        if not decision.allowed:
-            account.count_refused()
-            try:
-                connection.refused(decision)
-            except JournalError:
-                log.exception("a denial could not be journaled")
-                return Ruling(errno.EPERM)
-            return Ruling(errno.EACCES)
         try:
-            connection.granted(decision)
+            if decision.allowed:
+                connection.granted(decision)
+                if request.transport is not Transport.UNIX:
+                    origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
+                return Ruling(0, connection)
+            if self.mute and request.transport is Transport.UDP and request.operation is Operation.CONNECT:
+                # That is how Ray and vLLM learn their own address. The socket can send nothing, so it may be
+                # "connected"; the denial stands in the journal all the same, without being a violation.
+                connection.looked_up(decision)
+                return Ruling(0)
+            origin.account.count_refused()
+            connection.refused(decision)
         except JournalError:  # an allowance that leaves no record is not given
             log.exception("a decision could not be journaled")
-            if request.transport is not Transport.UNIX:
-                account.release(CONNECTIONS, 1)
             return Ruling(errno.EPERM)
-        return Ruling(0, connection)
-
-    def _look_up(self, connection: Connection, decision: Decision) -> Ruling:
-        """A mute socket is "connected" to somewhere that is not granted: that is how Ray and vLLM learn their own address.
-
-        It can send nothing, so it may; the denial stands in the journal all the same, without being a violation.
-        """
-        try:
-            connection.looked_up(decision)
-        except JournalError:
-            log.exception("a denial could not be journaled")
-            return Ruling(errno.EPERM)
-        return Ruling(0)
+        return Ruling(errno.EACCES)
 
     def _send(self, request: Request, decision: Decision, origin: Origin, size: int) -> Ruling:
         """A datagram. Its flow is journaled once per destination and call; its bytes are reserved before it goes."""
@@ -233,7 +237,6 @@ class Ring:
             if ruling.error or not isinstance(ruling.attempt, Connection):
                 return ruling
             connection = ruling.attempt
-            connection.settle_connection()
             self._datagrams[key] = connection
         exceeded = origin.account.reserve(SENT, size)
         if exceeded is not None and not exceeded.report_only:
@@ -263,10 +266,18 @@ _WAIT: Final = Ruling(-1)
 """No answer yet: the gate asks again shortly."""
 
 
-def _over_budget(decision: Decision, exceeded: Exceeded) -> Decision:
-    if exceeded.report_only:
-        return decision._replace(reason=Reason.BUDGET, report_only=True, exceeded=exceeded)
-    return Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
+def _decided(request: Request, decision: Decision) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {"network.transport": request.transport.value}
+    if request.transport is Transport.UNIX:
+        attributes["network.peer.address"] = request.path if request.path != "\0" else "(abstract)"
+    else:
+        attributes["network.peer.address"] = request.address
+        attributes["network.peer.port"] = request.port
+    attributes["server.address"] = attributes["network.peer.address"]
+    attributes.update(decision.attributes())
+    if decision.rule is not None:
+        attributes["ray_guard.egress.rule"] = decision.rule
+    return attributes
 
 
 def _spelled(request: Request) -> str:
@@ -279,8 +290,7 @@ def _spelled(request: Request) -> str:
 class Connection:
     """One connect (or datagram destination) of a target: its record, its share of the budgets, its flow."""
 
-    __slots__ = ("_attributes", "_decision", "_over", "_ring", "_settled", "_span", "_start", "capped", "flow", "origin",
-                 "request", "sent")  # fmt: skip
+    __slots__ = ("_over", "_ring", "_span", "_start", "_text", "capped", "flow", "origin", "request", "sent")
 
     def __init__(self, ring: Ring, origin: Origin, request: Request) -> None:
         self._ring = ring
@@ -288,12 +298,11 @@ class Connection:
         self.request = request
         self.flow: Flow | None = None
         self.sent = 0
-        self.capped = _limits_bytes(origin.account)
+        self.capped = origin.account.limits_any(_BYTES)
         self._span = new_span_id()
         self._start = time.time_ns()
-        self._attributes: dict[str, AttributeValue] = {}
-        self._decision: Decision = Decision()
-        self._settled = False
+        self._text = ""
+        """The record's attributes so far, encoded: this is the path of every connect."""
         self._over = False
 
     # -- decided -------------------------------------------------------------------------------------------------------
@@ -301,7 +310,7 @@ class Connection:
     def granted(self, decision: Decision) -> None:
         """Journals that it was granted, before it is. Raises JournalError."""
         self._describe(decision)
-        self._ring.target.write(self._record(None), self.origin.identity)
+        self._ring.target.write_egress(self.origin, self._span, self._start, None, self._text)
 
     def refused(self, decision: Decision) -> None:
         """Journals the refusal, complete. Raises JournalError."""
@@ -313,84 +322,61 @@ class Connection:
             event = self._ring.target.violation(
                 self.origin, self._span, "egress", reason=decision.reason.value, destination=where
             )
-        self._attributes["error.type"] = "EACCES"
-        record = self._record(time.time_ns(), StatusCode.ERROR, f"{where} is refused: {decision.reason.value}", event)
-        self._ring.target.write(record, self.origin.identity)
+        self._add({"error.type": "EACCES"})
+        self._write(StatusCode.ERROR, f"{where} is refused: {decision.reason.value}", (event,))
 
     def looked_up(self, decision: Decision) -> None:
         """Journals a denied connect of a datagram socket that cannot send."""
         self._describe(decision)
-        self._attributes["ray_guard.egress.mute"] = True
-        self._ring.target.write(self._record(time.time_ns()), self.origin.identity)
+        self._add({"ray_guard.egress.mute": True})
+        self._write()
 
     def _describe(self, decision: Decision) -> None:
         request = self.request
-        self._decision = decision
-        attributes = self._attributes
-        attributes["network.transport"] = request.transport.value
-        if request.transport is Transport.UNIX:
-            attributes["network.peer.address"] = request.path if request.path != "\0" else "(abstract)"
-        else:
-            attributes["network.peer.address"] = request.address
-            attributes["network.peer.port"] = request.port
-        attributes["server.address"] = attributes["network.peer.address"]
-        attributes.update(decision.attributes())
-        if decision.rule is not None:
-            attributes["ray_guard.egress.rule"] = decision.rule
+        text = self._ring.decision_text(request, decision)
         candidates = self.origin.candidates
-        attributes["ray_guard.egress.scope"] = "ambiguous" if candidates else "exact"
         if candidates:
-            attributes["ray_guard.egress.candidates"] = candidates
+            self._text = (
+                text
+                + ","
+                + fragment({"ray_guard.egress.scope": "ambiguous", "ray_guard.egress.candidates": candidates}).encoded
+            )
+        else:
+            self._text = text + _EXACT
 
-    def _record(
-        self, end_ns: int | None, status: StatusCode = StatusCode.UNSET, text: str = "", *events: SpanEvent
-    ) -> SpanRecord:
-        return SpanRecord(
-            trace_id=self.origin.trace_id,
-            span_id=self._span,
-            parent_id=self.origin.parent_id,
-            name="egress connect",
-            kind=SpanKind.CLIENT,
-            start_ns=self._start,
-            end_ns=end_ns,
-            attributes=dict(self._attributes),
-            status=status,
-            status_message=text,
-            events=events,
+    def _add(self, attributes: dict[str, AttributeValue]) -> None:
+        self._text += "," + fragment(attributes).encoded
+
+    def _write(
+        self, status: StatusCode = StatusCode.UNSET, message: str = "", events: tuple[SpanEvent, ...] = ()
+    ) -> None:
+        self._ring.target.write_egress(
+            self.origin, self._span, self._start, time.time_ns(), self._text, status, message, events
         )
 
     # -- Attempt -------------------------------------------------------------------------------------------------------
 
     def connected(self, cookie: int | None, local: tuple[str, int] | None, holder: tuple[int, int]) -> None:
         if local is not None:
-            self._attributes["network.local.address"], self._attributes["network.local.port"] = local
-        if self.request.transport is not Transport.UNIX:
-            self.settle_connection()
+            self._text += (
+                f',{{"key":"network.local.address","value":{{"stringValue":"{local[0]}"}}}}'
+                f',{{"key":"network.local.port","value":{{"intValue":"{local[1]}"}}}}'
+            )
         if cookie is None:
             self._end()
             return
         self.flow = Flow(cookie, self.request.address, self.request.port, holder, self, self._ring.root)
-        self._ring._connections.add(self)
-        self._ring._meter.begin(self.flow)
+        self._ring.began(self.flow)
 
     def failed(self, error: int) -> None:
-        if self.request.transport is not Transport.UNIX:
-            self.settle_connection()
-        name = errno.errorcode.get(error, str(error))
-        self._attributes["error.type"] = name
+        self._add({"error.type": errno.errorcode.get(error, str(error))})
         if self.flow is not None:
-            self._ring._meter.discard(self.flow.cookie)
-            self._ring._connections.discard(self)
+            self._ring.failed(self.flow)
         self._end(StatusCode.ERROR, os.strerror(error))
-
-    def settle_connection(self) -> None:
-        if not self._settled:
-            self._settled = True
-            self.origin.account.settle(CONNECTIONS, 0 if self.origin.account.closed else 1, 1)
 
     # -- FlowOwner -----------------------------------------------------------------------------------------------------
 
-    def progressed(self, flow: Flow, sent: int, received: int) -> bool:
+    def progressed(self, sent: int, received: int) -> bool:
         account = self.origin.account
         over = account.charge(SENT, sent) if sent else None
         over = (account.charge(RECEIVED, received) if received else None) or over
@@ -409,27 +395,35 @@ class Connection:
                 log.exception("a violation could not be journaled")
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
-        self._ring._connections.discard(self)
-        self._attributes["ray_guard.egress.bytes_sent"] = flow.sent
-        self._attributes["ray_guard.egress.bytes_received"] = flow.received
+        self._ring.left(flow)
+        self._text += (
+            f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
+            f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{flow.received}"}}}}'
+        )
         if not exact:
-            self._attributes["ray_guard.egress.bytes_exact"] = False
+            self._add({"ray_guard.egress.bytes_exact": False})
         if self._over:
-            self._attributes["error.type"] = "budget"
+            self._add({"error.type": "budget"})
             self._end(StatusCode.ERROR, "cut: a budget was reached")
         else:
             self._end()
 
     def finish(self) -> None:
         """A datagram destination is done with: its call has ended."""
-        self._attributes["ray_guard.egress.bytes_sent"] = self.sent
+        self._add({"ray_guard.egress.bytes_sent": self.sent})
         self._end()
 
-    def _end(self, status: StatusCode = StatusCode.UNSET, text: str = "") -> None:
+    def _end(self, status: StatusCode = StatusCode.UNSET, message: str = "") -> None:
         try:
-            self._ring.target.write(self._record(time.time_ns(), status, text), self.origin.identity)
+            self._write(status, message)
         except JournalError:
             log.exception("the end of a flow could not be journaled")
+
+
+_BYTES: Final = (EGRESS, SENT, RECEIVED)
+_EXACT: Final = "," + fragment({"ray_guard.egress.scope": "exact"}).encoded
+_OF_THE_ACTOR: Final = (Reason.CLUSTER, Reason.COLLECTIVES)
+_TEXTS_KEPT: Final = 4096
 
 
 def grants_datagrams(policy: CompiledPolicy) -> bool:
@@ -439,7 +433,3 @@ def grants_datagrams(policy: CompiledPolicy) -> bool:
         for layer in policy.layers
         for transport in (*layer.ranges, *(key[0] for key in layer.addresses))
     )
-
-
-def _limits_bytes(account: Account) -> bool:
-    return any(account.room(kind) is not UNLIMITED for kind in (EGRESS, SENT, RECEIVED))

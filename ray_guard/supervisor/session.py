@@ -222,7 +222,13 @@ class Session:
                 raise NotEnforced(["seccomp.listener"], f"it cannot be taken: {os.strerror(-listener)}")
         self._ring = Ring(self._node, target, target.policy, target.pid)
         self._gate = Gate(
-            Listener(listener), self._ring, self._node.loop, self._node.pidfds, self._node.memory, self._unfiltered
+            Listener(listener),
+            self._ring,
+            self._node.loop,
+            self._node.pidfds,
+            self._node.memory,
+            self._node.impatience,
+            self._unfiltered,
         )
         self._reply(self._way_back(descriptors), {"ok": True})
 

@@ -134,6 +134,27 @@ class Target:
         """Journals a record of the supervisor's own. Raises JournalError: then nothing may be granted."""
         self.journal.append(self._encoder.encode(record, identity or self._own.identity))
 
+    def write_egress(
+        self,
+        origin: Origin,
+        span_id: str,
+        start_ns: int,
+        end_ns: int | None,
+        attributes: str,
+        status: StatusCode = StatusCode.UNSET,
+        message: str = "",
+        events: tuple[SpanEvent, ...] = (),
+    ) -> None:
+        """Journals an ``egress connect`` span whose ``attributes`` are encoded already. Raises JournalError."""
+        attributes = f"{origin.identity.encoded},{attributes}"
+        if status is StatusCode.UNSET and not events:
+            line = self._encoder.egress(origin.trace_id, span_id, origin.parent_id, start_ns, end_ns, attributes)
+        else:
+            record = SpanRecord(origin.trace_id, span_id, origin.parent_id, "egress connect", SpanKind.CLIENT, start_ns,
+                                end_ns, {}, status, message, events)  # fmt: skip
+            line = self._encoder.encode(record, Fragment(frozenset(), attributes))
+        self.journal.append(line)
+
     def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue], source: Source) -> None:
         key = repr(sorted(identity.items()))
         fixed = self._fragments.get(key)

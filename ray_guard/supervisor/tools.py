@@ -160,7 +160,13 @@ class Tool:
             return
         self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin)
         self._gate = Gate(
-            Listener(listener), self._ring, self._node.loop, self._node.pidfds, self._node.memory, self._unfiltered
+            Listener(listener),
+            self._ring,
+            self._node.loop,
+            self._node.pidfds,
+            self._node.memory,
+            self._node.impatience,
+            self._unfiltered,
         )
         seqpacket.send(self._link, {"op": "go"})
 
