@@ -226,6 +226,16 @@ def test_fragment_and_attributes_may_each_be_empty(fixed: Fragment, own: dict[st
     assert span.attributes == own | (json.loads(f'{{"a":{1}}}') if fixed.keys else {})
 
 
+@pytest.mark.parametrize("end_ns", [None, 7])
+@pytest.mark.parametrize("parent_id", [None, PARENT])
+def test_the_short_way_of_egress_spans_writes_the_same_line(end_ns: int | None, parent_id: str | None) -> None:
+    span = record(end_ns=end_ns, parent_id=parent_id, start_ns=5, attributes={"network.transport": "tcp"})
+    fixed, own = fragment({"rl.run.id": "ä"}), fragment(span.attributes)
+    encoder = LineEncoder(RESOURCE)
+    short = encoder.egress(TRACE, SPAN, parent_id, 5, end_ns, f"{fixed.encoded},{own.encoded}")
+    assert short == encoder.encode(span, fixed)
+
+
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 scalars = st.one_of(
     text, st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), st.lists(text).map(tuple)
