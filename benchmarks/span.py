@@ -1,38 +1,41 @@
-"""What a tool's span costs, next to a bare OpenTelemetry span: both measured here, in one run, in random order.
+"""What a tool's span costs the thread that calls the tool, next to a bare OpenTelemetry span.
 
-    python benchmarks/span.py [--rounds 150] [--calls 100] [--json OUT]
+    python benchmarks/span.py [--rounds 60] [--calls 60] [--json OUT]
 
-Each round times every variant once, `calls` calls each, in a random order; reported are medians of the time per call
-and of the ratios within a round, so that a noisy neighbour hits both sides. Ours goes through a real SOCK_SEQPACKET pair
-to another process that takes every message off; before anything is timed, it is checked that both messages of a call
-arrive there.
+Every call is timed by itself. Ours sends its two messages to a real supervisor, which journals them, and, to tell
+the target's share from the supervisor's, over a socket pair to a process that only takes them off. Before anything is
+timed, the messages of a call must have arrived at the one and be in the evidence folder of the other. Both exporters of
+OpenTelemetry are no-ops, and batches are exported between the measurements.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextvars
+import functools
 import json
 import multiprocessing
-import random
+import os
 import socket
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from ray_guard.client import channel, scope
+from ray_guard.client.channel import Channel
 from ray_guard.client.decorator import tool
 
-BASE = "OpenTelemetry span as current, batch processor"
-WARM_UP = 5
+BARE = "OpenTelemetry"
+SAME = "OpenTelemetry, our attributes"
+TOOL = "@tool, supervisor"
+CALL = "tool_call, supervisor"
 ARGUMENTS = {"command": "ls -la /srv/work && git status --short"}
+PACKET = 1 << 17
 
 
 class NoExport(SpanExporter):
@@ -40,53 +43,56 @@ class NoExport(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-class SocketChannel:
-    """The sending half of the real channel: one packet, one system call."""
-
-    identity = {"rl.run.id": "bench"}
-
-    def __init__(self, end: socket.socket) -> None:
-        self._end = end
-
-    def send_packet(self, packet: bytes) -> None:
-        self._end.send(packet)
-
-    def send(self, message: dict[str, Any]) -> None:
-        self._end.send(json.dumps(message).encode())
-
-    def request(self, message: dict[str, Any], descriptors: Sequence[int] = (), timeout: float | None = None) -> Any:
-        raise NotImplementedError
+def batched() -> TracerProvider:
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(NoExport()))
+    return provider
 
 
-def serve(end: socket.socket, other: socket.socket, lingering: bool) -> None:
+def take_off(end: socket.socket, other: socket.socket) -> None:
     other.close()  # else the end of the benchmark would not be seen here
-    packet = bytearray(131_072)
-    for _ in range(2):  # the check: answer with what came
-        size = end.recv_into(packet)
-        end.send(packet[:size])
+    packet = bytearray(PACKET)
+    for _ in range(2):  # the proof: what came goes back
+        end.send(packet[: end.recv_into(packet)])
     while end.recv_into(packet):
-        # Like the supervisor: whoever has just spoken is listened to again 2 ms later, so that a burst of messages does
-        # not wake this process for each (where no core is free, the sender would wait for it).
-        while lingering and drained(end, packet):
-            time.sleep(0.002)
+        pass
 
 
-def drained(end: socket.socket, packet: bytearray) -> bool:
-    """Takes off all that is there; False when there was nothing."""
-    end.setblocking(False)
-    try:
-        found = 0
-        while end.recv_into(packet):
-            found += 1
-    except BlockingIOError:
-        return found > 0
-    finally:
-        end.setblocking(True)
-    return False
+def become(target_of: Channel | None) -> None:
+    """As if this process were guarded over that channel, or not at all. (``adopt`` is for good.)"""
+    vars(channel)["_current"] = target_of
 
 
-def plain(command: str) -> str:
-    return command
+def to_reader() -> Channel:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    multiprocessing.get_context("fork").Process(target=take_off, args=(there, here), daemon=True).start()
+    there.close()
+    found = Channel(here, {"rl.run.id": "bench"})
+    become(found)
+    call()
+    arrived = [json.loads(here.recv(PACKET)) for _ in range(2)]
+    if [message["op"] for message in arrived] != ["open", "close"]:
+        raise harness.NotConfining(f"the messages do not arrive, so there is nothing to measure: {arrived}")
+    return found
+
+
+def to_supervisor(folder: Path) -> Channel:
+    os.environ["RAY_GUARD_EVIDENCE"] = str(folder)
+    found = channel.observer()
+    if found is None:
+        raise harness.NotConfining("there is no supervisor")
+    become(found)
+    call()
+    found.request({"op": "violations", "episode": None})  # answered after what was sent before it
+    journal = "".join(path.read_text() for path in folder.glob("*.otlp.jsonl"))
+    if journal.count('"execute_tool bash"') != 2:
+        raise harness.NotConfining("a call is not in the evidence, so there is nothing to measure")
+    return found
+
+
+def call() -> None:
+    with scope.tool_call("bash", ARGUMENTS):
+        pass
 
 
 @tool
@@ -94,126 +100,91 @@ def decorated(command: str) -> str:
     return command
 
 
-def ours() -> None:
-    with scope.tool_call("bash", ARGUMENTS):
-        pass
+def plain(command: str) -> str:
+    return command
 
 
-def timed(call: Callable[[], object], calls: int) -> tuple[float, float]:
-    """Seconds by the clock, and of this thread's CPU (which leaves out who else was given the core meanwhile)."""
-    began, began_cpu = time.perf_counter(), time.thread_time()
+def episode() -> contextvars.Context:
+    """A context within a rollout. Scopes ask at their root whether there is a provider, so each case has its own."""
+    place = contextvars.copy_context()
+    for each in (scope.episode(group="g", iteration=7, policy_version="41"), scope.turn(3)):
+        place.run(each.__enter__)
+    return place
+
+
+def samples(call: Callable[[], object], calls: int, gap_s: float) -> list[float]:
+    """Microseconds of each call; `gap_s` lies between calls, as work does between tool calls."""
+    found, clock = [], time.perf_counter
     for _ in range(calls):
+        if gap_s:
+            time.sleep(gap_s)
+        began = clock()
         call()
-    return time.perf_counter() - began, time.thread_time() - began_cpu
+        found.append((clock() - began) * 1e6)
+    return found
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=150)
-    options.add_argument("--calls", type=int, default=100)
-    options.add_argument("--lingering", action="store_true", help="the reader lets messages gather for 2 ms")
-    options.add_argument("--json", type=Path)
-    chosen = options.parse_args()
+    options = harness.arguments(__doc__, rounds=60, calls=60).parse_args()
+    report = harness.Report(options)
+    with harness.scratch() as folder:
+        # Two providers: the mirror adds its processor to one, which would then journal the bare spans as well.
+        bare, mirrored = batched(), batched()
+        tracer = bare.get_tracer("bench")
+        reader, supervisor = to_reader(), to_supervisor(folder)
 
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    reader = multiprocessing.get_context("fork").Process(target=serve, args=(there, here, chosen.lingering), daemon=True)
-    reader.start()
-    there.close()
-    wire = SocketChannel(here)
+        def measured(
+            call: Callable[[], object], place: contextvars.Context, to: Channel | None, calls: int, gap_s: float
+        ) -> list[float]:
+            bare.force_flush()
+            mirrored.force_flush()
+            become(to)
+            return place.run(samples, call, calls, gap_s)
 
-    # Two providers: the mirror adds its processor to one, which would then journal the bare spans as well.
-    bare_provider, provider = TracerProvider(), TracerProvider()
-    for each in (bare_provider, provider):
-        each.add_span_processor(BatchSpanProcessor(NoExport()))
-    tracer = bare_provider.get_tracer("bench")
+        def spanned(attributes: dict[str, Any] | None = None) -> None:
+            with tracer.start_as_current_span("execute_tool bash", attributes=attributes):
+                pass
 
-    def use(found: SocketChannel | None) -> None:
-        channel.current = lambda: found  # type: ignore[assignment]
+        outside = contextvars.Context()
+        become(supervisor)
+        inside = episode()
+        with_attributes = functools.partial(spanned, inside.run(attributes_of_a_call))
+        del os.environ["RAY_GUARD_EVIDENCE"]  # no observer from here on: unguarded is unguarded
+        become(None)
+        inside_unguarded = episode()
+        trace.set_tracer_provider(mirrored)
+        become(supervisor)
+        inside_mirrored = episode()
 
-    use(wire)
-    ours()
-    arrived = [json.loads(here.recv(131_072)) for _ in range(2)]
-    if [m["op"] for m in arrived] != ["open", "close"] or arrived[0]["span"] != arrived[1]["span"]:
-        sys.exit(f"the messages do not arrive, so there is nothing to measure: {arrived}")
+        cases: list[tuple[str, Callable[[], object], contextvars.Context, Channel | None]] = [
+            ("plain function", lambda: plain("ls"), outside, None),
+            (BARE, spanned, outside, None),
+            (SAME, with_attributes, outside, None),
+            ("tool_call, unguarded", call, inside_unguarded, None),
+            ("tool_call, bare reader", call, inside, reader),
+            (CALL, call, inside, supervisor),
+            (TOOL, lambda: decorated("ls"), inside, supervisor),
+            ("tool_call, supervisor and mirror", call, inside_mirrored, supervisor),
+        ]
 
-    def bare() -> None:
-        with tracer.start_as_current_span("execute_tool bash"):
-            pass
+        def contestants(calls: int, gap_s: float) -> list[harness.Contestant]:
+            return [harness.Contestant(name, functools.partial(measured, *case, calls, gap_s)) for name, *case in cases]
 
-    def bare_with_attributes() -> None:
-        with tracer.start_as_current_span("execute_tool bash", attributes={"gen_ai.tool.name": "bash", "n": 1}):
-            pass
+        # Between the rounds the supervisor journals what it was sent.
+        bursts = harness.compare(contestants(options.calls, 0.0), options.rounds, pause_s=0.01)
+        spaced = harness.compare(contestants(20, 0.002), max(3, options.rounds // 6), pause_s=0.01)
+    for outcomes, how in ((bursts, "in bursts"), (spaced, "one every 2 ms")):
+        report.add(f"a tool's span, as its thread sees it, {how}", "µs", outcomes, (BARE, SAME))
+        by_name = {each.name: each for each in outcomes}
+        for name in (CALL, TOOL):
+            ratio = harness.ratios(by_name[name], by_name[BARE])[0]
+            report.goal(f"{name}, {how} / bare OpenTelemetry span", ratio, 1.5)
+    report.close()
 
-    # Scopes ask for a provider at their root: so each of these has an episode of its own, in a context of its own.
-    def inside_episode() -> contextvars.Context:
-        place = contextvars.copy_context()
-        for each in (
-            scope.episode(group="g", iteration=7, policy_version="41"),
-            scope.turn(3),
-        ):
-            place.run(each.__enter__)
-        return place
 
-    without_provider = inside_episode()
-    trace.set_tracer_provider(provider)
-    with_provider = inside_episode()
-    is_mirrored = len(provider._active_span_processor._span_processors) == 2
-    if not is_mirrored:
-        sys.exit("the provider is not mirrored to, so there is nothing to measure")
-
-    def unguarded() -> None:
-        use(None)
-        try:
-            ours()
-        finally:
-            use(wire)
-
-    empty = contextvars.Context()
-    variants: dict[str, tuple[contextvars.Context, Callable[[], object]]] = {
-        BASE: (empty, bare),
-        "the same with two attributes": (empty, bare_with_attributes),
-        "plain function": (empty, lambda: plain("ls")),
-        "tool_call": (without_provider, ours),
-        "@tool": (without_provider, lambda: decorated("ls")),
-        "tool_call, mirrored to the user's batch processor": (with_provider, ours),
-        "tool_call, unguarded process": (without_provider, unguarded),
-    }
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    cpus: dict[str, list[float]] = {name: [] for name in variants}
-    shuffled = list(variants.items())
-    for turn in range(chosen.rounds + WARM_UP):
-        random.shuffle(shuffled)
-        for name, (place, call) in shuffled:
-            # Batches are exported in a thread of this process: finished here, so that no variant pays for another's.
-            bare_provider.force_flush()
-            provider.force_flush()
-            took, cpu = place.run(timed, call, chosen.calls)
-            if turn >= WARM_UP:
-                times[name].append(took / chosen.calls * 1e6)
-                cpus[name].append(cpu / chosen.calls * 1e6)
-    here.close()
-    reader.join(10)
-
-    def ratio(found: list[float], base: list[float]) -> float:
-        return statistics.median(a / b for a, b in zip(found, base, strict=True))
-
-    report = {
-        name: {
-            "median_us": statistics.median(times[name]),
-            "median_cpu_us": statistics.median(cpus[name]),
-            "ratio_to_opentelemetry": ratio(times[name], times[BASE]),
-            "cpu_ratio_to_opentelemetry": ratio(cpus[name], cpus[BASE]),
-        }
-        for name in variants
-    }
-    print(f"{'per call, medians':52s}       clock  ratio     thread CPU  ratio")
-    for name, row in report.items():
-        print(
-            f"{name:52s} {row['median_us']:8.2f} us {row['ratio_to_opentelemetry']:6.3f}    "
-            f"{row['median_cpu_us']:8.2f} us {row['cpu_ratio_to_opentelemetry']:6.3f}"
-        )
-    if chosen.json:
-        chosen.json.write_text(json.dumps(report, indent=1))
+def attributes_of_a_call() -> dict[str, Any]:
+    with scope.tool_call("bash", ARGUMENTS) as made:
+        return {**made.identity, **made.opening()}
 
 
 if __name__ == "__main__":

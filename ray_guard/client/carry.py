@@ -28,8 +28,8 @@ _S = TypeVar("_S")
 _R = TypeVar("_R")
 
 
-UNASKED: Any = object()
-"""The attachment of a place where nobody has asked yet whether the user has an OpenTelemetry provider."""
+UNASKED: Any = False
+"""The attachment of a place where nobody has asked yet whether the user has an OpenTelemetry provider (None: none)."""
 
 
 class Node:

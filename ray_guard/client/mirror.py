@@ -80,8 +80,6 @@ def outer() -> tuple[str, str, bool] | None:
 
 def between(above: Node) -> str | None:
     """The id of the user's own span that is current inside `above`, if it is in the evidence and in the same trace."""
-    if above.attachment is None or above.attachment is UNASKED:
-        return None  # without our processor none of his spans is in the evidence
     span = api.get_current_span()
     if not getattr(span, JOURNALED, False):
         return None

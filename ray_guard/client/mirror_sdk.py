@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace as api
@@ -21,13 +22,18 @@ from ray_guard.client import carry
 from ray_guard.client.mirror import JOURNALED, hex_ids
 from ray_guard.client.outlet import Outlet, outlet
 from ray_guard.client.spans import (
+    ATTRIBUTE_LIMIT,
+    EVENT_LIMIT,
     IDENTITY,
     NAME_LIMIT,
     Value,
     attributes_json,
     clean,
+    clean_event,
     clean_text,
     close_message,
+    new_span_id,
+    new_trace_id,
     open_message,
     warn_once,
 )
@@ -54,22 +60,28 @@ CONTENT = (
 evidence only where that was asked for; in the user's own backend it stays as he has it."""
 
 _OPEN_LIMIT = 65_536
-_EVENT_LIMIT = 128
 _KINDS = {kind: number for number, kind in enumerate(api.SpanKind, start=1)}
 _BY_NUMBER = {number: kind for kind, number in _KINDS.items()}
+
+
+class _Next(threading.local):
+    ids: tuple[str, str] | None = None
 
 
 class _Ids(IdGenerator):
     """Gives the tracer the ids of the scope that is starting a span, in that thread."""
 
     def __init__(self) -> None:
-        self.next = threading.local()
+        self.next = _Next()
 
     def generate_trace_id(self) -> int:
-        return int(self.next.trace, 16)
+        ids = self.next.ids
+        # Nobody but us is expected to use this tracer; who does gets ids of his own.
+        return int(new_trace_id() if ids is None else ids[0], 16)
 
     def generate_span_id(self) -> int:
-        return int(self.next.span, 16)
+        ids = self.next.ids
+        return int(new_span_id() if ids is None else ids[1], 16)
 
     def is_trace_id_random(self) -> bool:
         return True
@@ -98,19 +110,21 @@ class Attachment:
         """A span with our ids, through the user's sampler and processors."""
         if self._tracer is None:
             raise RuntimeError("the OpenTelemetry SDK is disabled")
-        ids = self._ids.next
-        ids.trace, ids.span = scope.trace, scope.span
-        span = self._tracer.start_span(
-            scope.name,
-            context=context,
-            kind=_BY_NUMBER[scope.span_kind],
-            attributes={**scope.identity, **scope.opening()},
-            links=[
-                api.Link(api.SpanContext(int(trace, 16), int(span_id, 16), True, api.TraceFlags(1)))
-                for trace, span_id in scope.links
-            ],
-            start_time=start_ns,
-        )
+        self._ids.next.ids = (scope.trace, scope.span)
+        try:
+            span = self._tracer.start_span(
+                scope.name,
+                context=context,
+                kind=_BY_NUMBER[scope.span_kind],
+                attributes={**scope.identity, **scope.opening()},
+                links=[
+                    api.Link(api.SpanContext(int(trace, 16), int(span_id, 16), True, api.TraceFlags(1)))
+                    for trace, span_id in scope.links
+                ],
+                start_time=start_ns,
+            )
+        finally:
+            self._ids.next.ids = None
         given = span.get_span_context()
         if hex_ids(given) != (scope.trace, scope.span):
             span.end()
@@ -184,16 +198,16 @@ class UserSpans(SpanProcessor):
             close_message(
                 span=f"{context.span_id:016x}",
                 end_ns=span.end_time or 0,
-                attributes=_journalable(span.attributes, capture=capture, without=IDENTITY),
+                attributes=_journalable(span.attributes, capture=capture),
                 status=span.status.status_code.value,
                 message=clean_text(span.status.description or ""),
                 events=[
                     (
                         clean_text(event.name, NAME_LIMIT),
                         event.timestamp,
-                        _journalable(event.attributes, capture=capture),
+                        clean_event(_allowed(event.attributes, capture=capture)),
                     )
-                    for event in span.events[-_EVENT_LIMIT:]
+                    for event in span.events[-EVENT_LIMIT:]
                 ],
             )
         )
@@ -203,15 +217,16 @@ class UserSpans(SpanProcessor):
         self.on = False
 
 
-def _journalable(
-    attributes: Mapping[str, object] | None, *, capture: bool, without: frozenset[str] = frozenset()
-) -> dict[str, Value]:
-    if not attributes:
-        return {}
+def _allowed(attributes: Mapping[str, object] | None, *, capture: bool) -> dict[str, object]:
+    return {key: value for key, value in (attributes or {}).items() if capture or not key.startswith(CONTENT)}
+
+
+def _journalable(attributes: Mapping[str, object] | None, *, capture: bool) -> dict[str, Value]:
+    """What goes into the evidence of a user's attributes; his identity attributes are ours and are there already."""
     return {
         clean_text(key, NAME_LIMIT): clean(value)
-        for key, value in attributes.items()
-        if (capture or not key.startswith(CONTENT)) and key not in without
+        for key, value in islice(_allowed(attributes, capture=capture).items(), ATTRIBUTE_LIMIT)
+        if key not in IDENTITY
     }
 
 

@@ -22,6 +22,8 @@ from ray_guard.client.context import Place, attach, context, environment, read_c
 from ray_guard.client.otel import attempt, mirror
 from ray_guard.client.outlet import Outlet, base_identity, outlet
 from ray_guard.client.spans import (
+    ATTRIBUTE_LIMIT,
+    EVENT_LIMIT,
     NAME_LIMIT,
     Event,
     Link,
@@ -30,6 +32,7 @@ from ray_guard.client.spans import (
     attributes_json,
     canonical,
     clean,
+    clean_event,
     clean_text,
     close_message,
     describe_exception,
@@ -62,8 +65,6 @@ __all__ = [
     "turn",
     "violations",
 ]
-
-_EVENT_LIMIT = 128
 
 
 class _Forks:
@@ -120,9 +121,6 @@ class Scope(Node):
         """Identity attributes that differ from those above; None: none do."""
         return None
 
-    def _prepare(self) -> None:
-        """Called before the span is reported, if it is to be reported at all."""
-
     def opening(self) -> dict[str, Value]:
         """Attributes that the span begins with."""
         return {}
@@ -136,17 +134,17 @@ class Scope(Node):
     # ------------------------------------------------------------------------------------------------------------------
 
     def set_attribute(self, key: str, value: object) -> None:
-        """Adds an attribute; a value that OTLP cannot carry is written as its type's name."""
-        self._attributes[clean_text(str(key), NAME_LIMIT)] = clean(value)
+        """Adds an attribute; a value that OTLP cannot carry is written as its type's name. The first 128 are kept."""
+        name = clean_text(str(key), NAME_LIMIT)
+        if len(self._attributes) < ATTRIBUTE_LIMIT or name in self._attributes:
+            self._attributes[name] = clean(value)
+        else:
+            self._attributes["ray_guard.truncated"] = True
 
     def add_event(self, name: str, attributes: Mapping[str, object] | None = None) -> None:
         """Adds an event, now. The last 128 are kept."""
-        details = {clean_text(str(k), NAME_LIMIT): clean(v) for k, v in attributes.items()} if attributes else {}
-        self._event(clean_text(str(name), NAME_LIMIT), details)
-
-    def _event(self, name: str, details: dict[str, Value]) -> None:
-        self._events.append((name, time.time_ns(), details))
-        if len(self._events) > _EVENT_LIMIT:
+        self._events.append((clean_text(str(name), NAME_LIMIT), time.time_ns(), clean_event(attributes)))
+        if len(self._events) > EVENT_LIMIT:
             del self._events[0]
 
     def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
@@ -160,7 +158,7 @@ class Scope(Node):
             self.call = above.call
             self.sampled = above.sampled
             self.attachment = above.attachment
-            if otel is not None:
+            if otel is not None and above.attachment:  # else none of the user's spans is in the evidence
                 self.parent = attempt(otel.between, above) or above.span
         else:
             outside: Place | None = None
@@ -207,8 +205,6 @@ class Scope(Node):
         self._begun: Any = None
         self._forks = _forks.count
         self._start_ns = time.time_ns()
-        if where is not None or otel is not None:
-            self._prepare()
         if where is not None:
             where.post(
                 open_message(
@@ -247,7 +243,7 @@ class Scope(Node):
         if otel is not None:
             attempt(otel.leave, begun)
         where = self._outlet
-        if (where is None and begun is None) or self._forks != _forks.count:
+        if (where is None and not self.attachment) or self._forks != _forks.count:
             return  # nobody to tell, or a forked child: the span is its parent's, which will end it
         end_ns = max(time.time_ns(), self._start_ns)
         status, message = 0, ""
@@ -256,7 +252,7 @@ class Scope(Node):
             status = int(StatusCode.ERROR)
             self._attributes.update(attributes)
             self._events.append(event)
-        if otel is not None:
+        if otel is not None and self.attachment:
             attempt(otel.end, begun, end_ns, self._attributes, status, message, self._events)
         if where is not None:
             try:
@@ -295,12 +291,13 @@ class Scope(Node):
 class ToolCall(Scope):
     """One call of a tool; made by :func:`tool_call` and by the decorator."""
 
-    __slots__ = ("_arguments", "_call_id", "_content", "_digest", "_tool")
+    __slots__ = ("_arguments", "_call_id", "_content", "_digest", "_hashed", "_tool")
     scope_kind = "tool"
 
     def __init__(self, tool: str, arguments: object, call_id: str | None = None) -> None:
         Scope.__init__(self, f"execute_tool {tool}")
         self._tool = tool
+        self._hashed = False
         self._digest: str | None = None
         self._content: str | None = None
         self._arguments = arguments
@@ -315,7 +312,11 @@ class ToolCall(Scope):
         super()._locate(above, where, otel)
         self.call = self.span
 
-    def _prepare(self) -> None:
+    def _hash(self) -> None:
+        """Hashes the arguments, once, and only when somebody wants to know."""
+        if self._hashed:
+            return
+        self._hashed = True
         arguments, self._arguments = self._arguments, None  # not kept alive for as long as the tool runs
         try:
             self._digest = arguments_digest(arguments)
@@ -325,6 +326,7 @@ class ToolCall(Scope):
             warn_once("arguments", "ray_guard: a tool's arguments could not be hashed")
 
     def opening(self) -> dict[str, Value]:
+        self._hash()
         opening: dict[str, Value] = {
             "gen_ai.operation.name": "execute_tool",
             "gen_ai.tool.name": self._tool,
@@ -337,6 +339,7 @@ class ToolCall(Scope):
         return opening
 
     def _opening_json(self) -> str:
+        self._hash()
         if self._digest is None or self._content is not None:
             return attributes_json(self.opening())
         # The usual case, spelled out: this is the path of every tool call.
@@ -419,7 +422,7 @@ class Episode(Scope):
         """
         score = clean(float(value))
         self._attributes["rl.reward.score"] = score
-        self._event(
+        self.add_event(
             "gen_ai.evaluation.result", {"gen_ai.evaluation.name": "reward", "gen_ai.evaluation.score.value": score}
         )
 

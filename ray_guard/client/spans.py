@@ -18,6 +18,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -26,6 +27,15 @@ TEXT_LIMIT = 8192
 
 NAME_LIMIT = 256
 """Characters kept of a tool, model or agent name."""
+
+EVENT_LIMIT = 128
+"""Events kept of one span: the last ones."""
+
+EVENT_ATTRIBUTE_LIMIT = 32
+EVENT_TEXT_LIMIT = 1024
+
+ATTRIBUTE_LIMIT = 128
+"""Attributes kept of one span: the first ones."""
 
 PACKET_LIMIT = 120_000
 """Bytes of one message; the channel's packets hold 128 KiB."""
@@ -93,6 +103,18 @@ def clean_text(text: str, limit: int = TEXT_LIMIT) -> str:
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def clean_event(attributes: Mapping[str, object] | None) -> dict[str, Value]:
+    """An event's attributes: the first 32, texts cut to 1024 characters, because a span may hold many events."""
+    if not attributes:
+        return {}
+    return {
+        clean_text(str(key), NAME_LIMIT): clean_text(value, EVENT_TEXT_LIMIT)
+        if isinstance(value, str)
+        else clean(value)
+        for key, value in islice(attributes.items(), EVENT_ATTRIBUTE_LIMIT)
+    }
 
 
 def clean(value: object) -> Value:
