@@ -120,7 +120,7 @@ def announce_driver() -> None:
     """Lets an unguarded driver's own spans go where its actors' go, under the same run."""
     if not internals.connected() or internals.in_worker():
         return
-    channel.evidence_of_job = os.path.join(internals.logs_folder(), "ray_guard")
+    channel.observe(os.path.join(internals.logs_folder(), "ray_guard"))
     if os.environ.get("RAY_GUARD_RUN_ID") == _announced.run:
         os.environ.pop("RAY_GUARD_RUN_ID", None)  # of an earlier job of this process
         os.environ["RAY_GUARD_RUN_ID"] = _announced.run = run_id()

@@ -33,8 +33,8 @@ Two promises:
                                    contained
 Direct flows: bytes are exact at a flow's end (off by one where a tool closes while its peer still sends). Under a byte
 cap they are read every {1000 * TICK_S:g} ms and cut late by at most the flow's rate times that.
-Datagrams: an actor's own sockets are mute unless the policy lists udp:// destinations (sendmsg is then judged too, which
-costs every Ray call about 15 %)."""
+Datagrams: an actor's own sockets are mute unless the policy lists udp:// destinations (sendmsg is then judged too,
+which costs every Ray call about 15 %)."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -71,9 +71,7 @@ def _table(features: Sequence[Feature], enforceable: Mapping[str, bool]) -> str:
     lines = [f"{feature.name:{width}}  {feature.status.value:7}  {feature.detail}" for feature in features]
     lines.append("")
     for name, can in enforceable.items():
-        lines.append(
-            f"{name:{width}}  {'enforced' if can else 'NOT enforced'}{'' if can else _why_not(name, features)}"
-        )
+        lines.append(f"{name:{width}}  {'enforced' if can else 'NOT enforced' + _why_not(name, features)}")
     return "\n".join([*lines, "", _SAID])
 
 

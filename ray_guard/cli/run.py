@@ -1,4 +1,4 @@
-"""``ray-guard run``: one command, confined as one tool call. Runs in a process of its own, which is not confined itself."""
+"""``ray-guard run``: one command, confined as one tool call. Its own process is not confined."""
 
 from __future__ import annotations
 

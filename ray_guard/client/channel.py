@@ -172,33 +172,50 @@ def _start_supervisor(path: Path) -> None:
             )
 
 
-_lock = threading.Lock()
-_current: Channel | None = None
-_observer: Channel | None = None
+class _Lines:
+    """The lines of this process: its own, once it is confined, or that of an observer."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.own: Channel | None = None
+        self.observer: Channel | None = None
+        self.evidence: str | None = None
+
+    def forked(self) -> None:
+        # The child shares its parent's sockets. As an observer it is somebody else, and must say so on its own line.
+        self.observer = None
+        self.lock = threading.Lock()
+
+
+_lines = _Lines()
+os.register_at_fork(after_in_child=_lines.forked)
 
 
 def current() -> Channel | None:
     """This process's channel; None: it is not guarded."""
-    return _current
+    return _lines.own
 
 
 def adopt(channel: Channel) -> None:
     """Makes ``channel`` this process's own, for good: called once, when it is confined."""
-    global _current
-    _current = channel
+    _lines.own = channel
+
+
+def observe(evidence: str) -> None:
+    """Says where the spans of this unguarded process (a driver) are journaled; ``RAY_GUARD_EVIDENCE`` comes first."""
+    _lines.evidence = evidence
 
 
 def observer() -> Channel | None:
-    """A channel for an unguarded process (a driver) whose spans should be journaled.
+    """A channel for an unguarded process whose spans should be journaled.
 
-    None where ``RAY_GUARD_EVIDENCE`` (set by the job hook, or by hand) names no folder to write them to.
+    None where neither ``RAY_GUARD_EVIDENCE`` nor :func:`observe` names a folder to write them to.
     """
-    global _observer
-    evidence = os.environ.get("RAY_GUARD_EVIDENCE") or evidence_of_job
+    evidence = os.environ.get("RAY_GUARD_EVIDENCE") or _lines.evidence
     if not evidence:
         return None
-    with _lock:
-        if _observer is None:
+    with _lines.lock:
+        if _lines.observer is None:
             channel = connect()
             run = os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}"
             identity = {"run_id": run, "service_name": os.environ.get("OTEL_SERVICE_NAME", "driver")}
@@ -206,18 +223,5 @@ def observer() -> Channel | None:
                 {"op": "hello", "kind": "observer", "pid": os.getpid(), "identity": identity, "evidence": evidence}
             )
             channel.identity = {"rl.run.id": run}
-            _observer = channel
-        return _observer
-
-
-evidence_of_job: str | None = None
-"""The job's evidence folder, once the Ray integration knows it; ``RAY_GUARD_EVIDENCE`` comes first."""
-
-
-def _after_fork() -> None:
-    # The child shares its parent's socket; its pid is another, so what it observes must be said on its own line.
-    global _observer
-    _observer = None
-
-
-os.register_at_fork(after_in_child=_after_fork)
+            _lines.observer = channel
+        return _lines.observer

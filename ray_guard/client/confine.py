@@ -184,7 +184,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
 
 
 def _hand_over(channel: Channel, listener: int) -> None:
-    """Gives the listener to the supervisor. By number where it may take it: an actor's sendmsg may be notified already."""
+    """Gives the listener to the supervisor: by number where it may take it, for sendmsg may be notified already."""
     try:
         channel.exchange_bare({"op": "armed", "listener": listener})
     except NotEnforced:

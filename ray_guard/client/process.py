@@ -1,7 +1,7 @@
-"""``run`` and ``Popen``: subprocess look-alikes whose process tree the supervisor starts, confines and ends. Runs in target.
+"""``run`` and ``Popen``: subprocess look-alikes whose tree the supervisor starts, confines and ends. Runs in target.
 
-The tool is not this process's child: the zygote starts it, outside this actor's filter, so that it has a listener of its
-own. What subprocess learns from waitpid comes here on a line of its own (*control*), one per process.
+The tool is not this process's child: the zygote starts it, outside this actor's filter, so that it has a listener of
+its own. What subprocess learns from waitpid comes here on a line of its own (*control*), one per process.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import os
 import re
 import resource
 import select
+import signal
 import socket
 import stat
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from ray_guard.client import carry
 from ray_guard.client import channel as channels
@@ -41,7 +42,8 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 
-_SIGNATURE = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
+#: private, but the one place where subprocess starts a child: all around it (pipes, text, timeouts) stays its own
+_SIGNATURE = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
 _LIMITS: Final = tuple(name for name in dir(resource) if name.startswith("RLIMIT_"))
 
 
@@ -106,6 +108,7 @@ class Control:
 
     def __init__(self, channel: Channel, payload: bytes, folder: int, descriptors: Sequence[int]) -> None:
         self._lock = threading.Lock()
+        self._channel = channel  # kept open: its end is the end of what was started over it
         self.exited: dict[str, Any] | None = None
         node = carry.current()
         message = {
@@ -141,22 +144,29 @@ class Control:
         A supervisor that is lost has ended the tool: then the status is that of SIGKILL.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self.exited is None:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._sock], [], [], left)[0]:
+        while not self._take(0.0):
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
                 return None
-            with self._lock:
-                if self.exited is not None:
-                    break
-                if not select.select([self._sock], [], [], 0)[0]:
-                    continue  # another thread was quicker
+            self._readable(left)
+        return self.exited
+
+    def _readable(self, timeout: float | None) -> bool:
+        poll = select.poll()  # not select.select: a large actor has descriptors beyond 1024
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(None if timeout is None else max(0.0, timeout) * 1000))
+
+    def _take(self, timeout: float) -> bool:
+        """Takes in the tool's end if it has been told, in whichever thread comes first."""
+        with self._lock:
+            if self.exited is None and self._readable(timeout):
                 try:
                     message, _ = receive_answer(self._sock)
                 except SupervisorLost:
-                    message = {"op": "exited", "status": 9}
+                    message = {"op": "exited", "status": int(signal.SIGKILL)}
                 if message.get("op") == "exited":
                     self.exited = message
-        return self.exited
+            return self.exited is not None
 
     def signal(self, number: int) -> None:
         try:
@@ -215,7 +225,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         argv = _argv(given["args"])
         executable = given["executable"]
         if given["shell"]:
-            argv, executable = [*(["/bin/sh", "-c"] if executable is None else [executable, "-c"]), *argv], executable
+            argv = [*(["/bin/sh", "-c"] if executable is None else [executable, "-c"]), *argv]
         standard = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
         numbers = [0, 1, 2, *sorted(set(given["pass_fds"]))]
         opened: list[int] = []
@@ -255,8 +265,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     def _wait(self, timeout: float | None) -> int:
         if self._collect(timeout) is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        assert self.returncode is not None
-        return self.returncode
+        return cast("int", self.returncode)
 
     def _collect(self, timeout: float | None) -> int | None:
         if self.returncode is None and self._control is not None:

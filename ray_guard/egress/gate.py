@@ -71,7 +71,7 @@ class Attempt(Protocol):
     """A granted connect, while it is being made."""
 
     def connected(self, cookie: int | None, local: tuple[str, int] | None, holder: tuple[int, int]) -> None:
-        """It was made (or, nonblocking, begun). ``holder`` is (thread, descriptor) in the target; cookie None: no TCP."""
+        """It was made (or, nonblocking, begun). ``holder``: (thread, descriptor) in the target; cookie None: no TCP."""
 
     def failed(self, error: int) -> None: ...
 
@@ -92,13 +92,14 @@ class Judge(Protocol):
         operation: Operation,
         transport: Transport,
         tid: int,
+        *,
         address: str = "",
         port: int = 0,
         path: str | None = None,
         inode: tuple[int, int] | None = None,
         size: int = 0,
     ) -> Ruling:
-        """``path`` None with transport UNIX: abstract or unnamed. ``size``: payload bytes that would be sent at once."""
+        """``path`` None with transport UNIX: abstract or unnamed. ``size``: payload bytes to be sent at once."""
 
     def known_flow(self, cookie: int, address: str, port: int) -> bool:
         """Whether the TCP socket ``cookie`` already has a granted flow to this destination (connect asked again)."""
@@ -112,8 +113,8 @@ class Judge(Protocol):
     def listening(self, address: str, port: int) -> None:
         """A TCP socket of the target now listens."""
 
-    def may_borrow(self, tid: int, pid: int) -> bool:
-        """Whether ``tid`` may read or take descriptors of process ``pid`` (policy actors, within their tree)."""
+    def may_borrow(self, pid: int) -> bool:
+        """Whether its processes may read, or take descriptors of, process ``pid`` (policy actors, in their tree)."""
 
     def fault(self, what: str) -> None:
         """Something could not be judged and was refused."""
@@ -227,14 +228,23 @@ class _Pending:
     late_error: int
 
 
+class Means:
+    """What all gates of one supervisor share."""
+
+    def __init__(self, loop: Waiting) -> None:
+        self.loop = loop
+        self.pidfds = Pidfds()
+        self.memory = libc.MemoryReader()
+        self.impatience = Impatience(loop)
+
+
 class Gate:
     """Answers one listener.
 
     Args:
         listener: the notifications' descriptor.
         judge: whoever owns the processes behind it.
-        loop: the supervisor's event loop.
-        pidfds, memory, impatience: shared by all gates of one supervisor.
+        means: shared by all gates of one supervisor.
         gone: called once, when the last filtered process has ended.
     """
 
@@ -242,18 +252,15 @@ class Gate:
         self,
         listener: Listener,
         judge: Judge,
-        loop: Waiting,
-        pidfds: Pidfds,
-        memory: libc.MemoryReader,
-        impatience: Impatience,
+        means: Means,
         gone: Callable[[], None],
     ) -> None:
         self._listener = listener
         self._judge = judge
-        self._loop = loop
-        self._pidfds = pidfds
-        self._memory = memory
-        self._impatience = impatience
+        self._loop = means.loop
+        self._pidfds = means.pidfds
+        self._memory = means.memory
+        self._impatience = means.impatience
         self._gone = gone
         self._pending: dict[int, _Pending] = {}
         self._sweeping = False
@@ -270,7 +277,7 @@ class Gate:
             "process_vm_writev": self._process_vm,
         }
         self._handlers = {NUMBERS[name]: handler for name, handler in by_name.items() if name in NUMBERS}
-        loop.watch(listener.fd, select.EPOLLIN, self.ready)
+        self._loop.watch(listener.fd, select.EPOLLIN, self.ready)
 
     def ready(self, events: int) -> None:
         """The loop's callback: one notification, or the end."""
@@ -382,7 +389,9 @@ class Gate:
             cookie = int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
         if cookie is None or not self._judge.known_flow(cookie, address.address, address.port):
             transport = Transport.UDP if cookie is None else Transport.TCP
-            ruling = self._judge.rule(Operation.CONNECT, transport, notification.pid, address.address, address.port)
+            ruling = self._judge.rule(
+                Operation.CONNECT, transport, notification.pid, address=address.address, port=address.port
+            )
             if ruling.error:
                 if ruling.error > 0:
                     return ruling.error
@@ -414,8 +423,9 @@ class Gate:
                 attempt.failed(-result)
             return -result
 
+        timeout = _timeout(sock, socket.SO_SNDTIMEO)
         return self._wait(
-            notification, duplicate, select.EPOLLOUT, step, _timeout(sock, socket.SO_SNDTIMEO), errno.EINPROGRESS
+            notification, (duplicate,), step, events=select.EPOLLOUT, timeout=timeout, late_error=errno.EINPROGRESS
         )
 
     def _connect_special(self, sock: _Socket, kind: int, raw: bytes, address: sockaddr.Address) -> int:
@@ -453,7 +463,9 @@ class Gate:
 
             outcome = step()
             if outcome == _PARKED:
-                outcome = self._wait(notification, duplicate, None, step, None, errno.EAGAIN, pinned)
+                outcome = self._wait(
+                    notification, (duplicate, pinned), step, events=None, timeout=None, late_error=errno.EAGAIN
+                )
                 parked = outcome == _PARKED
             return outcome
         finally:
@@ -500,25 +512,26 @@ class Gate:
     def _wait(
         self,
         notification: Notification,
-        duplicate: int,
-        events: int | None,
+        descriptors: tuple[int, ...],
         retry: Callable[[], int],
+        *,
+        events: int | None,
         timeout: float | None,
         late_error: int,
-        *more: int,
     ) -> int:
         """Parks a call: retried when ``events`` come (None: at every sweep) until its outcome is an errno.
 
-        ``duplicate`` and ``more`` are closed in the end. Returns _PARKED, or EAGAIN: too many are parked already.
+        ``descriptors``, the socket's duplicate first, are closed in the end.
+        Returns _PARKED, or EAGAIN: too many are parked already.
         """
         if len(self._pending) >= _PENDING_LIMIT:
             self._judge.fault("too many calls are pending")
             return errno.EAGAIN
         deadline = None if timeout is None else time.monotonic() + timeout
-        pending = _Pending(notification, (duplicate, *more), retry, deadline, late_error)
+        pending = _Pending(notification, descriptors, retry, deadline, late_error)
         self._pending[notification.id] = pending
         if events is not None:
-            self._loop.watch(duplicate, events, lambda _events: self._retry(pending))
+            self._loop.watch(descriptors[0], events, lambda _events: self._retry(pending))
         if not self._sweeping:
             self._sweeping = True
             self._loop.later(0.02, self._sweep)
@@ -579,7 +592,9 @@ class Gate:
     def _bind_inet(self, notification: Notification, duplicate: int, raw: bytes, address: sockaddr.Inet) -> int:
         if address.port:  # port 0 to send from is free
             transport = Transport.TCP if _type(duplicate) == _STREAM else Transport.UDP
-            ruling = self._judge.rule(Operation.BIND, transport, notification.pid, address.address, address.port)
+            ruling = self._judge.rule(
+                Operation.BIND, transport, notification.pid, address=address.address, port=address.port
+            )
             if ruling.error:
                 return -ruling.error
         return libc.bind(duplicate, raw)
@@ -610,7 +625,7 @@ class Gate:
         try:
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 address, port = sock.getsockname()[:2]
-                ruling = self._judge.rule(Operation.LISTEN, Transport.TCP, notification.pid, address, port)
+                ruling = self._judge.rule(Operation.LISTEN, Transport.TCP, notification.pid, address=address, port=port)
                 if ruling.error:
                     self._refuse(notification, ruling.error)
                     return
@@ -784,7 +799,9 @@ class Gate:
         sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
         timeout = _timeout(sock, socket.SO_SNDTIMEO)
         sock.detach()
-        outcome = self._wait(notification, duplicate, select.EPOLLOUT, step, timeout, errno.EAGAIN)
+        outcome = self._wait(
+            notification, (duplicate,), step, events=select.EPOLLOUT, timeout=timeout, late_error=errno.EAGAIN
+        )
         return outcome if outcome == _PARKED else finish(outcome)
 
     def _judge_message(self, notification: Notification, message: _Message) -> int:
@@ -797,8 +814,8 @@ class Gate:
                 Operation.SEND,
                 Transport.UDP,
                 notification.pid,
-                address.address,
-                address.port,
+                address=address.address,
+                port=address.port,
                 size=len(message.data),
             ).error
         if isinstance(address, sockaddr.Netlink):
@@ -830,7 +847,7 @@ class Gate:
     def _pidfd_getfd(self, notification: Notification) -> None:
         caller = procfs.thread_group(notification.pid)
         owner = None if caller is None else procfs.traced_pid(caller, notification.arg0 & 0xFFFFFFFF)
-        if owner is None or not self._judge.may_borrow(notification.pid, owner):
+        if owner is None or not self._judge.may_borrow(owner):
             self._refuse(notification, errno.EPERM)
             return
         borrowed = self._pidfds.descriptor(owner, notification.arg1 & 0xFFFFFFFF)
@@ -844,7 +861,7 @@ class Gate:
 
     def _process_vm(self, notification: Notification) -> None:
         pid = notification.arg0 & 0xFFFFFFFF  # in a register: what is checked is what is executed
-        if self._judge.may_borrow(notification.pid, pid):
+        if self._judge.may_borrow(pid):
             self._listener.proceed(notification.id)
         else:
             self._refuse(notification, errno.EPERM)

@@ -1,8 +1,8 @@
 """The meter: bytes of direct TCP flows, exact at their end, watched while they live. Runs in the supervisor.
 
-Nothing is held of a flow but its cookie. The kernel tells the final counts of every socket that ends (sock_diag destroy
-events); while a flow belongs to a scope with a byte cap, one dump per tick tells how far it is. Such a flow is cut late,
-by at most its rate times :data:`TICK_S`: callers that must not overshoot use the relay.
+Nothing is held of a flow but its cookie. The kernel tells the final counts of every socket that ends (sock_diag
+destroy events); while a flow belongs to a scope with a byte cap, one dump per tick tells how far it is. Such a flow is
+cut late, by at most its rate times :data:`TICK_S`.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ Anything that carries a destination in memory is *notified*: the supervisor read
 copy. Anything that would make such a call avoidable (io_uring, other architectures, namespaces, foreign processes,
 socket families nobody granted) is *refused*. The rest runs at full speed: the kernel caches those verdicts in a bitmap.
 
-Why the actor ring does not notify sendmsg: gRPC writes with it, and notifying it costs every Ray call 15 %. On a stream
-socket an address in ``msghdr`` is ignored, so it matters for datagram sockets alone. The supervisor therefore creates an
-actor's datagram sockets itself, shut down for writing before they are handed over (:mod:`ray_guard.egress.gate`): such a
-socket can be connected, which is how Ray and vLLM learn their own address, but can never send.
+Why the actor ring does not notify sendmsg: gRPC writes with it, and notifying it costs every Ray call 15 %. On a
+stream socket an address in ``msghdr`` is ignored, so it matters for datagram sockets alone. The supervisor therefore
+creates an actor's datagram sockets itself, shut down for writing before they are handed over
+(:mod:`ray_guard.egress.gate`): such a socket can be connected, which is how Ray and vLLM learn their own address, but
+can never send.
 """
 
 from __future__ import annotations

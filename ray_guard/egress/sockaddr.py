@@ -1,4 +1,4 @@
-"""Decoding ``struct sockaddr``: the bytes a target passed, as one canonical destination. Pure; runs in the supervisor."""
+"""Decoding ``struct sockaddr``: the bytes a target passed, as one canonical destination. Pure; in the supervisor."""
 
 from __future__ import annotations
 

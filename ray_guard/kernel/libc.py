@@ -112,7 +112,7 @@ def sendmsg(descriptor: int, data: bytes, address: bytes, control: bytes, flags:
 
 
 def write_word(pid: int, address: int, value: int) -> None:
-    """Stores 32 bits in another process, where a call made on its behalf must; a page it may not write stays as it is."""
+    """Stores 32 bits in another process, where a call made for it must; a page it may not write stays as it is."""
     word = ctypes.c_uint32(value)
     local, remote = IOVec(ctypes.addressof(word), 4), IOVec(address, 4)
     _libc.process_vm_writev(
@@ -138,7 +138,7 @@ class MemoryReader:
         self._remote_at = ctypes.addressof(self._remote)
 
     def read(self, pid: int, address: int, length: int) -> bytes | int:
-        """``length`` bytes at ``address`` of process (or thread) ``pid``, or ``-errno``; short reads are ``-EFAULT``."""
+        """``length`` bytes at ``address`` of process or thread ``pid``, or ``-errno``; a short read is ``-EFAULT``."""
         if length > self._capacity:
             return self._read_long(pid, address, length)
         self._local.iov_len = length

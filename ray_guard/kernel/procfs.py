@@ -1,4 +1,4 @@
-"""What /proc tells about other processes. Runs in target, supervisor and zygote. Every reader may meet a process that is gone."""
+"""What /proc tells about other processes, any of which may be gone. Runs in target, supervisor and zygote."""
 
 from __future__ import annotations
 

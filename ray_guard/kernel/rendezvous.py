@@ -25,7 +25,8 @@ def folder() -> Path:
     Raises:
         NotEnforced: somebody else made it, or can write into it.
     """
-    path = Path(f"/tmp/ray_guard-{os.getuid()}")  # not $TMPDIR: every process of the user must find the same one
+    # Not $TMPDIR: every process of the user must find the same one. Its owner and mode are checked below.
+    path = Path(f"/tmp/ray_guard-{os.getuid()}")  # noqa: S108
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:

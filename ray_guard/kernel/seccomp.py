@@ -33,7 +33,7 @@ SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5
 
 
 def refuse(error: int) -> int:
-    """The filter action that fails the call with ``error`` without executing it; 0 makes it succeed in doing nothing."""
+    """The filter action that fails the call with ``error`` without executing it; 0: it succeeds, doing nothing."""
     return SECCOMP_RET_ERRNO | error
 
 

@@ -1,6 +1,7 @@
 """Entry point of the supervisor: one small process per node, user and set of namespaces. Runs in the supervisor.
 
-Started by the first target (:mod:`ray_guard.client.channel`), which hands over the listening socket; ended after the last.
+Started by the first target (:mod:`ray_guard.client.channel`), which hands over the listening socket; it ends after the
+last.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _lower_capabilities() -> None:
 
 
 def _watch_zygote(loop: Loop, pid: int) -> None:
-    """Without its zygote no tool can be started, nor anything promised: the supervisor ends, and with it its targets."""
+    """Without its zygote no tool can be started nor ended: the supervisor ends, and with it its targets."""
     pidfd = os.pidfd_open(pid)
 
     def lost(_events: int) -> None:

@@ -1,7 +1,7 @@
 """What the supervisor knows of the Ray cluster: its endpoints, re-read on a miss. Runs in the supervisor.
 
 The supervisor holds no ray. A helper (``ray_guard.actors.directory``) reads the node and worker tables for it and
-answers one line per question; it is started when the first target of a cluster arrives and lives as long as one is here.
+answers one line per question; it is started when the first target of a cluster arrives and lives while one is here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import select
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import IO, Any, Final, cast
 
 from ray_guard.egress.gate import Waiting
 from ray_guard.policy.destination import canonical_address
@@ -49,8 +49,7 @@ class Directory:
         self._helper = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, cwd="/", bufsize=0
         )
-        assert self._helper.stdin is not None and self._helper.stdout is not None
-        self._question, self._answers = self._helper.stdin, self._helper.stdout
+        self._question, self._answers = cast("IO[bytes]", self._helper.stdin), cast("IO[bytes]", self._helper.stdout)
         os.set_blocking(self._answers.fileno(), False)
         loop.watch(self._answers.fileno(), select.EPOLLIN, self._answered)
         self.reread()

@@ -9,11 +9,11 @@ import subprocess
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from ray_guard.egress.gate import Impatience, Pidfds
+from ray_guard.egress.gate import Means
 from ray_guard.egress.meter import Meter
 from ray_guard.evidence.forward import forwarder_argv
 from ray_guard.evidence.journal import Journal
-from ray_guard.kernel import libc, rtnetlink
+from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
 from ray_guard.policy.budgets import Account, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
@@ -52,10 +52,8 @@ class Node:
 
     def __init__(self, loop: Loop, own_folders: tuple[str, ...]) -> None:
         self.loop = loop
-        self.pidfds = Pidfds()
-        self.memory = libc.MemoryReader()
-        self.impatience = Impatience(loop)
-        self.meter = Meter(SockDiag(), loop, self.pidfds)
+        self.means = Means(loop)
+        self.meter = Meter(SockDiag(), loop, self.means.pidfds)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.surroundings_changed: list[Callable[[], None]] = []
@@ -130,7 +128,7 @@ class Node:
         """A policy actor listens: its peers in the same job may connect to that port."""
         host = canonical_address(address)
         hosts = {host}
-        if address in ("0.0.0.0", "::"):
+        if address in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
             hosts = {*self.addresses, "127.0.0.1", "::1"}
         announced = self._announced.setdefault(target.run_id, set())
         announced |= {(each, port) for each in hosts}

@@ -28,7 +28,6 @@ from ray_guard.policy.decide import (
     Reason,
     Request,
     Surroundings,
-    Verdict,
     decide,
 )
 from ray_guard.policy.destination import Transport
@@ -81,6 +80,7 @@ class Ring:
         operation: Operation,
         transport: Transport,
         tid: int,
+        *,
         address: str = "",
         port: int = 0,
         path: str | None = None,
@@ -127,7 +127,7 @@ class Ring:
         if self.policy.role is Role.POLICY:
             self._node.announce(self.target, address, port)
 
-    def may_borrow(self, tid: int, pid: int) -> bool:
+    def may_borrow(self, pid: int) -> bool:
         return self.policy.role is Role.POLICY and procfs.is_in_tree(pid, self.root)
 
     def fault(self, what: str) -> None:
@@ -310,7 +310,7 @@ class Connection:
     def granted(self, decision: Decision) -> None:
         """Journals that it was granted, before it is. Raises JournalError."""
         self._describe(decision)
-        self._ring.target.write_egress(self.origin, self._span, self._start, None, self._text)
+        self._ring.target.write_egress(self.origin, self._span, (self._start, None), self._text)
 
     def refused(self, decision: Decision) -> None:
         """Journals the refusal, complete. Raises JournalError."""
@@ -351,7 +351,13 @@ class Connection:
         self, status: StatusCode = StatusCode.UNSET, message: str = "", events: tuple[SpanEvent, ...] = ()
     ) -> None:
         self._ring.target.write_egress(
-            self.origin, self._span, self._start, time.time_ns(), self._text, status, message, events
+            self.origin,
+            self._span,
+            (self._start, time.time_ns()),
+            self._text,
+            status=status,
+            message=message,
+            events=events,
         )
 
     # -- Attempt -------------------------------------------------------------------------------------------------------

@@ -224,10 +224,7 @@ class Session:
         self._gate = Gate(
             Listener(listener),
             self._ring,
-            self._node.loop,
-            self._node.pidfds,
-            self._node.memory,
-            self._node.impatience,
+            self._node.means,
             self._unfiltered,
         )
         self._reply(self._way_back(descriptors), {"ok": True})
@@ -292,9 +289,9 @@ class Session:
             target.policy,
             start,
             _call(message),
-            control,
-            self._zygote,
-            [os.dup(descriptor) for descriptor in descriptors[1:]],
+            control=control,
+            zygote=self._zygote,
+            descriptors=[os.dup(descriptor) for descriptor in descriptors[1:]],
         )
         self._tools = [known for known in self._tools if known.running]
         self._tools.append(tool)
@@ -391,12 +388,10 @@ def _policy(wire: Any, kind: str, *, clustered: bool) -> CompiledPolicy:
         missing = unenforced(wire)
         if missing:
             raise NotEnforced(missing, "this version does not enforce that yet")
-        uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in Scope
-                     if grants_datagrams(policy) and any("egress" in kind for kind in policy.limits(scope))]  # fmt: skip
-        if uncounted:
-            raise NotEnforced(
-                uncounted, "bytes of connected UDP sockets are not counted yet: drop the udp:// rules or the cap"
-            )
+        capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]
+        uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
+        if uncounted and grants_datagrams(policy):
+            raise NotEnforced(uncounted, "bytes of connected UDP sockets are not counted yet: drop udp:// or the cap")
     if clustered and policy.role in _ENV_ROLES:
         # A Ray actor without its cluster is none: the role grants it to the actor's own process, listed or not.
         groups = {Group.CLUSTER} | ({Group.COLLECTIVES} if policy.role is Role.POLICY else set())

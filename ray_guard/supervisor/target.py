@@ -138,14 +138,18 @@ class Target:
         self,
         origin: Origin,
         span_id: str,
-        start_ns: int,
-        end_ns: int | None,
+        times: tuple[int, int | None],
         attributes: str,
+        *,
         status: StatusCode = StatusCode.UNSET,
         message: str = "",
         events: tuple[SpanEvent, ...] = (),
     ) -> None:
-        """Journals an ``egress connect`` span whose ``attributes`` are encoded already. Raises JournalError."""
+        """Journals an ``egress connect`` span whose ``attributes`` are encoded already. Raises JournalError.
+
+        ``times``: start and end (None: it lasts), Unix ns.
+        """
+        start_ns, end_ns = times
         attributes = f"{origin.identity.encoded},{attributes}"
         if status is StatusCode.UNSET and not events:
             line = self._encoder.egress(origin.trace_id, span_id, origin.parent_id, start_ns, end_ns, attributes)

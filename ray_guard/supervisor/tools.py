@@ -71,6 +71,7 @@ class Tool:
         policy: CompiledPolicy,
         start: Start,
         call: Call,
+        *,
         control: socket.socket,
         zygote: socket.socket,
         descriptors: list[int],
@@ -155,17 +156,14 @@ class Tool:
             self._target.write(self._process_record(None), self._origin.identity)
         except JournalError as error:
             os.close(listener)
-            log.error("a tool was not started: %s", error)
+            log.warning("a tool was not started: %s", error)
             self._link.shutdown(socket.SHUT_RDWR)  # its leader ends it
             return
         self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin)
         self._gate = Gate(
             Listener(listener),
             self._ring,
-            self._node.loop,
-            self._node.pidfds,
-            self._node.memory,
-            self._node.impatience,
+            self._node.means,
             self._unfiltered,
         )
         seqpacket.send(self._link, {"op": "go"})

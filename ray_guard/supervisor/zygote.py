@@ -1,8 +1,8 @@
 """The zygote and its leaders: start tool processes outside any actor's filter, each with a listener of its own.
 
-Runs in the zygote: a single-threaded child of the supervisor, forked before it grew. For each start it forks a *leader*,
-which becomes the subreaper of the tool's whole tree, starts the tool, and ends everything that is left when the tool has
-ended, when it is told to, or when the supervisor is gone. Nothing here decides anything.
+Runs in the zygote: a single-threaded child of the supervisor, forked before it grew. For each start it forks a
+*leader*, which becomes the subreaper of the tool's whole tree, starts the tool, and ends everything that is left when
+the tool has ended, when it is told to, or when the supervisor is gone. Nothing here decides anything.
 
     supervisor ──start──▶ zygote ──fork──▶ leader ──fork──▶ tool (filter, then exec)
          ◀── armed (listener) · started · failed · exited ── link ──┘
@@ -111,7 +111,7 @@ def run(requests: socket.socket) -> NoReturn:
             code = 1
             try:
                 code = _Leader(message, descriptors, program).run()
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
                 traceback.print_exc()
             finally:
                 os._exit(code)
@@ -170,7 +170,15 @@ class _Leader:
         failed_read, failed_write = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
-            _become_tool(self._start, self._program, self._folder, self._standard, armed_write, go_read, failed_write)
+            _become_tool(
+                self._start,
+                self._program,
+                self._folder,
+                self._standard,
+                armed=armed_write,
+                go=go_read,
+                failed=failed_write,
+            )
         for descriptor in (armed_write, go_read, failed_write, self._folder, *self._standard):
             os.close(descriptor)
         number = os.read(armed_read, 16)
@@ -291,6 +299,7 @@ def _become_tool(
     program: tuple[seccomp.Instruction, ...],
     folder: int,
     standard: list[int],
+    *,
     armed: int,
     go: int,
     failed: int,
@@ -321,7 +330,7 @@ def _become_tool(
         os.close(go)
         stage = "exec"
         _execute(start)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the requester must hear of it
         code = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
         report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         os.write(failed, json.dumps(report).encode()[:4000])
