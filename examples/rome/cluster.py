@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -14,10 +15,12 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.parameter import RayParams
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rome.model import ENVIRONMENT
 
+_NODE = "127.0.0.2"  # on loopback, but not 127.0.0.1, for which Ray takes the machine's outer address instead
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy")
 
 
@@ -40,15 +43,16 @@ def cluster() -> Iterator[Cluster]:
     port = _free_port(8265)
     before = set(psutil.Process().children())
     try:
-        context = ray.init(
-            num_cpus=4,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=port,
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        with _beside_other_clusters():
+            context = ray.init(
+                num_cpus=4,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=port,
+                _node_ip_address=_NODE,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
         yield Cluster(f"127.0.0.1:{port}", Path(context.address_info["session_dir"]))
     finally:
         with _to_the_end():
@@ -79,6 +83,18 @@ class Cluster:
             if all(status.is_terminal() for status in jobs.values()) or time.monotonic() > deadline:
                 return {name: status.value for name, status in jobs.items()}
             time.sleep(0.5)
+
+
+@contextmanager
+def _beside_other_clusters() -> Iterator[None]:
+    """Gives Ray's agent a free port. Where its usual one is taken, by another cluster on this machine say, it would go
+    without, and no job would ever be accepted. ray.init has no argument for that."""
+    usual = RayParams.__init__
+    RayParams.__init__ = functools.partialmethod(usual, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        RayParams.__init__ = usual
 
 
 @contextmanager

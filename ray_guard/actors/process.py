@@ -41,7 +41,7 @@ class Confinement:
         with self._lock:
             if policy_id in self._ids:
                 return
-            confine.enter(policy, identity(), cluster=cluster())
+            confine.enter(policy, identity(), cluster=None if self._ids else cluster())
             self._ids = (*self._ids, policy_id)
 
     def identify(self, class_name: str) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 
 from ray_guard.client import channel as channels
 from ray_guard.client.confine import Identity, default_evidence
-from ray_guard.client.process import Control, checked_descriptor, own_variables, start_message, tool_environment
+from ray_guard.client.process import (
+    Control,
+    checked_descriptor,
+    own_variables,
+    standard_descriptor,
+    start_message,
+    tool_environment,
+)
 from ray_guard.errors import RayGuardError
 from ray_guard.policy.model import Policy
 
@@ -86,8 +93,11 @@ def _start(policy: Policy, evidence: str | None, command: list[str], passed: lis
         numbers=numbers,
         restore_signals=True,
     )
+    opened: list[int] = []  # for the life of this process
+    standard = [standard_descriptor(number, opened) for number in numbers[:3]]
+    more = [checked_descriptor(number) for number in numbers[3:]]
     working_folder = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    return Control(channel, payload, working_folder, [checked_descriptor(number) for number in numbers])
+    return Control(channel, payload, working_folder, [*standard, *more])
 
 
 def _nothing(reason: str) -> int:

@@ -6,7 +6,6 @@ its own. What subprocess learns from waitpid comes here on a line of its own (*c
 
 from __future__ import annotations
 
-import fcntl
 import inspect
 import json
 import os
@@ -231,7 +230,8 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         opened: list[int] = []
         try:
             descriptors = [
-                checked_descriptor(pipe if pipe != -1 else _inherited(own, opened)) for own, pipe in enumerate(standard)
+                checked_descriptor(pipe) if pipe != -1 else standard_descriptor(own, opened)
+                for own, pipe in enumerate(standard)
             ]
             descriptors += [checked_descriptor(number) for number in numbers[3:]]
             folder = os.open(given["cwd"] or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -290,14 +290,21 @@ def _argv(args: Any) -> list[Any]:
     return argv
 
 
-def _inherited(number: int, opened: list[int]) -> int:
-    """This process's own standard descriptor, or /dev/null where it is closed."""
+def standard_descriptor(number: int, opened: list[int]) -> int:
+    """This process's own standard descriptor for a tool to inherit; /dev/null where it is closed or a network socket.
+
+    A unix socket is fine here: under a service manager that is where output goes.
+    """
     try:
-        fcntl.fcntl(number, fcntl.F_GETFD)
-        return number
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            return number
+        with socket.socket(fileno=os.dup(number)) as sock:
+            if sock.family == socket.AF_UNIX:
+                return number
     except OSError:
-        opened.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-        return opened[-1]
+        pass  # closed
+    opened.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+    return opened[-1]
 
 
 def own_variables() -> dict[str, str]:
