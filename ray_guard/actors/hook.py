@@ -49,12 +49,20 @@ def _confine() -> None:
         confinement.enter(each, policy)
 
 
+class _Followed:
+    done = False
+
+
+_followed = _Followed()
+
+
 def _follow() -> None:
     """Runs the setup hook that ours displaced, as Ray would have; it is confined."""
     from ray_guard.actors import internals
 
     following = os.environ.get(environment.NEXT_HOOK)
-    if following and following != environment.SETUP:
+    if following and following != environment.SETUP and not _followed.done:
+        _followed.done = True  # what follows may be a hook of `_before`, which starts with `setup`
         failure = internals.run_hook(following)
         if failure is not None:
             raise RuntimeError(failure)

@@ -277,15 +277,16 @@ def _mute(sock: socket.socket) -> None:
             raise
 
 
-def _connections() -> list[tuple[str, str, int]]:
-    """Peers of the TCP connections that are open already."""
+def _connections() -> list[tuple[str, int, int]]:
+    """The TCP connections that are open already: peer's address and port, own port."""
     peers = []
     for sock in _own_sockets():
         with sock:
             if sock.family in _INET and sock.type == socket.SOCK_STREAM:
                 try:
                     host, port = sock.getpeername()[:2]
+                    own = sock.getsockname()[1]
                 except OSError:
                     continue  # not connected: it can only connect through the gate
-                peers.append(("tcp", host, port))
+                peers.append((host, port, own))
     return peers

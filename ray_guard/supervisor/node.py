@@ -40,6 +40,7 @@ class Membership:
         self.address = str(told["gcs_address"])
         self.argv = [str(word) for word in told["directory"]]
         self.endpoints = [list(entry) for entry in told.get("endpoints", ())]
+        self.told = frozenset((canonical_address(str(host)), int(port)) for host, port in self.endpoints)
         self.unix = frozenset(str(path) for path in told.get("unix", ()))
         self.folders = tuple(str(path) for path in told.get("folders", ()))
         self.listening = frozenset(int(port) for port in told.get("listening", ()))

@@ -28,7 +28,7 @@ from ray_guard.policy.destination import Group, Transport, canonical_address
 from ray_guard.policy.enforcement import unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields
-from ray_guard.supervisor.node import Membership, Node, resource_attributes
+from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
@@ -161,8 +161,8 @@ class Session:
         if uid != os.getuid():
             raise NotEnforced(["supervisor"], f"it belongs to user {os.getuid()}, not to user {uid}")
         identity = dict(message.get("identity") or {})
-        told = message.get("cluster")
-        membership = Membership(told) if told else None
+        access = message.get("cluster")
+        membership = Membership(access) if access else None
         policy = CompiledPolicy()
         if kind != "observer":
             policy = _policy(message["policy"], kind, clustered=membership is not None)
@@ -179,7 +179,8 @@ class Session:
         target.pump = self.pump
         if membership is not None:
             self._node.join(target, membership)
-        refused = self._refused_sockets(target, message.get("sockets") or ())
+        told = membership.told if membership is not None else frozenset()
+        refused = self._refused_sockets(target, message.get("sockets") or (), told)
         if refused and policy.mode is Mode.ENFORCE:
             if membership is not None:
                 self._node.leave(target)
@@ -198,15 +199,19 @@ class Session:
         pid, uid = (int.from_bytes(credentials[at : at + 4], "little") for at in (0, 4))
         return pid, uid
 
-    def _refused_sockets(self, target: Target, sockets: Any) -> list[str]:
-        """Which of the connections that are open already no rule grants."""
+    def _refused_sockets(self, target: Target, sockets: Any, told: frozenset[Endpoint]) -> list[str]:
+        """Which of the connections that are open already no rule grants; ``told`` are Ray's own."""
         surroundings = self._node.surroundings(target)
         refused = []
-        for transport, host, port in sockets:
+        for host, port, own in sockets:
+            if int(own) in surroundings.ray_listen:
+                continue  # Ray's own server accepted it
             address = canonical_address(str(host))
-            request = Request(Operation.CONNECT, Transport(transport), address, int(port), process=Process.OWN)
-            if not decide(target.policy, surroundings, target.account, request).allowed:
-                refused.append(f"{transport}://{address}:{port}")
+            request = Request(Operation.CONNECT, Transport.TCP, address, int(port), process=Process.OWN)
+            if (address, int(port)) not in told and not decide(
+                target.policy, surroundings, target.account, request
+            ).allowed:
+                refused.append(f"tcp://{address}:{port}")
         return refused
 
     def _armed(self, message: dict[str, Any], descriptors: list[int]) -> None:
