@@ -1,0 +1,38 @@
+"""Runs a command as ray_guard runs it: in the actor ring of a confined process, or in a call ring of its own.
+
+    python guarded.py actor|inside|tool|call PORT COMMAND [ARGUMENT ...]
+
+``actor``: a plain child of a confined process. ``inside``: COMMAND, a Python script, in the confined process itself;
+``tool``: the same in an open tool call. ``call``: what ray_guard.Popen starts. Only 127.0.0.1:PORT is granted.
+"""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+
+import ray_guard
+
+
+def main() -> int:
+    kind, port, *command = sys.argv[1:]
+    ray_guard.confine({"egress": {"allow": [f"127.0.0.1:{port}"]}})
+    if kind == "actor":
+        return subprocess.run(command, check=False).returncode
+    if kind == "inside":
+        runpy.run_path(command[0], run_name="__main__")
+        return 0
+    with (
+        ray_guard.episode(id="bench", group="g", iteration=1),
+        ray_guard.turn(1),
+        ray_guard.tool_call("bash", {"n": 1}),
+    ):
+        if kind == "tool":
+            runpy.run_path(command[0], run_name="__main__")
+            return 0
+        return ray_guard.Popen(command, stdin=0, stdout=1, stderr=2).wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
