@@ -16,7 +16,7 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
         "seccomp.user_notification",
         "seccomp.thread_sync",
         "pidfd_getfd",
-        "process_vm_readv",
+        "proc_mem",
         "sock_diag.destroy_events",
         "udp.mute",
         "yama",

@@ -25,12 +25,12 @@ import socket
 import stat
 import struct
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from ray_guard.egress import sockaddr
+from ray_guard.egress.threads import Threads
 from ray_guard.kernel import libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
 from ray_guard.kernel.sock_diag import SO_COOKIE
@@ -70,14 +70,16 @@ _ENTRIES_LIMIT: Final = 1024
 class Attempt(Protocol):
     """A granted connect, while it is being made."""
 
-    def connected(self, cookie: int | None, local: tuple[str, int] | None, holder: tuple[int, int]) -> None:
-        """It was made (or, nonblocking, begun). ``holder``: (thread, descriptor) in the target; cookie None: no TCP."""
+    def connected(self, cookie: int, holder: tuple[int, int]) -> None:
+        """TCP: it was made or, nonblocking, begun. ``holder``: (thread, descriptor) in the target."""
+
+    def associated(self, local: tuple[str, int] | None) -> None:
+        """A datagram socket: its sends without an address go there from now on."""
 
     def failed(self, error: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Ruling:
+class Ruling(NamedTuple):
     """The judge's word. ``error`` is 0 where the call is granted, else what the target gets; negative: ask again."""
 
     error: int
@@ -126,47 +128,6 @@ class Waiting(Protocol):
     def watch(self, descriptor: int, events: int, callback: Callable[[int], None]) -> None: ...
     def forget(self, descriptor: int) -> None: ...
     def later(self, seconds: float, callback: Callable[[], None]) -> None: ...
-
-
-class Pidfds:
-    """Open pidfds of threads that asked lately: opening one costs more than using it. A dead one answers ESRCH."""
-
-    def __init__(self, capacity: int = 512) -> None:
-        self._open: OrderedDict[int, int] = OrderedDict()
-        self._capacity = capacity
-
-    def descriptor(self, tid: int, number: int) -> int:
-        """A duplicate of the thread's descriptor ``number``, or ``-errno``."""
-        pidfd = self._open.get(tid)
-        if pidfd is not None:
-            duplicate = libc.pidfd_getfd(pidfd, number)
-            if duplicate != -errno.ESRCH:
-                return duplicate
-            os.close(self._open.pop(tid))
-        try:
-            pidfd = self._of(tid)
-        except OSError as error:
-            return -(error.errno or errno.ESRCH)
-        if len(self._open) >= self._capacity:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[tid] = pidfd
-        return libc.pidfd_getfd(pidfd, number)
-
-    @staticmethod
-    def _of(tid: int) -> int:
-        try:
-            return os.pidfd_open(tid, libc.PIDFD_THREAD)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        leader = procfs.thread_group(tid)  # before Linux 6.9; threads nearly always share one descriptor table
-        if leader is None:
-            raise ProcessLookupError(errno.ESRCH, "thread is gone")
-        return os.pidfd_open(leader)
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
 
 
 class Impatience:
@@ -233,8 +194,6 @@ class Means:
 
     def __init__(self, loop: Waiting) -> None:
         self.loop = loop
-        self.pidfds = Pidfds()
-        self.memory = libc.MemoryReader()
         self.impatience = Impatience(loop)
 
 
@@ -258,8 +217,7 @@ class Gate:
         self._listener = listener
         self._judge = judge
         self._loop = means.loop
-        self._pidfds = means.pidfds
-        self._memory = means.memory
+        self._threads = Threads()
         self._impatience = means.impatience
         self._gone = gone
         self._pending: dict[int, _Pending] = {}
@@ -312,6 +270,7 @@ class Gate:
             self._loop.forget(self._listener.fd)
             os.close(self._listener.fd)
             self._listener.fd = -1
+            self._threads.close()
 
     # ------------------------------------------------------------------------------------------------------------------
     # reading the target
@@ -327,7 +286,7 @@ class Gate:
         """
         if length == 0:
             return b""
-        data = self._memory.read(notification.pid, address, length)
+        data = self._threads.read(notification.pid, address, length)
         if isinstance(data, int):
             if data != -errno.EFAULT:
                 self._judge.fault(f"memory of thread {notification.pid} is unreadable: {os.strerror(-data)}")
@@ -344,7 +303,7 @@ class Gate:
 
     def _take(self, notification: Notification, number: int) -> int:
         """A duplicate of the caller's descriptor; the caller of this function closes it."""
-        duplicate = self._pidfds.descriptor(notification.pid, number & 0xFFFFFFFF)
+        duplicate = self._threads.descriptor(notification.pid, number & 0xFFFFFFFF)
         if duplicate >= 0:
             return duplicate
         if duplicate != -errno.EBADF:
@@ -403,7 +362,10 @@ class Gate:
         result = libc.connect(sock.fileno(), raw)
         if attempt is not None:
             if result in _BEGUN:
-                attempt.connected(cookie, _name(sock), (notification.pid, notification.arg0 & 0xFFFFFFFF))
+                if cookie is None:
+                    attempt.associated(_name(sock))
+                else:
+                    attempt.connected(cookie, (notification.pid, notification.arg0 & 0xFFFFFFFF))
             else:
                 attempt.failed(-result)
         if result == -errno.EINTR:
@@ -850,7 +812,7 @@ class Gate:
         if owner is None or not self._judge.may_borrow(owner):
             self._refuse(notification, errno.EPERM)
             return
-        borrowed = self._pidfds.descriptor(owner, notification.arg1 & 0xFFFFFFFF)
+        borrowed = self._threads.descriptor(owner, notification.arg1 & 0xFFFFFFFF)
         if borrowed < 0:
             self._refuse(notification, -borrowed)
             return

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from ray_guard.egress.gate import Pidfds, Waiting
+from ray_guard.egress.gate import Waiting
+from ray_guard.egress.threads import Threads
 from ray_guard.kernel import procfs
 from ray_guard.kernel.sock_diag import SO_COOKIE, LostEvents, SockDiag
 
@@ -55,6 +56,8 @@ class Flow:
     owner: FlowOwner
     root: int
     """Process whose tree may hold the socket by now."""
+    local: tuple[str, int] | None = None
+    """Its own end, known once the kernel has told of it."""
     sent: int = 0
     received: int = 0
     cut: bool = False
@@ -66,13 +69,12 @@ class Meter:
     Args:
         diag: the kernel's counters.
         loop: the supervisor's event loop.
-        pidfds: to take a socket again when it must be cut.
     """
 
-    def __init__(self, diag: SockDiag, loop: Waiting, pidfds: Pidfds) -> None:
+    def __init__(self, diag: SockDiag, loop: Waiting) -> None:
         self._diag = diag
         self._loop = loop
-        self._pidfds = pidfds
+        self._threads = Threads()
         self._flows: dict[int, Flow] = {}
         self._ticking = False
         loop.watch(diag.fileno(), select.EPOLLIN, lambda _events: self._told())
@@ -106,6 +108,7 @@ class Meter:
         for counted in ended:
             flow = self._flows.pop(counted.cookie, None)
             if flow is not None:
+                flow.local = counted.local()
                 self._advance(flow, counted.sent, counted.received)
                 flow.owner.ended(flow, exact=True)
 
@@ -146,7 +149,11 @@ class Meter:
         live = self._diag.live()
         for flow in list(self._flows.values()):
             counted = live.get(flow.cookie)
-            if counted is not None and not self._advance(flow, counted.sent, counted.received) and not flow.cut:
+            if counted is None:
+                continue
+            if flow.local is None:
+                flow.local = counted.local()
+            if not self._advance(flow, counted.sent, counted.received) and not flow.cut:
                 self.cut(flow)
 
     def _audit(self) -> None:
@@ -174,7 +181,7 @@ class Meter:
         return False
 
     def _shut_down(self, flow: Flow, pid: int, number: int) -> bool:
-        duplicate = self._pidfds.descriptor(pid, number)
+        duplicate = self._threads.descriptor(pid, number)
         if duplicate < 0:
             return False
         try:

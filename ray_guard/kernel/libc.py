@@ -1,7 +1,7 @@
 """System calls that the standard library does not offer. Runs in target, supervisor and zygote.
 
 Each function is the call of the same name in section 2 of the manual; failures are ``OSError`` with the call's errno.
-Hot calls (connect, process_vm_readv, pidfd_getfd) return ``-errno`` instead: raising costs more than the call.
+Hot calls (connect, pidfd_getfd) return ``-errno`` instead: raising costs more than the call.
 """
 
 from __future__ import annotations
@@ -42,16 +42,6 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _prctl = _libc.prctl
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
-_process_vm_readv = _libc.process_vm_readv
-_process_vm_readv.restype = ctypes.c_ssize_t
-_process_vm_readv.argtypes = (
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-)
 _connect = _libc.connect
 _connect.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _bind = _libc.bind
@@ -123,43 +113,6 @@ def write_word(pid: int, address: int, value: int) -> None:
         ctypes.c_ulong(1),
         ctypes.c_ulong(0),
     )
-
-
-class MemoryReader:
-    """Reads other processes' memory through one preallocated buffer (not thread-safe: one per loop)."""
-
-    def __init__(self, capacity: int = 1 << 16) -> None:
-        self._buffer = ctypes.create_string_buffer(capacity)
-        self._capacity = capacity
-        self._view = memoryview(self._buffer).cast("B")
-        self._local = IOVec(ctypes.addressof(self._buffer), capacity)
-        self._remote = IOVec(0, 0)
-        self._local_at = ctypes.addressof(self._local)
-        self._remote_at = ctypes.addressof(self._remote)
-
-    def read(self, pid: int, address: int, length: int) -> bytes | int:
-        """``length`` bytes at ``address`` of process or thread ``pid``, or ``-errno``; a short read is ``-EFAULT``."""
-        if length > self._capacity:
-            return self._read_long(pid, address, length)
-        self._local.iov_len = length
-        remote = self._remote
-        remote.iov_base = address
-        remote.iov_len = length
-        got = _process_vm_readv(pid, self._local_at, 1, self._remote_at, 1, 0)
-        if got == length:
-            return self._view[:length].tobytes()
-        return -get_errno() if got < 0 else -14
-
-    def _read_long(self, pid: int, address: int, length: int) -> bytes | int:
-        parts = []
-        while length > 0:
-            part = self.read(pid, address, min(length, self._capacity))
-            if isinstance(part, int):
-                return part
-            parts.append(part)
-            address += len(part)
-            length -= len(part)
-        return b"".join(parts)
 
 
 def close_range(first: int, last: int) -> None:

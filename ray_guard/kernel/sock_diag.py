@@ -21,7 +21,10 @@ _INET_DIAG_INFO = 2
 _HEADER = struct.Struct("=IHHII")
 _MESSAGE = 72  # sizeof(struct inet_diag_msg)
 _COOKIE = struct.Struct("=Q")
+_TWO = struct.Struct("=QQ")
+_ATTRIBUTE = struct.Struct("=HH")
 _SO_RCVBUFFORCE = 33
+_MAPPED = bytes(10) + b"\xff\xff"
 _FIN_WAIT2, _TIME_WAIT, _LISTEN = 5, 6, 10
 _CONNECTED_STATES = 0xFFF & ~(1 << _LISTEN) & ~(1 << _TIME_WAIT)
 
@@ -37,31 +40,35 @@ class Counted(NamedTuple):
     connection: bytes
     """``struct inet_diag_sockid`` without the cookie, behind family and padding: names the 4-tuple in a question."""
 
+    def local(self) -> tuple[str, int]:
+        """The socket's own address, an IPv4-mapped one as IPv4, and port."""
+        port = int.from_bytes(self.connection[4:6], "big")
+        packed = self.connection[8:24]
+        if self.connection[0] == socket.AF_INET:
+            return socket.inet_ntop(socket.AF_INET, packed[:4]), port
+        if packed.startswith(_MAPPED):
+            return socket.inet_ntop(socket.AF_INET, packed[12:]), port
+        return socket.inet_ntop(socket.AF_INET6, packed), port
+
 
 class LostEvents(Exception):
     """The node closed sockets faster than the events were read: what was lost must be charged by an upper bound."""
 
 
-def _attributes(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    at = 0
-    while at + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, at)
-        if length < 4:
-            return
-        yield kind, data[at + 4 : at + length]
-        at += (length + 3) & ~3
-
-
 def _parse(data: memoryview) -> Counted | None:
-    if len(data) < _MESSAGE:
-        return None
-    (cookie,) = _COOKIE.unpack_from(data, 44)
-    for kind, info in _attributes(data[_MESSAGE:]):
-        if kind == _INET_DIAG_INFO and len(info) >= 216:
-            acked, received = struct.unpack_from("=QQ", info, 120)
-            sent, retransmitted = struct.unpack_from("=QQ", info, 200)
+    """The counts in a ``struct inet_diag_msg`` with its attributes; None: it carries none."""
+    at = _MESSAGE
+    while at + 4 <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        if kind == _INET_DIAG_INFO and length >= 4 + 216:
+            acked, received = _TWO.unpack_from(data, at + 4 + 120)
+            sent, retransmitted = _TWO.unpack_from(data, at + 4 + 200)
             payload = sent - retransmitted  # bytes_acked counts SYN and FIN, bytes_sent counts neither
+            (cookie,) = _COOKIE.unpack_from(data, 44)
             return Counted(cookie, payload, received, acked - payload >= 2, data[:44].tobytes())
+        if length < 4:
+            return None
+        at += (length + 3) & ~3
     return None
 
 

@@ -161,6 +161,10 @@ class Account:
         self._held: dict[str, Amount] = {}
         self._refused = 0
         self._closed = False
+        self.free: bool = not any(kind in self._limits or kind in self._watched for kind in NETWORK_KINDS) and (
+            parent is None or parent.free
+        )
+        """Neither this scope nor one around it limits connections or bytes. Limits are set once, so it stays true."""
         self._children: dict[Account, None] = {}
         if parent is not None:
             if parent.closed:
@@ -222,6 +226,13 @@ class Account:
     def limits_any(self, kinds: Iterable[str]) -> bool:
         """Whether this scope or one around it limits (or watches) any of ``kinds``."""
         return any(kind in node._limits or kind in node._watched for node in self._upwards() for kind in kinds)
+
+    def count(self, kind: str) -> None:
+        """:meth:`charge` of one unit where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
+        node: Account | None = self
+        while node is not None:
+            node._used[kind] = node._used.get(kind, 0) + 1
+            node = node._parent
 
     # Booking ---------------------------------------------------------------------------------------------------------
 

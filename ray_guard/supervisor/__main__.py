@@ -6,6 +6,7 @@ last.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -96,6 +97,8 @@ def main(descriptor: int) -> None:
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
     Supervisor(listener, loop, node, starts)
+    gc.freeze()  # what is here now stays; what comes and goes is few and small
+    gc.set_threshold(50_000, 20, 100)
     loop.run()
     node.close()
 

@@ -54,7 +54,7 @@ class Node:
     def __init__(self, loop: Loop, own_folders: tuple[str, ...]) -> None:
         self.loop = loop
         self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop, self.means.pidfds)
+        self.meter = Meter(SockDiag(), loop)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.surroundings_changed: list[Callable[[], None]] = []

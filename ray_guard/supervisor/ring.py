@@ -68,6 +68,8 @@ class Ring:
         self._own_unix: dict[tuple[int, int], int] = {}
         self._surroundings: Surroundings | None = None
         self._flows: dict[int, Flow] = {}
+        self._known: dict[tuple[str, int], tuple[Request, str]] = {}
+        """TCP destinations that a rule has granted, with the text that says so."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
         self._missed: dict[tuple[str, int], float] = {}
@@ -87,10 +89,14 @@ class Ring:
         inode: tuple[int, int] | None = None,
         size: int = 0,
     ) -> Ruling:
+        origin = self._origin or self.target.origin_of_thread(tid)
+        if transport is Transport.TCP and operation is Operation.CONNECT and origin.account.free:
+            known = self._known.get((address, port))
+            if known is not None:
+                return self._connect_again(*known, origin)
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
                           self._process(tid), inode)  # fmt: skip
-        origin = self._origin or self.target.origin_of_thread(tid)
         decision = decide(self.policy, self._surroundings or self._around(), origin.account, request)
         if decision.reason is Reason.NOT_LISTED and self._may_have_missed(request):
             if origin.call is not None:
@@ -148,6 +154,12 @@ class Ring:
 
     def _forget_surroundings(self) -> None:
         self._surroundings = None
+        self._known.clear()
+
+    def tighten(self, policy: CompiledPolicy) -> None:
+        """Replaces the policy by a stricter one."""
+        self.policy = policy
+        self._forget_surroundings()
 
     def _around(self) -> Surroundings:
         if self._surroundings is None:
@@ -206,6 +218,17 @@ class Ring:
 
     # -- outward -------------------------------------------------------------------------------------------------------
 
+    def _connect_again(self, request: Request, text: str, origin: Origin) -> Ruling:
+        """What a listed address was granted before, it is granted again as long as nothing around it has changed."""
+        connection = Connection(self, origin, request)
+        try:
+            connection.granted_as(text)
+        except JournalError:
+            log.exception("a decision could not be journaled")
+            return Ruling(errno.EPERM)
+        origin.account.count(CONNECTIONS)
+        return Ruling(0, connection)
+
     def _connect(self, request: Request, decision: Decision, origin: Origin) -> Ruling:
         connection = Connection(self, origin, request)
         try:
@@ -213,6 +236,8 @@ class Ring:
                 connection.granted(decision)
                 if request.transport is not Transport.UNIX:
                     origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
+                if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
+                    self._known[request.address, request.port] = (request, self.decision_text(request, decision))
                 return Ruling(0, connection)
             if self.mute and request.transport is Transport.UDP and request.operation is Operation.CONNECT:
                 # That is how Ray and vLLM learn their own address. The socket can send nothing, so it may be
@@ -298,7 +323,7 @@ class Connection:
         self.request = request
         self.flow: Flow | None = None
         self.sent = 0
-        self.capped = origin.account.limits_any(_BYTES)
+        self.capped = not origin.account.free and origin.account.limits_any(_BYTES)
         self._span = new_span_id()
         self._start = time.time_ns()
         self._text = ""
@@ -309,7 +334,12 @@ class Connection:
 
     def granted(self, decision: Decision) -> None:
         """Journals that it was granted, before it is. Raises JournalError."""
-        self._describe(decision)
+        self.granted_as(self._ring.decision_text(self.request, decision))
+
+    def granted_as(self, text: str) -> None:
+        """:meth:`granted`, in the words that were used of the same destination before."""
+        candidates = self.origin.candidates
+        self._text = text + (_ambiguous(candidates) if candidates else _EXACT)
         self._ring.target.write_egress(self.origin, self._span, (self._start, None), self._text)
 
     def refused(self, decision: Decision) -> None:
@@ -332,17 +362,9 @@ class Connection:
         self._write()
 
     def _describe(self, decision: Decision) -> None:
-        request = self.request
-        text = self._ring.decision_text(request, decision)
+        text = self._ring.decision_text(self.request, decision)
         candidates = self.origin.candidates
-        if candidates:
-            self._text = (
-                text
-                + ","
-                + fragment({"ray_guard.egress.scope": "ambiguous", "ray_guard.egress.candidates": candidates}).encoded
-            )
-        else:
-            self._text = text + _EXACT
+        self._text = text + (_ambiguous(candidates) if candidates else _EXACT)
 
     def _add(self, attributes: dict[str, AttributeValue]) -> None:
         self._text += "," + fragment(attributes).encoded
@@ -362,17 +384,14 @@ class Connection:
 
     # -- Attempt -------------------------------------------------------------------------------------------------------
 
-    def connected(self, cookie: int | None, local: tuple[str, int] | None, holder: tuple[int, int]) -> None:
-        if local is not None:
-            self._text += (
-                f',{{"key":"network.local.address","value":{{"stringValue":"{local[0]}"}}}}'
-                f',{{"key":"network.local.port","value":{{"intValue":"{local[1]}"}}}}'
-            )
-        if cookie is None:
-            self._end()
-            return
+    def connected(self, cookie: int, holder: tuple[int, int]) -> None:
         self.flow = Flow(cookie, self.request.address, self.request.port, holder, self, self._ring.root)
         self._ring.began(self.flow)
+
+    def associated(self, local: tuple[str, int] | None) -> None:
+        if local is not None:
+            self._text += _local(local)
+        self._end()
 
     def failed(self, error: int) -> None:
         self._add({"error.type": errno.errorcode.get(error, str(error))})
@@ -402,6 +421,8 @@ class Connection:
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
         self._ring.left(flow)
+        if flow.local is not None:
+            self._text += _local(flow.local)
         self._text += (
             f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
             f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{flow.received}"}}}}'
@@ -424,6 +445,21 @@ class Connection:
             self._write(status, message)
         except JournalError:
             log.exception("the end of a flow could not be journaled")
+
+
+def _local(name: tuple[str, int]) -> str:
+    return (
+        f',{{"key":"network.local.address","value":{{"stringValue":"{name[0]}"}}}}'
+        f',{{"key":"network.local.port","value":{{"intValue":"{name[1]}"}}}}'
+    )
+
+
+def _ambiguous(candidates: tuple[str, ...]) -> str:
+    attributes: dict[str, AttributeValue] = {
+        "ray_guard.egress.scope": "ambiguous",
+        "ray_guard.egress.candidates": candidates,
+    }
+    return "," + fragment(attributes).encoded
 
 
 _BYTES: Final = (EGRESS, SENT, RECEIVED)

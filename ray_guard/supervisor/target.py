@@ -29,8 +29,15 @@ _VIOLATIONS_KEPT: Final = 10_000
 _OPEN_LIMIT: Final = 100_000
 
 
+_ids: list[str] = []
+
+
 def new_span_id() -> str:
-    return os.urandom(8).hex()
+    """16 hex digits from os.urandom, drawn 512 at a time."""
+    if not _ids:
+        text = os.urandom(8 * 512).hex()
+        _ids.extend(text[at : at + 16] for at in range(0, len(text), 16))
+    return _ids.pop()
 
 
 def new_trace_id() -> str:
@@ -47,6 +54,8 @@ class OpenSpan:
     episode: str | None
     account: Account | None
     violations: int = 0
+    origin: Origin | None = None
+    """As :meth:`Target.origin_of_call` gives it; made when first asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,9 +303,11 @@ class Target:
     def origin_of_call(self, call: str, parent: str | None = None) -> Origin:
         """The open call ``call``; ``parent`` is the process span within it, where that is known."""
         span = self.open[call]
-        account = span.account or self.account
-        identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
-        return Origin(span.record.trace_id, parent or call, identity, account, span.episode, call)
+        if span.origin is None:
+            account = span.account or self.account
+            identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
+            span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call)
+        return span.origin if parent is None else replace(span.origin, parent_id=parent)
 
     # -- violations ----------------------------------------------------------------------------------------------------
 

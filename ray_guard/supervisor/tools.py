@@ -84,6 +84,7 @@ class Tool:
         self._gate: Gate | None = None
         self._ring: Ring | None = None
         self._pid = 0
+        self._executable = start.executable or start.argv[0]
         self._began = time.time_ns()
         self._span = new_span_id()
         self._implicit: SpanRecord | None = None
@@ -143,6 +144,7 @@ class Tool:
         if operation == "armed" and descriptors:
             self._armed(int(message["pid"]), descriptors.pop(0))
         elif operation == "started":
+            self._executable = str(message.get("executable") or self._executable)
             self._answer({"op": "started", "pid": self._pid})
         elif operation == "failed":
             self._failed(message)
@@ -228,11 +230,10 @@ class Tool:
             argument if len(argument) <= _ARGUMENT_SHOWN else argument[:_ARGUMENT_SHOWN] + "…"
             for argument in argv[:_ARGUMENTS_SHOWN]
         )
-        executable = self._start.executable or argv[0]
         attributes: dict[str, AttributeValue] = {
             "process.pid": self._pid,
             "process.parent_pid": self._target.pid,
-            "process.executable.path": executable,
+            "process.executable.path": self._executable,
             "process.command_args": shown,
             "ray_guard.arguments.sha256": _hash(argv),
         }
@@ -256,7 +257,7 @@ class Tool:
             trace_id=self._origin.trace_id,
             span_id=self._span,
             parent_id=self._origin.call,
-            name=f"process {os.path.basename(executable)[:128]}",
+            name=f"process {os.path.basename(self._executable)[:128]}",
             kind=SpanKind.INTERNAL,
             start_ns=self._began,
             end_ns=None if ended is None else time.time_ns(),

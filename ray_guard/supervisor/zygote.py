@@ -197,7 +197,7 @@ class _Leader:
         failure = os.read(failed_read, 4096)
         os.close(failed_read)
         if listener >= 0 and not failure:
-            self._tell({"op": "started", "pid": self._pid})
+            self._tell({"op": "started", "pid": self._pid, "executable": _executable(self._pid)})
             return True
         self._end_all()
         if failure:
@@ -335,6 +335,13 @@ def _become_tool(
         report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         os.write(failed, json.dumps(report).encode()[:4000])
     os._exit(127)
+
+
+def _executable(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return None  # it has ended already
 
 
 def _park(descriptor: int) -> int:
