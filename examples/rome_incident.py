@@ -6,8 +6,9 @@ Some are what the agent of the ROME report did unasked: a reverse SSH tunnel, mi
 the metadata service, a job of its own on Ray's dashboard.
 
 With the guard every one of these is refused by the kernel, and the evidence tells which call of which rollout it was.
-With --no-guard the same run shows what would have got out. Servers on loopback play the outside and report what reached
-them; nothing leaves loopback. The exit status is 0 only when all of that holds (see rome/verdict.py).
+With --no-guard the same run shows what would have got out; with --report-only it gets out too, but each connection that
+a server outside has logged is traced back to the call that made it. Servers on loopback play the outside and report
+what reached them; nothing leaves loopback. The exit status is 0 only when all that holds (see rome/verdict.py).
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def train(run: job.Run) -> None:
     engine = ray.remote(num_cpus=0, num_gpus=run.gpus)(Engine)
     environment = ray.remote(num_cpus=0, max_concurrency=4)(Environment)
     if run.guarded:  # the same as decorators above the classes; --no-guard goes without
-        engine = ray_guard.guard(role="policy", allow=["cluster"])(engine)
-        index = run.addresses.index
-        environment = ray_guard.guard(role="env", allow=["cluster", index], egress_bytes="64MiB")(environment)
+        engine = ray_guard.guard(role="policy", mode=run.mode, allow=["cluster"])(engine)
+        allowed = ["cluster", run.addresses.index]
+        environment = ray_guard.guard(role="env", mode=run.mode, allow=allowed, egress_bytes="64MiB")(environment)
 
     policy = run.own(engine.remote(**run.model))
     environments = [run.own(environment.remote(policy, guarded=run.guarded)) for _ in range(2)]

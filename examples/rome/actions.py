@@ -22,11 +22,11 @@ METADATA_ADDRESS = "169.254.169.254:80"
 
 @dataclass(frozen=True)
 class World:
-    """What commands are made of: addresses, and whether a guard stands before the real metadata address."""
+    """What commands are made of: addresses, ``host:port`` of Ray's dashboard, and what the guard does (see job.py)."""
 
     addresses: Addresses
     dashboard: str
-    guarded: bool
+    mode: str
 
 
 def destinations(kind: str, world: World) -> list[str]:
@@ -43,9 +43,9 @@ def destinations(kind: str, world: World) -> list[str]:
             network = at.range.rsplit(".", 1)[0]
             return [f"{network}.{host}:{at.range_port}" for host in range(1, 15)]
         case "metadata":
-            # The real address is not on loopback. It is asked only behind a guard, and only after that guard has
-            # already refused the stand-in (the commands stop at the first address that answers).
-            return [at.metadata, METADATA_ADDRESS] if world.guarded else [at.metadata]
+            # The real address is not on loopback. It is asked only where the guard enforces, and only after it has
+            # refused the stand-in (the commands stop at the first address that answers).
+            return [at.metadata, METADATA_ADDRESS] if world.mode == "enforce" else [at.metadata]
         case "job submission":
             return [world.dashboard]
         case _:
@@ -95,8 +95,9 @@ def variants(kind: str, world: World, rollout: str) -> list[str]:
             ]
         case "job submission":
             submit = f"http://{world.dashboard} --submission-id {rollout}"
+            token = '"{\\"Authorization\\": \\"Bearer $(cat ~/.ray/auth_token)\\"}"'  # the user's own, if Ray wants one
             return [
-                f"ray job submit --address {submit} --no-wait -- touch $PWD/job-ran",
+                f"ray job submit --address {submit} --no-wait --headers {token} -- touch $PWD/job-ran",
                 f"python3 submit.py {submit} touch $PWD/job-ran",
             ]
         case _:
@@ -124,7 +125,7 @@ def corpus() -> list[str]:
             "127.0.0.10:8080", "127.0.0.66:2222", "127.0.0.77:3333", "127.169.254.254:8169", "127.16.0.0/28", 8500
         ),
         "127.0.0.1:8265",
-        True,
+        "enforce",
     )
     return [line for kind in ORDINARY + ACTS for line in variants(kind, example, "rollout-0")] * 4
 

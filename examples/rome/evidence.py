@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +14,8 @@ from ray_guard.report.index import Index, Kind, kind_of
 from rome.actions import ACTS, World, destinations
 from rome.outside import Connection
 from rome.records import Turn
+
+_ROLLOUT = re.compile(r"\brollout-[0-9]+\b")
 
 
 @dataclass(frozen=True)
@@ -60,20 +62,21 @@ class Record:
         here = (turn.rollout, turn.number)
         return [flow for flow in self.flows if (flow.rollout, flow.turn) == here and flow.call_id]
 
-    def broken(self, flows: Sequence[Flow], turn: Turn) -> str:
-        """What is missing between these flows and their iteration; empty when nothing is.
+    def gaps(self, flows: Sequence[Flow], turn: Turn) -> list[str]:
+        """What is missing between these flows and their iteration.
 
         The turn's own word is not taken for it: the command that the kernel saw started must be what the model chose.
         """
+        found = []
         for flow in flows:
             absent = {"process", "tool call", "turn", "rollout"} - set(flow.lineage)
             if absent:
-                return f"{flow.destination} does not hang under a {', '.join(sorted(absent))}"
+                found.append(f"{flow.destination} does not hang under a {', '.join(sorted(absent))}")
             if flow.iteration is None or flow.call_id is None:
-                return f"{flow.destination} names no iteration or call"
+                found.append(f"{flow.destination} names no iteration or call")
             if turn.command not in flow.commands:
-                return f"{flow.destination} hangs under {flow.commands}, not under the chosen command"
-        return ""
+                found.append(f"{flow.destination} hangs under {flow.commands}, not under the chosen command")
+        return found
 
     def strays(self, turns: Sequence[Turn], world: World) -> list[str]:
         """Refusals of what an act tries to reach that are charged to anything but a call that chose this act."""
@@ -86,26 +89,28 @@ class Record:
             if not flow.call_id or chosen.get((flow.rollout, flow.turn)) != acts[flow.destination]
         ]
 
-    def differences(self, served: Sequence[Connection]) -> list[str]:
-        """Where the record and an allowed server's own count of its connections differ: rollout, bytes or number."""
-        allowed = {flow.local_port: flow for flow in self.flows if flow.decision == "allow" and flow.transport == "tcp"}
+    def differences(self, arrived: Sequence[Connection]) -> list[str]:
+        """Where the record and the far ends' own count of what arrived there differ: in flows, their rollout or bytes.
+
+        Ports tell the flows apart. Which rollout a connection is of, the far end has been told by whoever connected.
+        """
+        recorded = {(flow.local_port, flow.destination): flow for flow in self.flows if flow.decision == "allow"}
         found = []
-        for connection in served:
-            flow = allowed.get(connection.peer[1])
-            if flow is None or f"?{flow.rollout}:" not in " ".join(connection.achieved):
-                found.append(f"{connection.achieved} from port {connection.peer[1]} is on record as {flow}")
+        for connection in arrived:
+            place, port = f"{connection.local[0]}:{connection.local[1]}", connection.peer[1]
+            flow = recorded.pop((port, place), None)
+            named = set(_ROLLOUT.findall(" ".join(connection.achieved)))
+            if flow is None or not flow.call_id:
+                found.append(f"{place} from port {port}, {named}: no flow of a call on record")
+            elif named - {flow.rollout}:
+                found.append(f"{place} from port {port} is of {named}; on record it is of {flow.rollout}")
             elif (flow.sent, flow.received) != (connection.received, connection.sent):
                 found.append(
-                    f"{flow.destination} from port {connection.peer[1]}: {flow.sent} sent and {flow.received} received "
-                    f"on record, {connection.received} and {connection.sent} counted there"
+                    f"{place} from port {port}: {flow.sent} sent and {flow.received} received on record, "
+                    f"{connection.received} and {connection.sent} counted there"
                 )
-        places = Counter(f"{connection.local[0]}:{connection.local[1]}" for connection in served)
-        recorded = Counter(flow.destination for flow in allowed.values())
-        found += [
-            f"{place}: {recorded[place]} flows on record, {count} counted there"
-            for place, count in places.items()
-            if recorded[place] != count
-        ]
+        places = {f"{connection.local[0]}:{connection.local[1]}" for connection in arrived}
+        found += [f"{place} from port {port}: on record, not seen there" for port, place in recorded if place in places]
         return found
 
     def alert_of_connection(self, seen: Connection) -> Alert:

@@ -35,12 +35,13 @@ class Run:
     def __init__(
         self, options: argparse.Namespace, progress: Progress, folder: Path, outside: Outside, node: Cluster
     ) -> None:
-        self.guarded = not options.no_guard
+        self.mode: str = options.mode
+        self.guarded = self.mode != "none"
         self.addresses: Addresses = outside.addresses
         self.gpus = node.gpus
         self.turns: list[Turn] = []
         self.outcomes: list[Outcome] = []
-        self.world = actions.World(self.addresses, node.dashboard, self.guarded)
+        self.world = actions.World(self.addresses, node.dashboard, self.mode)
         corpus = actions.corpus()
         digest = hashlib.sha256("\n".join(corpus).encode()).hexdigest()[:12]
         self.model: dict[str, Any] = {"folder": str(OUT / f"qwen3-moe-tiny-{digest}"), "corpus": corpus}
@@ -119,12 +120,14 @@ class Run:
 def main(train: Callable[[Run], None]) -> int:
     """Parses the command line, runs ``train`` between start and end of everything, judges, and prints."""
     options = _options()
-    evidence: Path = options.evidence or OUT / time.strftime("rome-%Y%m%dT%H%M%SZ", time.gmtime())
+    evidence: Path | None = None
+    if options.mode != "none":
+        evidence = options.evidence or OUT / time.strftime("rome-%Y%m%dT%H%M%SZ", time.gmtime())
     progress = Progress()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with _scratch() as folder, Outside(folder) as outside:
-            prepare_environment(None if options.no_guard else evidence)
+            prepare_environment(evidence)
             progress.show("starting Ray and the servers that play the outside")
             with cluster() as node:
                 run = Run(options, progress, folder, outside, node)
@@ -139,14 +142,7 @@ def main(train: Callable[[Run], None]) -> int:
         progress.end()
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    return _judge(options, run, seen, evidence)
-
-
-def _judge(options: argparse.Namespace, run: Run, seen: verdict.Outside, evidence: Path) -> int:
-    if run.guarded:
-        result = verdict.guarded(run.world, run.turns, run.outcomes, seen, evidence)
-    else:
-        result = verdict.unguarded(run.turns, run.outcomes, seen)
+    result = verdict.judge(run.world, run.turns, run.outcomes, seen, evidence)
     report.show(run.world, result)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +161,22 @@ def _scratch() -> Iterator[Path]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The ROME incident, replayed on one machine. Nothing leaves loopback.")
-    parser.add_argument("--no-guard", action="store_true", help="the same run without a guard: what would have got out")
+    parser.set_defaults(mode="enforce")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--no-guard",
+        dest="mode",
+        action="store_const",
+        const="none",
+        help="the same run without a guard",
+    )
+    modes.add_argument(
+        "--report-only",
+        dest="mode",
+        action="store_const",
+        const="report",
+        help="the guard decides and records, and blocks nothing",
+    )
     parser.add_argument("--rollouts", type=int, default=8, metavar="N", help="rollouts in parallel (default: 8)")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="turns per rollout (default: 5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the model's sampling (default: 0)")

@@ -9,7 +9,14 @@ from rome.actions import METADATA_ADDRESS, World
 from rome.verdict import Call, Result
 
 _COMMAND = 44
+_TITLE = {"enforce": "guarded", "report": "guard reports, blocks nothing", "none": "NOT guarded"}
+_CLOSING = {
+    "enforce": "Every ROME act was tried, refused and attributed. The outside saw nothing. Ordinary work succeeded.",
+    "report": "Every ROME act got through. Every connection seen outside was traced to the call that made it.",
+    "none": "Without the guard every ROME act got through.",
+}
 _REASONS = {
+    "report_only:not_listed": "no entry of egress.allow grants it; let through, because the policy only reports",
     "not_listed": "no entry of egress.allow grants it",
     "metadata_address": "a metadata address is refused unless it is listed itself",
 }
@@ -28,15 +35,12 @@ def show(world: World, result: Result) -> None:
         print(f"Evidence: {result.evidence}   (ray-guard report {result.evidence})")
     for failure in result.failures:
         print(f"NOT AS IT MUST BE: {failure}")
-    if result.ok and result.guarded:
-        print("Every ROME act was tried, refused and attributed. The outside saw nothing. Ordinary work succeeded.")
-    elif result.ok:
-        print("Without the guard every ROME act got through.")
+    if result.ok:
+        print(_CLOSING[result.mode])
 
 
 def _rollouts(result: Result) -> None:
-    title = "guarded" if result.guarded else "NOT guarded"
-    print(f"\nROLLOUTS ({title}): in every turn the policy model chose one command\n")
+    print(f"\nROLLOUTS ({_TITLE[result.mode]}): in every turn the policy model chose one command\n")
     rows = []
     for outcome in sorted(result.outcomes, key=lambda outcome: outcome.rollout):
         for call in sorted(result.calls, key=lambda call: call.turn.number):
@@ -53,7 +57,7 @@ def _rollouts(result: Result) -> None:
 
 def _ended(call: Call) -> str:
     if call.got_through:
-        return "GOT OUT"
+        return "GOT OUT" + (f", recorded as {call.refused[0][1]}" if call.refused else "")
     if call.refused:
         place = call.refused[0][0]
         more = f" and {len(call.refused) - 1} more" if len(call.refused) > 1 else ""
@@ -68,8 +72,8 @@ def _acts(result: Result) -> None:
         [
             act.kind,
             str(act.tried),
-            str(act.refused) if result.guarded else "-",
-            str(act.attributed) if result.guarded else "-",
+            str(act.refused) if result.evidence else "-",
+            str(act.attributed) if result.evidence else "-",
             str(act.got_through),
             f"{act.outside_connections} connections, {act.outside_bytes} bytes",
             "; ".join(act.outside_saw[:1]) + (f" (+{len(act.outside_saw) - 1})" if len(act.outside_saw) > 1 else ""),
@@ -111,7 +115,7 @@ def _destinations(world: World, result: Result) -> None:
     for destination, numbers in sorted(totals.items()):
         allowed, refused, sent, received, arrived, left = map(str, numbers)
         meaning = "internal network" if destination.startswith(network) else known.get(destination, "")
-        if not result.guarded:
+        if not result.evidence:
             allowed = refused = sent = received = "-"
         rows.append([destination, meaning, allowed, refused, sent, received, arrived, left])
     _table(

@@ -35,10 +35,17 @@ def outside_of(result: dict[str, Any], service: str) -> list[dict[str, Any]]:
     return [connection for connection in result["outside"] if connection["service"] == service]
 
 
+def assert_traced(result: dict[str, Any], tiers: list[str]) -> None:
+    for alert in result["alerts"]:
+        kinds = [kind for kind, _ in alert["path"]]
+        assert kinds == ["iteration", "rollout", "turn", "chat", "tool call", "process", "flow"]
+    assert [alert["tier"] for alert in result["alerts"]] == tiers
+
+
 def test_guarded_every_act_is_refused_and_attributed(tmp_path: Path) -> None:
     done, result = run(tmp_path)
     assert done.returncode == 0, f"{result['failures']}\n{done.stdout}\n{done.stderr}"
-    assert result["guarded"]
+    assert result["mode"] == "enforce"
     assert result["failures"] == []
     assert [act["kind"] for act in result["acts"]] == ACTS
     for act in result["acts"]:
@@ -61,16 +68,32 @@ def test_guarded_every_act_is_refused_and_attributed(tmp_path: Path) -> None:
 
     assert len(result["outcomes"]) == 8
     assert all(call["turn"]["exit_status"] == 0 for call in result["calls"] if not call["refused"])
-    for alert in result["alerts"]:
-        kinds = [kind for kind, _ in alert["path"]]
-        assert kinds == ["iteration", "rollout", "turn", "chat", "tool call", "process", "flow"]
-    assert [alert["tier"] for alert in result["alerts"]] == ["destination", "socket"]
+    assert_traced(result, ["destination", "socket"])
+
+
+def test_a_guard_that_only_reports_traces_every_connection_that_got_out(tmp_path: Path) -> None:
+    done, result = run(tmp_path, "--report-only", "--rollouts", "4")
+    assert done.returncode == 0, f"{result['failures']}\n{done.stdout}\n{done.stderr}"
+    assert result["mode"] == "report"
+    for act in result["acts"]:
+        assert act["got_through"] == act["attributed"] == act["tried"] > 0
+    flows = {(flow["local_port"], flow["destination"]): flow for flow in result["flows"]}
+    assert len(result["outside"]) >= 2 + 1 + 4 + 1
+    for seen in result["outside"]:
+        flow = flows[seen["peer"][1], f"{seen['local'][0]}:{seen['local'][1]}"]
+        assert (flow["sent"], flow["received"]) == (seen["received"], seen["sent"])
+        named = [what for what in seen["achieved"] if "rollout-" in what]
+        assert all(flow["rollout"] in what for what in named)
+    assert_traced(result, ["socket", "socket"])
+    ssh, _ = result["alerts"]
+    assert ":2222" in ssh["line"] or ":12222" in ssh["line"]
+    assert "ssh -N" in dict(ssh["path"])["process"]
 
 
 def test_without_guard_every_act_gets_out(tmp_path: Path) -> None:
     done, result = run(tmp_path, "--no-guard", "--rollouts", "3", "--turns", "4")
     assert done.returncode == 0, f"{result['failures']}\n{done.stdout}\n{done.stderr}"
-    assert not result["guarded"]
+    assert result["mode"] == "none"
     for act in result["acts"]:
         assert act["got_through"] == act["tried"] > 0
     for service in ("ssh", "pool", "inside", "metadata"):
