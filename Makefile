@@ -56,8 +56,8 @@ lock: ## resolve all versions anew into requirements/*.txt
 	"$$folder"/bin/python -m pip install --quiet 'pip>=26'
 	"$$folder"/bin/python requirements/lock.py
 
-demo: env ## the ROME incident, replayed and attributed
-	$(PY) examples/rome_incident.py
+demo: env ## the ROME incident, replayed and attributed (ARGS=--no-guard: what would have got out)
+	$(PY) examples/rome_incident.py $(ARGS)
 
 test: env ## all tests but the slow ones
 	$(PY) -m pytest -m "not slow"
