@@ -60,7 +60,7 @@ def take_off(end: socket.socket, other: socket.socket) -> None:
 
 def become(target_of: Channel | None) -> None:
     """As if this process were guarded over that channel, or not at all. (``adopt`` is for good.)"""
-    vars(channel)["_current"] = target_of
+    vars(channel)["current"] = lambda: target_of
 
 
 def to_reader() -> Channel:
@@ -70,7 +70,9 @@ def to_reader() -> Channel:
     found = Channel(here, {"rl.run.id": "bench"})
     become(found)
     call()
+    here.settimeout(10)
     arrived = [json.loads(here.recv(PACKET)) for _ in range(2)]
+    here.settimeout(None)
     if [message["op"] for message in arrived] != ["open", "close"]:
         raise harness.NotConfining(f"the messages do not arrive, so there is nothing to measure: {arrived}")
     return found
