@@ -13,7 +13,6 @@ import os
 import socket
 import statistics
 import struct
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -49,52 +48,20 @@ class Server:
             count += 1
 
 
-class Client:
-    """A client program under some confinement, driven by lines."""
+class Client(harness.Driven):
+    """The client program under some confinement."""
 
     def __init__(self, name: str, command: Sequence[str | Path], server: Server, environment: dict[str, str]) -> None:
-        self.name = name
+        super().__init__(name, command, environment)
         self._server = server
-        self.process = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def _ask(self, line: str, answers: int) -> list[list[int]]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        found = [[int(word) for word in self.process.stdout.readline().split()] for _ in range(answers)]
-        if not all(found):
-            raise SystemExit(f"{self.name}: ended, status {self.process.wait()}")
-        return found
-
-    def attempt(self, port: int) -> int:
-        return self._ask(f"try {port}", 1)[0][0]
 
     def connect(self, count: int, threads: int) -> tuple[int, list[int], list[int]]:
-        (whole,), turns, alone = self._ask(f"connect {self._server.port} {count} {threads}", 3)
+        """Nanoseconds of the whole, of each turn, of each connect alone."""
+        (whole,), turns, alone = self.ask(f"connect {self._server.port} {count} {threads}", 3)
         arrived = self._server.drain()
         if arrived != count * threads:
             raise SystemExit(f"{self.name}: {arrived} of {count * threads} connections arrived")
         return whole, turns, alone
-
-    def check(self, other: int, *, confined: bool) -> None:
-        """Raises NotConfining unless only the allowed port is reached."""
-        allowed, refused = self.attempt(self._server.port), self.attempt(other)
-        if allowed != 0:
-            raise harness.NotConfining(f"{self.name}: the allowed port is refused: {os.strerror(allowed)}")
-        if confined is (refused == 0):
-            raise harness.NotConfining(f"{self.name}: another port gives {os.strerror(refused)}: nothing to compare")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def commands(client: Sequence[str | Path], port: int, supervisor: Path, peers: str) -> dict[str, list[str | Path]]:
@@ -169,7 +136,7 @@ def main() -> None:
             for name, command in commands(client, server.port, supervisor, peers).items():
                 each = Client(name, command, server, environment)
                 stack.callback(each.close)
-                each.check(other.port, confined=name != "plain")
+                each.check(server.port, other.port, confined=name != "plain")
                 clients.append(each)
             server.drain()
             measure(report, clients, language, options.rounds, options.connects)

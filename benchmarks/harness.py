@@ -248,6 +248,44 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class Driven:
+    """A contestant's process, driven by lines over its standard input and output (see contestants/)."""
+
+    def __init__(self, name: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, line: str, answers: int = 1) -> list[list[int]]:
+        """Sends one line; as many lines of integers come back."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        found = [[int(word) for word in self._process.stdout.readline().split()] for _ in range(answers)]
+        if not all(found):
+            raise SystemExit(f"{self.name}: ended, status {self._process.wait()}")
+        return found
+
+    def check(self, allowed: int, other: int, *, confined: bool) -> None:
+        """Raises NotConfining unless port ``allowed`` is reached and, where confined, ``other`` refused."""
+        (reached,), (refused,) = self.ask(f"try {allowed}")[0], self.ask(f"try {other}")[0]
+        if reached != 0:
+            raise NotConfining(f"{self.name}: the allowed port is refused: {os.strerror(reached)}")
+        if confined is (refused == 0):
+            raise NotConfining(f"{self.name}: another port gives {os.strerror(refused)}: nothing to compare")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
 def compiled(source: str, folder: Path) -> Path:
     """``benchmarks/SOURCE`` compiled by gcc into ``folder``."""
     program = folder / Path(source).stem

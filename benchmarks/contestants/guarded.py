@@ -1,9 +1,10 @@
 """Runs a command as ray_guard runs it: in the actor ring of a confined process, or in a call ring of its own.
 
-    python guarded.py actor|inside|tool|call PORT COMMAND [ARGUMENT ...]
+    python guarded.py actor|capped|inside|tool|call PORT COMMAND [ARGUMENT ...]
 
-``actor``: a plain child of a confined process. ``inside``: COMMAND, a Python script, in the confined process itself;
-``tool``: the same in an open tool call. ``call``: what ray_guard.Popen starts. Only 127.0.0.1:PORT is granted.
+``actor``: a plain child of a confined process; ``capped``: the same, under a byte budget that is far away. ``inside``:
+COMMAND, a Python script, in the confined process itself; ``tool``: the same in an open tool call. ``call``: what
+ray_guard.Popen starts. Only 127.0.0.1:PORT is granted.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import ray_guard
 
 def main() -> int:
     kind, port, *command = sys.argv[1:]
-    ray_guard.confine({"egress": {"allow": [f"127.0.0.1:{port}"]}})
-    if kind == "actor":
+    policy = {"egress": {"allow": [f"127.0.0.1:{port}"]}}
+    if kind == "capped":
+        policy["budgets"] = {"actor": {"egress_bytes": "1000GiB"}}
+    ray_guard.confine(policy)
+    if kind in ("actor", "capped"):
         return subprocess.run(command, check=False).returncode
     if kind == "inside":
         runpy.run_path(command[0], run_name="__main__")
