@@ -47,6 +47,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, identity: Mapping[str, str | int] | None = None) -> None:
         self._sock = sock
+        self.lost = False
         self.identity: dict[str, str | int] = dict(identity or {})
 
     def fileno(self) -> int:
@@ -61,6 +62,7 @@ class Channel:
         try:
             self._sock.send(packet, socket.MSG_NOSIGNAL)
         except OSError as error:
+            self.lost = True
             raise SupervisorLost(f"the supervisor is gone: {error}") from error
 
     def send(self, message: dict[str, Any]) -> None:
@@ -215,7 +217,7 @@ def observer() -> Channel | None:
     if not evidence:
         return None
     with _lines.lock:
-        if _lines.observer is None:
+        if _lines.observer is None or _lines.observer.lost:
             channel = connect()
             run = os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}"
             identity = {"run_id": run, "service_name": os.environ.get("OTEL_SERVICE_NAME", "driver")}

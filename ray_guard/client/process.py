@@ -29,6 +29,8 @@ from ray_guard.errors import NotEnforced, SupervisorLost
 from ray_guard.kernel import seqpacket
 
 START_TIMEOUT_S: Final = 30.0
+_DESCRIPTORS_LIMIT: Final = 200
+"""Well below what one packet may carry on its way from here to the leader."""
 CALL_VARIABLE: Final = "RAY_GUARD_CALL"
 """Set in a tool's environment: there everything is confined already, and ``run`` is plain subprocess."""
 
@@ -226,7 +228,9 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         if given["shell"]:
             argv = [*(["/bin/sh", "-c"] if executable is None else [executable, "-c"]), *argv]
         standard = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
-        numbers = [0, 1, 2, *sorted(set(given["pass_fds"]))]
+        numbers = [0, 1, 2, *sorted({int(number) for number in given["pass_fds"]} - {0, 1, 2})]
+        if len(numbers) > _DESCRIPTORS_LIMIT:
+            raise ValueError(f"pass_fds: at most {_DESCRIPTORS_LIMIT - 3} descriptors travel to a tool")
         opened: list[int] = []
         try:
             descriptors = [

@@ -328,6 +328,8 @@ def _process(summary: Summary, entry: Entry, place: Place) -> None:
 
 def _flow(summary: Summary, entry: Entry, place: Place) -> None:
     attributes = entry.span.attributes
+    if attributes.get("ray_guard.egress.mute"):
+        return  # a socket that cannot send was "connected" to learn its own address: Ray and gRPC do it all the time
     decision = str(attributes.get("ray_guard.egress.decision", "unknown"))
     reason = reason_of(entry)
     destination = destination_of(entry)

@@ -304,7 +304,8 @@ class Target:
         """The open call ``call``; ``parent`` is the process span within it, where that is known."""
         span = self.open[call]
         if span.origin is None:
-            account = span.account or self.account
+            around = self.open.get(span.episode) if span.episode is not None else None
+            account = span.account or (around.account if around is not None else None) or self.account
             identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
             span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call)
         return span.origin if parent is None else replace(span.origin, parent_id=parent)
