@@ -82,6 +82,7 @@ def _start(policy: Policy, evidence: str | None, command: list[str], passed: lis
             "policy": policy.to_wire(),
             "identity": identity.as_message(),
             "evidence": os.path.abspath(folder),
+            "export": channels.export_environment(),
         }
     )
     numbers = [0, 1, 2, *sorted({number for number in passed if number > 2})]

@@ -33,8 +33,10 @@ _BOOT: Final = (
     "main({socket})\n"
 )
 
-#: what a supervisor (and its forwarder) may know of the environment of whoever happened to start it
-_KEPT_ENVIRONMENT: Final = ("OTEL_", "RAY_GUARD_", "LANG", "LC_", "TZ", "SSL_CERT_", "NO_PROXY", "PATH", "HOME")
+#: what a supervisor may know of the environment of whoever happened to start it
+_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME")
+#: what says where spans are exported to: each target's own
+_EXPORT_ENVIRONMENT: Final = ("OTEL_", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
 
 
 class Channel:
@@ -135,6 +137,11 @@ def receive_answer(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
     return answer, passed
 
 
+def export_environment() -> dict[str, str]:
+    """The variables that a forwarder of this process's spans needs (``OTEL_EXPORTER_OTLP_*`` and around)."""
+    return {key: value for key, value in os.environ.items() if key.upper().startswith(_EXPORT_ENVIRONMENT)}
+
+
 def connect() -> Channel:
     """A channel to this node's supervisor, started if there is none yet.
 
@@ -222,7 +229,14 @@ def observer() -> Channel | None:
             run = os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}"
             identity = {"run_id": run, "service_name": os.environ.get("OTEL_SERVICE_NAME", "driver")}
             channel.request(
-                {"op": "hello", "kind": "observer", "pid": os.getpid(), "identity": identity, "evidence": evidence}
+                {
+                    "op": "hello",
+                    "kind": "observer",
+                    "pid": os.getpid(),
+                    "identity": identity,
+                    "evidence": os.path.abspath(evidence),
+                    "export": export_environment(),
+                }
             )
             channel.identity = {"rl.run.id": run}
             _lines.observer = channel

@@ -156,7 +156,8 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
             "pid": os.getpid(),
             "policy": wire,
             "identity": identity.as_message(),
-            "evidence": identity.evidence,
+            "evidence": os.path.abspath(identity.evidence),
+            "export": channels.export_environment(),
             "sockets": _connections(),
             "cluster": None if cluster is None else cluster.as_message(),
         }

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray_guard import __version__
 from ray_guard.errors import NotEnforced
 
 _NAMESPACES = ("net", "pid", "mnt", "user")
@@ -38,9 +39,9 @@ def folder() -> Path:
 
 
 def socket_path() -> Path:
-    """One name per set of namespaces: a supervisor can neither judge nor connect for another set."""
+    """One name per version and set of namespaces: a supervisor can neither judge nor connect for another set."""
     numbers = "-".join(str(os.stat(f"/proc/self/ns/{name}").st_ino) for name in _NAMESPACES)
-    return folder() / f"{numbers}.sock"
+    return folder() / f"{__version__}-{numbers}.sock"
 
 
 @contextmanager

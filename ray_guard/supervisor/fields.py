@@ -43,6 +43,12 @@ def attributes(value: object) -> dict[str, AttributeValue]:
     return found
 
 
+def environment(value: object) -> dict[str, str]:
+    """Variables by name; anything else in ``value`` is left out."""
+    given = value if isinstance(value, dict) else {}
+    return {key: text for key, text in given.items() if isinstance(key, str) and isinstance(text, str)}
+
+
 def identity(value: object) -> dict[str, AttributeValue]:
     """The part of ``value`` that says whose span it is; anything else in it is left out."""
     return {name: entry for name, entry in attributes(value).items() if name in IDENTITY}

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Means
@@ -69,14 +69,22 @@ class Node:
 
     # -- evidence ------------------------------------------------------------------------------------------------------
 
-    def journal(self, folder: str) -> Journal:
-        """The journal in that folder, one segment per supervisor. Raises NotEnforced where there can be none."""
-        folder = os.path.abspath(folder)
+    def journal(self, folder: str, environment: Mapping[str, str]) -> Journal:
+        """The journal in that folder (absolute), one segment per supervisor.
+
+        Args:
+            environment: says whether and where its spans are exported (``OTEL_EXPORTER_OTLP_*``); that of the first
+                target which asks.
+
+        Raises:
+            NotEnforced: there can be none.
+        """
         if folder not in self._journals:
             self._journals[folder] = Journal(folder)
-            argv = forwarder_argv(folder, os.environ)
+            argv = forwarder_argv(folder, environment)
             if argv is not None:
-                self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/"))
+                whole = {**os.environ, **environment}
+                self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/", env=whole))
         return self._journals[folder]
 
     def _sync(self) -> None:

@@ -176,7 +176,7 @@ class Session:
             kind=str(kind),
             policy=policy,
             resource=Resource(resource_attributes(self._node, identity)),
-            journal=self._node.journal(str(message["evidence"])),
+            journal=self._node.journal(str(message["evidence"]), fields.environment(message.get("export"))),
             job=self._node.job(str(identity.get("run_id") or ""), policy),
             run_id=str(identity.get("run_id") or ""),
             actor_id=str(identity.get("actor_id") or pid),
