@@ -7,6 +7,7 @@ added to the class later.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -16,12 +17,13 @@ from typing import Any
 
 from ray_guard.actors import documents
 from ray_guard.client import carry, confine
-from ray_guard.client.scope import attach
 from ray_guard.errors import NotEnforced
 from ray_guard.records import Mode
 
 logger = logging.getLogger("ray_guard")
 
+CONTEXT = "_ray_guard_context"
+"""The keyword argument that brings a caller's context (:mod:`ray_guard.actors.calls`)."""
 _WRAPPED = "__ray_guard_wrapped__"
 
 
@@ -194,17 +196,14 @@ def guard_function(function: Callable[..., Any], document: str) -> Callable[...,
     name = getattr(function, "__qualname__", repr(function))
     wrapper: Callable[..., Any]
 
-    def prepare(kwargs: dict[str, Any]) -> attach | None:
+    def enter(kwargs: dict[str, Any]) -> Any:
         admit_function(wrapper, name)
-        given = kwargs.pop("_ray_guard_context", None)
-        return None if given is None else attach(given)
+        return _arrive(kwargs.pop(CONTEXT, None))
 
     if inspect.isgeneratorfunction(function):
 
         def call_generator(*args: Any, **kwargs: Any) -> Any:
-            scope = prepare(kwargs)
-            if scope is None:
-                return (yield from function(*args, **kwargs))
+            scope = enter(kwargs)
             return (yield from carry.run_generator(scope, functools.partial(function, *args, **kwargs)))
 
         wrapper = call_generator
@@ -213,10 +212,7 @@ def guard_function(function: Callable[..., Any], document: str) -> Callable[...,
     else:
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            scope = prepare(kwargs)
-            if scope is None:
-                return function(*args, **kwargs)
-            with scope:
+            with enter(kwargs):
                 return function(*args, **kwargs)
 
         wrapper = call
@@ -224,3 +220,12 @@ def guard_function(function: Callable[..., Any], document: str) -> Callable[...,
     setattr(wrapper, _WRAPPED, True)
     documents.mark(wrapper, document)
     return wrapper
+
+
+def _arrive(given: bytes | None) -> Any:
+    """The scope that a task runs in: its caller's, or none."""
+    if given is None:
+        return contextlib.nullcontext()
+    from ray_guard.actors import calls  # there is a Ray to speak of: a caller was
+
+    return calls.arrive(given)

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from ray_guard.actors import documents, internals
+from ray_guard.actors.admission import CONTEXT
 from ray_guard.actors.process import confinement
 from ray_guard.client import carry
 from ray_guard.client.scope import attach, context
+from ray_guard.errors import PolicyError
 
-CONTEXT = "_ray_guard_context"
 _PARAMETER = inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, default=None)
 
 Invocation = Callable[[Any, MutableMapping[str, Any]], Any]
@@ -113,8 +115,9 @@ def bring_context(invocation: Any, next_invocation: Invocation | None = None) ->
         return outer
 
     def invoke(args: Any, kwargs: MutableMapping[str, Any]) -> Any:
-        if carry.current() is not None:
-            kwargs = {**kwargs, CONTEXT: context()}
+        node = carry.current()
+        if node is not None:
+            kwargs = {**kwargs, CONTEXT: _written(node)}
         return invocation(args, kwargs)
 
     return invoke
@@ -122,10 +125,27 @@ def bring_context(invocation: Any, next_invocation: Invocation | None = None) ->
 
 def with_context(remote_function: Any, kwargs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The keyword arguments of a guarded task, with the caller's context."""
-    if not _carries() or carry.current() is None:
+    node = carry.current()
+    if node is None or not _carries():
         return kwargs
     internals.extend_signature(remote_function, _with_parameter)
-    return {**(kwargs or {}), CONTEXT: context()}
+    return {**(kwargs or {}), CONTEXT: _written(node)}
+
+
+class _Last:
+    """The place that was written last: an episode makes many calls from one."""
+
+    written: tuple[carry.Node, bytes] | None = None
+
+
+def _written(node: carry.Node) -> bytes:
+    """The current context as a message. Bytes, because Ray copies those and pickles all else."""
+    last = _Last.written
+    if last is not None and last[0] is node:
+        return last[1]
+    text = json.dumps(context(), separators=(",", ":")).encode()
+    _Last.written = (node, text)
+    return text
 
 
 # The callee's side -------------------------------------------------------------------------------------------------
@@ -134,7 +154,7 @@ def with_context(remote_function: Any, kwargs: Mapping[str, Any] | None) -> Mapp
 def _around_executor(original: Callable[..., Any]) -> Callable[..., Any]:
     def make(self: Any, method_name: str, method: Callable[..., Any]) -> Any:
         executor = original(self, method_name, method)
-
+        run_under = runner(method)
         is_constructor = method_name == "__init__"
 
         def run(actor: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +163,7 @@ def _around_executor(original: Callable[..., Any]) -> Callable[..., Any]:
             given = kwargs.pop(CONTEXT, None)
             if given is None:
                 return executor(actor, *args, **kwargs)
-            return under(given, functools.partial(executor, actor, *args, **kwargs), method)
+            return run_under(arrive(given), functools.partial(executor, actor, *args, **kwargs))
 
         # Ray looks at these to see whether to run a method in the event loop.
         vars(run).update(vars(executor))
@@ -152,15 +172,35 @@ def _around_executor(original: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-def under(given: Mapping[str, Any], call: Callable[[], Any], method: Callable[..., Any]) -> Any:
-    """Runs `call` where its caller was; `method` tells what kind of function it is."""
-    scope = attach(given)
-    if inspect.isasyncgenfunction(method):
-        return carry.run_async_generator(scope, call)
-    if inspect.isgeneratorfunction(method):
-        return carry.run_generator(scope, call)
-    if inspect.iscoroutinefunction(method):
-        return _await(scope, call)
+def arrive(given: bytes) -> attach:
+    """The scope in which a call with the context `given` runs.
+
+    Raises:
+        PolicyError: it is no context.
+    """
+    return attach(_read(given))
+
+
+@functools.lru_cache(maxsize=256)
+def _read(given: bytes) -> Any:
+    try:
+        return json.loads(given)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(CONTEXT, given, f"what ray_guard put there: {error}") from None
+
+
+def runner(function: Callable[..., Any]) -> Callable[[attach, Callable[[], Any]], Any]:
+    """What runs a call of `function` inside a scope, by the kind of function it is."""
+    if inspect.isasyncgenfunction(function):
+        return carry.run_async_generator
+    if inspect.isgeneratorfunction(function):
+        return carry.run_generator
+    if inspect.iscoroutinefunction(function):
+        return _await
+    return _call
+
+
+def _call(scope: attach, call: Callable[[], Any]) -> Any:
     with scope:
         return call()
 
