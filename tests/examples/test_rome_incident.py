@@ -113,22 +113,26 @@ def test_a_run_that_could_not_try_everything_is_refused_at_once(options: list[st
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, str(EXAMPLE), "--no-guard"],
+        [sys.executable, str(EXAMPLE), "--evidence", str(tmp_path / "evidence")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "RAY_TMPDIR": "/tmp", "ROME_MARK": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp", "ROME_MARK": str(tmp_path)},
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if "starting the engine" in line:
+        if "in parallel" in line:  # everything is up: engine, tools, supervisor
             break
-    time.sleep(5)
+    time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, output
-    assert _marked(tmp_path) == []
+    deadline = time.monotonic() + 10  # the supervisor ends after its last actor
+    while left := _marked(tmp_path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    assert list(tmp_path.glob("rome-*")) == []
 
 
 def _marked(mark: Path) -> list[str]:
