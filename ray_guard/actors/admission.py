@@ -13,12 +13,15 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray_guard.actors import documents
 from ray_guard.client import carry, confine
 from ray_guard.errors import NotEnforced
 from ray_guard.records import Mode
+
+if TYPE_CHECKING:
+    from ray_guard.policy.model import Policy
 
 logger = logging.getLogger("ray_guard")
 
@@ -76,7 +79,8 @@ def _outside(name: str, texts: tuple[str, ...]) -> None:
     for text in texts:
         policy = documents.read(text, documents.identify(text))
         if confine.policies():
-            confine.confine(policy)  # a confined program: what both allow
+            # A confined program: what both allow. Who it is was said when it was confined first.
+            confine.enter(cast("Policy", policy), confine.Identity(evidence=""))
         elif policy.mode is Mode.ENFORCE:
             raise NotEnforced(
                 ("guard",),

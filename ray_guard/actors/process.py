@@ -6,12 +6,16 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 import psutil
 
 from ray_guard.actors import environment, internals
+from ray_guard.actors.documents import Wired
 from ray_guard.client import channel, confine
-from ray_guard.policy.model import Policy
+
+if TYPE_CHECKING:
+    from ray_guard.policy.model import Policy
 
 _HELPERS_ENVIRONMENT = ("RAY_", "PATH", "PYTHONPATH", "HOME", "LANG", "LC_", "LD_LIBRARY_PATH", "SSL_CERT_")
 
@@ -32,7 +36,7 @@ class Confinement:
         """Those of `ids` that this process is not under."""
         return tuple(each for each in ids if each not in self._ids)
 
-    def enter(self, policy_id: str, policy: Policy) -> None:
+    def enter(self, policy_id: str, policy: Wired) -> None:
         """Confines this process under `policy` too, for good.
 
         Raises:
@@ -41,7 +45,7 @@ class Confinement:
         with self._lock:
             if policy_id in self._ids:
                 return
-            confine.enter(policy, identity(), cluster=None if self._ids else cluster())
+            confine.enter(cast("Policy", policy), identity(), cluster=None if self._ids else cluster())
             self._ids = (*self._ids, policy_id)
 
     def identify(self, class_name: str) -> None:

@@ -14,7 +14,6 @@ from typing import Final
 
 from ray_guard.actors import documents, internals
 from ray_guard.errors import NotEnforced
-from ray_guard.policy.model import Policy
 
 WAIT: Final = "RAY_GUARD_REGISTRY_WAIT"
 """Seconds that a worker waits for its policy (default 5): workers that Ray starts early may be ahead of the driver."""
@@ -36,7 +35,7 @@ def publish(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(ids)
 
 
-def look_up(policy_id: str) -> Policy:
+def look_up(policy_id: str) -> documents.Wired:
     """The policy with that id.
 
     Raises:
