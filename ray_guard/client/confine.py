@@ -165,7 +165,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
         channel.identity = {"rl.run.id": identity.run_id} if identity.run_id else {}
         _let_judge(int(answer["supervisor"]))
         program = rings.actor_ring(Role(answer["role"]), platform.machine(), datagrams=bool(answer["datagrams"]))
-        lifeline = passed[0]
+        stops, kills = passed
     except BaseException:
         channel.close()
         raise
@@ -173,14 +173,16 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
         listener = seccomp.install_on_process(program)
     except OSError as error:
         channel.close()
-        os.close(lifeline)
+        os.close(stops)
+        os.close(kills)
         raise NotEnforced(["seccomp.user_notification"], _why(error)) from error
     # From here on there is no way back: whatever fails leaves a process whose notified calls fail.
     try:
         _hand_over(channel, listener)
     finally:
         os.close(listener)
-    _tie(lifeline)
+    _tie(stops, signal.SIGSTOP)
+    _tie(kills, signal.SIGKILL)
     return channel
 
 
@@ -211,16 +213,17 @@ def _let_judge(supervisor: int) -> None:
             raise
 
 
-def _tie(lifeline: int) -> None:
-    """Ties this process's life to the supervisor's: when its end of the line closes, the kernel kills this process.
+def _tie(line: int, number: signal.Signals) -> None:
+    """Lets the kernel send this process a signal when the other end of ``line`` closes.
 
-    No thread and no handler is needed, so no code of the target can be late.
+    No thread and no handler is needed, so no code of the target can be late. The supervisor's end stops the target, so
+    that its tree still hangs together when the zygote ends it; the zygote's end kills it.
     """
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(line, fcntl.F_SETSIG, number)
+    fcntl.fcntl(line, fcntl.F_SETFL, fcntl.fcntl(line, fcntl.F_GETFL) | os.O_ASYNC)
     # It may have closed in between: then no signal comes any more.
-    with socket.socket(fileno=os.dup(lifeline)) as probe:
+    with socket.socket(fileno=os.dup(line)) as probe:
         try:
             if probe.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b"":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -33,7 +33,8 @@ from ray_guard.egress import sockaddr
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
-from ray_guard.kernel.sock_diag import SO_COOKIE
+from ray_guard.kernel.seqpacket import DESCRIPTOR_LIMIT
+from ray_guard.kernel.sock_diag import SO_COOKIE, unix_file
 from ray_guard.kernel.syscalls import NUMBERS
 from ray_guard.policy.decide import Operation
 from ray_guard.policy.destination import Transport
@@ -572,7 +573,7 @@ class Gate:
             os.chdir(f"/proc/{notification.pid}/cwd")
             result = libc.bind(duplicate, raw)
             if result == 0:
-                self._judge.bound(os.open(address.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+                self._claim(duplicate, os.open(address.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
             return result
         except OSError as error:
             return -(error.errno or errno.EACCES)
@@ -581,9 +582,31 @@ class Gate:
             os.fchdir(home)
             os.close(home)
 
+    def _claim(self, duplicate: int, pinned: int) -> None:
+        """Makes the bound socket file the target's own, if it is the one that was bound.
+
+        The path may mean another by now: a folder or a name swapped in between would make somebody else's socket,
+        docker.sock for one, the target's own. So the kernel is asked which file the socket is bound to.
+        """
+        try:
+            bound = unix_file(os.fstat(duplicate).st_ino)
+            found = (procfs.mounted_device(pinned), os.fstat(pinned).st_ino & 0xFFFFFFFF)
+        except OSError as error:
+            os.close(pinned)
+            self._judge.fault(f"what a unix socket is bound to cannot be asked: {error}")
+            return
+        if bound == found:
+            self._judge.bound(pinned)
+        else:
+            os.close(pinned)
+
     def _listen(self, notification: Notification) -> None:
         duplicate = self._take(notification, notification.arg0)
-        sock = socket.socket(fileno=duplicate)
+        try:
+            sock = socket.socket(fileno=duplicate)
+        except OSError as error:  # not a socket
+            os.close(duplicate)
+            raise sockaddr.BadAddress(error.errno or errno.ENOTSOCK) from error
         try:
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 address, port = sock.getsockname()[:2]
@@ -611,15 +634,28 @@ class Gate:
             kind = _type(duplicate)
             limit = _PAYLOAD_LIMIT if kind == _STREAM else 1 << 17  # a short write is a stream's right
             data = self._read(notification, notification.arg1, min(size, limit))
-            if kind == _STREAM and flags & _MSG_FASTOPEN:
-                self._refuse(notification, errno.EOPNOTSUPP)  # programs fall back to connect, which is judged
-                return
             message = _Message(data, raw if kind not in _CONNECTION_ORIENTED else b"", b"", [])
-            outcome = self._send(notification, duplicate, flags, [message], lambda sent: sent[0])
+            outcome = self._connect_first(notification, duplicate, raw) if flags & _MSG_FASTOPEN else 0
+            if outcome == 0:
+                outcome = self._send(notification, duplicate, flags & ~_MSG_FASTOPEN, [message], lambda sent: sent[0])
         except BaseException:
             os.close(duplicate)
             raise
         self._sent(notification, duplicate, outcome)
+
+    def _connect_first(self, notification: Notification, duplicate: int, raw: bytes) -> int:
+        """MSG_FASTOPEN names a destination in a send: it is connected to like any other, then the data follows.
+
+        Where the connect takes its time the send ends with it, 0 bytes long: the caller sends again, as it may have to.
+        """
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        try:
+            address = sockaddr.decode(raw)
+            if not isinstance(address, sockaddr.Inet) or sock.getsockopt(_SOL_SOCKET, _SO_TYPE) != _STREAM:
+                return errno.EOPNOTSUPP
+            return self._connect_socket(notification, sock, raw, address)
+        finally:
+            sock.detach()
 
     def _sent(self, notification: Notification, duplicate: int, outcome: int) -> None:
         if outcome != _PARKED:
@@ -647,7 +683,7 @@ class Gate:
         self, notification: Notification, headers: list[int], flags: int, report: Callable[[list[int]], int]
     ) -> None:
         if flags & _MSG_FASTOPEN:
-            self._refuse(notification, errno.EOPNOTSUPP)
+            self._refuse(notification, errno.EOPNOTSUPP)  # programs fall back to connect
             return
         duplicate = self._take(notification, notification.arg0)
         messages: list[_Message] = []
@@ -701,8 +737,13 @@ class Gate:
                     raise sockaddr.BadAddress(errno.EINVAL)
                 data = raw[at + 16 : at + length]
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    for number in array.array("i", data[: len(data) // 4 * 4]):
+                    numbers = array.array("i", data[: len(data) // 4 * 4])
+                    if len(passed) + len(numbers) > DESCRIPTOR_LIMIT:
+                        raise sockaddr.BadAddress(errno.EINVAL)
+                    for number in numbers:
                         passed.append(self._take(notification, number))
+                        if _sends_anywhere(passed[-1]):
+                            raise sockaddr.BadAddress(errno.EPERM)
                 elif (level, kind) in _HARMLESS_CONTROL:
                     kept += raw[at : at + ((length + 7) & ~7)]
                 else:
@@ -873,6 +914,16 @@ class _Message:
     def close(self) -> None:
         while self._to_close:
             os.close(self._to_close.pop())
+
+
+def _sends_anywhere(descriptor: int) -> bool:
+    """Whether it is a socket whose sendmsg chooses the destination: made by a tool, it must not become its actor's.
+
+    The actor ring looks at no sendmsg (see rings.actor_ring); there such sockets are mute from their making on.
+    """
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        return False
+    return _type(descriptor) not in _CONNECTION_ORIENTED
 
 
 def _type(descriptor: int) -> int:

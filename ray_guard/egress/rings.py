@@ -172,4 +172,6 @@ def call_ring(machine: str) -> tuple[Instruction, ...]:
     rules += _socket_pairs((STREAM, SEQPACKET, DGRAM))  # a datagram pair's addresses are judged in sendto and sendmsg
     rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
     rules += [Rule(name, _REFUSE) for name in _FOREIGN_PROCESS]
+    # Limits of another process, whichever: a tool that set the supervisor's could end it. One's own go by pid 0.
+    rules += [*pointer_given("prlimit64", _REFUSE, 2, differs(0, 0))]
     return assemble(rules, machine)

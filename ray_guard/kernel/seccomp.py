@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import signal
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -201,6 +202,7 @@ _FLAG_CONTINUE = 1
 _ADDFD_FLAG_SEND = 2
 _O_CLOEXEC = 0o2000000
 _ZERO = bytes(80)
+_TICK = frozenset({signal.SIGALRM})
 
 
 class Notification(NamedTuple):
@@ -277,10 +279,14 @@ class Listener:
     def answer_with_descriptor(self, notification_id: int, descriptor: int, *, close_on_exec: bool) -> bool:
         """Installs a duplicate of ``descriptor`` in the caller and completes the call with its number there."""
         request = _ADDFD.pack(notification_id, _ADDFD_FLAG_SEND, descriptor, 0, _O_CLOEXEC if close_on_exec else 0)
+        # Interrupted, the kernel has answered already, without the descriptor: the caller would take 0 for its number.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _TICK)
         try:
             fcntl.ioctl(self.fd, _IOCTL_ADDFD, request)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return False
             raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return True

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 PACKET_LIMIT: Final = 1 << 17
-DESCRIPTOR_LIMIT: Final = 64
+DESCRIPTOR_LIMIT: Final = 253
+"""The kernel's own, SCM_MAX_FD: with less room here a packet that it lets through would arrive cut short."""
 
 
 class BadPacket(ValueError):

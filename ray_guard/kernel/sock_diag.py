@@ -6,6 +6,7 @@ Source: sock_diag(7), ``include/uapi/linux/{sock_diag,inet_diag,tcp}.h``.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 from collections.abc import Container, Iterator
@@ -70,6 +71,16 @@ def _parse(data: memoryview) -> Counted | None:
             return None
         at += (length + 3) & ~3
     return None
+
+
+def _attributes(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    at = 0
+    while at + 4 <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        if length < 4:
+            return
+        yield kind, data[at + 4 : at + length]
+        at += (length + 3) & ~3
 
 
 def _messages(packet: bytes) -> Iterator[tuple[int, memoryview]]:
@@ -168,3 +179,35 @@ class SockDiag:
     def close(self) -> None:
         self._events.close()
         self._questions.close()
+
+
+_UDIAG_SHOW_VFS, _UNIX_DIAG_VFS, _UNIX_MESSAGE = 2, 1, 16
+
+
+def unix_file(socket_inode: int) -> tuple[int, int] | None:
+    """(device as the kernel numbers it, low 32 bits of the inode) of the file that a unix socket is bound to.
+
+    Args:
+        socket_inode: ``st_ino`` of a descriptor of the socket.
+
+    Returns:
+        None where the socket is bound to no file.
+
+    Raises:
+        OSError: the kernel has no ``unix_diag``, or the socket is gone.
+    """
+    states, cookie = 0xFFFFFFFF, b"\xff" * 8
+    body = struct.pack("=BBHIII8s", socket.AF_UNIX, 0, 0, states, socket_inode, _UDIAG_SHOW_VFS, cookie)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(1.0)
+        sock.send(_HEADER.pack(16 + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
+        for kind, data in _messages(sock.recv(1 << 14)):
+            if kind == _NLMSG_ERROR:
+                (error,) = struct.unpack_from("=i", data)
+                raise OSError(-error, f"unix_diag: {os.strerror(-error)}")
+            if kind == _SOCK_DIAG_BY_FAMILY:
+                for attribute, value in _attributes(data[_UNIX_MESSAGE:]):
+                    if attribute == _UNIX_DIAG_VFS and len(value) >= 8:
+                        inode, device = struct.unpack_from("=II", value)
+                        return device, inode
+    return None

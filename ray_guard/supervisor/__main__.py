@@ -57,6 +57,11 @@ class Supervisor:
         if not self._sessions:
             self._linger()
 
+    def abandon(self) -> None:
+        """Cuts what the targets have open: they end with this process."""
+        for session in self._sessions:
+            session.abandon()
+
     def _linger(self) -> None:
         visits = self._visits
 
@@ -93,10 +98,10 @@ def main(descriptor: int) -> None:
     loop = Loop()
     node = Node(loop, (str(rendezvous.folder()),))
     _lower_capabilities()
-    _watch_zygote(loop, zygote_pid)
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
-    Supervisor(listener, loop, node, starts)
+    supervisor = Supervisor(listener, loop, node, starts)
+    _watch_zygote(loop, zygote_pid, supervisor)
     gc.freeze()  # what is here now stays; what comes and goes is few and small
     gc.set_threshold(50_000, 20, 100)
     loop.run()
@@ -109,12 +114,13 @@ def _lower_capabilities() -> None:
     libc.capset(effective & ~(1 << _CAP_NET_ADMIN | 1 << _CAP_NET_RAW), permitted, inheritable)
 
 
-def _watch_zygote(loop: Loop, pid: int) -> None:
+def _watch_zygote(loop: Loop, pid: int, supervisor: Supervisor) -> None:
     """Without its zygote no tool can be started nor ended: the supervisor ends, and with it its targets."""
     pidfd = os.pidfd_open(pid)
 
     def lost(_events: int) -> None:
         log.error("the zygote is gone")
+        supervisor.abandon()
         loop.stop()
 
     loop.watch(pidfd, select.EPOLLIN, lost)

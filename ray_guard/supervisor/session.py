@@ -6,6 +6,7 @@ connection at most: a target without one is a target that has gone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -22,7 +23,7 @@ from ray_guard import errors
 from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced, PolicyError, RayGuardError
 from ray_guard.evidence.journal import JournalError
-from ray_guard.kernel import libc, seqpacket
+from ray_guard.kernel import libc, procfs, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import Scope
 from ray_guard.policy.decide import CompiledPolicy, Operation, Process, Request, decide
@@ -189,15 +190,27 @@ class Session:
         if refused and policy.mode is Mode.ENFORCE:
             if membership is not None:
                 self._node.leave(target)
-            raise NotEnforced(refused, "these connections are open already, and no rule grants them: close them first")
+            raise NotEnforced(refused, "these connections are open already and no rule grants them: close them first")
         self._pidfd = os.pidfd_open(pid)
         self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
         self._target = target
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._lifeline = ours
-            self._reply(descriptors[0], {"ok": True, "supervisor": os.getpid(), "role": policy.role.value,
-                                         "datagrams": grants_datagrams(policy)}, (theirs.fileno(),))  # fmt: skip
+        self._lifeline, stops = socket.socketpair()
+        with stops, self._ward(pid) as kills:
+            welcome = {
+                "ok": True,
+                "supervisor": os.getpid(),
+                "role": policy.role.value,
+                "datagrams": grants_datagrams(policy),
+            }
+            self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _ward(self, pid: int) -> socket.socket:
+        """Puts the target's tree into the zygote's care, should this process die; returns the target's line to it."""
+        held, kills = socket.socketpair()
+        with held:
+            message = {"op": "ward", "pid": pid, "start_time": procfs.start_time(pid)}
+            seqpacket.send(self._zygote, message, [held.fileno()])
+        return kills
 
     def _peer(self) -> tuple[int, int]:
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -351,6 +364,12 @@ class Session:
                 log.exception("spans of %s could not be closed", self._name())
         self._try_finish()
 
+    def abandon(self) -> None:
+        """This process must end before its targets: what they have open is cut first."""
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+
     def _unfiltered(self) -> None:
         self._gate = None
         self._try_finish()
@@ -370,6 +389,9 @@ class Session:
         if self._lifeline is not None:
             self._lifeline.close()
             self._lifeline = None
+        if self._target is not None:
+            with contextlib.suppress(OSError):
+                seqpacket.send(self._zygote, {"op": "release", "pid": self._target.pid})
         if self._target is not None:
             self._node.leave(self._target)
             self._target.account.close()

@@ -10,6 +10,7 @@ the tool has ended, when it is told to, or when the supervisor is gone. Nothing 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -26,13 +27,13 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from ray_guard.egress import rings
-from ray_guard.kernel import libc, procfs, seccomp, seqpacket
+from ray_guard.kernel import landlock, libc, procfs, seccomp, seqpacket
 
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
 TERM_PATIENCE_S: Final = 1.0
-_FIRST_FREE: Final = 256
-"""Descriptors are parked from here on while a tool's own numbers are being filled."""
+_FIRST_FREE: Final = 255
+"""Descriptors are parked above this, and above all of the tool's own numbers, while those are being filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +97,35 @@ def read_start(descriptor: int, limit: int = 16 << 20) -> Start:
 def run(requests: socket.socket) -> NoReturn:
     """The zygote's life: one leader per request, until the supervisor hangs up."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaders report to the supervisor; nobody waits for them here
+    libc.prctl(libc.PR_SET_DUMPABLE, 0)  # nobody of the same user may write its memory, nor its leaders'
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a tool's descriptors may have any number
     program = rings.call_ring(platform.machine())
     gc.freeze()  # a collection in a child would copy every page
+    wards: dict[int, _Ward] = {}
     while True:
         try:
             received = seqpacket.receive(requests)
-        except (OSError, seqpacket.BadPacket):
+        except seqpacket.BadPacket:
+            continue  # one start is lost, and says so: its link is closed with the packet
+        except OSError:
             received = None
         if received is None:
+            _end_wards(list(wards.values()))
             os._exit(0)
         message, descriptors = received
+        if message.get("op") == "ward":
+            wards[int(message["pid"])] = _Ward(int(message["pid"]), int(message["start_time"]), descriptors[0])
+            continue
+        if message.get("op") == "release":
+            ward = wards.pop(int(message["pid"]), None)
+            if ward is not None:
+                os.close(ward.lifeline)
+            continue
         if os.fork() == 0:
             requests.close()
+            for ward in wards.values():
+                os.close(ward.lifeline)  # a leader's copy would keep the line alive when the zygote is gone
             code = 1
             try:
                 code = _Leader(message, descriptors, program).run()
@@ -116,6 +134,32 @@ def run(requests: socket.socket) -> NoReturn:
             finally:
                 os._exit(code)
         seqpacket.close_all(descriptors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ward:
+    """A target whose tree is ended here when the supervisor is gone."""
+
+    pid: int
+    start_time: int
+    lifeline: int
+    """Held open; where the zygote dies too, its closing kills the target."""
+
+
+def _end_wards(wards: list[_Ward]) -> None:
+    """The supervisor is gone, and its lifelines have stopped the targets: end their trees while these hang together.
+
+    Children first: a target that died before them would leave them to nobody.
+    """
+    deadline = time.monotonic() + KILL_PATIENCE_S
+    wards = [ward for ward in wards if procfs.start_time(ward.pid) == ward.start_time]
+    while wards and time.monotonic() < deadline:
+        below = {pid for ward in wards for pid in procfs.descendants(ward.pid) if not procfs.is_zombie(pid)}
+        for pid in below or {ward.pid for ward in wards}:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if not below:
+            return
 
 
 class _Leader:
@@ -140,6 +184,13 @@ class _Leader:
             signal.signal(number, signal.SIG_IGN)
         os.setsid()
         libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
+        # A domain of its own, with the tool's within: from here on kill(-1) means this call's processes, and no others.
+        libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+        try:
+            landlock.enter_process_scope()
+        except OSError as error:
+            self._tell({"op": "failed", "stage": "scope", "errno": error.errno, "text": f"Landlock: {error.strerror}"})
+            return 0
         if not self._launch():
             return 0
         timed_out = self._attend()
@@ -254,39 +305,39 @@ class _Leader:
             pass
         return True
 
-    def _reap(self) -> None:
+    def _reap(self) -> bool:
+        """Takes in what has ended; whether any child is left. Orphans of the call are children too."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                return False
             if pid == 0:
-                return
+                return True
             if pid == self._pid:
                 self._status = status
 
-    def _signal_all(self, number: int) -> list[int]:
-        """Signals every process below; those that are still there (zombies are not)."""
-        alive = []
-        for pid in procfs.descendants(os.getpid()):
-            if not procfs.is_zombie(pid):
-                alive.append(pid)
-                try:
-                    os.kill(pid, number)
-                except OSError:
-                    pass
-        return alive
+    @staticmethod
+    def _signal_all(number: int) -> None:
+        """Signals every process of the call at once.
+
+        The kernel walks them under one lock that no fork can slip through, and the domain keeps everybody else out of
+        it. A list read from /proc does not work: processes that replace themselves are quicker than its reader.
+        """
+        try:
+            os.kill(-1, number)
+        except OSError:
+            pass  # ESRCH: nobody is left; EPERM: others exist, none of this call
 
     def _end_all(self) -> list[int]:
         """Kills until nothing is left below this process; what cannot be killed in time is returned."""
         deadline = time.monotonic() + KILL_PATIENCE_S
         while True:
-            alive = self._signal_all(signal.SIGKILL)
-            self._reap()
-            if not alive:
+            self._signal_all(signal.SIGKILL)
+            if not self._reap():
                 return []
             if time.monotonic() > deadline:
-                return alive
+                return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
             time.sleep(0.0005)
 
 
@@ -310,8 +361,9 @@ def _become_tool(
         os.setsid()
         os.fchdir(folder)
         # Park what must survive above the tool's own numbers, fill those, close everything else.
-        armed, go, failed = (_park(descriptor) for descriptor in (armed, go, failed))
-        parked = [_park(descriptor) for descriptor in standard]
+        free = max(_FIRST_FREE, *start.descriptors) + 1
+        armed, go, failed = (_park(descriptor, free) for descriptor in (armed, go, failed))
+        parked = [_park(descriptor, free) for descriptor in standard]
         for number, descriptor in zip(start.descriptors, parked, strict=True):
             os.dup2(descriptor, number, inheritable=True)
         kept = sorted({*start.descriptors, armed, go, failed})
@@ -320,8 +372,12 @@ def _become_tool(
                 libc.close_range(low + 1, high - 1)
         _inherit(start)
         _drop_capabilities()
+        stage = "scope"
+        # Within the leader's own domain, so that the tool cannot stop, kill or take over its leader.
+        landlock.enter_process_scope()
         stage = "filter"
         listener = seccomp.install_on_thread(program)
+        libc.prctl(libc.PR_SET_DUMPABLE, 1)  # the zygote is not; the leader must be able to take the listener
         os.write(armed, b"%d" % listener)
         os.close(armed)
         if not os.read(go, 1):
@@ -344,8 +400,8 @@ def _executable(pid: int) -> str | None:
         return None  # it has ended already
 
 
-def _park(descriptor: int) -> int:
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
+def _park(descriptor: int, at_least: int) -> int:
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, at_least)
 
 
 def _inherit(start: Start) -> None:
