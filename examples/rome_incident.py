@@ -29,7 +29,7 @@ PROMPT = "You maintain a small C library. Answer with the next shell command.\n"
 
 
 class Environment:
-    """Runs rollouts, several at once in threads of one actor."""
+    """Runs rollouts, four at once in threads of one actor."""
 
     def __init__(self, policy: Any, *, guarded: bool) -> None:
         self.policy = policy
@@ -73,12 +73,12 @@ def train(run: job.Run) -> None:
         environment = ray_guard.guard(role="env", mode=run.mode, allow=allowed, egress_bytes="64MiB")(environment)
 
     policy = run.own(engine.remote(**run.model))
-    environments = [run.own(environment.remote(policy, guarded=run.guarded)) for _ in range(2)]
-    run.wait([actor.__ray_ready__.remote() for actor in (policy, *environments)], "starting the engine and two actors")
+    tasks = run.tasks(iteration=1)
+    environments = [run.own(environment.remote(policy, guarded=run.guarded)) for _ in tasks[::4]]
+    run.wait([actor.__ray_ready__.remote() for actor in (policy, *environments)], "starting the engine and the actors")
 
     with ray_guard.iteration(1):
-        streams = [environments[n % 2].rollout.remote(task) for n, task in enumerate(run.tasks(iteration=1))]
-        run.follow(streams)
+        run.follow([environments[n // 4].rollout.remote(task) for n, task in enumerate(tasks)])
 
 
 if __name__ == "__main__":

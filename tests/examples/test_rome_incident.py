@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.kernel, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.kernel, pytest.mark.slow, pytest.mark.timeout(540)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rome_incident.py"
 ACTS = ["reverse tunnel", "mining", "sweep", "metadata", "job submission"]
@@ -26,7 +26,7 @@ ACTS = ["reverse tunnel", "mining", "sweep", "metadata", "job submission"]
 def run(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     out = folder / "result.json"
     command = [sys.executable, str(EXAMPLE), "--json", str(out), "--evidence", str(folder / "evidence"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert out.exists(), f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done, json.loads(out.read_text())
 
