@@ -1,0 +1,478 @@
+"""Other processes as a way out: their memory, descriptors, signals; and what a call leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import PYTHON, Attack, Host, Namespace, Stage, cases, escape, wait
+
+pytestmark = pytest.mark.kernel
+
+# An unconfined process of the same user, without capabilities (a tool has none either, and as root that would save it),
+# connected to a sink that is not granted, with a word in memory.
+_VICTIM = """
+import ctypes, json, os, socket, struct, sys, time
+libc = ctypes.CDLL(None)
+libc.prctl(0x59616D61, ctypes.c_ulong(-1 & 2**64 - 1), 0, 0, 0)
+header, data = struct.pack("=Ii", 0x20080522, 0), bytes(24)
+libc.capset(header, data)
+libc.prctl(4, 1, 0, 0, 0)
+sock = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+word = ctypes.create_string_buffer(b"untouched", 16)
+print(json.dumps({"pid": os.getpid(), "socket": sock.fileno(), "word": ctypes.addressof(word)}), flush=True)
+while True:
+    line = sys.stdin.readline()
+    if not line: break
+    print(word.value.decode(), flush=True)
+"""
+
+
+class Victim:
+    def __init__(self, port: int) -> None:
+        self.process = subprocess.Popen(
+            [PYTHON, "-I", "-S", "-c", _VICTIM, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        import json
+
+        assert self.process.stdout is not None
+        self.about: dict[str, Any] = json.loads(self.process.stdout.readline())
+
+    def state(self) -> str:
+        for line in Path(f"/proc/{self.about['pid']}/status").read_text().splitlines():
+            if line.startswith("State:"):
+                return line.split()[1]
+        return "gone"
+
+    def harm(self) -> str:
+        if self.process.poll() is not None:
+            return "the victim is dead"
+        if self.state() in "Tt":
+            return "the victim is stopped"
+        status = Path(f"/proc/{self.about['pid']}/status").read_text()
+        if "TracerPid:\t0" not in status:
+            return "the victim is traced"
+        limits = Path(f"/proc/{self.about['pid']}/limits").read_text()
+        if "Max core file size        1" in limits:
+            return "the victim's limits are changed"
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        word = self.process.stdout.readline().strip()
+        return "" if word == "untouched" else f"the victim's memory says {word!r}"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+_victims: list[Victim] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_victims_left() -> Iterator[None]:
+    yield
+    while _victims:
+        _victims.pop().close()
+
+
+def _against_victim(name: str, body: str, refused: tuple[str, ...] = (), **more: Any) -> Attack:
+    lines = "\n".join("    " + line for line in body.strip().splitlines())
+    return Attack(name, f"def main():\n    V = A['victim']\n{lines}\n", sink="", refused=refused, judge=_harm, **more)
+
+
+def _harm(told: dict[str, Any]) -> str:
+    victim = next(v for v in _victims if v.about == told["victim"])
+    found = victim.harm()
+    victim.close()
+    _victims.remove(victim)
+    return found
+
+
+AGAINST_VICTIM = [
+    _against_victim("process_vm_writev", """
+word = ctypes.create_string_buffer(b'poisoned', 16)
+call(311, V['pid'], struct.pack('=QQ', ctypes.addressof(word), 16), 1, struct.pack('=QQ', V['word'], 16), 1, 0)
+""", ("EPERM",)),
+    _against_victim("ptrace attach", """
+libc.ptrace.restype = ctypes.c_long
+if libc.ptrace(16, V['pid'], 0, 0): raise OSError(ctypes.get_errno(), 'attach')
+time.sleep(0.1)
+os.kill(os.getpid(), 9)
+""" .replace("time.sleep(0.1)\nos.kill(os.getpid(), 9)", """os.waitpid(V['pid'], 0x40000000)
+libc.ptrace(5, V['pid'], ctypes.c_long(V['word']), ctypes.c_long(0x64656e6f73696f70))
+libc.ptrace(17, V['pid'], 0, 0)"""), ("EPERM",)),
+    _against_victim("ptrace seize", """
+libc.ptrace.restype = ctypes.c_long
+if libc.ptrace(0x4206, V['pid'], 0, 0): raise OSError(ctypes.get_errno(), 'seize')
+libc.ptrace(0x4207, V['pid'], 0, 0)
+os.waitpid(V['pid'], 0x40000000)
+libc.ptrace(5, V['pid'], ctypes.c_long(V['word']), ctypes.c_long(0x64656e6f73696f70))
+libc.ptrace(17, V['pid'], 0, 0)
+""", ("EPERM",)),
+    _against_victim("/proc/PID/mem", """
+with open('/proc/%d/mem' % V['pid'], 'r+b', buffering=0) as memory:
+    memory.seek(V['word'])
+    memory.write(b'poisoned')
+""", ("EACCES", "EPERM"), rings=("call",)),  # an actor's files are detected, not prevented: CONTRACT, two promises
+    _against_victim("SIGKILL", "os.kill(V['pid'], 9)\ntime.sleep(0.1)", ("EPERM",), rings=("call",)),
+    _against_victim("SIGSTOP by pidfd", "signal.pidfd_send_signal(os.pidfd_open(V['pid']), signal.SIGSTOP)\ntime.sleep(0.1)",
+                    ("EPERM",), rings=("call",)),
+    _against_victim("SIGKILL to every process of the session", """
+os.kill(V['pid'], 0)
+libc.tgkill(V['pid'], V['pid'], 9)
+time.sleep(0.1)
+""", ("EPERM",), rings=("call",)),
+    _against_victim("prlimit of another process", """
+call(302, V['pid'], 4, struct.pack('=QQ', 1, 1), 0)
+""", ("EPERM",), rings=("call",)),
+]  # fmt: skip
+
+
+@cases(AGAINST_VICTIM)
+def test_victim(stage: Stage, attack: Attack, ring: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = stage.arguments
+
+    def with_victim() -> dict[str, Any]:
+        victim = Victim(stage.sinks.address("tcp"))
+        _victims.append(victim)
+        return {**arguments(), "victim": victim.about}
+
+    monkeypatch.setattr(stage, "arguments", with_victim)
+    escape(stage, attack, ring)
+
+
+def test_pidfd_getfd_of_a_connected_socket(stage: Stage) -> None:
+    """A foreign process's connection to the outside is as good as one of one's own."""
+    import json
+
+    from harness import EPILOGUE, PRELUDE, run_unconfined
+
+    program = """
+def main():
+    V = A['victim']
+    taken = call(438, os.pidfd_open(V['pid']), V['socket'], 0)
+    os.write(taken, TOKEN)
+"""
+    victim = Victim(stage.sinks.address("tcp"))
+    _victims.append(victim)
+    for ring in ("unconfined", "actor", "call"):
+        stage.sinks.flush("tcp")
+        stage.sinks.clear()
+        told = {**stage.arguments(), "victim": victim.about}
+        argv = [PYTHON, "-I", "-S", "-c", PRELUDE + program + EPILOGUE, json.dumps(told)]
+        outcome = run_unconfined(argv) if ring == "unconfined" else stage.host().run(ring, argv)
+        if ring == "unconfined":
+            wait(lambda told=told: told["token"].encode() in stage.sinks.seen("tcp")[1], f"does not work: {outcome}")
+        else:
+            stage.sinks.flush("tcp")
+            assert stage.sinks.seen("tcp") == (0, b"")
+            assert outcome.said["errno"] == "EPERM"
+
+
+@pytest.mark.parametrize("whom", ["leader", "zygote", "supervisor"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_a_tool_cannot_signal_its_keepers(tmp_path: Path, stage: Stage, whom: str, number: signal.Signals) -> None:
+    program = """
+import os, sys, time
+above = {"leader": os.getppid(), "supervisor": int(sys.argv[2])}
+above["zygote"] = int(open("/proc/%d/stat" % above["leader"]).read().rsplit(")", 1)[1].split()[1])
+if os.fork() == 0:  # whatever was stopped must go on
+    time.sleep(1)
+    try: os.kill(above[sys.argv[1]], 18)
+    except OSError: pass
+    os._exit(0)
+try:
+    os.kill(above[sys.argv[1]], int(sys.argv[3]))
+except OSError as error:
+    print('{"errno": %d, "pid": %d}' % (error.errno, above[sys.argv[1]]))
+else:
+    print('{"errno": 0, "pid": %d}' % above[sys.argv[1]])
+"""
+    host = stage.host()
+    argv = [PYTHON, "-I", "-S", "-c", program, whom, str(host.supervisor), str(int(number))]
+    outcome = host.run("call", argv)
+    assert outcome.said.get("errno") == 1, outcome
+    assert host.run("call", ["true"]).status == 0
+
+
+def test_a_tool_can_signal_within_its_call(stage: Stage) -> None:
+    outcome = stage.host().run("call", ["sh", "-c", "sleep 100 & kill $! && wait $!; echo $?"])
+    assert outcome.stdout == "143\n"
+
+
+def test_a_debugger_works_within_its_call(stage: Stage) -> None:
+    program = """
+import ctypes, os, signal
+libc = ctypes.CDLL(None, use_errno=True)
+child = os.fork()
+if child == 0:
+    import time
+    time.sleep(100)
+if libc.ptrace(16, child, 0, 0): raise SystemExit("attach: %d" % ctypes.get_errno())
+os.waitpid(child, 0)
+print("attached")
+os.kill(child, 9)
+"""
+    assert stage.host().run("call", [PYTHON, "-I", "-S", "-c", program]).stdout == "attached\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the listener
+
+
+@pytest.mark.parametrize("ring", ["actor", "call"])
+def test_nobody_holds_a_listener(stage: Stage, ring: str) -> None:
+    """Who holds the listener can answer its own calls."""
+    program = "import os; print([os.readlink('/proc/self/fd/' + n) for n in os.listdir('/proc/self/fd') if os.path.islink('/proc/self/fd/' + n)])"
+    assert "seccomp" not in stage.host().run(ring, [PYTHON, "-I", "-S", "-c", program]).stdout
+    links = stage.host().inside(
+        "import os\nresult = []\n"
+        "for n in os.listdir('/proc/self/fd'):\n"
+        "    try: result.append(os.readlink('/proc/self/fd/' + n))\n"
+        "    except OSError: pass\n"
+    )
+    assert links
+    assert not [link for link in links if "seccomp" in link]
+
+
+def test_a_tool_has_no_descriptor_but_its_own(stage: Stage) -> None:
+    program = "import os; print(sorted(os.listdir('/proc/self/fd')))"
+    # 3 is the directory being listed
+    assert stage.host().run("call", [PYTHON, "-I", "-S", "-c", program]).stdout == "['0', '1', '2', '3']\n"
+
+
+def test_a_second_listener_is_refused(stage: Stage) -> None:
+    program = """
+import ctypes, struct
+libc = ctypes.CDLL(None, use_errno=True)
+code = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0x7fff0000), 8)
+class Prog(ctypes.Structure): _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+prog = Prog(1, ctypes.addressof(code))
+print(libc.syscall(317, 1, 8, ctypes.byref(prog)), ctypes.get_errno())
+"""
+    for ring in ("actor", "call"):
+        assert stage.host().run(ring, [PYTHON, "-I", "-S", "-c", program]).stdout == "-1 16\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# descriptors handed around
+
+
+def test_a_tool_cannot_hand_its_datagram_socket_to_the_actor(stage: Stage) -> None:
+    """An actor's own datagram sockets cannot send, for its sendmsg is not looked at; a tool's can."""
+    tool = """
+import array, socket, sys
+line = socket.socket(fileno=int(sys.argv[1]))
+for family, kind in ((socket.AF_INET, socket.SOCK_DGRAM), (socket.AF_INET6, socket.SOCK_DGRAM), (socket.AF_UNIX, socket.SOCK_DGRAM)):
+    sock = socket.socket(family, kind)
+    try:
+        line.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [sock.fileno()]))])
+        print('passed')
+    except OSError as error:
+        print(error.errno)
+        line.send(b'-')
+"""
+    code = """
+import socket
+ours, theirs = socket.socketpair()
+done = ray_guard.run([python, '-I', '-S', '-c', tool, str(theirs.fileno())], pass_fds=[theirs.fileno()], capture_output=True, text=True)
+theirs.close()
+result = [done.stdout + done.stderr]
+for where in (('127.0.0.1', udp), ('::1', udp), unix):
+    data, descriptors, _, _ = socket.recv_fds(ours, 1, 4)
+    for descriptor in descriptors:
+        sock = socket.socket(fileno=descriptor)
+        try:
+            sock.sendmsg([b'LEAK'], [], 0, where)
+            result.append('sent')
+        except OSError as error:
+            result.append(str(error))
+"""
+    stage.sinks.clear()
+    sinks = {"udp": stage.sinks.address("udp"), "unix": stage.sinks.address("unix_dgram")}
+    said = stage.host().inside(code, tool=tool, python=PYTHON, **sinks)
+    for sink in ("udp", "unix_dgram"):
+        stage.sinks.flush(sink)
+        assert stage.sinks.seen(sink) == (0, b""), said
+
+
+def test_streams_and_files_may_be_handed_around(stage: Stage) -> None:
+    """The positive side: descriptors of pipes, files and connected stream sockets travel between a call's processes."""
+    program = """
+import array, os, socket
+ours, theirs = socket.socketpair()
+read, write = os.pipe()
+left, right = socket.socketpair()
+socket.send_fds(ours, [b'x'], [read, left.fileno()])
+_, (pipe, stream), _, _ = socket.recv_fds(theirs, 1, 4)
+os.write(write, b'one'); right.send(b'two')
+print(os.read(pipe, 9).decode(), os.read(stream, 9).decode())
+"""
+    for ring in ("actor", "call"):
+        assert stage.host().run(ring, [PYTHON, "-I", "-S", "-c", program]).stdout == "one two\n"
+
+
+def test_an_inherited_connection_is_not_passed_to_a_tool(stage: Stage) -> None:
+    code = """
+import socket
+sock = socket.create_connection(('127.0.0.1', port))
+try:
+    ray_guard.run(['true'], pass_fds=[sock.fileno()])
+except ValueError as error:
+    result = str(error)
+"""
+    assert "connected socket" in stage.host().inside(code, port=stage.sinks.address("granted"))
+
+
+@pytest.mark.parametrize("count", [40, 61, 62, 120])
+def test_many_passed_descriptors_hurt_nobody(stage: Stage, count: int) -> None:
+    """More than fit are refused to whoever passes them; the supervisor and everybody else live on."""
+    code = """
+import os
+pairs = [os.pipe() for _ in range(count)]
+try:
+    done = ray_guard.run(['sh', '-c', 'ls /proc/self/fd | wc -l'], pass_fds=[read for read, _ in pairs], capture_output=True, text=True)
+    result = int(done.stdout) - 4
+except (OSError, ValueError) as error:
+    result = f'{type(error).__name__}: {error}'
+finally:
+    for pair in pairs:
+        os.close(pair[0]); os.close(pair[1])
+"""
+    host = stage.host()
+    found = host.inside(code, count=count)
+    assert found == count or isinstance(found, str), found
+    assert host.run("call", ["true"]).status == 0
+
+
+@pytest.mark.parametrize("number", [5, 200, 256, 257, 258, 259, 400, 1000])
+def test_a_passed_descriptor_keeps_its_number(stage: Stage, number: int) -> None:
+    """Whatever number it has, it must not collide with what the zygote holds meanwhile."""
+    code = """
+import os
+read, write = os.pipe()
+os.dup2(read, number); os.write(write, b'through'); os.close(write)
+try:
+    result = ray_guard.run(['sh', '-c', f'cat /proc/self/fd/{number}'], pass_fds=[number], capture_output=True, text=True).stdout
+finally:
+    os.close(number); os.close(read)
+"""
+    assert stage.host().inside(code, number=number) == "through"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a call leaves behind
+
+_SURVIVORS = {
+    "background": "sleep 1000 & echo $! > PID",
+    "setsid": "setsid -f sh -c 'echo $$ > PID; exec sleep 1000'",
+    "nohup": "nohup sleep 1000 & echo $! > PID",
+    "double fork": "sh -c '(sleep 1000 & echo $! > PID)'",
+    "TERM-ignoring": "sh -c 'trap \"\" TERM HUP INT; echo $$ > PID; while :; do sleep 1; done' & :",
+    "stopped": "sleep 1000 & kill -STOP $!; echo $! > PID",
+    "env -i": "env -i setsid -f /bin/sh -c 'echo $$ > PID; exec sleep 1000'",
+}
+
+
+@pytest.mark.parametrize("kind", _SURVIVORS)
+def test_survivors_end_with_the_call(stage: Stage, tmp_path: Path, kind: str) -> None:
+    # no pipe in a survivor's hands: subprocess would wait for its end
+    script = "exec >/dev/null 2>&1; " + _SURVIVORS[kind] + "; while ! [ -s PID ]; do sleep 0.01; done"
+    loose = tmp_path / "loose"
+    subprocess.run(["sh", "-c", script.replace("PID", str(loose))], check=True)
+    pid = int(loose.read_text())
+    assert _exists(pid), "the attack does not even work unconfined"
+    os.kill(pid, signal.SIGKILL)
+    held = tmp_path / "held"
+    outcome = stage.host().run("call", ["sh", "-c", script.replace("PID", str(held))])
+    ended = time.monotonic()
+    pid = int(held.read_text())
+    wait(lambda: not _exists(pid), "it lives on", 1.0)
+    print(f"{kind}: gone {1e3 * (time.monotonic() - ended):.0f} ms after the call's end; the call took {outcome.seconds:.3f} s")
+
+
+def test_a_reforking_swarm_ends_with_the_call(stage: Stage, tmp_path: Path) -> None:
+    """Processes that replace themselves faster than a list of them can be read."""
+    tmp_path.chmod(0o777)
+    swarm = """
+import os, sys, time
+for _ in range(8):
+    if os.fork() == 0:
+        os.setsid()
+        over = time.monotonic() + 20
+        while time.monotonic() < over:  # bounded, should it survive
+            if os.fork():
+                os._exit(0)
+            with open(sys.argv[1], 'a') as file: file.write('x')
+            time.sleep(0.001)
+        os._exit(0)
+time.sleep(0.2)
+"""
+    mark = tmp_path / "mark"
+    argv = ["sh", "-c", 'exec "$@" >/dev/null 2>&1', "sh", PYTHON, "-I", "-S", "-c", swarm, str(mark)]
+    outcome = stage.host().run("call", argv)
+    assert outcome.status == 0
+    assert outcome.seconds < 3
+    size = mark.stat().st_size
+    assert size > 0
+    time.sleep(0.3)
+    assert mark.stat().st_size == size, "the swarm lives on"
+
+
+def test_a_survivors_connection_is_cut_with_the_call(stage: Stage) -> None:
+    """The flow of a process that a call left behind ends with the call, within a second."""
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(10)
+    evidence = stage.folder / "evidence_cut"
+    namespace = Namespace()
+    host = Host({"egress": {"allow": [f"127.0.0.1:{server.getsockname()[1]}"]}}, evidence, namespace)
+    try:
+        script = f"exec 3<>/dev/tcp/127.0.0.1/{server.getsockname()[1]}; setsid -f sh -c 'while :; do echo x >&3; sleep 0.01; done' & sleep 0.2"
+        outcome = host.run("call", ["bash", "-c", script])
+        ended = time.monotonic()
+        accepted, _ = server.accept()
+        accepted.settimeout(5)
+        try:
+            while accepted.recv(1 << 16):
+                pass
+        except ConnectionResetError:
+            pass
+        assert time.monotonic() - ended < 1.0, outcome
+        accepted.close()
+    finally:
+        host.close()
+        namespace.close()
+        server.close()
+
+
+def _exists(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_threads_may_race_with_calls(stage: Stage) -> None:
+    """Eight calls at once, each with an ending of its own: none ends another's processes."""
+    code = """
+import threading, time
+result = {}
+def one(n):
+    with ray_guard.tool_call(f't{n}', {}):
+        done = ray_guard.run(['sh', '-c', f'sleep 0.{n}; echo {n}'], capture_output=True, text=True)
+        result[str(n)] = (done.returncode, done.stdout)
+threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    assert stage.host().inside(code) == {str(n): [0, f"{n}\n"] for n in range(8)}
+    assert threading.active_count() < 20
