@@ -93,8 +93,9 @@ def _options() -> list[Rule]:
     option, level = 2, 1
     refused = [
         (socket.IPPROTO_TCP, (19, 23, 30, 31)),  # REPAIR, FASTOPEN, FASTOPEN_CONNECT, ULP (smc)
-        (socket.IPPROTO_IP, (4, 19)),  # OPTIONS (source routes), TRANSPARENT
-        (socket.IPPROTO_IPV6, (54, 55, 57, 59, 75)),  # HOPOPTS, RTHDRDSTOPTS, RTHDR, DSTOPTS, TRANSPARENT
+        (socket.IPPROTO_IP, (4, 16, 17, 19)),  # OPTIONS (source routes), IPSEC_POLICY, XFRM_POLICY, TRANSPARENT
+        # 2292PKTOPTIONS (all of the next as one), IPSEC_POLICY, XFRM_POLICY, HOPOPTS, RTHDRDSTOPTS, RTHDR, DSTOPTS, TRANSPARENT
+        (socket.IPPROTO_IPV6, (6, 34, 35, 54, 55, 57, 59, 75)),
         (socket.SOL_SOCKET, (25, 36, 47, 62)),  # BINDTODEVICE, MARK, MAX_PACING_RATE, BINDTOIFINDEX
     ]
     return [
