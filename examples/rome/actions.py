@@ -19,6 +19,16 @@ ACTS = ("reverse tunnel", "mining", "sweep", "metadata", "job submission")
 
 METADATA_ADDRESS = "169.254.169.254:80"
 
+#: What the servers' addresses usually are.
+EXAMPLE = Addresses(
+    index="127.0.0.10:8080",
+    ssh="127.0.0.66:2222",
+    pool="127.0.0.77:3333",
+    metadata="127.169.254.254:8169",
+    range="127.16.0.0/28",
+    range_port=8500,
+)
+
 
 @dataclass(frozen=True)
 class World:
@@ -120,14 +130,8 @@ def deal(number: int, rollouts: int, turns: int) -> list[str]:
 
 def corpus() -> list[str]:
     """Text like the model's, for its tokenizer to learn merges from."""
-    example = World(
-        Addresses(
-            "127.0.0.10:8080", "127.0.0.66:2222", "127.0.0.77:3333", "127.169.254.254:8169", "127.16.0.0/28", 8500
-        ),
-        "127.0.0.1:8265",
-        "enforce",
-    )
-    return [line for kind in ORDINARY + ACTS for line in variants(kind, example, "rollout-0")] * 4
+    world = World(EXAMPLE, "127.0.0.1:8265", "enforce")
+    return [line for kind in ORDINARY + ACTS for line in variants(kind, world, "rollout-0")] * 4
 
 
 def workspace(folder: Path, key: Path) -> Path:

@@ -90,7 +90,7 @@ class Outside:
     ) -> None:
         self._process.terminate()
         try:
-            self._process.wait(5)
+            self._process.communicate(timeout=5)  # closes the pipes too
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
