@@ -94,7 +94,7 @@ def _options() -> list[Rule]:
     refused = [
         (socket.IPPROTO_TCP, (19, 23, 30, 31)),  # REPAIR, FASTOPEN, FASTOPEN_CONNECT, ULP (smc)
         (socket.IPPROTO_IP, (4, 16, 17, 19)),  # OPTIONS (source routes), IPSEC_POLICY, XFRM_POLICY, TRANSPARENT
-        # 2292PKTOPTIONS (all of the next as one), IPSEC_POLICY, XFRM_POLICY, HOPOPTS, RTHDRDSTOPTS, RTHDR, DSTOPTS, TRANSPARENT
+        # 2292PKTOPTIONS (what follows as one), both POLICYs, HOPOPTS, RTHDRDSTOPTS, RTHDR, DSTOPTS, TRANSPARENT
         (socket.IPPROTO_IPV6, (6, 34, 35, 54, 55, 57, 59, 75)),
         (socket.SOL_SOCKET, (25, 36, 47, 62)),  # BINDTODEVICE, MARK, MAX_PACING_RATE, BINDTOIFINDEX
     ]

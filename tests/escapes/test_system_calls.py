@@ -163,8 +163,16 @@ os.waitpid(child, 0)
         "if libc.setns(descriptor, 0): raise OSError(ctypes.get_errno(), 'setns')",
         privileged=True,
     ),
-    _doing("mount", "if libc.mount(b'none', A['folder'].encode(), b'tmpfs', 0, None): raise OSError(ctypes.get_errno(), '')",
-           privileged=True),  # fmt: skip
+    _doing(
+        "mount",
+        """
+target = A['folder'].encode() + b'/target'
+os.mkdir(target)
+if libc.mount(b'none', target, b'tmpfs', 0, None): raise OSError(ctypes.get_errno(), 'mount')
+libc.umount2(target, 2)
+""",
+        privileged=True,
+    ),
     _doing("bpf", "os.close(call(321, 0, struct.pack('=IIII', 2, 4, 8, 1) + bytes(56), 72))", privileged=True),
     _doing("userfaultfd", "os.close(call(323, 1))"),
     _doing("perf_event_open",
