@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.errors import NotEnforced
+from ray_guard.policy.enforcement import unenforced
 from ray_guard.records import Mode, Role
 
 if TYPE_CHECKING:
@@ -63,6 +64,13 @@ def read(document: str, expected: str) -> Wired:
     if identify(document) != expected:
         raise NotEnforced(("ray.policy",), f"the registry's entry for policy {expected} is another document")
     return Wired(json.loads(document))
+
+
+@functools.lru_cache(maxsize=256)
+def unenforced_in(document: str) -> tuple[str, ...]:
+    """The keys of a policy that is to be enforced which this version does not hold."""
+    wire = json.loads(document)
+    return unenforced(wire) if wire["mode"] == Mode.ENFORCE else ()
 
 
 def of(guarded: Any) -> tuple[str, ...]:

@@ -98,18 +98,31 @@ def _require_python(is_python: bool) -> None:  # noqa: FBT001
         raise NotEnforced(("ray.language",), "a Java or C++ worker cannot be confined, and guarded work gets no other")
 
 
+def _prepare(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Ids of what the submitted work will be under, all of them known to the job's registry.
+
+    Raises:
+        NotEnforced: a policy asks for what this version does not hold. Said here, because here it reaches the caller as
+            itself and not as the death of an actor.
+    """
+    for text in texts:
+        missing = documents.unenforced_in(text)
+        if missing:
+            raise NotEnforced(missing, "this version does not enforce that yet")
+    internals.ensure_connected()
+    return (*confinement.ids, *registry.publish(texts))
+
+
 def _guarded(asked: Mapping[str, Any] | None, texts: tuple[str, ...]) -> Any:
     """The runtime environment `asked` for, such that its worker is confined under `texts` and all that holds here."""
-    internals.ensure_connected()
-    ids = (*confinement.ids, *registry.publish(texts))
+    ids = _prepare(texts)
     env = _with_guard(asked or {}, internals.runtime_environment(), ids, submitter(), _settings())
     return internals.as_runtime_env(env)
 
 
 def _guarded_text(serialized: str | None, texts: tuple[str, ...]) -> str:
     """:func:`_guarded` for what a remote function hands to Ray's core."""
-    internals.ensure_connected()
-    ids = (*confinement.ids, *registry.publish(texts))
+    ids = _prepare(texts)
     return _text(serialized, internals.runtime_environment_text(), ids, submitter(), _settings())
 
 

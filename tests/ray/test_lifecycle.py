@@ -104,13 +104,16 @@ def test_a_worker_without_its_policy_refuses_all_work(sink: Any, tmp_path: Path)
     assert sink.accepted == 1
 
 
-def test_a_policy_that_cannot_be_held_is_refused_by_name(sink: Any) -> None:
+def test_a_policy_that_cannot_be_held_is_refused_by_name(cluster: Any) -> None:
     from ray_guard.policy.enforcement import SUPPORTED
 
     assert "egress.proxy" not in SUPPORTED, "choose another key"
-    asks_too_much = guard(allow=[], proxy="http://127.0.0.1:3128")(ray.remote(num_cpus=0)(Worker)).remote()
-    with pytest.raises(ray.exceptions.ActorDiedError, match=r"not enforced: egress\.proxy"):
-        ray.get(asks_too_much.pid.remote())
+    asks_too_much = guard(allow=[], proxy="http://127.0.0.1:3128")(ray.remote(num_cpus=0)(Worker))
+    with pytest.raises(NotEnforced, match=r"not enforced: egress\.proxy"):
+        asks_too_much.remote()
+    # A report-only policy enforces nothing that it could fail to.
+    reports = guard(allow=[], proxy="http://127.0.0.1:3128", mode="report")(ray.remote(num_cpus=0)(Worker)).remote()
+    assert ray.get(reports.pid.remote()) > 0
 
 
 def test_a_guarded_class_cannot_be_built_where_nothing_guards_it(cluster: Any) -> None:
