@@ -188,6 +188,7 @@ class _Pending:
     retry: Callable[[], int]
     deadline: float | None
     late_error: int
+    release: Callable[[], object]
 
 
 class Means:
@@ -481,17 +482,18 @@ class Gate:
         events: int | None,
         timeout: float | None,
         late_error: int,
+        release: Callable[[], object] = lambda: None,
     ) -> int:
         """Parks a call: retried when ``events`` come (None: at every sweep) until its outcome is an errno.
 
-        ``descriptors``, the socket's duplicate first, are closed in the end.
+        ``descriptors``, the socket's duplicate first, are closed in the end, however it comes; ``release`` is called.
         Returns _PARKED, or EAGAIN: too many are parked already.
         """
         if len(self._pending) >= _PENDING_LIMIT:
             self._judge.fault("too many calls are pending")
             return errno.EAGAIN
         deadline = None if timeout is None else time.monotonic() + timeout
-        pending = _Pending(notification, descriptors, retry, deadline, late_error)
+        pending = _Pending(notification, descriptors, retry, deadline, late_error, release)
         self._pending[notification.id] = pending
         if events is not None:
             self._loop.watch(descriptors[0], events, lambda _events: self._retry(pending))
@@ -512,6 +514,7 @@ class Gate:
             self._loop.forget(pending.descriptors[0])
             for descriptor in pending.descriptors:
                 os.close(descriptor)
+            pending.release()
 
     def _sweep(self) -> None:
         """Ends what nobody waits for any more, and what has waited as long as its socket allows."""
@@ -632,8 +635,9 @@ class Gate:
         duplicate = self._take(notification, notification.arg0)
         try:
             kind = _type(duplicate)
-            limit = _PAYLOAD_LIMIT if kind == _STREAM else 1 << 17  # a short write is a stream's right
-            data = self._read(notification, notification.arg1, min(size, limit))
+            if size > _PAYLOAD_LIMIT and kind != _STREAM:  # a short write is a stream's right alone
+                raise sockaddr.BadAddress(errno.EMSGSIZE)
+            data = self._read(notification, notification.arg1, min(size, _PAYLOAD_LIMIT))
             message = _Message(data, raw if kind not in _CONNECTION_ORIENTED else b"", b"", [])
             outcome = self._connect_first(notification, duplicate, raw) if flags & _MSG_FASTOPEN else 0
             if outcome == 0:
@@ -690,7 +694,14 @@ class Gate:
         try:
             kind = _type(duplicate)
             for header in headers:
-                messages.append(self._read_message(notification, header, kind))
+                try:
+                    messages.append(self._read_message(notification, header, kind))
+                except sockaddr.BadAddress:
+                    if not messages:
+                        raise
+                    break  # as the kernel does: what comes before a bad entry is sent
+                if sum(len(message.data) for message in messages) >= _PAYLOAD_LIMIT:
+                    break  # a series may end early; held whole it would fill this process's memory
             outcome = self._send(notification, duplicate, flags & 0xFFFFFFFF, messages, report)
         except BaseException:
             os.close(duplicate)
@@ -710,10 +721,12 @@ class Gate:
         if vector_length > _ENTRIES_LIMIT:
             raise sockaddr.BadAddress(errno.EMSGSIZE)
         address = self._read_address(notification, name, name_length) if name else b""
-        room = _PAYLOAD_LIMIT if kind == _STREAM else 1 << 17
+        room = _PAYLOAD_LIMIT
         parts = []
         spans = self._read(notification, vector, 16 * vector_length)
         for base, length in struct.iter_unpack("=QQ", spans):
+            if length > room and kind != _STREAM:
+                raise sockaddr.BadAddress(errno.EMSGSIZE)
             part = min(length, room)
             parts.append(self._read(notification, base, part))
             room -= part
@@ -783,7 +796,10 @@ class Gate:
             while len(sent) < len(messages):
                 message = messages[len(sent)]
                 if not message.granted:
-                    error = self._judge_message(notification, message)
+                    try:
+                        error = self._judge_message(notification, message)
+                    except sockaddr.BadAddress as bad:  # after earlier ones were sent it only ends the series
+                        error = bad.errno
                     if error:
                         return finish(error)
                     message.granted = True
@@ -803,7 +819,13 @@ class Gate:
         timeout = _timeout(sock, socket.SO_SNDTIMEO)
         sock.detach()
         outcome = self._wait(
-            notification, (duplicate,), step, events=select.EPOLLOUT, timeout=timeout, late_error=errno.EAGAIN
+            notification,
+            (duplicate,),
+            step,
+            events=select.EPOLLOUT,
+            timeout=timeout,
+            late_error=errno.EAGAIN,
+            release=lambda: [message.close() for message in messages],
         )
         return outcome if outcome == _PARKED else finish(outcome)
 
@@ -927,11 +949,12 @@ def _sends_anywhere(descriptor: int) -> bool:
 
 
 def _type(descriptor: int) -> int:
-    sock = _Socket(_AF_INET, _SOCK_STREAM, 0, descriptor)
     try:
-        return sock.getsockopt(_SOL_SOCKET, _SO_TYPE)
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, descriptor)
     except OSError as error:
         raise sockaddr.BadAddress(error.errno or errno.ENOTSOCK) from error
+    try:
+        return sock.getsockopt(_SOL_SOCKET, _SO_TYPE)
     finally:
         sock.detach()
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ray_guard.policy.destination import canonical_packed
 
 AF_UNSPEC, AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 0, 1, 2, 10, 16
+_UNIX_LENGTH = 110  # sizeof(struct sockaddr_un)
 STORAGE = 128
 """sizeof(struct sockaddr_storage): a longer address is EINVAL to the kernel too."""
 
@@ -67,6 +68,8 @@ def decode(raw: bytes) -> Address:
             raise BadAddress(errno.EINVAL)
         return Inet(canonical_packed(raw[8:24]), raw[2] << 8 | raw[3])
     if family == AF_UNIX:
+        if len(raw) > _UNIX_LENGTH:
+            raise BadAddress(errno.EINVAL)
         path = raw[2:]
         if not path or path[0] == 0:
             return Unix(None)
