@@ -232,17 +232,19 @@ class Ring:
     def _connect(self, request: Request, decision: Decision, origin: Origin) -> Ruling:
         connection = Connection(self, origin, request)
         try:
+            if decision.allowed and request.transport is Transport.UNIX:
+                connection.noted(decision)  # no bytes are counted there, so its record is complete at once
+                return Ruling(0)
             if decision.allowed:
                 connection.granted(decision)
-                if request.transport is not Transport.UNIX:
-                    origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
+                origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
                 if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
                     self._known[request.address, request.port] = (request, self.decision_text(request, decision))
                 return Ruling(0, connection)
             if self.mute and request.transport is Transport.UDP and request.operation is Operation.CONNECT:
                 # That is how Ray and vLLM learn their own address. The socket can send nothing, so it may be
                 # "connected"; the denial stands in the journal all the same, without being a violation.
-                connection.looked_up(decision)
+                connection.noted(decision, mute=True)
                 return Ruling(0)
             origin.account.count_refused()
             connection.refused(decision)
@@ -355,10 +357,11 @@ class Connection:
         self._add({"error.type": "EACCES"})
         self._write(StatusCode.ERROR, f"{where} is refused: {decision.reason.value}", (event,))
 
-    def looked_up(self, decision: Decision) -> None:
-        """Journals a denied connect of a datagram socket that cannot send."""
+    def noted(self, decision: Decision, *, mute: bool = False) -> None:
+        """Journals a decision after which nothing is counted. ``mute``: the socket cannot send. Raises JournalError."""
         self._describe(decision)
-        self._add({"ray_guard.egress.mute": True})
+        if mute:
+            self._add({"ray_guard.egress.mute": True})
         self._write()
 
     def _describe(self, decision: Decision) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.kernel, pytest.mark.slow, pytest.mark.timeout(540)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.kernel, pytest.mark.timeout(540)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rome_incident.py"
 ACTS = ["reverse tunnel", "mining", "sweep", "metadata", "job submission"]
@@ -71,6 +71,7 @@ def test_guarded_every_act_is_refused_and_attributed(tmp_path: Path) -> None:
     assert_traced(result, ["destination", "socket"])
 
 
+@pytest.mark.slow
 def test_a_guard_that_only_reports_traces_every_connection_that_got_out(tmp_path: Path) -> None:
     done, result = run(tmp_path, "--report-only", "--rollouts", "4")
     assert done.returncode == 0, f"{result['failures']}\n{done.stdout}\n{done.stderr}"
@@ -90,6 +91,7 @@ def test_a_guard_that_only_reports_traces_every_connection_that_got_out(tmp_path
     assert "ssh -N" in dict(ssh["path"])["process"]
 
 
+@pytest.mark.slow
 def test_without_guard_every_act_gets_out(tmp_path: Path) -> None:
     done, result = run(tmp_path, "--no-guard", "--rollouts", "3", "--turns", "4")
     assert done.returncode == 0, f"{result['failures']}\n{done.stdout}\n{done.stderr}"
@@ -105,12 +107,14 @@ def test_without_guard_every_act_gets_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [["--rollouts", "0"], ["--rollouts", "1", "--turns", "3"], ["--turns", "x"]])
+@pytest.mark.slow
 def test_a_run_that_could_not_try_everything_is_refused_at_once(options: list[str]) -> None:
     done = subprocess.run([sys.executable, str(EXAMPLE), *options], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "usage:" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(EXAMPLE), "--evidence", str(tmp_path / "evidence")],
