@@ -188,7 +188,7 @@ class _Pending:
     retry: Callable[[], int]
     deadline: float | None
     late_error: int
-    release: Callable[[], object]
+    release: Callable[[], None]
 
 
 class Means:
@@ -482,7 +482,7 @@ class Gate:
         events: int | None,
         timeout: float | None,
         late_error: int,
-        release: Callable[[], object] = lambda: None,
+        release: Callable[[], None] = lambda: None,
     ) -> int:
         """Parks a call: retried when ``events`` come (None: at every sweep) until its outcome is an errno.
 
@@ -784,9 +784,12 @@ class Gate:
         blocking = not flags & _MSG_DONTWAIT and os.get_blocking(duplicate)
         flags = flags & ~_MSG_ZEROCOPY | _MSG_DONTWAIT | _MSG_NOSIGNAL
 
-        def finish(error: int) -> int:
+        def let_go() -> None:
             for message in messages:
                 message.close()
+
+        def finish(error: int) -> int:
+            let_go()
             if error and not sent:
                 return error
             self._listener.answer(notification.id, value=report(sent) if messages else 0)
@@ -825,7 +828,7 @@ class Gate:
             events=select.EPOLLOUT,
             timeout=timeout,
             late_error=errno.EAGAIN,
-            release=lambda: [message.close() for message in messages],
+            release=let_go,
         )
         return outcome if outcome == _PARKED else finish(outcome)
 

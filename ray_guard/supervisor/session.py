@@ -148,12 +148,12 @@ class Session:
 
     @staticmethod
     def _reply(descriptor: int, message: dict[str, Any], passed: tuple[int, ...] = ()) -> None:
-        with socket.socket(fileno=os.dup(descriptor)) as sock:
-            sock.setblocking(False)
-            try:
+        try:
+            with _line(descriptor) as sock:
+                sock.setblocking(False)
                 seqpacket.send(sock, message, passed)
-            except OSError as error:
-                log.warning("an answer could not be delivered: %s", error)
+        except OSError as error:
+            log.warning("an answer could not be delivered: %s", error)
 
     # -- hello ---------------------------------------------------------------------------------------------------------
 
@@ -305,7 +305,7 @@ class Session:
             return
         if len(start.descriptors) != len(descriptors) - 3:
             raise seqpacket.BadPacket(f"{len(descriptors) - 3} descriptors for {len(start.descriptors)} numbers")
-        control = socket.socket(fileno=os.dup(descriptors[0]))
+        control = _line(descriptors[0])
         tool = Tool(
             self._node,
             target,
@@ -396,6 +396,16 @@ class Session:
             self._node.leave(self._target)
             self._target.account.close()
         self._ended(self)
+
+
+def _line(descriptor: int) -> socket.socket:
+    """A duplicate of what somebody passed to be answered on. Raises OSError where it is no socket."""
+    duplicate = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
 
 
 def _call(message: dict[str, Any]) -> Call:
