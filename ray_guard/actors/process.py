@@ -106,10 +106,18 @@ def cluster() -> confine.ClusterAccess:
 
 
 def _connections() -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
-    """Ports that this process listens on, and the peers of its TCP connections: Ray's, for nobody else was here yet."""
+    """Ports that this process listens on, and whom it has connected to: Ray's, for nobody else was here yet.
+
+    Measured at this point, in 2.48 and 2.60: no children, the raylet's and the object store's unix sockets, one
+    listener, connections to the GCS, the agent and the raylet, and one that the raylet made.
+    """
     connections = psutil.Process().net_connections("tcp")
-    listening = {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
-    peers = {(str(each.raddr.ip), int(each.raddr.port)) for each in connections if each.raddr}
+    listening = {int(each.laddr.port) for each in connections if each.status == psutil.CONN_LISTEN}
+    peers = {
+        (str(each.raddr.ip), int(each.raddr.port))
+        for each in connections
+        if each.raddr and each.laddr.port not in listening  # whoever called us has a port that anybody may have next
+    }
     return tuple(listening), tuple(peers)
 
 
