@@ -208,6 +208,9 @@ def current() -> Channel | None:
 def adopt(channel: Channel) -> None:
     """Makes ``channel`` this process's own, for good: called once, when it is confined."""
     _lines.own = channel
+    # The interpreter's end closes the socket object while the process still runs, and a confined process that closes
+    # its line is killed. This descriptor closes with the process itself.
+    os.dup(channel.fileno())
 
 
 def observe(evidence: str) -> None:

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from ray_guard.client import channel as channels
 from ray_guard.client.audit import install_audit
@@ -150,6 +150,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
         raise NotEnforced(obstacles, "a process in this state cannot be confined completely")
     channel = channels.connect()
     try:
+        _let_judge(_ANYBODY)  # until it is known who: the supervisor tries beforehand whether it may
         hello = {
             "op": "hello",
             "kind": "actor" if cluster is not None else "program",
@@ -159,6 +160,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
             "evidence": os.path.abspath(identity.evidence),
             "export": channels.export_environment(),
             "sockets": _connections(),
+            "descriptor": channel.fileno(),
             "cluster": None if cluster is None else cluster.as_message(),
         }
         answer, passed = channel.exchange(hello)
@@ -202,6 +204,10 @@ def _why(error: OSError) -> str:
         errno.ESRCH: "a thread carries a filter of its own",
         errno.EACCES: "no_new_privs could not be set",
     }.get(error.errno or 0, str(error))
+
+
+_ANYBODY: Final = (1 << 64) - 1
+"""PR_SET_PTRACER_ANY."""
 
 
 def _let_judge(supervisor: int) -> None:

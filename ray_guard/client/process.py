@@ -209,8 +209,10 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     _control: Control | None = None
 
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
-        return object.__new__(subprocess.Popen if is_inside_call() else cls)
+    def __new__(cls, *args: Any, **keywords: Any) -> Any:
+        if is_inside_call():  # confined already; not of this class, so __init__ is left out
+            return subprocess.Popen(*args, **keywords)
+        return object.__new__(cls)
 
     def __init__(self, args: Any, *positional: Any, **keywords: Any) -> None:
         super().__init__(args, *positional, **keywords)

@@ -192,6 +192,12 @@ class Session:
                 self._node.leave(target)
             raise NotEnforced(refused, "these connections are open already and no rule grants them: close them first")
         self._pidfd = os.pidfd_open(pid)
+        if kind in ("actor", "program"):
+            try:
+                self._try_to_judge(pid, int(message["descriptor"]))
+            except NotEnforced:
+                self._node.leave(target)
+                raise
         self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
         self._target = target
         self._lifeline, stops = socket.socketpair()
@@ -203,6 +209,21 @@ class Session:
                 "datagrams": grants_datagrams(policy),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _try_to_judge(self, pid: int, descriptor: int) -> None:
+        """Whether calls of this process could be judged: its memory read, its sockets taken. Raises NotEnforced."""
+        missing = []
+        taken = libc.pidfd_getfd(self._pidfd, descriptor)
+        if taken < 0:
+            missing.append(f"pidfd_getfd ({os.strerror(-taken)})")
+        else:
+            os.close(taken)
+        try:
+            os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            missing.append(f"proc_mem ({error.strerror})")
+        if missing:
+            raise NotEnforced(missing, "without it no call of this process could be judged: CAP_SYS_PTRACE would help")
 
     def _ward(self, pid: int) -> socket.socket:
         """Puts the target's tree into the zygote's care, should this process die; returns the target's line to it."""
