@@ -33,9 +33,9 @@ from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.ring import Ring, grants_datagrams
+from ray_guard.supervisor.start import read_start
 from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
-from ray_guard.supervisor.zygote import read_start
 
 log = logging.getLogger("ray_guard.session")
 

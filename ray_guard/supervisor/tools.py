@@ -30,8 +30,8 @@ from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.ring import Ring
+from ray_guard.supervisor.start import Start
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
-from ray_guard.supervisor.zygote import Start
 
 log = logging.getLogger("ray_guard.tools")
 

@@ -1,0 +1,185 @@
+"""A process that is going to be a tool: forked, filtered, and waiting to be told what it will be. Runs in the zygote.
+
+Forking and filtering take milliseconds, exec one: so the first two are done before anybody asks. What is the same for
+every tool is settled at birth; what its requester wants comes with the start.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NoReturn
+
+from ray_guard.kernel import landlock, libc, seccomp, seqpacket
+from ray_guard.supervisor.start import Start, read_start
+
+_FIRST_FREE: Final = 255
+"""Descriptors are parked above this, and above all of the tool's own numbers, while those are being filled."""
+
+
+class Embryo:
+    """The leader's side.
+
+    Attributes:
+        pid: the tool's, from the beginning.
+        listener: where its notifications arrive, to be closed by the caller; ``-errno`` where it could not be taken.
+    """
+
+    def __init__(self, program: tuple[seccomp.Instruction, ...]) -> None:
+        armed_read, armed_write = os.pipe()
+        self._failed, failed_write = os.pipe()
+        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if self.pid == 0:
+            _live(program, theirs.detach(), armed_write, failed_write)
+        theirs.close()
+        os.close(armed_write)
+        os.close(failed_write)
+        number = os.read(armed_read, 16)
+        os.close(armed_read)
+        self.listener = -errno.ECHILD
+        if number:
+            pidfd = os.pidfd_open(self.pid)
+            self.listener = libc.pidfd_getfd(pidfd, int(number))
+            os.close(pidfd)
+
+    def prepare(self, descriptors: Sequence[int]) -> None:
+        """Tells it what it will be: [memory file of the start, working folder, the tool's own descriptors …]."""
+        self._tell({"op": "prepare"}, descriptors)
+
+    def go(self) -> None:
+        """Lets it become the tool."""
+        self._tell({"op": "go"})
+
+    def _tell(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        try:
+            seqpacket.send(self._line, message, descriptors)
+        except OSError:
+            pass  # it has ended: failure() and its status tell
+
+    def failure(self) -> bytes:
+        """Waits until it is the tool (then empty) or has said why it cannot be. Without :meth:`go` it ends here."""
+        self._line.close()
+        found = os.read(self._failed, 4096)
+        os.close(self._failed)
+        return found
+
+
+def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, failed: int) -> NoReturn:
+    """The embryo's own life, up to exec. Every failure is told, none is passed over."""
+    stage = "setup"
+    try:
+        close_all_but((0, 1, 2, line, armed, failed))
+        os.setsid()
+        _reset_signals()
+        bound_capabilities()
+        stage = "scope"
+        # Within the leader's own domain, so that the tool cannot stop, kill or take over its leader.
+        landlock.enter_process_scope()
+        stage = "filter"
+        listener = seccomp.install_on_thread(program)
+        libc.prctl(libc.PR_SET_DUMPABLE, 1)  # the zygote is not; the leader must be able to take the listener
+        os.write(armed, b"%d" % listener)
+        os.close(armed)
+        stage = "setup"
+        memory, folder, *given = _told(line)
+        os.close(listener)  # the leader has it, else there would be no start
+        start = read_start(memory)
+        os.fchdir(folder)
+        # Park what must survive above the tool's own numbers, fill those, close everything else.
+        free = max(_FIRST_FREE, *start.descriptors) + 1
+        line, failed = _park(line, free), _park(failed, free)
+        parked = [_park(descriptor, free) for descriptor in given]
+        for number, descriptor in zip(start.descriptors, parked, strict=True):
+            os.dup2(descriptor, number, inheritable=True)
+        close_all_but((*start.descriptors, line, failed))
+        _inherit(start)
+        libc.capset(0, 0, 0)
+        _told(line)
+        stage = "exec"
+        _execute(start)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the requester must hear of it
+        code = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
+        report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
+        os.write(failed, json.dumps(report).encode()[:4000])
+    os._exit(127)
+
+
+def _told(line: int) -> list[int]:
+    """The descriptors of the leader's next message. Without one there will be no tool: this process ends."""
+    sock = socket.socket(fileno=line)
+    try:
+        received = seqpacket.receive(sock)
+    finally:
+        sock.detach()
+    if received is None:
+        os._exit(125)
+    return received[1]
+
+
+def close_all_but(kept: Iterable[int]) -> None:
+    """Closes every descriptor of this process that is not ``kept``."""
+    kept = sorted(set(kept))
+    for low, high in zip([-1, *kept], [*kept, 0x7FFFFFFF], strict=True):
+        if high - low > 1:
+            libc.close_range(low + 1, high - 1)
+
+
+def _park(descriptor: int, at_least: int) -> int:
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, at_least)
+
+
+def _reset_signals() -> None:
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(number) not in (signal.SIG_DFL, None):  # None: the C library keeps it for itself
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def bound_capabilities() -> None:
+    """From here on no capability can come back that is given up: by exec of a set-user-id file least of all."""
+    _, permitted, inheritable = libc.capget()
+    if not permitted and not inheritable:
+        return
+    if libc.prctl(libc.PR_CAPBSET_READ, 0) == 0:
+        return  # the zygote has done it for all
+    try:
+        libc.prctl(libc.PR_CAP_AMBIENT, libc.PR_CAP_AMBIENT_CLEAR_ALL)
+        for capability in range(64):
+            libc.prctl(libc.PR_CAPBSET_DROP, capability)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # EINVAL: past the last capability of this kernel
+            raise
+
+
+def _inherit(start: Start) -> None:
+    """What a child of the requester would have inherited from it."""
+    os.umask(start.umask)
+    for name, (soft, hard) in start.limits.items():
+        try:
+            resource.setrlimit(getattr(resource, name), (soft, hard))
+        except (OSError, ValueError):
+            pass  # raising a limit above one's own is not for everybody; it then stays as it is, lower
+    if start.affinity:
+        try:
+            os.sched_setaffinity(0, start.affinity)
+        except OSError:
+            pass
+    more = start.nice - os.nice(0)
+    if more > 0:
+        os.nice(more)
+    if not start.restore_signals:
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as it is in Python, and so in what it starts
+
+
+def _execute(start: Start) -> NoReturn:
+    program = start.executable if start.executable is not None else start.argv[0]
+    if "/" in program:
+        os.execve(program, start.argv, start.environment)
+    os.execvpe(program, start.argv, start.environment)

@@ -1,0 +1,119 @@
+"""The supervisor's service: accepts targets until there have been none for a while. Runs in the supervisor."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import select
+import socket
+from typing import Final
+
+from ray_guard.kernel import libc, rendezvous
+from ray_guard.supervisor.loop import Loop
+from ray_guard.supervisor.node import Node
+from ray_guard.supervisor.session import Session
+
+log = logging.getLogger("ray_guard.supervisor")
+
+LINGER_S: Final = 2.0
+"""How long a supervisor without targets waits for the next one."""
+
+_CAP_NET_ADMIN, _CAP_NET_RAW = 12, 13
+
+
+def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
+    """Runs the supervisor on the listening socket ``descriptor`` until its last target has gone.
+
+    Args:
+        starts: where the zygote takes starts.
+        zygote_pid: the zygote itself: without it there is nothing to supervise.
+    """
+    libc.prctl(libc.PR_SET_DUMPABLE, 0)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    loop = Loop()
+    node = Node(loop, (str(rendezvous.folder()),))
+    _lower_capabilities()
+    listener = socket.socket(fileno=descriptor)
+    log.info("started, pid %d", os.getpid())
+    supervisor = Supervisor(listener, loop, node, starts)
+    _watch_zygote(loop, zygote_pid, supervisor)
+    gc.freeze()  # what is here now stays; what comes and goes is few and small
+    gc.set_threshold(50_000, 20, 100)
+    loop.run()
+    node.close()
+
+
+class Supervisor:
+    """Accepts targets until there have been none for a while."""
+
+    def __init__(self, listener: socket.socket, loop: Loop, node: Node, starts: socket.socket) -> None:
+        self._listener = listener
+        self._loop = loop
+        self._node = node
+        self._starts = starts
+        self._sessions: set[Session] = set()
+        self._visits = 0
+        listener.setblocking(False)
+        loop.watch(listener.fileno(), select.EPOLLIN, lambda _events: self._accept())
+        self._linger()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        self._visits += 1
+        self._sessions.add(Session(sock, self._node, self._starts, self._left))
+
+    def _left(self, session: Session) -> None:
+        self._sessions.discard(session)
+        if not self._sessions:
+            self._linger()
+
+    def abandon(self) -> None:
+        """Cuts what the targets have open: they end with this process."""
+        for session in self._sessions:
+            session.abandon()
+
+    def _linger(self) -> None:
+        visits = self._visits
+
+        def check() -> None:
+            if not self._sessions and visits == self._visits:
+                self._leave()
+
+        self._loop.later(LINGER_S, check)
+
+    def _leave(self) -> None:
+        """Closes the door first, then looks who still stands in it."""
+        path = rendezvous.socket_path()
+        with rendezvous.start_lock(path):
+            try:
+                if os.path.samestat(os.stat(path), os.stat(self._listener.getsockname())):
+                    path.unlink()
+            except OSError:
+                pass
+        self._accept()
+        if not self._sessions:
+            self._loop.stop()
+
+
+def _lower_capabilities() -> None:
+    """Sockets made here for targets must not carry the right to change routes: it goes by who opened them."""
+    effective, permitted, inheritable = libc.capget()
+    libc.capset(effective & ~(1 << _CAP_NET_ADMIN | 1 << _CAP_NET_RAW), permitted, inheritable)
+
+
+def _watch_zygote(loop: Loop, pid: int, supervisor: Supervisor) -> None:
+    """Without its zygote no tool can be started nor ended: the supervisor ends, and with it its targets."""
+    pidfd = os.pidfd_open(pid)
+
+    def lost(_events: int) -> None:
+        log.error("the zygote is gone")
+        supervisor.abandon()
+        loop.stop()
+
+    loop.watch(pidfd, select.EPOLLIN, lost)

@@ -1,0 +1,61 @@
+"""A start: what a requester wants started, as it travels in a memory file. Runs in supervisor and zygote."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from typing import NamedTuple
+
+
+class Start(NamedTuple):
+    """What a requester asked for: the content of the start's memory file.
+
+    Strings are as ``os.fsdecode`` makes them, so that undecodable bytes survive the way.
+    """
+
+    argv: tuple[str, ...]
+    executable: str | None
+    environment: dict[str, str]
+    umask: int
+    nice: int
+    limits: dict[str, tuple[int, int]]
+    affinity: tuple[int, ...]
+    descriptors: tuple[int, ...]
+    """Numbers in the tool, in the order in which the descriptors are passed."""
+    new_group: bool
+    restore_signals: bool
+
+    @classmethod
+    def parse(cls, data: bytes) -> Start:
+        """Raises ValueError for anything that is not a start."""
+        try:
+            fields = json.loads(data)
+            return cls(
+                argv=tuple(_texts(fields["argv"])),
+                executable=None if fields["executable"] is None else str(fields["executable"]),
+                environment={str(key): str(value) for key, value in fields["environment"].items()},
+                umask=int(fields["umask"]) & 0o777,
+                nice=int(fields["nice"]),
+                limits={str(name): (int(soft), int(hard)) for name, (soft, hard) in fields["limits"].items()},
+                affinity=tuple(int(cpu) for cpu in fields["affinity"]),
+                descriptors=tuple(int(number) for number in fields["descriptors"]),
+                new_group=bool(fields["new_group"]),
+                restore_signals=bool(fields["restore_signals"]),
+            )
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"malformed start: {error!r}") from error
+
+
+def _texts(values: object) -> list[str]:
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise ValueError("argv must be a list of strings, not empty")
+    return values
+
+
+def read_start(descriptor: int, limit: int = 16 << 20) -> Start:
+    """The start in a memory file. Raises ValueError where it is malformed, OSError E2BIG where it is too long."""
+    size = os.fstat(descriptor).st_size
+    if size > limit:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+    return Start.parse(os.pread(descriptor, size, 0))
