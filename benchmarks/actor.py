@@ -2,8 +2,9 @@
 
     python benchmarks/actor.py [--rounds 30] [--calls 200] [--json OUT]
 
-Both actors have the same code; the guarded one may reach nothing (``allow=[]``). Before anything is timed the unguarded
-one must reach a loopback port that the guarded one is refused.
+Both actors have the same code; the guarded one may reach nothing (``allow=[]``). ``in an episode``: the caller is in
+one, which then travels with each call. Before anything is timed the unguarded actor must reach a loopback port that the
+guarded one is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -64,6 +66,11 @@ def per_second(actor: Any, calls: int) -> list[float]:
     return [calls / (time.perf_counter() - began)]
 
 
+def in_episode(measure: Callable[[Any], list[float]], actor: Any) -> list[float]:
+    with ray_guard.episode(id="bench", group="g", iteration=1):
+        return measure(actor)
+
+
 def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     options = harness.arguments(__doc__ or "", rounds=30, calls=200).parse_args()
@@ -94,6 +101,7 @@ def measure(report: harness.Report, actors: dict[str, Any], rounds: int, calls: 
     }
     for title, (unit, how) in measures.items():
         runs = [harness.Contestant(name, functools.partial(how, actor)) for name, actor in actors.items()]
+        runs.append(harness.Contestant("guarded, in an episode", functools.partial(in_episode, how, actors["guarded"])))
         outcomes = harness.compare(runs, rounds, warm_up=2)
         report.add(title, unit, outcomes, ("unguarded",))
         by_name = {each.name: each for each in outcomes}
