@@ -226,7 +226,8 @@ class Host:
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         stdin.write(json.dumps(question) + "\n")
         patience = float(question.get("timeout", 20.0)) + 10.0
         if not select.select([stdout], [], [], patience)[0]:
@@ -443,7 +444,9 @@ def escape(stage: Stage, attack: Attack, ring: str) -> None:
     if attack.sink:
         stage.sinks.flush(attack.sink)
         connections, data = stage.sinks.seen(attack.sink)
-        assert (connections, data) == (0, b""), f"ESCAPED: {attack.sink} saw {connections} connections, {data!r}; {shown}"
+        assert (connections, data) == (0, b""), (
+            f"ESCAPED: {attack.sink} saw {connections} connections, {data!r}; {shown}"
+        )
     if attack.judge is not None:
         harm = attack.judge(arguments)
         assert not harm, f"ESCAPED: {harm}; {shown}"

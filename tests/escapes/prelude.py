@@ -1,3 +1,4 @@
+# ruff: noqa: F401 - what the programs that follow it use
 # Prepended to every attack program. Standard library only, and no site-packages: it must start fast.
 import array
 import ctypes
@@ -42,8 +43,12 @@ class IOVec(ctypes.Structure):
 
 class MsgHdr(ctypes.Structure):
     _fields_ = [
-        ("name", ctypes.c_char_p), ("namelen", ctypes.c_uint), ("iov", ctypes.POINTER(IOVec)),
-        ("iovlen", ctypes.c_size_t), ("control", ctypes.c_char_p), ("controllen", ctypes.c_size_t),
+        ("name", ctypes.c_char_p),
+        ("namelen", ctypes.c_uint),
+        ("iov", ctypes.POINTER(IOVec)),
+        ("iovlen", ctypes.c_size_t),
+        ("control", ctypes.c_char_p),
+        ("controllen", ctypes.c_size_t),
         ("flags", ctypes.c_int),
     ]
 
@@ -84,5 +89,3 @@ def finish(main):
         say(done=True)
     except OSError as error:
         say(errno=errno.errorcode.get(error.errno, str(error.errno)), text=str(error))
-
-

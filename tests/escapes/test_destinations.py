@@ -19,7 +19,9 @@ TCP = [
     ),
     Attack("connect 0.0.0.0", "def main(): connect(AF_INET, STREAM, ('0.0.0.0', A['tcp']))", refused=("EACCES",)),
     Attack("connect ::", "def main(): connect(AF_INET6, STREAM, ('::', A['tcp']))", refused=("EACCES",)),
-    Attack("connect ::ffff:0", "def main(): connect(AF_INET6, STREAM, ('::ffff:0.0.0.0', A['tcp']))", refused=("EACCES",)),
+    Attack(
+        "connect ::ffff:0", "def main(): connect(AF_INET6, STREAM, ('::ffff:0.0.0.0', A['tcp']))", refused=("EACCES",)
+    ),
     Attack("connect 127.99.1.2", "def main(): connect(AF_INET, STREAM, ('127.99.1.2', A['tcp']))", refused=("EACCES",)),
     Attack("hex address", "def main(): connect(AF_INET, STREAM, ('0x7f000001', A['tcp']))", refused=("EACCES",)),
     Attack("decimal address", "def main(): connect(AF_INET, STREAM, ('2130706433', A['tcp']))", refused=("EACCES",)),

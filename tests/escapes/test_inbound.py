@@ -1,5 +1,7 @@
 """Ways to be reached: bind, listen, listen without bind, and sending from a bound port, which is free."""
 
+# ruff: noqa: E501 - programs within strings
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -33,18 +35,24 @@ spare = socket.socket(); spare.bind(('127.0.0.1', 0)); port = spare.getsockname(
 """
 
 INBOUND = [
-    _listening("bind and listen", _FREE_PORT + "sock = socket.socket(); sock.bind(('127.0.0.1', port)); sock.listen()", ("EPERM",)),
-    _listening("bind all and listen", _FREE_PORT + "sock = socket.socket(); sock.bind(('', port)); sock.listen()", ("EPERM",)),
+    _listening(
+        "bind and listen",
+        _FREE_PORT + "sock = socket.socket(); sock.bind(('127.0.0.1', port)); sock.listen()",
+        ("EPERM",),
+    ),
+    _listening(
+        "bind all and listen", _FREE_PORT + "sock = socket.socket(); sock.bind(('', port)); sock.listen()", ("EPERM",)
+    ),
     _listening("listen without bind", "sock = socket.socket(); sock.listen()", ("EPERM",)),
     _listening("bind port 0 and listen", "sock = socket.socket(); sock.bind(('', 0)); sock.listen()", ("EPERM",)),
     _listening(
         "IPv6 bind port 0 and listen", "sock = socket.socket(AF_INET6); sock.bind(('::', 0)); sock.listen()", ("EPERM",)
     ),
     _listening("listen by raw system call", "sock = socket.socket(); call(50, sock.fileno(), 1)", ("EPERM",)),
-    _listening("UDP bind", _FREE_PORT + "sock = socket.socket(AF_INET, DGRAM); sock.bind(('127.0.0.1', port))", ("EPERM",)),
     _listening(
-        "MPTCP listen", "sock = socket.socket(AF_INET, STREAM, 262); sock.listen()", ("EPROTONOSUPPORT",)
+        "UDP bind", _FREE_PORT + "sock = socket.socket(AF_INET, DGRAM); sock.bind(('127.0.0.1', port))", ("EPERM",)
     ),
+    _listening("MPTCP listen", "sock = socket.socket(AF_INET, STREAM, 262); sock.listen()", ("EPROTONOSUPPORT",)),
     _listening(
         "abstract unix bind",
         "sock = socket.socket(AF_UNIX); sock.bind('\\0ray_guard_' + A['token']); sock.listen()\nsock = socket.socket(); "

@@ -1,5 +1,7 @@
 """Other processes as a way out: their memory, descriptors, signals; and what a call leaves behind."""
 
+# ruff: noqa: E501 - programs within strings
+
 from __future__ import annotations
 
 import os
@@ -63,7 +65,8 @@ class Victim:
         limits = Path(f"/proc/{self.about['pid']}/limits").read_text()
         if "Max core file size        1" in limits:
             return "the victim's limits are changed"
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         word = self.process.stdout.readline().strip()
@@ -397,7 +400,9 @@ def test_survivors_end_with_the_call(stage: Stage, tmp_path: Path, kind: str) ->
     ended = time.monotonic()
     pid = int(held.read_text())
     wait(lambda: not _exists(pid), "it lives on", 1.0)
-    print(f"{kind}: gone {1e3 * (time.monotonic() - ended):.0f} ms after the call's end; the call took {outcome.seconds:.3f} s")
+    print(
+        f"{kind}: gone {1e3 * (time.monotonic() - ended):.0f} ms after the call's end; the call took {outcome.seconds:.3f} s"
+    )
 
 
 def test_a_reforking_swarm_ends_with_the_call(stage: Stage, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Ways around the filter itself: other system call tables, io_uring, namespaces, privileges, socket options, netlink."""
 
+# ruff: noqa: E501 - programs within strings
+
 from __future__ import annotations
 
 import os
@@ -115,7 +117,13 @@ def main():
     open(os.path.join(A['folder'], 'made'), 'w').close()
 """
     return Attack(
-        name, program, sink="", refused=(error,), judge=_made(name), privileged=privileged, **more  # type: ignore[arg-type]
+        name,
+        program,
+        sink="",
+        refused=(error,),
+        judge=_made(name),
+        privileged=privileged,
+        **more,  # type: ignore[arg-type]
     )
 
 
@@ -136,9 +144,13 @@ CALLS = [
     Attack("i386 system calls", _I386),
     Attack("x32 system calls", _X32),
     Attack("io_uring", _IO_URING, refused=("ENOSYS",)),
-    _doing("unshare network", "if libc.unshare(0x40000000): raise OSError(ctypes.get_errno(), 'unshare')", privileged=True),
+    _doing(
+        "unshare network", "if libc.unshare(0x40000000): raise OSError(ctypes.get_errno(), 'unshare')", privileged=True
+    ),
     _doing("unshare user", "if libc.unshare(0x10000000): raise OSError(ctypes.get_errno(), 'unshare')"),
-    _doing("unshare mount", "if libc.unshare(0x00020000): raise OSError(ctypes.get_errno(), 'unshare')", privileged=True),
+    _doing(
+        "unshare mount", "if libc.unshare(0x00020000): raise OSError(ctypes.get_errno(), 'unshare')", privileged=True
+    ),
     _doing(
         "clone into a user namespace",
         """
@@ -175,9 +187,11 @@ libc.umount2(target, 2)
     ),
     _doing("bpf", "os.close(call(321, 0, struct.pack('=IIII', 2, 4, 8, 1) + bytes(56), 72))", privileged=True),
     _doing("userfaultfd", "os.close(call(323, 1))"),
-    _doing("perf_event_open",
-           "attr = struct.pack('=IIQ', 1, 112, 0) + bytes(24) + struct.pack('=Q', 0x61) + bytes(64)\n"
-           "os.close(call(298, attr, 0, -1, -1, 0))"),  # fmt: skip
+    _doing(
+        "perf_event_open",
+        "attr = struct.pack('=IIQ', 1, 112, 0) + bytes(24) + struct.pack('=Q', 0x61) + bytes(64)\n"
+        "os.close(call(298, attr, 0, -1, -1, 0))",
+    ),
     _doing("keyctl", "call(250, 0, -3, 0)"),
     _doing(
         "tun device",

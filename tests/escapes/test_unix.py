@@ -9,7 +9,9 @@ pytestmark = pytest.mark.kernel
 
 UNIX = [
     Attack("unix stream", "def main(): connect(AF_UNIX, STREAM, A['unix'])", sink="unix", refused=("EACCES",)),
-    Attack("unix seqpacket", "def main(): connect(AF_UNIX, SEQPACKET, A['unix_seq'])", sink="unix_seq", refused=("EACCES",)),
+    Attack(
+        "unix seqpacket", "def main(): connect(AF_UNIX, SEQPACKET, A['unix_seq'])", sink="unix_seq", refused=("EACCES",)
+    ),
     Attack(
         "unix symlink",
         """
@@ -165,7 +167,9 @@ def main():
 """,
         sink="unix",
     ),
-    Attack("abstract stream", "def main(): connect(AF_UNIX, STREAM, A['abstract'])", sink="abstract", refused=("EACCES",)),
+    Attack(
+        "abstract stream", "def main(): connect(AF_UNIX, STREAM, A['abstract'])", sink="abstract", refused=("EACCES",)
+    ),
     Attack(
         "abstract datagram",
         "def main(): socket.socket(AF_UNIX, DGRAM).sendto(TOKEN, A['abstract_dgram'])",

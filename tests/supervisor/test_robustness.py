@@ -1,5 +1,7 @@
 """The supervisor under attack: garbage on its socket, floods of pending calls, dead callers, its own death."""
 
+# ruff: noqa: E501 - programs within strings
+
 from __future__ import annotations
 
 import contextlib
@@ -112,8 +114,18 @@ def test_garbage_on_the_socket(stage: Stage, tmp_path: Path) -> None:
         garbage += [b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"[" * 50_000, b'{"a":' * 20_000]
         garbage += [b'{"op":"nonsense"}', b'{"op":null}', b'{"op":["hello"]}', b'{"op":"armed"}', b'{"op":"start"}']
         for kind in ("actor", "observer", "program", 7, None):
-            for more in ('"policy":[]', '"policy":{}', '"policy":{"all":[]}', '"evidence":"/dev/null"', '"identity":7', '"x":1'):
-                garbage.append(b'{"op":"hello","kind":%s,%s}' % (repr(kind).replace("'", '"').replace("None", "null").encode(), more.encode()))
+            for more in (
+                '"policy":[]',
+                '"policy":{}',
+                '"policy":{"all":[]}',
+                '"evidence":"/dev/null"',
+                '"identity":7',
+                '"x":1',
+            ):
+                garbage.append(
+                    b'{"op":"hello","kind":%s,%s}'
+                    % (repr(kind).replace("'", '"').replace("None", "null").encode(), more.encode())
+                )
         garbage += [b'{"op":"open","span":1}', b'{"op":"close"}', b'{"op":"intent","tid":"x"}', b'{"op":"reward"}',
                     b'{"op":"violations"}', b'{"op":"tighten"}', b'{"op":"identify","actor_id":{}}']  # fmt: skip
         strangers = []
@@ -231,9 +243,11 @@ print(json.dumps({"alone": alone[100], "beside": beside[100], "worst": beside[-4
 import os
 os._exit(0)
 """
-    with full_backlog() as hanging:
-        with hosts(tmp_path, {"egress": {"allow": [f"127.0.0.1:{granted}", f"127.0.0.1:{hanging}"]}}) as (host,):
-            said = host.run("call", [PYTHON, "-I", "-S", "-c", program, str(granted), str(hanging)]).said
+    with contextlib.ExitStack() as stack:
+        hanging = stack.enter_context(full_backlog())
+        policy = {"egress": {"allow": [f"127.0.0.1:{granted}", f"127.0.0.1:{hanging}"]}}
+        (host,) = stack.enter_context(hosts(tmp_path, policy))
+        said = host.run("call", [PYTHON, "-I", "-S", "-c", program, str(granted), str(hanging)]).said
     print({name: f"{1e6 * value:.0f} µs" for name, value in said.items()})
     assert said["beside"] < said["alone"] + 0.01
     assert said["worst"] < 0.5
