@@ -13,15 +13,12 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from ray_guard.actors import documents
 from ray_guard.client import carry, confine
 from ray_guard.errors import NotEnforced
 from ray_guard.records import Mode
-
-if TYPE_CHECKING:
-    from ray_guard.policy.model import Policy
 
 logger = logging.getLogger("ray_guard")
 
@@ -80,7 +77,7 @@ def _outside(name: str, texts: tuple[str, ...]) -> None:
         policy = documents.read(text, documents.identify(text))
         if confine.policies():
             # A confined program: what both allow. Who it is was said when it was confined first.
-            confine.enter(cast("Policy", policy), confine.Identity(evidence=""))
+            confine.enter(policy, confine.Identity(evidence=""))
         elif policy.mode is Mode.ENFORCE:
             raise NotEnforced(
                 ("guard",),

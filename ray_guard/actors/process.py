@@ -6,16 +6,12 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
 
 import psutil
 
 from ray_guard.actors import environment, internals
 from ray_guard.actors.documents import Wired
 from ray_guard.client import channel, confine
-
-if TYPE_CHECKING:
-    from ray_guard.policy.model import Policy
 
 _HELPERS_ENVIRONMENT = ("RAY_", "PATH", "PYTHONPATH", "HOME", "LANG", "LC_", "LD_LIBRARY_PATH", "SSL_CERT_")
 
@@ -45,7 +41,7 @@ class Confinement:
         with self._lock:
             if policy_id in self._ids:
                 return
-            confine.enter(cast("Policy", policy), identity(), cluster=None if self._ids else cluster())
+            confine.enter(policy, identity(), cluster=None if self._ids else cluster())
             self._ids = (*self._ids, policy_id)
 
     def identify(self, class_name: str) -> None:

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ray_guard.client import channel as channels
 from ray_guard.client.audit import install_audit
@@ -24,8 +24,10 @@ from ray_guard.client.channel import Channel
 from ray_guard.egress import rings
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import libc, procfs, seccomp, syscalls
-from ray_guard.policy.model import Policy
 from ray_guard.records import Role
+
+if TYPE_CHECKING:
+    from ray_guard.policy.model import Policy
 
 _INET = (socket.AF_INET, socket.AF_INET6)
 _FREE_FAMILIES = (socket.AF_UNIX, socket.AF_NETLINK)
@@ -85,6 +87,12 @@ class ClusterAccess:
         }
 
 
+class Wired(Protocol):
+    """A policy, however it came: what matters here is its form in a message."""
+
+    def to_wire(self) -> dict[str, Any]: ...
+
+
 _lock = threading.Lock()
 _policies: list[dict[str, Any]] = []
 
@@ -107,6 +115,9 @@ def confine(policy: Policy | Mapping[str, Any] | str | os.PathLike[str]) -> None
         run_id=os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}",
         service_name=os.environ.get("OTEL_SERVICE_NAME", "ray_guard"),
     )
+    # Loaded only here: a worker that takes its policy from the job's registry starts without the models.
+    from ray_guard.policy.model import Policy
+
     enter(Policy.of(policy), identity)
 
 
@@ -121,7 +132,7 @@ def policies() -> tuple[dict[str, Any], ...]:
     return tuple(_policies)
 
 
-def enter(policy: Policy, identity: Identity, *, cluster: ClusterAccess | None = None) -> Channel:
+def enter(policy: Wired, identity: Identity, *, cluster: ClusterAccess | None = None) -> Channel:
     """:func:`confine` for an actor: says who it is and how its cluster is found.
 
     Raises:

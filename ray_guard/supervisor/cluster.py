@@ -41,6 +41,8 @@ class Directory:
         self, argv: Sequence[str], environ: dict[str, str], loop: Waiting, changed: Callable[[], None]
     ) -> None:
         self.endpoints: frozenset[Endpoint] = frozenset()
+        self.control: frozenset[Endpoint] = frozenset()
+        """What takes jobs or commands: the job API, the client server, agents' HTTP. Nobody reaches it unnamed."""
         self.nodes = 0
         self._loop = loop
         self._changed = changed
@@ -98,13 +100,14 @@ class Directory:
         try:
             answer = json.loads(line)
             endpoints = frozenset(_endpoint(entry) for entry in answer["endpoints"])
+            control = frozenset(_endpoint(entry) for entry in answer.get("control", ()))
             self.nodes = len(answer.get("nodes", ()))
         except (ValueError, KeyError, TypeError) as error:
             log.warning("the cluster's directory answered %r: %s", line[:200], error)
             return
         self._read = self._asked
-        if endpoints != self.endpoints:
-            self.endpoints = endpoints
+        if (endpoints, control) != (self.endpoints, self.control):
+            self.endpoints, self.control = endpoints, control
             self._changed()
 
     def close(self) -> None:

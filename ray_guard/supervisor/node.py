@@ -62,6 +62,7 @@ class Node:
         self._journals: dict[str, Journal] = {}
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
+        self._actors: dict[str, Account] = {}
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
         self._announced: dict[str, set[Endpoint]] = {}
@@ -112,6 +113,18 @@ class Node:
             self._jobs[run_id] = Account(Scope.JOB, run_id, limits, watched=watched)
         return self._jobs[run_id]
 
+    def actor_started(self, actor_id: str, account: Account) -> None:
+        """An actor has learnt its id: what it submits to Ray is charged to it from here on."""
+        self._actors[actor_id] = account
+
+    def charged(self, submitter: str, run_id: str, policy: CompiledPolicy) -> Account:
+        """Whose account a new target's stands under: its submitter's on this node, else the job's."""
+        account = self._actors.get(submitter)
+        if account is not None and account.closed:
+            del self._actors[submitter]
+            account = None
+        return account if account is not None else self.job(run_id, policy)
+
     # -- surroundings --------------------------------------------------------------------------------------------------
 
     def join(self, target: Target, membership: Membership) -> None:
@@ -149,7 +162,8 @@ class Node:
         announced = self._announced.get(target.run_id, set()) if target.policy.role is Role.POLICY else set()
         # Every cluster of this node is control plane to every tool, whichever job it belongs to.
         control = frozenset[Endpoint]().union(
-            *(d.endpoints for d in self._directories.values()), *(m.control for m in self._memberships.values())
+            *(d.endpoints | d.control for d in self._directories.values()),
+            *(m.control for m in self._memberships.values()),
         )
         folders = {folder for m in self._memberships.values() for folder in m.folders}
         return Surroundings(

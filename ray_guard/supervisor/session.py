@@ -178,7 +178,7 @@ class Session:
             policy=policy,
             resource=Resource(resource_attributes(self._node, identity)),
             journal=self._node.journal(str(message["evidence"]), fields.environment(message.get("export"))),
-            job=self._node.job(str(identity.get("run_id") or ""), policy),
+            around=self._node.charged(str(identity.get("actor_id") or ""), str(identity.get("run_id") or ""), policy),
             run_id=str(identity.get("run_id") or ""),
             actor_id=str(identity.get("actor_id") or pid),
         )
@@ -301,6 +301,8 @@ class Session:
 
     def _identify(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         names = ("actor_id", "actor_name")
+        if message.get("actor_id"):
+            self._node.actor_started(str(message["actor_id"]), self._known().account)
         self._known().identify({f"ray.{name}": str(message[name]) for name in names if message.get(name)})
 
     def _reward(self, message: dict[str, Any], _descriptors: list[int]) -> None:

@@ -92,14 +92,14 @@ class Violation:
 
 @dataclass(slots=True)
 class Target:
-    """See the module. ``job`` is the account above the actor's own."""
+    """See the module. ``around`` is the account above its own: its submitter's, or the job's."""
 
     pid: int
     kind: str
     policy: CompiledPolicy
     resource: Resource
     journal: Journal
-    job: Account
+    around: Account
     run_id: str
     actor_id: str
     account: Account = field(init=False)
@@ -114,7 +114,7 @@ class Target:
     _fragments: dict[str, Fragment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.account = self._scope_account(Scope.ACTOR, self.actor_id, self.job)
+        self.account = self._scope_account(Scope.ACTOR, self.actor_id, self.around)
         self._encoder = LineEncoder(self.resource)
         self._own = self._own_origin()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -183,3 +184,17 @@ def test_a_guarded_child_is_under_both_policies(sink: Any) -> None:
         == "PermissionError"
     )
     assert sink.accepted == 1
+
+
+def test_what_a_submitted_task_sends_is_charged_to_its_submitter(cluster: Any, sink: Any) -> None:
+    part = "x" * 700_000
+    actor = guard(allow=[f"127.0.0.1:{sink.port}"], egress_sent_bytes="1MiB")(
+        ray.remote(num_cpus=0)(Submitter)
+    ).remote()
+    assert ray.get(actor.directly.remote(sink.port, "small")) == "sent"
+    assert ray.get(actor.by_task.remote(sink.port, part)) == "sent"
+    ray.get(actor.by_task.remote(sink.port, part))  # passes the limit, and may be cut while it does
+    deadline = time.monotonic() + 10
+    while (answer := ray.get(actor.directly.remote(sink.port, "more"))) == "sent" and time.monotonic() < deadline:
+        time.sleep(0.2)  # a flow is settled a moment after it has ended
+    assert answer == "PermissionError"
