@@ -112,7 +112,9 @@ def test_it_names_all_peers_of_workers_and_no_way_to_submit_jobs(context: Any) -
         assert connection.getresponse().status, "the control for what follows: jobs are taken here"
         connection.close()
         agent_http = (info["node_ip_address"], int(info["dashboard_agent_listen_port"]))
-        socket.create_connection(agent_http, timeout=5).close()
+        has_http = agent_http[1] > 0  # -1 where another cluster of this host holds the port
+        if has_http:
+            socket.create_connection(agent_http, timeout=5).close()
         assert {dashboard, (info["node_ip_address"], 10001)} <= control
         assert not {*control, agent_http} & endpoints
         serving = {pid for pid in psutil.pids() if is_runtime_env_agent(pid)}
@@ -123,6 +125,8 @@ def test_it_names_all_peers_of_workers_and_no_way_to_submit_jobs(context: Any) -
                     assert (info["node_ip_address"], each.laddr.port) not in endpoints
     finally:
         assert directory.close() == 0
+    if not has_http:
+        pytest.skip("missing: an agent's HTTP port, which another Ray cluster of this host holds; the rest held")
 
 
 def is_runtime_env_agent(pid: int) -> bool:
