@@ -6,6 +6,7 @@ its own. What subprocess learns from waitpid comes here on a line of its own (*c
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -50,7 +51,12 @@ _LIMITS: Final = tuple(name for name in dir(resource) if name.startswith("RLIMIT
 
 def tool_environment(environ: dict[str, str]) -> dict[str, str]:
     """The environment a tool inherits: without credentials and without Ray's addresses."""
-    return {key: value for key, value in environ.items() if not _SECRET.fullmatch(key)}
+    return {key: value for key, value in environ.items() if not _is_secret(key)}
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_secret(name: str) -> bool:
+    return _SECRET.fullmatch(name) is not None
 
 
 def is_inside_call() -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import signal
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
@@ -151,8 +152,14 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def _install(program: Iterable[Instruction], flags: int) -> int:
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+@functools.lru_cache(maxsize=8)
+def encode(program: tuple[Instruction, ...]) -> bytes:
+    """``struct sock_filter[]``. Kept: a process that forks before it installs should call this before it forks."""
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def _install(program: Sequence[Instruction], flags: int) -> int:
+    code = encode(tuple(program))
     buffer = ctypes.create_string_buffer(code, len(code))
     prog = _SockFprog(len(code) // 8, ctypes.addressof(buffer))
     return libc.syscall(libc.NR_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(prog))

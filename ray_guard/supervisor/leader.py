@@ -21,6 +21,7 @@ from ray_guard.supervisor.embryo import Embryo
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
 TERM_PATIENCE_S: Final = 1.0
+_COURTESY_MS: Final = 20
 
 
 def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
@@ -78,6 +79,10 @@ class _Call:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The next fork can wait until the supervisor has taken the end in: it may share this core, and somebody waits.
+        poll = select.poll()
+        poll.register(self._link, select.POLLIN)
+        poll.poll(_COURTESY_MS)
         self._link.close()
         os.close(self._supervisor)
 
@@ -113,9 +118,9 @@ class _Call:
         """Starts the tool; False: it could not be, and that was told."""
         armed = embryo.listener >= 0
         if armed:
+            embryo.prepare(own)  # while the supervisor writes its record and opens the gate
             self._tell({"op": "armed", "pid": embryo.pid}, (embryo.listener,))
             os.close(embryo.listener)
-            embryo.prepare(own)  # meanwhile the supervisor writes its record and opens the gate
             if self._await_go():
                 embryo.go()
         seqpacket.close_all(own)
