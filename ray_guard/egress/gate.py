@@ -59,6 +59,7 @@ _PARKED: Final = -1
 _UNANSWERED: Final = -2
 """Outcome of a call that needs no answer here: it has one, or will be asked again."""
 _BEGUN: Final = frozenset({0, -errno.EINPROGRESS, -errno.EINTR})
+_STANDING: Final = _BEGUN | {-errno.EALREADY, -errno.EISCONN}
 _PATIENCE_S: Final = 0.002
 """How long a blocking call may hold up the supervisor before it is interrupted and awaited."""
 _REST_S: Final = 0.05
@@ -370,6 +371,8 @@ class Gate:
                     attempt.connected(cookie, (notification.pid, notification.arg0 & 0xFFFFFFFF))
             else:
                 attempt.failed(-result)
+        elif cookie is not None and result not in _STANDING:  # it has failed meanwhile: what comes next is a new one
+            self._judge.dissolved(cookie, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
         if result == -errno.EINTR:
             return self._await_connect(notification, sock, raw, attempt)
         return -result

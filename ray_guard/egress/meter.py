@@ -26,6 +26,7 @@ log = logging.getLogger("ray_guard.meter")
 TICK_S: Final = 0.005
 """How often flows under a byte cap are read."""
 _SETTLE_S: Final = 1.0
+_CUT_AGAIN_S: Final = 0.02
 _COLLECT_S: Final = 0.001
 """Delay of reading what has ended; more would blur whose FIN came first (:mod:`ray_guard.kernel.sock_diag`)."""
 
@@ -172,13 +173,22 @@ class Meter:
         flow.cut = True
         if self._shut_down(flow, *flow.holder):
             return True
-        for pid in (flow.root, *procfs.descendants(flow.root)):
-            for number in procfs.sockets_of(pid).values():
-                if self._shut_down(flow, pid, number):
+        # The first holder has died or handed it on: to a descendant, else to an orphan that hangs on no tree of ours.
+        inode = self._diag.inode(flow.cookie)
+        if inode:
+            for pid in (flow.root, *procfs.descendants(flow.root), *procfs.processes()):
+                held = procfs.sockets_of(pid).get(inode)
+                if held is not None and self._shut_down(flow, pid, held):
                     return True
         log.warning("flow %d to %s:%d was not found (%.1f ms)", flow.cookie, flow.address, flow.port,
                     1e3 * (time.monotonic() - started))  # fmt: skip
+        if inode and flow.cookie in self._flows:  # on its way from one process to another
+            self._loop.later(_CUT_AGAIN_S, lambda: self._cut_again(flow))
         return False
+
+    def _cut_again(self, flow: Flow) -> None:
+        if flow.cookie in self._flows:
+            self.cut(flow)
 
     def _shut_down(self, flow: Flow, pid: int, number: int) -> bool:
         duplicate = self._threads.descriptor(pid, number)

@@ -161,20 +161,30 @@ class SockDiag:
         """Current counts of every connected TCP socket of the namespace, by cookie: one dump, whatever their number."""
         found: dict[int, Counted] = {}
         for family in (socket.AF_INET, socket.AF_INET6):
-            extensions = 1 << (_INET_DIAG_INFO - 1)
-            body = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, extensions, _CONNECTED_STATES)
-            header = _HEADER.pack(16 + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
-            self._questions.send(header + body)
-            done = False
-            while not done:
-                for kind, data in _messages(self._questions.recv(1 << 17)):
-                    if kind in (_NLMSG_DONE, _NLMSG_ERROR):
-                        done = True
-                        break
-                    counted = _parse(data)
-                    if counted is not None:
-                        found[counted.cookie] = counted
+            for data in self._dump(family, 1 << (_INET_DIAG_INFO - 1)):
+                counted = _parse(data)
+                if counted is not None:
+                    found[counted.cookie] = counted
         return found
+
+    def _dump(self, family: int, extensions: int) -> list[memoryview]:
+        body = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, extensions, _CONNECTED_STATES)
+        header = _HEADER.pack(16 + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
+        self._questions.send(header + body)
+        found: list[memoryview] = []
+        while True:
+            for kind, data in _messages(self._questions.recv(1 << 17)):
+                if kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                    return found
+                found.append(data)
+
+    def inode(self, cookie: int) -> int:
+        """Inode of the TCP socket ``cookie``, by which /proc/PID/fd names it; 0: no process holds it."""
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for data in self._dump(family, 0):
+                if len(data) >= _MESSAGE and _COOKIE.unpack_from(data, 44)[0] == cookie:
+                    return int.from_bytes(data[68:72], "little")
+        return 0
 
     def close(self) -> None:
         self._events.close()
