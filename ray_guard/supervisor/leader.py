@@ -126,7 +126,7 @@ class _Call:
         seqpacket.close_all(own)
         failure = embryo.failure()
         if armed and not failure:
-            self._tell({"op": "started", "pid": self._pid, "executable": _executable(self._pid)})
+            self._tell({"op": "started", "pid": self._pid})
             return True
         if failure:
             self._tell(json.loads(failure))
@@ -215,10 +215,3 @@ class _Call:
             if time.monotonic() > deadline:
                 return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
             time.sleep(0.0005)
-
-
-def _executable(pid: int) -> str | None:
-    try:
-        return os.readlink(f"/proc/{pid}/exe")
-    except OSError:
-        return None  # it has ended already

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import time
@@ -84,7 +85,7 @@ class Tool:
         self._gate: Gate | None = None
         self._ring: Ring | None = None
         self._pid = 0
-        self._executable = start.executable or start.argv[0]
+        self._executable = _executable(start)
         self._began = time.time_ns()
         self._span = new_span_id()
         self._implicit: SpanRecord | None = None
@@ -144,7 +145,6 @@ class Tool:
         if operation == "armed" and descriptors:
             self._armed(int(message["pid"]), descriptors.pop(0))
         elif operation == "started":
-            self._executable = str(message.get("executable") or self._executable)
             self._answer({"op": "started", "pid": self._pid})
         elif operation == "failed":
             self._failed(message)
@@ -315,6 +315,14 @@ class Tool:
                 self._link.shutdown(socket.SHUT_WR)
             except OSError:
                 pass
+
+
+def _executable(start: Start) -> str:
+    """The program as exec will find it. (What /proc says later may be another: a shell execs its last command.)"""
+    program = start.executable or start.argv[0]
+    if "/" in program:
+        return program
+    return shutil.which(program, path=start.environment.get("PATH", os.defpath)) or program
 
 
 def _hash(argv: tuple[str, ...]) -> str:
