@@ -225,7 +225,7 @@ sock.send(struct.pack('=IHHII', 16 + len(body), 21, 0x5, 2, 0) + body)
     ),
     _option("TCP_REPAIR", "AF_INET", 6, 19, "1", privileged=True),
     _option("TCP_FASTOPEN_CONNECT", "AF_INET", 6, 30, "1"),
-    _option("IP_OPTIONS", "AF_INET", 0, 4, "bytes([131, 7, 4, 127, 0, 0, 2, 0])"),
+    _option("IP_OPTIONS", "AF_INET", 0, 4, "bytes([131, 7, 4, 127, 0, 0, 2, 0])", privileged=True),
     _option("IP_TRANSPARENT", "AF_INET", 0, 19, "1", privileged=True),
     _option("SO_MARK", "AF_INET", 1, 36, "7", privileged=True),
     _option("SO_BINDTODEVICE", "AF_INET", 1, 25, "b'lo'"),

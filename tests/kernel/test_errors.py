@@ -25,6 +25,7 @@ tcp = lambda: s.socket()
 unix = lambda: s.socket(AF_UNIX)
 file = open('/dev/null')
 BAD = 1
+open(A['folder'] + '/plain', 'w').close()
 pool = []
 def fd(sock):
     pool.append(sock)
@@ -61,7 +62,7 @@ case('connect AF_UNSPEC, never connected', unspecified)
 case('connect AF_UNSPEC, length 2', lambda: call(42, fd(tcp()), struct.pack('=H', 0), 2))
 case('connect granted', lambda: call(42, fd(tcp()), granted, 16))
 case('unix missing', lambda: call(42, fd(unix()), path(A['folder'] + '/none'), 90))
-case('unix not a socket', lambda: call(42, fd(unix()), path('/etc/passwd'), 90))
+case('unix not a socket', lambda: call(42, fd(unix()), path(A['folder'] + '/plain'), 90))
 case('unix a folder', lambda: call(42, fd(unix()), path('/tmp'), 90))
 case('unix through a file', lambda: call(42, fd(unix()), path('/etc/passwd/x'), 90))
 case('unix empty', lambda: call(42, fd(unix()), struct.pack('=H', AF_UNIX), 2))
