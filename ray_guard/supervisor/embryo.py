@@ -77,6 +77,7 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
     try:
         close_all_but((0, 1, 2, line, armed, failed))
         os.setsid()
+        libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)  # a tool without its leader would be nobody's
         _reset_signals()
         bound_capabilities()
         stage = "scope"

@@ -38,6 +38,7 @@ log = logging.getLogger("ray_guard.tools")
 
 _ARGUMENT_SHOWN: Final = 256
 _ARGUMENTS_SHOWN: Final = 64
+_LOST: Final = "the process that led it was lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Tool:
         self._gate: Gate | None = None
         self._ring: Ring | None = None
         self._pid = 0
+        self._started = False
         self._executable = _executable(start)
         self._began = time.time_ns()
         self._span = new_span_id()
@@ -138,13 +140,17 @@ class Tool:
         except (OSError, seqpacket.BadPacket):
             received = None
         if received is None:
-            self._finished({"status": int(signal.SIGKILL), "error": "its leader was lost"})
+            if self._started:
+                self._finished({"status": int(signal.SIGKILL), "error": _LOST})
+            else:
+                self._failed({"stage": "leader", "text": _LOST})
             return
         message, descriptors = received
         operation = message.get("op")
         if operation == "armed" and descriptors:
             self._armed(int(message["pid"]), descriptors.pop(0))
         elif operation == "started":
+            self._started = True
             self._answer({"op": "started", "pid": self._pid})
         elif operation == "failed":
             self._failed(message)

@@ -1,0 +1,172 @@
+"""Leaders serve one call after the other: nothing of a call reaches the next, and a leader's death costs one start."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import PYTHON, ROOT, Host, Namespace, wait
+
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own")]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    namespace = Namespace()
+    made = Host({"egress": {"allow": []}}, tmp_path / "evidence", namespace)
+    try:
+        yield made
+    finally:
+        made.close()
+        namespace.close()
+
+
+def leader(host: Host) -> int:
+    """The process that leads a call made now."""
+    return int(host.run("call", ["sh", "-c", "echo $PPID"]).stdout)
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def zygote(host: Host) -> int:
+    (found,) = children(host.supervisor)
+    return found
+
+
+def settled(host: Host) -> list[int]:
+    """The idle leaders, each with its next process ready."""
+    wait(lambda: all(len(children(each)) == 1 for each in children(zygote(host))), "a leader is not ready again")
+    return children(zygote(host))
+
+
+def test_a_leader_serves_again(host: Host) -> None:
+    leaders = set()
+    for _ in range(12):
+        leaders.add(leader(host))
+        settled(host)
+    assert len(leaders) <= 3
+    assert leaders <= set(children(zygote(host)))
+
+
+def test_there_are_none_before_the_first_start(host: Host) -> None:
+    assert children(zygote(host)) == []
+
+
+def test_as_many_as_calls_at_once_then_a_few(host: Host) -> None:
+    host.inside(
+        """
+import threading
+threads = [threading.Thread(target=lambda: ray_guard.run(["sleep", "0.4"])) for _ in range(14)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+result = None
+"""
+    )
+    wait(lambda: len(children(zygote(host))) <= 8, "idle leaders are kept for ever", 5)
+    assert len(settled(host)) == 8
+
+
+def test_an_idle_leader_that_died_is_replaced(host: Host) -> None:
+    leader(host)
+    for each in settled(host):
+        os.kill(each, signal.SIGKILL)
+    wait(lambda: not children(zygote(host)), "a killed leader lives on")
+    assert host.run("call", ["echo", "here"]).stdout == "here\n"
+
+
+def test_a_leader_that_dies_takes_its_tool_along_and_says_so(host: Host) -> None:
+    status = host.inside(
+        """
+import os, pathlib, signal
+process = ray_guard.Popen(["sleep", "60"])
+stat = pathlib.Path(f"/proc/{process.pid}/stat")
+os.kill(int(stat.read_text().rsplit(")", 1)[1].split()[1]), signal.SIGKILL)
+result = [process.wait(10), process.pid]
+"""
+    )
+    assert status[0] == -signal.SIGKILL
+    wait(lambda: not Path(f"/proc/{status[1]}").exists(), "the tool outlived its leader")
+    assert host.run("call", ["echo", "here"]).stdout == "here\n"
+
+
+def test_a_waiting_process_that_died_costs_one_start_and_says_so(host: Host) -> None:
+    leader(host)
+    for each in settled(host):
+        for waiting in children(each):
+            os.kill(waiting, signal.SIGKILL)
+    outcome = host.inside(
+        """
+try:
+    result = ray_guard.run(["true"]).returncode
+except (ray_guard.NotEnforced, OSError) as error:
+    result = str(error)
+"""
+    )
+    assert outcome != 0
+    assert host.run("call", ["echo", "here"]).stdout == "here\n"
+
+
+def test_usage_is_each_calls_own(host: Host) -> None:
+    """The peak and the CPU time of one call are not told again for the next of the same leader."""
+    hog = "b = bytearray(80 << 20)\nfor i in range(0, len(b), 4096): b[i] = 1\nn = 0\nwhile n < 3_000_000: n += 1"
+    host.run("call", [PYTHON, "-I", "-S", "-c", hog])
+    settled(host)
+    host.run("call", ["true"])
+
+    def usage(name: str) -> list[dict[str, object]]:
+        found = [span for span in host.journal() if span["name"].startswith(f"process {name}") and span["ended"]]
+        return [span["attributes"] for span in found]
+
+    wait(lambda: bool(usage("true")), "the end of a call is not in the journal")
+    (first,), (second,) = usage("python"), usage("true")
+    assert first["ray_guard.process.peak_memory"] > 80 << 20
+    assert second["ray_guard.process.peak_memory"] < 40 << 20
+    assert second["ray_guard.process.cpu_seconds"] < first["ray_guard.process.cpu_seconds"]
+
+
+def test_no_leader_holds_anothers_pipes(host: Host) -> None:
+    """A pipe ends with its call, though leaders that were forked meanwhile live on."""
+    took = host.inside(
+        """
+import subprocess, threading, time
+slow = threading.Thread(target=lambda: ray_guard.run(["sleep", "2"]))
+slow.start()
+began = time.monotonic()
+for _ in range(4):
+    assert ray_guard.run(["echo", "x"], stdout=subprocess.PIPE, text=True).stdout == "x\\n"
+result = time.monotonic() - began
+slow.join()
+"""
+    )
+    assert took < 1.5
+
+
+def test_descriptors_of_a_call_do_not_stay(host: Host) -> None:
+    def held() -> dict[int, int]:
+        return {each: len(os.listdir(f"/proc/{each}/fd")) for each in (zygote(host), *settled(host))}
+
+    leader(host)
+    wait(lambda: max(held().values()) <= 10, "descriptors are left of the first call")
+    before = held()
+    for _ in range(10):
+        host.run("call", ["true"])
+        settled(host)
+    wait(lambda: all(held().get(each) == count for each, count in before.items()), f"{before} became {held()}")
+
+
+def test_survivors_of_a_call_are_not_the_next_ones(host: Host) -> None:
+    """What the first call leaves running is dead before the leader serves again."""
+    first = host.run("call", ["sh", "-c", "setsid -f sleep 60 >/dev/null 2>&1 </dev/null; echo $PPID"])
+    settled(host)
+    for _ in range(4):
+        told = host.run("call", ["sh", "-c", "echo $PPID; cat /proc/$PPID/task/$PPID/children"]).stdout.split()
+        if told[0] == first.stdout.strip():
+            assert len(told) == 2, "more than the tool itself is below its leader"
+            return
+        settled(host)
+    pytest.fail("the same leader did not serve again")
