@@ -154,6 +154,10 @@ class Impatience:
             signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, _PATIENCE_S)
             self._loop.later(_REST_S, self._rest)
 
+    def end(self) -> None:
+        """Before the process ends: the interpreter gives the signal its deadly default back while it still runs."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def _rest(self) -> None:
         if self._used:
             self._used = False

@@ -97,6 +97,7 @@ class Node:
         self.loop.later(SYNC_S, self._sync)
 
     def close(self) -> None:
+        self.means.impatience.end()
         for journal in self._journals.values():
             journal.close()
         for directory in self._directories.values():
