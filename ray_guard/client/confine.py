@@ -177,6 +177,8 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
         answer, passed = channel.exchange(hello)
         channel.identity = {"rl.run.id": identity.run_id} if identity.run_id else {}
         _let_judge(int(answer["supervisor"]))
+        if not answer["datagrams"]:  # only now: a refused confine has changed nothing
+            _mute_datagram_sockets()
         program = rings.actor_ring(Role(answer["role"]), platform.machine(), datagrams=bool(answer["datagrams"]))
         stops, kills = passed
     except BaseException:
@@ -273,8 +275,6 @@ def _obstacles() -> list[str]:
                 found.append(f"raw socket (descriptor {sock.fileno()})")
             elif sock.family not in (*_INET, *_FREE_FAMILIES):
                 found.append(f"socket of family {int(sock.family)}")
-            elif sock.family in _INET and sock.type == socket.SOCK_DGRAM:
-                _mute(sock)
     return found
 
 
@@ -289,13 +289,19 @@ def _own_sockets() -> list[socket.socket]:
     return found
 
 
-def _mute(sock: socket.socket) -> None:
-    """A datagram socket from before can never send again (see ``egress.gate.mute_datagram_socket``)."""
-    try:
-        sock.shutdown(socket.SHUT_WR)
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise
+def _mute_datagram_sockets() -> None:
+    """Those from before can never send again (see ``egress.gate.mute_datagram_socket``), unix ones neither.
+
+    Their sendmsg may name any destination, and this ring does not look at it.
+    """
+    for sock in _own_sockets():
+        with sock:
+            if sock.family in (*_INET, socket.AF_UNIX) and sock.type == socket.SOCK_DGRAM:
+                try:
+                    sock.shutdown(socket.SHUT_WR)
+                except OSError as error:
+                    if error.errno != errno.ENOTCONN:  # said of an unconnected socket, but it is shut all the same
+                        raise
 
 
 def _connections() -> list[tuple[str, int, int]]:
