@@ -209,8 +209,8 @@ def adopt(channel: Channel) -> None:
     """Makes ``channel`` this process's own, for good: called once, when it is confined."""
     _lines.own = channel
     # The interpreter's end closes the socket object while the process still runs, and a confined process that closes
-    # its line is killed. This descriptor closes with the process itself.
-    os.dup(channel.fileno())
+    # its line is killed. This descriptor closes with the process itself, and stays over an exec.
+    os.set_inheritable(os.dup(channel.fileno()), True)
 
 
 def observe(evidence: str) -> None:

@@ -171,6 +171,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
             "evidence": os.path.abspath(identity.evidence),
             "export": channels.export_environment(),
             "sockets": _connections(),
+            "listening": _listening(),
             "descriptor": channel.fileno(),
             "cluster": None if cluster is None else cluster.as_message(),
         }
@@ -233,11 +234,12 @@ def _let_judge(supervisor: int) -> None:
 
 
 def _tie(line: int, number: signal.Signals) -> None:
-    """Lets the kernel send this process a signal when the other end of ``line`` closes.
+    """Lets the kernel send this process a signal when the other end of ``line`` closes, also after an exec.
 
     No thread and no handler is needed, so no code of the target can be late. The supervisor's end stops the target, so
     that its tree still hangs together when the zygote ends it; the zygote's end kills it.
     """
+    os.set_inheritable(line, True)
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(line, fcntl.F_SETSIG, number)
     fcntl.fcntl(line, fcntl.F_SETFL, fcntl.fcntl(line, fcntl.F_GETFL) | os.O_ASYNC)
@@ -302,6 +304,17 @@ def _mute_datagram_sockets() -> None:
                 except OSError as error:
                     if error.errno != errno.ENOTCONN:  # said of an unconnected socket, but it is shut all the same
                         raise
+
+
+def _listening() -> list[tuple[str, int]]:
+    """Addresses at which TCP connections are accepted already."""
+    found = []
+    for sock in _own_sockets():
+        with sock:
+            if sock.family in _INET and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                host, port = sock.getsockname()[:2]
+                found.append((host, port))
+    return found
 
 
 def _connections() -> list[tuple[str, int, int]]:

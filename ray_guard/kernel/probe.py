@@ -13,16 +13,15 @@ import select
 import signal
 import socket
 import struct
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ray_guard.kernel import libc, procfs, seccomp, sock_diag
+from ray_guard.kernel import landlock, libc, procfs, seccomp, sock_diag
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
 
-_NR_LANDLOCK_CREATE_RULESET = 444
-_LANDLOCK_VERSION = 1
 _PATIENCE_S = 5
 
 
@@ -53,7 +52,8 @@ def probe() -> list[Feature]:
         _tried("sock_diag.destroy_events", _destroy_events),
         _tried("udp.mute", _mute),
         _tried("subreaper", _subreaper),
-        _tried("landlock", _landlock),
+        _tried("landlock.signal_scope", _landlock),
+        _tried("unix_diag", _unix_diag),
         _tried("yama", _yama),
         _tried("cgroup.kill", _cgroup),
     ]
@@ -241,9 +241,27 @@ def _ignore(_result: int) -> None:
     """For a trial that succeeds by not failing."""
 
 
-def _landlock() -> Feature:
-    abi = libc.syscall(_NR_LANDLOCK_CREATE_RULESET, 0, 0, _LANDLOCK_VERSION)
-    return Feature("landlock", Status.PARTLY, f"ABI {abi} is here; this version does not use it yet")
+def _landlock() -> str:
+    abi = landlock.abi()
+    if abi < landlock.SIGNAL_SCOPE_ABI:
+        raise OSError(
+            errno.ENOSYS, f"Landlock ABI {abi}: Linux 6.12 is needed to keep a tool's signals within its call"
+        )
+    _in_child(_enter_scope)
+    return f"ABI {abi}: a tool's signals stay within its call (its file rules are not used by this version)"
+
+
+def _enter_scope() -> None:
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+    landlock.enter_process_scope()
+
+
+def _unix_diag() -> str:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"{folder}/probe")
+        if sock_diag.unix_file(os.fstat(bound.fileno()).st_ino) is None:
+            raise OSError(errno.ENOSYS, "the kernel does not tell what a unix socket is bound to")
+    return "processes may connect to unix sockets of their own call"
 
 
 def _yama() -> str:

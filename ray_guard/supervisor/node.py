@@ -58,6 +58,8 @@ class Node:
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.surroundings_changed: list[Callable[[], None]] = []
+        self.ward: Callable[[int], None] = lambda _pid: None
+        """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
         self._forwarders: list[subprocess.Popen[bytes]] = []

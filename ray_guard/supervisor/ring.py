@@ -68,6 +68,8 @@ class Ring:
         self._own_unix: dict[tuple[int, int], int] = {}
         self._surroundings: Surroundings | None = None
         self._flows: dict[int, Flow] = {}
+        self._seen: set[int] = set()
+        self._faults = 0
         self._known: dict[tuple[str, int], tuple[Request, str]] = {}
         """TCP destinations that a rule has granted, with the text that says so."""
         self._texts: dict[tuple[object, ...], str] = {}
@@ -137,7 +139,9 @@ class Ring:
         return self.policy.role is Role.POLICY and procfs.is_in_tree(pid, self.root)
 
     def fault(self, what: str) -> None:
-        log.warning("target %d: %s", self.target.pid, what)
+        self._faults += 1
+        if self._faults <= _FAULTS_TOLD:  # a target can cause as many as it likes
+            log.warning("target %d: %s", self.target.pid, what)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -195,8 +199,22 @@ class Ring:
     # -- flows ---------------------------------------------------------------------------------------------------------
 
     def began(self, flow: Flow) -> None:
+        if self._origin is None and flow.holder[0] != self.root:
+            self._remember(flow.holder[0])
         self._flows[flow.cookie] = flow
         self._meter.begin(flow)
+
+    def _remember(self, tid: int) -> None:
+        """A process beside the actor's own has a connection: should this process die, the zygote ends it as well.
+
+        By then it may have lost its parents, so that nothing would lead from the actor to it.
+        """
+        pid = procfs.thread_group(tid)
+        if pid is not None and pid != self.root and pid not in self._seen:
+            if len(self._seen) >= _PROCESSES_KEPT:
+                self._seen.clear()
+            self._seen.add(pid)
+            self._node.ward(pid)
 
     def left(self, flow: Flow) -> None:
         self._flows.pop(flow.cookie, None)
@@ -469,6 +487,8 @@ _BYTES: Final = (EGRESS, SENT, RECEIVED)
 _EXACT: Final = "," + fragment({"ray_guard.egress.scope": "exact"}).encoded
 _OF_THE_ACTOR: Final = (Reason.CLUSTER, Reason.COLLECTIVES)
 _TEXTS_KEPT: Final = 4096
+_PROCESSES_KEPT: Final = 4096
+_FAULTS_TOLD: Final = 100
 
 
 def grants_datagrams(policy: CompiledPolicy) -> bool:

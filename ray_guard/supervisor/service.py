@@ -8,9 +8,11 @@ import os
 import resource
 import select
 import socket
+from functools import partial
 from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
+from ray_guard.supervisor import zygote
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.session import Session
@@ -38,6 +40,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     _lower_capabilities()
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
+    node.ward = partial(zygote.ward, starts)
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
     gc.freeze()  # what is here now stays; what comes and goes is few and small

@@ -23,14 +23,14 @@ from ray_guard import errors
 from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced, PolicyError, RayGuardError
 from ray_guard.evidence.journal import JournalError
-from ray_guard.kernel import libc, procfs, seqpacket
+from ray_guard.kernel import libc, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import Scope
 from ray_guard.policy.decide import CompiledPolicy, Operation, Process, Request, decide
 from ray_guard.policy.destination import Group, Transport, canonical_address
 from ray_guard.policy.enforcement import unenforced
 from ray_guard.records import Mode, Resource, Role
-from ray_guard.supervisor import fields
+from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.start import read_start
@@ -187,10 +187,11 @@ class Session:
             self._node.join(target, membership)
         told = membership.told if membership is not None else frozenset()
         refused = self._refused_sockets(target, message.get("sockets") or (), told)
+        refused += self._refused_listeners(target, message.get("listening") or ())
         if refused and policy.mode is Mode.ENFORCE:
             if membership is not None:
                 self._node.leave(target)
-            raise NotEnforced(refused, "these connections are open already and no rule grants them: close them first")
+            raise NotEnforced(refused, "these sockets are open already and no rule grants them: close them first")
         self._pidfd = os.pidfd_open(pid)
         if kind in ("actor", "program"):
             try:
@@ -229,8 +230,7 @@ class Session:
         """Puts the target's tree into the zygote's care, should this process die; returns the target's line to it."""
         held, kills = socket.socketpair()
         with held:
-            message = {"op": "ward", "pid": pid, "start_time": procfs.start_time(pid)}
-            seqpacket.send(self._zygote, message, [held.fileno()])
+            zygote.ward(self._zygote, pid, held)
         return kills
 
     def _peer(self) -> tuple[int, int]:
@@ -251,6 +251,17 @@ class Session:
                 target.policy, surroundings, target.account, request
             ).allowed:
                 refused.append(f"tcp://{address}:{port}")
+        return refused
+
+    def _refused_listeners(self, target: Target, listening: Any) -> list[str]:
+        """Which listening sockets that are open already no rule grants."""
+        surroundings = self._node.surroundings(target)
+        refused = []
+        for host, port in listening:
+            address = canonical_address(str(host))
+            request = Request(Operation.LISTEN, Transport.TCP, address, int(port), process=Process.OWN)
+            if not decide(target.policy, surroundings, target.account, request).allowed:
+                refused.append(f"listening on tcp://{address}:{port}")
         return refused
 
     def _armed(self, message: dict[str, Any], descriptors: list[int]) -> None:
@@ -455,6 +466,8 @@ def _policy(wire: Any, kind: str, *, clustered: bool) -> CompiledPolicy:
             raise NotEnforced(missing, "this version does not enforce that yet")
         capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
+        if uncounted and any(layer.listen for layer in policy.layers):
+            raise NotEnforced(uncounted, "bytes of accepted connections are not counted yet: drop listen or the cap")
         if uncounted and grants_datagrams(policy):
             raise NotEnforced(uncounted, "bytes of connected UDP sockets are not counted yet: drop udp:// or the cap")
     if clustered and policy.role in _ENV_ROLES:

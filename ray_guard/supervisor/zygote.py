@@ -47,12 +47,20 @@ def run(requests: socket.socket) -> NoReturn:
 
 
 class _Ward(NamedTuple):
-    """A target whose tree is ended here when the supervisor is gone."""
+    """A process whose tree is ended here when the supervisor is gone."""
 
     pid: int
     start_time: int
-    lifeline: int
-    """Held open; where the zygote dies too, its closing kills the target."""
+    lifeline: int | None
+    """A target's, held open: where the zygote dies too, its closing kills the target. None: a process beside one."""
+
+    @property
+    def lives(self) -> bool:
+        return procfs.start_time(self.pid) == self.start_time
+
+
+_WARDS_SWEPT: Final = 256
+"""How often, in wards, those that have ended are forgotten."""
 
 
 class _Zygote:
@@ -88,10 +96,14 @@ class _Zygote:
         operation = message.get("op")
         if operation == "ward":
             pid = int(message["pid"])
-            self._wards[pid] = _Ward(pid, int(message["start_time"]), descriptors[0])
+            self._wards[pid] = _Ward(pid, int(message["start_time"]), descriptors[0] if descriptors else None)
+            if len(self._wards) % _WARDS_SWEPT == 0:
+                self._wards = {
+                    pid: ward for pid, ward in self._wards.items() if ward.lifeline is not None or ward.lives
+                }
         elif operation == "release":
             ward = self._wards.pop(int(message["pid"]), None)
-            if ward is not None:
+            if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
         else:
             try:
@@ -154,7 +166,7 @@ class _Zygote:
         Children first: a target that died before them would leave them to nobody.
         """
         deadline = time.monotonic() + KILL_PATIENCE_S
-        wards = [ward for ward in self._wards.values() if procfs.start_time(ward.pid) == ward.start_time]
+        wards = [ward for ward in self._wards.values() if ward.lives]
         while wards and time.monotonic() < deadline:
             below = {pid for ward in wards for pid in procfs.descendants(ward.pid) if not procfs.is_zombie(pid)}
             for pid in below or {ward.pid for ward in wards}:
@@ -162,6 +174,15 @@ class _Zygote:
                     os.kill(pid, signal.SIGKILL)
             if not below:
                 return
+
+
+def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None) -> None:
+    """Puts a process's tree into the zygote's care, should the supervisor die; called by the supervisor."""
+    start_time = procfs.start_time(pid)
+    if start_time is None:
+        return  # it has ended already
+    passed = [] if lifeline is None else [lifeline.fileno()]
+    seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time}, passed)
 
 
 def fork(close: list[int]) -> tuple[socket.socket, int]:

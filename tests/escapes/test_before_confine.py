@@ -45,9 +45,6 @@ def test_datagram_sockets_from_before(stage: Stage) -> None:
         assert said[f"confined {sink}"] == 32
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a socket that listens already is not asked for among the connections of a hello"
-)
 def test_a_listening_socket_from_before_is_refused(stage: Stage) -> None:
     program = """
 import socket, ray_guard

@@ -345,7 +345,6 @@ def test_the_supervisor_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own, and so a mount namespace")
-@pytest.mark.xfail(strict=True, reason="an orphan of an actor hangs on no tree the zygote can see; new connects fail")
 def test_the_supervisor_is_killed_and_an_actor_has_orphans(tmp_path: Path) -> None:
     _kill_the_supervisor(tmp_path, ("child", "tool", "orphan"))
 
