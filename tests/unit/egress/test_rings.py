@@ -1,0 +1,133 @@
+"""Both rings as tables: what a system call with these arguments is answered, by running the assembled program."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+
+import pytest
+
+from ray_guard.egress import rings
+from ray_guard.kernel.seccomp import ALLOW, NOTIFY, Instruction, refuse
+from ray_guard.kernel.syscalls import AUDIT_ARCH, LAST_KNOWN, TABLES
+from ray_guard.records import Role
+
+MACHINES = sorted(TABLES)
+SOMEWHERE = 0x7F00_0000_1000
+ABOVE_32_BITS = 0x7F00_0000_0000
+
+
+def run(program: Sequence[Instruction], number: int, arguments: Sequence[int], arch: int) -> int:
+    """What classic BPF returns for this ``struct seccomp_data``: written from the manual, not from the assembler."""
+    words = [number, arch, 0, 0]
+    for argument in (*arguments, *(0,) * (6 - len(arguments))):
+        words += [argument & 0xFFFFFFFF, argument >> 32 & 0xFFFFFFFF]
+    accumulator = at = 0
+    while True:
+        code, jump_true, jump_false, constant = program[at]
+        at += 1
+        if code == 0x20:  # ld [constant]
+            accumulator = words[constant // 4]
+        elif code == 0x54:  # and #constant
+            accumulator &= constant
+        elif code == 0x15:  # jeq
+            at += jump_true if accumulator == constant else jump_false
+        elif code == 0x25:  # jgt
+            at += jump_true if accumulator > constant else jump_false
+        elif code == 0x06:  # ret
+            return constant
+        else:
+            pytest.fail(f"instruction {code:#x} is not in the interpreter")
+
+
+def answer(program: Sequence[Instruction], machine: str, name: str, *arguments: int) -> int:
+    return run(program, TABLES[machine][name], arguments, AUDIT_ARCH[machine])
+
+
+INET, INET6, UNIX, NETLINK = socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_NETLINK
+STREAM, DGRAM, RAW, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET
+FLAGS = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+NO_FAMILY, NO_PROTOCOL = refuse(errno.EAFNOSUPPORT), refuse(errno.EPROTONOSUPPORT)
+EPERM, ENOSYS, EOPNOTSUPP = refuse(errno.EPERM), refuse(errno.ENOSYS), refuse(errno.EOPNOTSUPP)
+FASTOPEN = 0x20000000
+
+# (call, arguments, answer in an env actor's ring, answer in the call ring)
+TABLE = [
+    ("connect", (3, SOMEWHERE, 16), NOTIFY, NOTIFY),
+    ("bind", (3, SOMEWHERE, 16), NOTIFY, NOTIFY),
+    ("listen", (3, 5), NOTIFY, NOTIFY),
+    ("sendto", (3, SOMEWHERE, 1, 0, 0, 0), ALLOW, ALLOW),
+    ("sendto", (3, SOMEWHERE, 1, 0, SOMEWHERE, 16), NOTIFY, NOTIFY),
+    ("sendto", (3, SOMEWHERE, 1, 0, ABOVE_32_BITS, 16), NOTIFY, NOTIFY),
+    ("sendto", (3, SOMEWHERE, 1, FASTOPEN, 0, 0), EOPNOTSUPP, EOPNOTSUPP),
+    ("sendmsg", (3, SOMEWHERE, 0), ALLOW, NOTIFY),
+    ("sendmsg", (3, SOMEWHERE, FASTOPEN), EOPNOTSUPP, NOTIFY),
+    ("sendmmsg", (3, SOMEWHERE, 1, FASTOPEN), EOPNOTSUPP, NOTIFY),
+    ("socket", (INET, STREAM, 0), ALLOW, ALLOW),
+    ("socket", (INET6, STREAM | FLAGS, socket.IPPROTO_TCP), ALLOW, ALLOW),
+    ("socket", (INET, STREAM, 262), NO_PROTOCOL, NO_PROTOCOL),  # MPTCP
+    ("socket", (INET, DGRAM | FLAGS, socket.IPPROTO_UDP), NOTIFY, ALLOW),
+    ("socket", (INET, DGRAM, socket.IPPROTO_ICMP), NO_PROTOCOL, NO_PROTOCOL),  # ping
+    ("socket", (INET, RAW, socket.IPPROTO_ICMP), EPERM, EPERM),
+    ("socket", (UNIX, STREAM, 0), ALLOW, ALLOW),
+    ("socket", (UNIX, SEQPACKET | FLAGS, 0), ALLOW, ALLOW),
+    ("socket", (UNIX, DGRAM, 0), NO_FAMILY, ALLOW),
+    ("socket", (NETLINK, RAW, 0), NOTIFY, NOTIFY),
+    ("socket", (NETLINK, RAW, 4), NO_FAMILY, NO_FAMILY),
+    ("socket", (socket.AF_PACKET, RAW, 0), NO_FAMILY, NO_FAMILY),
+    ("socket", (40, STREAM, 0), NO_FAMILY, NO_FAMILY),  # vsock
+    ("socketpair", (UNIX, STREAM, 0), ALLOW, ALLOW),
+    ("socketpair", (UNIX, DGRAM, 0), NO_FAMILY, ALLOW),
+    ("io_uring_setup", (8, SOMEWHERE), ENOSYS, ENOSYS),
+    ("clone3", (SOMEWHERE, 88), ENOSYS, ENOSYS),
+    ("clone", (17,), ALLOW, ALLOW),
+    ("clone", (0x10000000 | 17,), EPERM, EPERM),
+    ("unshare", (0x40000000,), EPERM, EPERM),
+    ("setns", (3, 0), EPERM, EPERM),
+    ("pidfd_getfd", (3, 4, 0), EPERM, EPERM),
+    ("process_vm_writev", (1, 0, 0, 0, 0, 0), EPERM, EPERM),
+    ("bpf", (0, 0, 0), EPERM, EPERM),
+    ("prctl", (4, 0), refuse(0), refuse(0)),  # PR_SET_DUMPABLE 0: agreed to, and not done
+    ("prctl", (4, 1), ALLOW, ALLOW),
+    ("ioctl", (3, 0x8912), ALLOW, ALLOW),  # SIOCGIFCONF
+    ("ioctl", (3, 0x890B), EPERM, EPERM),  # SIOCADDRT
+    ("setsockopt", (3, socket.IPPROTO_TCP, 30, SOMEWHERE, 4), refuse(errno.ENOPROTOOPT), refuse(errno.ENOPROTOOPT)),
+    ("setsockopt", (3, socket.IPPROTO_TCP, socket.TCP_NODELAY, SOMEWHERE, 4), ALLOW, ALLOW),
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("name", "arguments", "in_actor", "in_call"), TABLE)
+def test_what_a_call_is_answered(
+    machine: str, name: str, arguments: tuple[int, ...], in_actor: int, in_call: int
+) -> None:
+    assert answer(rings.actor_ring(Role.ENV, machine, datagrams=False), machine, name, *arguments) == in_actor
+    assert answer(rings.call_ring(machine), machine, name, *arguments) == in_call
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("name", ["pidfd_getfd", "process_vm_readv", "process_vm_writev"])
+def test_a_policy_actor_is_asked_about_other_processes(machine: str, name: str) -> None:
+    assert answer(rings.actor_ring(Role.POLICY, machine, datagrams=False), machine, name, 1) == NOTIFY
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_an_actor_with_udp_destinations_has_its_messages_judged(machine: str) -> None:
+    program = rings.actor_ring(Role.ENV, machine, datagrams=True)
+    assert answer(program, machine, "socket", INET, DGRAM, 0) == ALLOW
+    assert answer(program, machine, "sendmsg", 3, SOMEWHERE, 0) == NOTIFY
+    assert answer(program, machine, "sendmmsg", 3, SOMEWHERE, 1, 0) == NOTIFY
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("number", [LAST_KNOWN + 1, 0x40000000 | 42, 0xFFFFFFFF])
+def test_numbers_nobody_knows_and_x32_do_not_exist(machine: str, number: int) -> None:
+    for program in (rings.actor_ring(Role.ENV, machine, datagrams=False), rings.call_ring(machine)):
+        assert run(program, number, (), AUDIT_ARCH[machine]) == ENOSYS
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_another_architecture_does_not_exist(machine: str) -> None:
+    i386 = 0x40000003
+    assert run(rings.call_ring(machine), 102, (3,), i386) == ENOSYS  # socketcall
