@@ -199,8 +199,9 @@ class Ring:
     # -- flows ---------------------------------------------------------------------------------------------------------
 
     def began(self, flow: Flow) -> None:
-        if self._origin is None and flow.holder[0] != self.root:
-            self._remember(flow.holder[0])
+        tid = flow.holder[0]
+        if self._origin is None and tid != self.root and tid not in self._seen:
+            self._remember(tid)
         self._flows[flow.cookie] = flow
         self._meter.begin(flow)
 
@@ -209,11 +210,11 @@ class Ring:
 
         By then it may have lost its parents, so that nothing would lead from the actor to it.
         """
+        if not self._seen:
+            self._node.loop.later(_REMEMBERED_S, self._seen.clear)  # the number may be another thread's by then
+        self._seen.add(tid)
         pid = procfs.thread_group(tid)
-        if pid is not None and pid != self.root and pid not in self._seen:
-            if len(self._seen) >= _PROCESSES_KEPT:
-                self._seen.clear()
-            self._seen.add(pid)
+        if pid is not None and pid != self.root:
             self._node.ward(pid)
 
     def left(self, flow: Flow) -> None:
@@ -487,7 +488,7 @@ _BYTES: Final = (EGRESS, SENT, RECEIVED)
 _EXACT: Final = "," + fragment({"ray_guard.egress.scope": "exact"}).encoded
 _OF_THE_ACTOR: Final = (Reason.CLUSTER, Reason.COLLECTIVES)
 _TEXTS_KEPT: Final = 4096
-_PROCESSES_KEPT: Final = 4096
+_REMEMBERED_S: Final = 1.0
 _FAULTS_TOLD: Final = 100
 
 
