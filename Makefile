@@ -83,7 +83,7 @@ layers: env ## who may import whom
 	$(VENV)/bin/lint-imports
 
 bench: env-bench ## measurements, beside the peers
-	for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
+	for script in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) "$$script"; done
 
 clean: ## caches and outputs
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist out

@@ -1,6 +1,6 @@
 """What a guarded connect costs: loopback socket + connect + close, beside plain and beside the peers.
 
-    python benchmarks/connect.py [--rounds 30] [--connects 200] [--json OUT]
+    python benchmarks/connect.py [--rounds 20] [--connects 200] [--json OUT]
 
 The same client program (in C, and in Python) runs plain, behind a minimal notification supervisor in C, in
 sandlock's sandbox, in the guard's actor ring and in its call ring. Before anything is timed each contestant with a
@@ -117,7 +117,7 @@ def measure(report: harness.Report, clients: Sequence[Client], language: str, ro
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__ or "", rounds=30, connects=200)
+    parser = harness.arguments(__doc__ or "", rounds=20, connects=200)
     parser.add_argument("--client", choices=("c", "python", "both"), default="both")
     options = parser.parse_args()
     report = harness.Report(options)
