@@ -17,6 +17,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import functools
 import logging
 import os
 import select
@@ -25,8 +26,9 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
 from ray_guard.egress import sockaddr
@@ -204,6 +206,10 @@ class Means:
         self.impatience = Impatience(loop)
 
 
+Handler = Callable[["Gate", Notification], None]
+NO_HANDLERS: Final[Mapping[str, Handler]] = MappingProxyType({})
+
+
 class Gate:
     """Answers one listener.
 
@@ -212,6 +218,8 @@ class Gate:
         judge: whoever owns the processes behind it.
         means: shared by all gates of one supervisor.
         gone: called once, when the last filtered process has ended.
+        more: handlers of calls that are not about egress, by the system call's name. Each gets this gate, to read the
+            caller with, and answers the notification itself.
     """
 
     def __init__(
@@ -220,8 +228,9 @@ class Gate:
         judge: Judge,
         means: Means,
         gone: Callable[[], None],
+        more: Mapping[str, Handler] = NO_HANDLERS,
     ) -> None:
-        self._listener = listener
+        self.listener = listener
         self._judge = judge
         self._loop = means.loop
         self._threads = Threads()
@@ -241,6 +250,7 @@ class Gate:
             "process_vm_readv": self._process_vm,
             "process_vm_writev": self._process_vm,
         }
+        by_name |= {name: functools.partial(handler, self) for name, handler in more.items()}
         self._handlers = {NUMBERS[name]: handler for name, handler in by_name.items() if name in NUMBERS}
         self._loop.watch(listener.fd, select.EPOLLIN, self.ready)
 
@@ -250,7 +260,7 @@ class Gate:
             self.close()
             self._gone()
             return
-        notification = self._listener.receive()
+        notification = self.listener.receive()
         if notification is None:
             return
         self._handle(notification)
@@ -259,33 +269,33 @@ class Gate:
         handler = self._handlers.get(notification.nr)
         try:
             if handler is None:
-                self._refuse(notification, errno.EPERM)
+                self.refuse(notification, errno.EPERM)
             else:
                 handler(notification)
         except sockaddr.BadAddress as bad:
-            self._refuse(notification, bad.errno)
+            self.refuse(notification, bad.errno)
         except Exception as fault:  # fail closed, and live on: other targets depend on this process
             log.exception("notification %d of thread %d", notification.nr, notification.pid)
             self._judge.fault(f"{type(fault).__name__}: {fault}")
-            self._refuse(notification, errno.EPERM)
+            self.refuse(notification, errno.EPERM)
 
     def close(self) -> None:
         """Lets go of the listener and of everything awaited for it: pending calls then fail with ENOSYS."""
         for pending in list(self._pending.values()):
             self._drop(pending)
-        if self._listener.fd >= 0:
-            self._loop.forget(self._listener.fd)
-            os.close(self._listener.fd)
-            self._listener.fd = -1
+        if self.listener.fd >= 0:
+            self._loop.forget(self.listener.fd)
+            os.close(self.listener.fd)
+            self.listener.fd = -1
             self._threads.close()
 
     # ------------------------------------------------------------------------------------------------------------------
     # reading the target
 
-    def _refuse(self, notification: Notification, error: int) -> None:
-        self._listener.answer(notification.id, error=error)
+    def refuse(self, notification: Notification, error: int) -> None:
+        self.listener.answer(notification.id, error=error)
 
-    def _read(self, notification: Notification, address: int, length: int) -> bytes:
+    def read(self, notification: Notification, address: int, length: int) -> bytes:
         """``length`` bytes of the caller's memory.
 
         Raises:
@@ -298,17 +308,17 @@ class Gate:
             if data != -errno.EFAULT:
                 self._judge.fault(f"memory of thread {notification.pid} is unreadable: {os.strerror(-data)}")
             raise sockaddr.BadAddress(errno.EFAULT if data == -errno.EFAULT else errno.EPERM)
-        if not self._listener.is_valid(notification.id):  # the pid may be another's by now
+        if not self.listener.is_valid(notification.id):  # the pid may be another's by now
             raise sockaddr.BadAddress(errno.EPERM)
         return data
 
-    def _read_address(self, notification: Notification, pointer: int, length: int) -> bytes:
+    def read_address(self, notification: Notification, pointer: int, length: int) -> bytes:
         length &= 0xFFFFFFFF
         if length > sockaddr.STORAGE:  # negative lengths too
             raise sockaddr.BadAddress(errno.EINVAL)
-        return self._read(notification, pointer, length)
+        return self.read(notification, pointer, length)
 
-    def _take(self, notification: Notification, number: int) -> int:
+    def take(self, notification: Notification, number: int) -> int:
         """A duplicate of the caller's descriptor; the caller of this function closes it."""
         duplicate = self._threads.descriptor(notification.pid, number & 0xFFFFFFFF)
         if duplicate >= 0:
@@ -321,9 +331,9 @@ class Gate:
     # connect
 
     def _connect(self, notification: Notification) -> None:
-        raw = self._read_address(notification, notification.arg1, notification.arg2)
+        raw = self.read_address(notification, notification.arg1, notification.arg2)
         address = sockaddr.decode(raw)
-        duplicate = self._take(notification, notification.arg0)
+        duplicate = self.take(notification, notification.arg0)
         outcome = _PARKED
         try:
             if isinstance(address, sockaddr.Unix):
@@ -342,7 +352,7 @@ class Gate:
         if outcome != _PARKED:
             os.close(duplicate)  # first: while it is held, the target's close would send no FIN
             if outcome != _UNANSWERED:
-                self._listener.answer(notification.id, error=outcome)
+                self.listener.answer(notification.id, error=outcome)
 
     def _connect_socket(self, notification: Notification, sock: _Socket, raw: bytes, address: sockaddr.Address) -> int:
         """The errno to answer with (0: connected), or one of _PARKED and _UNANSWERED."""
@@ -412,11 +422,11 @@ class Gate:
         return -libc.connect(sock.fileno(), raw)
 
     def _ask_again(self, notification: Notification) -> None:
-        if self._listener.fd >= 0 and self._listener.is_valid(notification.id):
+        if self.listener.fd >= 0 and self.listener.is_valid(notification.id):
             self._handle(notification)
 
     def _connect_unix(self, notification: Notification, duplicate: int, address: sockaddr.Unix) -> int:
-        pinned = self._pin(notification, address)
+        pinned = self.pin(notification, address)
         parked = False
         try:
             error = self._judge_unix(notification, pinned)
@@ -443,7 +453,7 @@ class Gate:
             if not parked:
                 os.close(pinned)
 
-    def _pin(self, notification: Notification, address: sockaddr.Unix) -> int:
+    def pin(self, notification: Notification, address: sockaddr.Unix) -> int:
         """An O_PATH descriptor of the socket that the path means *to the target*, right now.
 
         Raises:
@@ -514,7 +524,7 @@ class Gate:
         if outcome != _PARKED:
             self._drop(pending)
             if outcome != _UNANSWERED:
-                self._listener.answer(pending.notification.id, error=outcome)
+                self.listener.answer(pending.notification.id, error=outcome)
 
     def _drop(self, pending: _Pending) -> None:
         if self._pending.pop(pending.notification.id, None) is not None:
@@ -527,14 +537,14 @@ class Gate:
         """Ends what nobody waits for any more, and what has waited as long as its socket allows."""
         now = time.monotonic()
         for pending in list(self._pending.values()):
-            if not self._listener.is_valid(pending.notification.id):
+            if not self.listener.is_valid(pending.notification.id):
                 # The target is gone: an attempt left alone would go on for two minutes.
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(pending.descriptors[0])) as sock:
                     sock.shutdown(socket.SHUT_RDWR)
                 self._drop(pending)
             elif pending.deadline is not None and now >= pending.deadline:
                 self._drop(pending)
-                self._listener.answer(pending.notification.id, error=pending.late_error)
+                self.listener.answer(pending.notification.id, error=pending.late_error)
             else:
                 self._retry(pending)
         if self._pending:
@@ -546,9 +556,9 @@ class Gate:
     # bind, listen
 
     def _bind(self, notification: Notification) -> None:
-        raw = self._read_address(notification, notification.arg1, notification.arg2)
+        raw = self.read_address(notification, notification.arg1, notification.arg2)
         address = sockaddr.decode(raw)
-        duplicate = self._take(notification, notification.arg0)
+        duplicate = self.take(notification, notification.arg0)
         try:
             if isinstance(address, sockaddr.Unix):
                 result = self._bind_unix(notification, duplicate, raw, address)
@@ -560,7 +570,7 @@ class Gate:
                 result = -errno.EAFNOSUPPORT
         finally:
             os.close(duplicate)
-        self._listener.answer(notification.id, error=-result)
+        self.listener.answer(notification.id, error=-result)
 
     def _bind_inet(self, notification: Notification, duplicate: int, raw: bytes, address: sockaddr.Inet) -> int:
         if address.port:  # port 0 to send from is free
@@ -611,7 +621,7 @@ class Gate:
             os.close(pinned)
 
     def _listen(self, notification: Notification) -> None:
-        duplicate = self._take(notification, notification.arg0)
+        duplicate = self.take(notification, notification.arg0)
         try:
             sock = socket.socket(fileno=duplicate)
         except OSError as error:  # not a socket
@@ -622,14 +632,14 @@ class Gate:
                 address, port = sock.getsockname()[:2]
                 ruling = self._judge.rule(Operation.LISTEN, Transport.TCP, notification.pid, address=address, port=port)
                 if ruling.error:
-                    self._refuse(notification, ruling.error)
+                    self.refuse(notification, ruling.error)
                     return
             sock.listen(min(notification.arg1 & 0xFFFFFFFF, 0x7FFFFFFF))
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 self._judge.listening(*sock.getsockname()[:2])
-            self._listener.answer(notification.id)
+            self.listener.answer(notification.id)
         except OSError as error:
-            self._refuse(notification, error.errno or errno.EINVAL)
+            self.refuse(notification, error.errno or errno.EINVAL)
         finally:
             sock.close()
 
@@ -637,14 +647,14 @@ class Gate:
     # datagrams, and everything else that sends with an address
 
     def _sendto(self, notification: Notification) -> None:
-        raw = self._read_address(notification, notification.arg4, notification.arg5)
+        raw = self.read_address(notification, notification.arg4, notification.arg5)
         flags, size = notification.arg3 & 0xFFFFFFFF, notification.arg2
-        duplicate = self._take(notification, notification.arg0)
+        duplicate = self.take(notification, notification.arg0)
         try:
             kind = _type(duplicate)
             if size > _PAYLOAD_LIMIT and kind != _STREAM:  # a short write is a stream's right alone
                 raise sockaddr.BadAddress(errno.EMSGSIZE)
-            data = self._read(notification, notification.arg1, min(size, _PAYLOAD_LIMIT))
+            data = self.read(notification, notification.arg1, min(size, _PAYLOAD_LIMIT))
             message = _Message(data, raw if kind not in _CONNECTION_ORIENTED else b"", b"", [])
             outcome = self._connect_first(notification, duplicate, raw) if flags & _MSG_FASTOPEN else 0
             if outcome == 0:
@@ -672,7 +682,7 @@ class Gate:
         if outcome != _PARKED:
             os.close(duplicate)
             if outcome != _UNANSWERED:
-                self._refuse(notification, outcome)
+                self.refuse(notification, outcome)
 
     def _sendmsg(self, notification: Notification) -> None:
         self._send_messages(notification, [notification.arg1], notification.arg2, lambda sent: sent[0])
@@ -683,7 +693,7 @@ class Gate:
 
         def report(sent: list[int]) -> int:
             # The kernel would store each entry's length; the caller (glibc's resolver for one) checks it.
-            if self._listener.is_valid(notification.id):
+            if self.listener.is_valid(notification.id):
                 for pointer, length in zip(entries, sent, strict=False):
                     libc.write_word(notification.pid, pointer + 56, length)
             return len(sent)
@@ -694,9 +704,9 @@ class Gate:
         self, notification: Notification, headers: list[int], flags: int, report: Callable[[list[int]], int]
     ) -> None:
         if flags & _MSG_FASTOPEN:
-            self._refuse(notification, errno.EOPNOTSUPP)  # programs fall back to connect
+            self.refuse(notification, errno.EOPNOTSUPP)  # programs fall back to connect
             return
-        duplicate = self._take(notification, notification.arg0)
+        duplicate = self.take(notification, notification.arg0)
         messages: list[_Message] = []
         try:
             kind = _type(duplicate)
@@ -723,25 +733,25 @@ class Gate:
         Raises:
             BadAddress: EFAULT, EMSGSIZE, EINVAL as the kernel; EPERM for control messages nobody may send.
         """
-        fields = struct.unpack("=QIxxxxQQQQIxxxx", self._read(notification, header, 56))
+        fields = struct.unpack("=QIxxxxQQQQIxxxx", self.read(notification, header, 56))
         name, name_length, vector, vector_length, control, control_length, _flags = fields
         if vector_length > _ENTRIES_LIMIT:
             raise sockaddr.BadAddress(errno.EMSGSIZE)
-        address = self._read_address(notification, name, name_length) if name else b""
+        address = self.read_address(notification, name, name_length) if name else b""
         room = _PAYLOAD_LIMIT
         parts = []
-        spans = self._read(notification, vector, 16 * vector_length)
+        spans = self.read(notification, vector, 16 * vector_length)
         for base, length in struct.iter_unpack("=QQ", spans):
             if length > room and kind != _STREAM:
                 raise sockaddr.BadAddress(errno.EMSGSIZE)
             part = min(length, room)
-            parts.append(self._read(notification, base, part))
+            parts.append(self.read(notification, base, part))
             room -= part
         if control_length > 1 << 14:
             raise sockaddr.BadAddress(errno.ENOBUFS)
         ancillary, descriptors = b"", list[int]()
         if control and control_length:
-            raw = self._read(notification, control, control_length)
+            raw = self.read(notification, control, control_length)
             ancillary, descriptors = self._ancillary(notification, raw)
         return _Message(b"".join(parts), address if kind not in _CONNECTION_ORIENTED else b"", ancillary, descriptors)
 
@@ -761,7 +771,7 @@ class Gate:
                     if len(passed) + len(numbers) > DESCRIPTOR_LIMIT:
                         raise sockaddr.BadAddress(errno.EINVAL)
                     for number in numbers:
-                        passed.append(self._take(notification, number))
+                        passed.append(self.take(notification, number))
                         if _sends_anywhere(passed[-1]):
                             raise sockaddr.BadAddress(errno.EPERM)
                 elif (level, kind) in _HARMLESS_CONTROL:
@@ -799,7 +809,7 @@ class Gate:
             let_go()
             if error and not sent:
                 return error
-            self._listener.answer(notification.id, value=report(sent) if messages else 0)
+            self.listener.answer(notification.id, value=report(sent) if messages else 0)
             return _UNANSWERED
 
         def step() -> int:
@@ -856,7 +866,7 @@ class Gate:
         if isinstance(address, sockaddr.Netlink):
             return 0 if address.port_id == 0 and address.groups == 0 else errno.EPERM
         if isinstance(address, sockaddr.Unix):
-            pinned = self._pin(notification, address)
+            pinned = self.pin(notification, address)
             message.pin(pinned)
             return self._judge_unix(notification, pinned, size=len(message.data))
         return errno.EAFNOSUPPORT
@@ -873,33 +883,33 @@ class Gate:
             else:
                 made = mute_datagram_socket(family, protocol)
         except OSError as error:
-            self._refuse(notification, error.errno or errno.EAFNOSUPPORT)
+            self.refuse(notification, error.errno or errno.EAFNOSUPPORT)
             return
         with made:
             made.setblocking(not kind & _NONBLOCK)
-            self._listener.answer_with_descriptor(notification.id, made.fileno(), close_on_exec=bool(kind & _CLOEXEC))
+            self.listener.answer_with_descriptor(notification.id, made.fileno(), close_on_exec=bool(kind & _CLOEXEC))
 
     def _pidfd_getfd(self, notification: Notification) -> None:
         caller = procfs.thread_group(notification.pid)
         owner = None if caller is None else procfs.traced_pid(caller, notification.arg0 & 0xFFFFFFFF)
         if owner is None or not self._judge.may_borrow(owner):
-            self._refuse(notification, errno.EPERM)
+            self.refuse(notification, errno.EPERM)
             return
         borrowed = self._threads.descriptor(owner, notification.arg1 & 0xFFFFFFFF)
         if borrowed < 0:
-            self._refuse(notification, -borrowed)
+            self.refuse(notification, -borrowed)
             return
         try:
-            self._listener.answer_with_descriptor(notification.id, borrowed, close_on_exec=True)
+            self.listener.answer_with_descriptor(notification.id, borrowed, close_on_exec=True)
         finally:
             os.close(borrowed)
 
     def _process_vm(self, notification: Notification) -> None:
         pid = notification.arg0 & 0xFFFFFFFF  # in a register: what is checked is what is executed
         if self._judge.may_borrow(pid):
-            self._listener.proceed(notification.id)
+            self.listener.proceed(notification.id)
         else:
-            self._refuse(notification, errno.EPERM)
+            self.refuse(notification, errno.EPERM)
 
 
 _SOL_UDP, _IP_TOS, _IP_TTL, _IP_PKTINFO = 17, 1, 2, 8
