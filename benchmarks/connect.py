@@ -2,8 +2,9 @@
 
     python benchmarks/connect.py [--rounds 20] [--connects 200] [--json OUT]
 
-The same client program (in C, and in Python) runs plain, behind a minimal notification supervisor in C, in
-sandlock's sandbox, in the guard's actor ring and in its call ring. Before anything is timed each contestant with a
+The same client program (in C, and in Python) runs plain, behind a minimal notification supervisor in C, behind one in
+Python that decides nothing (what the language alone costs), in sandlock's sandbox, in the guard's actor ring and in its
+call ring. Before anything is timed each contestant with a
 policy must reach the allowed port and be refused at another one that listens as well.
 """
 
@@ -70,6 +71,7 @@ def commands(client: Sequence[str | Path], port: int, supervisor: Path, peers: s
     found: dict[str, list[str | Path]] = {
         "plain": [*client],
         "C supervisor": [supervisor, str(port), *client],
+        "Python supervisor": [sys.executable, HERE / "notify.py", str(port), *client],
         "sandlock": [peers, HERE / "sandboxed.py", str(port), *client],
         "guard, actor ring": [*guard, "actor", str(port), *client],
         "guard, call ring": [*guard, "call", str(port), *client],
