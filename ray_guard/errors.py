@@ -4,6 +4,7 @@ Runs everywhere (driver, target, supervisor, later).
 
     RayGuardError
     ├── PolicyError      the policy itself is wrong: names the key, the value and what would be right
+    │   └── UnknownArchitecture   a model configuration whose cost is not understood
     ├── NotEnforced      the policy is right, but this host, process or version cannot hold it; names what is missing
     ├── EgressDenied     a destination was refused (raised by the guard's own API only; a refused system call
     │                    surfaces as the ordinary OSError)
@@ -40,6 +41,10 @@ class PolicyError(RayGuardError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.value!r} is not usable: {self.remedy}"
+
+
+class UnknownArchitecture(PolicyError):
+    """A model configuration whose cost is not understood: what it says may not be guessed from."""
 
 
 class NotEnforced(RayGuardError):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ray_guard import __version__
 
-COMMANDS = ("doctor", "run", "report")
+COMMANDS = ("doctor", "run", "report", "cost")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
