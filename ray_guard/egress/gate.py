@@ -30,10 +30,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
+from weakref import WeakSet
 
 from ray_guard.egress import sockaddr
+from ray_guard.egress.made import MadeSockets
 from ray_guard.egress.threads import Threads
-from ray_guard.kernel import libc, procfs
+from ray_guard.kernel import borrowing, libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
 from ray_guard.kernel.seqpacket import DESCRIPTOR_LIMIT
 from ray_guard.kernel.sock_diag import SO_COOKIE, unix_file
@@ -106,6 +108,9 @@ class Judge(Protocol):
         size: int = 0,
     ) -> Ruling:
         """``path`` None with transport UNIX: abstract or unnamed. ``size``: payload bytes to be sent at once."""
+
+    def again(self, address: sockaddr.Inet, cookie: int, tid: int) -> Attempt | None:
+        """Grants a TCP connect that :meth:`rule` has granted before and would grant now; None: ask there."""
 
     def known_flow(self, cookie: int, address: str, port: int) -> bool:
         """Whether the TCP socket ``cookie`` already has a granted flow to this destination (connect asked again)."""
@@ -204,6 +209,12 @@ class Means:
     def __init__(self, loop: Waiting) -> None:
         self.loop = loop
         self.impatience = Impatience(loop)
+        self.borrows = borrowing.works()
+        self.made: WeakSet[MadeSockets] = WeakSet()
+
+    def threads(self) -> Threads:
+        """For one ring: how its descriptors are come by on this host."""
+        return Threads() if self.borrows else MadeSockets(self.loop, self.made)
 
 
 Handler = Callable[["Gate", Notification], None]
@@ -233,7 +244,8 @@ class Gate:
         self.listener = listener
         self._judge = judge
         self._loop = means.loop
-        self._threads = Threads()
+        self._threads = means.threads()
+        self._made = self._threads if isinstance(self._threads, MadeSockets) else None
         self._impatience = means.impatience
         self._gone = gone
         self._pending: dict[int, _Pending] = {}
@@ -323,14 +335,20 @@ class Gate:
         duplicate = self._threads.descriptor(notification.pid, number & 0xFFFFFFFF)
         if duplicate >= 0:
             return duplicate
-        if duplicate != -errno.EBADF:
-            self._judge.fault(f"descriptors of thread {notification.pid} are unreachable: {os.strerror(-duplicate)}")
-        raise sockaddr.BadAddress(errno.EBADF if duplicate == -errno.EBADF else errno.EPERM)
+        if duplicate in (-errno.EBADF, -errno.EISCONN):
+            raise sockaddr.BadAddress(-duplicate)
+        self._judge.fault(f"descriptors of thread {notification.pid} are unreachable: {os.strerror(-duplicate)}")
+        raise sockaddr.BadAddress(errno.EPERM)
 
     # ------------------------------------------------------------------------------------------------------------------
     # connect
 
     def _connect(self, notification: Notification) -> None:
+        if self._connect_again(notification):
+            return
+        if self._made is not None and self._made.asked_again(notification.pid, notification.arg0 & 0xFFFFFFFF):
+            self.listener.answer(notification.id)
+            return
         raw = self.read_address(notification, notification.arg1, notification.arg2)
         address = sockaddr.decode(raw)
         duplicate = self.take(notification, notification.arg0)
@@ -353,6 +371,49 @@ class Gate:
             os.close(duplicate)  # first: while it is held, the target's close would send no FIN
             if outcome != _UNANSWERED:
                 self.listener.answer(notification.id, error=outcome)
+
+    def _connect_again(self, notification: Notification) -> bool:
+        """The short way, for a thread and a TCP destination that were here before; False: nothing was done.
+
+        Most connects of a training job repeat one that was granted, and each step costs all of them.
+        """
+        thread = self._threads.known(notification.pid)
+        length = notification.arg2
+        if thread is None or not 0 < length <= sockaddr.STORAGE:
+            return False
+        try:
+            raw = os.pread(thread.memory, length, notification.arg1)
+            address = sockaddr.decode(raw)
+        except (OSError, OverflowError, sockaddr.BadAddress):
+            return False
+        if len(raw) != length or not isinstance(address, sockaddr.Inet):
+            return False
+        if not self.listener.is_valid(notification.id):
+            return True  # the caller is gone
+        duplicate = libc.pidfd_getfd(thread.pidfd, notification.arg0 & 0xFFFFFFFF)
+        if duplicate < 0:
+            return False
+        outcome = _UNANSWERED
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        try:
+            cookie = _stream_cookie(sock)
+            attempt = None if cookie is None else self._judge.again(address, cookie, notification.pid)
+            if cookie is None or attempt is None:
+                return False
+            self._impatience.begin()
+            result = libc.connect(duplicate, raw)
+            if result in _BEGUN:
+                attempt.connected(cookie, (notification.pid, notification.arg0 & 0xFFFFFFFF))
+            else:
+                attempt.failed(-result)
+            outcome = -result if result != -errno.EINTR else self._await_connect(notification, sock, raw, attempt)
+        finally:
+            sock.detach()
+            if outcome != _PARKED:
+                os.close(duplicate)  # first: while it is held, the target's close would send no FIN
+        if outcome != _PARKED:
+            self.listener.answer(notification.id, error=outcome)
+        return True
 
     def _connect_socket(self, notification: Notification, sock: _Socket, raw: bytes, address: sockaddr.Address) -> int:
         """The errno to answer with (0: connected), or one of _PARKED and _UNANSWERED."""
@@ -580,7 +641,11 @@ class Gate:
             )
             if ruling.error:
                 return -ruling.error
-        return libc.bind(duplicate, raw)
+        result = libc.bind(duplicate, raw)
+        if result == -errno.EADDRINUSE and self._made is not None:
+            self._made.sweep()  # by one, perhaps, that a target has closed and is still held here
+            result = libc.bind(duplicate, raw)
+        return result
 
     def _bind_unix(self, notification: Notification, duplicate: int, raw: bytes, address: sockaddr.Unix) -> int:
         if address.path is None:
@@ -875,13 +940,21 @@ class Gate:
     # descriptors made or borrowed
 
     def _socket(self, notification: Notification) -> None:
-        """Sockets that only this process may create: mute datagram sockets, netlink without the right to change."""
+        """Sockets that only this process may create: mute datagram sockets, netlink without the right to change.
+
+        Where it may not take a target's own, all of them.
+        """
         family, kind, protocol = (notification.arg0 & 0xFFFFFFFF, notification.arg1, notification.arg2 & 0xFFFFFFFF)
         try:
             if family == socket.AF_NETLINK:
-                made = socket.socket(family, kind & _TYPE, protocol)
-            else:
+                with libc.without_capabilities():
+                    made = socket.socket(family, kind & _TYPE, protocol)
+            elif kind & _TYPE == socket.SOCK_DGRAM:
                 made = mute_datagram_socket(family, protocol)
+            else:
+                made = socket.socket(family, kind & _TYPE, protocol)
+            if self._made is not None:
+                self._made.hold(made.dup())
         except OSError as error:
             self.refuse(notification, error.errno or errno.EAFNOSUPPORT)
             return
@@ -966,6 +1039,16 @@ def _sends_anywhere(descriptor: int) -> bool:
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         return False
     return _type(descriptor) not in _CONNECTION_ORIENTED
+
+
+def _stream_cookie(sock: _Socket) -> int | None:
+    """The socket's cookie; None where it is no stream socket, or no socket at all."""
+    try:
+        if sock.getsockopt(_SOL_SOCKET, _SO_TYPE) != _STREAM:
+            return None
+        return int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
+    except OSError:
+        return None
 
 
 def _type(descriptor: int) -> int:

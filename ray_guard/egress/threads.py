@@ -18,7 +18,7 @@ from ray_guard.kernel import libc, procfs
 _CAPACITY: Final = 32
 
 
-class _Thread(NamedTuple):
+class Thread(NamedTuple):
     pidfd: int
     memory: int
 
@@ -27,8 +27,12 @@ class Threads:
     """See the module. Not shared between rings."""
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
-        self._open: OrderedDict[int, _Thread] = OrderedDict()
+        self._open: OrderedDict[int, Thread] = OrderedDict()
         self._capacity = capacity
+
+    def known(self, tid: int) -> Thread | None:
+        """What is open of a thread that asked before: as good as :meth:`read` and :meth:`descriptor` where it works."""
+        return self._open.get(tid)
 
     def read(self, tid: int, address: int, length: int) -> bytes | int:
         """``length`` bytes at ``address`` of the thread's memory, or ``-errno`` (EFAULT where they are not all there).
@@ -61,7 +65,7 @@ class Threads:
             return -(error.errno or errno.ESRCH)
         return libc.pidfd_getfd(thread.pidfd, number)
 
-    def _enter(self, tid: int) -> _Thread:
+    def _enter(self, tid: int) -> Thread:
         pidfd = _pidfd(tid)
         try:
             memory = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
@@ -70,7 +74,7 @@ class Threads:
             raise
         while len(self._open) >= self._capacity:
             self._forget(next(iter(self._open)))
-        thread = self._open[tid] = _Thread(pidfd, memory)
+        thread = self._open[tid] = Thread(pidfd, memory)
         return thread
 
     def _forget(self, tid: int) -> None:

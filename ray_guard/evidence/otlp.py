@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
 from math import isfinite, isnan
 from sys import intern
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ray_guard import __version__
 from ray_guard.records import (
@@ -167,6 +167,29 @@ def _nanoseconds(time_ns: int) -> int:
     raise ValueError(f"{time_ns!r} is not a time: OTLP holds Unix nanoseconds from 0 to {_UINT64_MAX}")
 
 
+class EgressForm(NamedTuple):
+    """See :meth:`LineEncoder.egress_form`."""
+
+    before: str
+    between: str
+    after: str
+
+    def begun(self, span_id: str, start_ns: int) -> bytes:
+        return f"{self.before}{span_id}{self.between}{start_ns}{self.after}]}}]}}]}}]}}\n".encode("ascii")
+
+    def ended(self, span_id: str, start_ns: int, end_ns: int, more: str, tail: str = "") -> bytes:
+        """The whole span.
+
+        Args:
+            more: further attributes, encoded, with a comma before them.
+            tail: its events and status (:func:`tail`).
+        """
+        return (
+            f'{self.before}{span_id}{self.between}{start_ns}","endTimeUnixNano":"{end_ns}{self.after}{more}]{tail}'
+            "}]}]}]}\n"
+        ).encode("ascii")
+
+
 class LineEncoder:
     """Writes records about one resource as journal lines.
 
@@ -187,20 +210,18 @@ class LineEncoder:
             '"spans":[{"traceId":'
         )
 
-    def egress(  # noqa: PLR0917 - the path of every connect: keywords cost there
-        self, trace_id: str, span_id: str, parent_id: str | None, start_ns: int, end_ns: int | None, attributes: str
-    ) -> bytes:
-        """The line of an ``egress connect`` span, from parts that are known to be clean: the path of every connect.
+    def egress_form(self, trace_id: str, parent_id: str | None, attributes: str) -> EgressForm:
+        """The lines of ``egress connect`` spans, from parts that are known to be clean: the path of every connect.
 
         Args:
             attributes: the inside of the attributes array, encoded (:attr:`Fragment.encoded`, joined by commas).
         """
         parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
-        end = "" if end_ns is None else f',"endTimeUnixNano":"{end_ns}"'
-        return (
-            f'{self._head}"{trace_id}","spanId":"{span_id}"{parent},"name":"egress connect","kind":3,'
-            f'"startTimeUnixNano":"{start_ns}"{end},"attributes":[{attributes}]}}]}}]}}]}}\n'
-        ).encode("ascii")
+        return EgressForm(
+            f'{self._head}"{trace_id}","spanId":"',
+            f'"{parent},"name":"egress connect","kind":3,"startTimeUnixNano":"',
+            f'","attributes":[{attributes}',
+        )
 
     def encode(self, record: SpanRecord, fixed: Fragment | None = None) -> bytes:
         """The record as one line, newline included.
@@ -230,14 +251,19 @@ class LineEncoder:
             f',"startTimeUnixNano":"{_nanoseconds(start)}"{ended}'
             f',"attributes":[{encoded}]'
         )
-        if record.events:
-            line += f',"events":[{_events(record.events)}]'
-        if record.links:
-            line += f',"links":[{_links(record.links)}]'
-        if record.status or record.status_message:
-            message = f'"message":{_string(record.status_message)},' if record.status_message else ""
-            line += f',"status":{{{message}"code":{int(record.status)}}}'
+        line += tail(record.events, record.status, record.status_message, record.links)
         return f"{line}}}]}}]}}]}}\n".encode("ascii")
+
+
+def tail(events: Sequence[SpanEvent], status: StatusCode, message: str = "", links: Sequence[SpanLink] = ()) -> str:
+    """The end of a span's line: events, links and status, each where there is one."""
+    text = f',"events":[{_events(events)}]' if events else ""
+    if links:
+        text += f',"links":[{_links(links)}]'
+    if status or message:
+        said = f'"message":{_string(message)},' if message else ""
+        text += f',"status":{{{said}"code":{int(status)}}}'
+    return text
 
 
 def encode(record: SpanRecord, resource: Resource, *, scope: str = "ray_guard") -> bytes:

@@ -106,6 +106,7 @@ class SockDiag:
         self._events.bind((0, 0))
         for group in (_GROUP_TCP_DESTROY, _GROUP_TCP6_DESTROY):
             self._events.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        self._buffer = bytearray(1 << 14)
         self._questions = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
         self._questions.settimeout(1.0)
         self._questions.bind((0, 0))
@@ -121,9 +122,10 @@ class SockDiag:
             LostEvents: some were dropped by the kernel; the rest is delivered by the next call.
         """
         ended: list[Counted] = []
+        buffer, view = self._buffer, memoryview(self._buffer)
         while True:
             try:
-                packet = self._events.recv(1 << 16)
+                length = self._events.recv_into(buffer)
             except BlockingIOError:
                 return ended
             except OSError as error:
@@ -131,9 +133,9 @@ class SockDiag:
                     raise LostEvents from error
                 raise
             # Every socket of the node passes here: look at the cookie before anything else.
-            if len(packet) < 16 + _MESSAGE or _COOKIE.unpack_from(packet, 60)[0] not in wanted:
+            if length < 16 + _MESSAGE or _COOKIE.unpack_from(buffer, 60)[0] not in wanted:
                 continue
-            counted = _parse(memoryview(packet)[16:])
+            counted = _parse(view[16:length])
             if counted is not None:
                 ended.append(self._without_fin(counted))
 

@@ -11,13 +11,14 @@ import logging
 import os
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
 from ray_guard.evidence.journal import JournalError
-from ray_guard.evidence.otlp import fragment
+from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.kernel import procfs
 from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Exceeded
 from ray_guard.policy.decide import (
@@ -70,8 +71,8 @@ class Ring:
         self._flows: dict[int, Flow] = {}
         self._seen: set[int] = set()
         self._faults = 0
-        self._known: dict[tuple[str, int], tuple[Request, str]] = {}
-        """TCP destinations that a rule has granted, with the text that says so."""
+        self._known: dict[tuple[str, int], _Known] = {}
+        """TCP destinations that a rule has granted."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
         self._missed: dict[tuple[str, int], float] = {}
@@ -92,10 +93,6 @@ class Ring:
         size: int = 0,
     ) -> Ruling:
         origin = self._origin or self.target.origin_of_thread(tid)
-        if transport is Transport.TCP and operation is Operation.CONNECT and origin.account.free:
-            known = self._known.get((address, port))
-            if known is not None:
-                return self._connect_again(*known, origin)
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
                           self._process(tid), inode)  # fmt: skip
@@ -111,6 +108,23 @@ class Ring:
         if operation in (Operation.BIND, Operation.LISTEN):
             return self._inward(request, decision, origin)
         return self._connect(request, decision, origin)
+
+    def again(self, address: tuple[str, int], cookie: int, tid: int) -> Connection | None:
+        known = self._known.get(address)
+        if known is None or self._meter.find(cookie) is not None:
+            return None
+        origin = self._origin or self.target.origin_of_thread(tid)
+        if not origin.account.free:
+            if origin.call is not None:
+                self.target.intents[tid] = origin.call
+            return None
+        connection = Connection(self, origin, known.request)
+        try:
+            connection.granted_again(known)
+        except JournalError:
+            return None  # asked in full it is refused, and logged
+        origin.account.count(CONNECTIONS)
+        return connection
 
     def known_flow(self, cookie: int, address: str, port: int) -> bool:
         flow = self._meter.find(cookie)
@@ -237,17 +251,6 @@ class Ring:
 
     # -- outward -------------------------------------------------------------------------------------------------------
 
-    def _connect_again(self, request: Request, text: str, origin: Origin) -> Ruling:
-        """What a listed address was granted before, it is granted again as long as nothing around it has changed."""
-        connection = Connection(self, origin, request)
-        try:
-            connection.granted_as(text)
-        except JournalError:
-            log.exception("a decision could not be journaled")
-            return Ruling(errno.EPERM)
-        origin.account.count(CONNECTIONS)
-        return Ruling(0, connection)
-
     def _connect(self, request: Request, decision: Decision, origin: Origin) -> Ruling:
         connection = Connection(self, origin, request)
         try:
@@ -258,7 +261,7 @@ class Ring:
                 connection.granted(decision)
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
                 if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
-                    self._known[request.address, request.port] = (request, self.decision_text(request, decision))
+                    self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
                 return Ruling(0, connection)
             if self.mute and request.transport is Transport.UDP and request.operation is Operation.CONNECT:
                 # That is how Ray and vLLM learn their own address. The socket can send nothing, so it may be
@@ -333,10 +336,35 @@ def _spelled(request: Request) -> str:
     return f"{request.transport.value}://{host}:{request.port}"
 
 
+class _Known:
+    """A destination that a rule has granted, and the words that say so, by who asked."""
+
+    __slots__ = ("_forms", "_text", "request")
+
+    def __init__(self, request: Request, text: str) -> None:
+        self.request = request
+        self._text = text
+        self._forms: dict[int, tuple[Origin, EgressForm]] = {}
+
+    def form(self, target: Target, origin: Origin) -> EgressForm:
+        found = self._forms.get(id(origin))
+        if found is None or found[0] is not origin:
+            if len(self._forms) >= _FORMS_KEPT:
+                self._forms.clear()
+            found = self._forms[id(origin)] = (origin, _form(target, origin, self._text))
+        return found[1]
+
+
+def _form(target: Target, origin: Origin, decided: str) -> EgressForm:
+    """``decided``: the attributes that say what was decided, encoded."""
+    return target.egress_form(origin, decided + (_ambiguous(origin.candidates) if origin.candidates else _EXACT))
+
+
 class Connection:
     """One connect (or datagram destination) of a target: its record, its share of the budgets, its flow."""
 
-    __slots__ = ("_over", "_ring", "_span", "_start", "_text", "capped", "flow", "origin", "request", "sent")
+    __slots__ = ("_form", "_more", "_over", "_ring", "_span", "_start", "capped", "flow", "origin", "request", "sent")
+    _form: EgressForm
 
     def __init__(self, ring: Ring, origin: Origin, request: Request) -> None:
         self._ring = ring
@@ -347,21 +375,22 @@ class Connection:
         self.capped = not origin.account.free and origin.account.limits_any(_BYTES)
         self._span = new_span_id()
         self._start = time.time_ns()
-        self._text = ""
-        """The record's attributes so far, encoded: this is the path of every connect."""
+        self._more = ""
+        """Attributes beyond those of the form, encoded: this is the path of every connect."""
         self._over = False
 
     # -- decided -------------------------------------------------------------------------------------------------------
 
     def granted(self, decision: Decision) -> None:
         """Journals that it was granted, before it is. Raises JournalError."""
-        self.granted_as(self._ring.decision_text(self.request, decision))
+        self._describe(decision)
+        self._ring.target.journal.append(self._form.begun(self._span, self._start))
 
-    def granted_as(self, text: str) -> None:
-        """:meth:`granted`, in the words that were used of the same destination before."""
-        candidates = self.origin.candidates
-        self._text = text + (_ambiguous(candidates) if candidates else _EXACT)
-        self._ring.target.write_egress(self.origin, self._span, (self._start, None), self._text)
+    def granted_again(self, known: _Known) -> None:
+        """:meth:`granted`, in the words that were used of the same destination before. Raises JournalError."""
+        target = self._ring.target
+        self._form = known.form(target, self.origin)
+        target.journal.append(self._form.begun(self._span, self._start))
 
     def refused(self, decision: Decision) -> None:
         """Journals the refusal, complete. Raises JournalError."""
@@ -384,25 +413,16 @@ class Connection:
         self._write()
 
     def _describe(self, decision: Decision) -> None:
-        text = self._ring.decision_text(self.request, decision)
-        candidates = self.origin.candidates
-        self._text = text + (_ambiguous(candidates) if candidates else _EXACT)
+        self._form = _form(self._ring.target, self.origin, self._ring.decision_text(self.request, decision))
 
     def _add(self, attributes: dict[str, AttributeValue]) -> None:
-        self._text += "," + fragment(attributes).encoded
+        self._more += "," + fragment(attributes).encoded
 
     def _write(
-        self, status: StatusCode = StatusCode.UNSET, message: str = "", events: tuple[SpanEvent, ...] = ()
+        self, status: StatusCode = StatusCode.UNSET, message: str = "", events: Sequence[SpanEvent] = ()
     ) -> None:
-        self._ring.target.write_egress(
-            self.origin,
-            self._span,
-            (self._start, time.time_ns()),
-            self._text,
-            status=status,
-            message=message,
-            events=events,
-        )
+        line = self._form.ended(self._span, self._start, time.time_ns(), self._more, tail(events, status, message))
+        self._ring.target.journal.append(line)
 
     # -- Attempt -------------------------------------------------------------------------------------------------------
 
@@ -412,7 +432,7 @@ class Connection:
 
     def associated(self, local: tuple[str, int] | None) -> None:
         if local is not None:
-            self._text += _local(local)
+            self._more += _local(local)
         self._end()
 
     def failed(self, error: int) -> None:
@@ -444,8 +464,8 @@ class Connection:
     def ended(self, flow: Flow, *, exact: bool) -> None:
         self._ring.left(flow)
         if flow.local is not None:
-            self._text += _local(flow.local)
-        self._text += (
+            self._more += _local(flow.local)
+        self._more += (
             f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
             f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{flow.received}"}}}}'
         )
@@ -488,6 +508,7 @@ _BYTES: Final = (EGRESS, SENT, RECEIVED)
 _EXACT: Final = "," + fragment({"ray_guard.egress.scope": "exact"}).encoded
 _OF_THE_ACTOR: Final = (Reason.CLUSTER, Reason.COLLECTIVES)
 _TEXTS_KEPT: Final = 4096
+_FORMS_KEPT: Final = 64
 _REMEMBERED_S: Final = 1.0
 _FAULTS_TOLD: Final = 100
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal
-from ray_guard.evidence.otlp import Fragment, LineEncoder, fragment
+from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.policy.budgets import Account, Exceeded, Limits, Scope, limits_from_wire, tightest
 from ray_guard.policy.decide import CompiledPolicy
@@ -136,6 +136,9 @@ class Target:
         """Completes the resource: what a worker learns only after it was confined (its actor's id and name)."""
         self.resource = Resource({**self.resource.attributes, **attributes})
         self._encoder = LineEncoder(self.resource)
+        self._own = self._own_origin()  # anew: what a ring keeps in its words names the old resource
+        for span in self.open.values():
+            span.origin = None
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -143,30 +146,10 @@ class Target:
         """Journals a record of the supervisor's own. Raises JournalError: then nothing may be granted."""
         self.journal.append(self._encoder.encode(record, identity or self._own.identity))
 
-    def write_egress(
-        self,
-        origin: Origin,
-        span_id: str,
-        times: tuple[int, int | None],
-        attributes: str,
-        *,
-        status: StatusCode = StatusCode.UNSET,
-        message: str = "",
-        events: tuple[SpanEvent, ...] = (),
-    ) -> None:
-        """Journals an ``egress connect`` span whose ``attributes`` are encoded already. Raises JournalError.
-
-        ``times``: start and end (None: it lasts), Unix ns.
-        """
-        start_ns, end_ns = times
-        attributes = f"{origin.identity.encoded},{attributes}"
-        if status is StatusCode.UNSET and not events:
-            line = self._encoder.egress(origin.trace_id, span_id, origin.parent_id, start_ns, end_ns, attributes)
-        else:
-            record = SpanRecord(origin.trace_id, span_id, origin.parent_id, "egress connect", SpanKind.CLIENT, start_ns,
-                                end_ns, {}, status, message, events)  # fmt: skip
-            line = self._encoder.encode(record, Fragment(frozenset(), attributes))
-        self.journal.append(line)
+    def egress_form(self, origin: Origin, attributes: str) -> EgressForm:
+        """The lines of ``egress connect`` spans of ``origin`` with these attributes (encoded)."""
+        whole = f"{origin.identity.encoded},{attributes}"
+        return self._encoder.egress_form(origin.trace_id, origin.parent_id, whole)
 
     def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue], source: Source) -> None:
         key = repr(sorted(identity.items()))

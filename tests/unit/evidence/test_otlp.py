@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from ray_guard.evidence.otlp import (
     encode,
     encode_attributes,
     fragment,
+    tail,
 )
 from ray_guard.records import Resource, SpanEvent, SpanKind, SpanLink, SpanRecord, StatusCode
 
@@ -226,14 +228,19 @@ def test_fragment_and_attributes_may_each_be_empty(fixed: Fragment, own: dict[st
     assert span.attributes == own | (json.loads(f'{{"a":{1}}}') if fixed.keys else {})
 
 
-@pytest.mark.parametrize("end_ns", [None, 7])
 @pytest.mark.parametrize("parent_id", [None, PARENT])
-def test_the_short_way_of_egress_spans_writes_the_same_line(end_ns: int | None, parent_id: str | None) -> None:
-    span = record(end_ns=end_ns, parent_id=parent_id, start_ns=5, attributes={"network.transport": "tcp"})
-    fixed, own = fragment({"rl.run.id": "ä"}), fragment(span.attributes)
+def test_the_short_way_of_egress_spans_writes_the_same_lines(parent_id: str | None) -> None:
+    span = record(end_ns=None, parent_id=parent_id, start_ns=5, attributes={"network.transport": "tcp"})
+    fixed, own, more = fragment({"rl.run.id": "ä"}), fragment(span.attributes), fragment({"n": 1})
     encoder = LineEncoder(RESOURCE)
-    short = encoder.egress(TRACE, SPAN, parent_id, 5, end_ns, f"{fixed.encoded},{own.encoded}")
-    assert short == encoder.encode(span, fixed)
+    form = encoder.egress_form(TRACE, parent_id, f"{fixed.encoded},{own.encoded}")
+    assert form.begun(SPAN, 5) == encoder.encode(span, fixed)
+    events = (SpanEvent("e", 6, {}),)
+    whole = replace(span, end_ns=7, attributes={**span.attributes, "n": 1})
+    assert form.ended(SPAN, 5, 7, f",{more.encoded}") == encoder.encode(whole, fixed)
+    whole = replace(whole, events=events, status=StatusCode.ERROR, status_message="no")
+    said = tail(events, StatusCode.ERROR, "no")
+    assert form.ended(SPAN, 5, 7, f",{more.encoded}", said) == encoder.encode(whole, fixed)
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
