@@ -180,7 +180,12 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
         _let_judge(int(answer["supervisor"]))
         if not answer["datagrams"]:  # only now: a refused confine has changed nothing
             _mute_datagram_sockets()
-        program = rings.actor_ring(Role(answer["role"]), platform.machine(), datagrams=bool(answer["datagrams"]))
+        program = rings.actor_ring(
+            Role(answer["role"]),
+            platform.machine(),
+            datagrams=bool(answer["datagrams"]),
+            borrows=bool(answer["borrows"]),
+        )
         stops, kills = passed
     except BaseException:
         channel.close()
@@ -194,7 +199,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
         raise NotEnforced(["seccomp.user_notification"], _why(error)) from error
     # From here on there is no way back: whatever fails leaves a process whose notified calls fail.
     try:
-        _hand_over(channel, listener)
+        _hand_over(channel, listener, borrows=bool(answer["borrows"]))
     finally:
         os.close(listener)
     _tie(stops, signal.SIGSTOP)
@@ -202,11 +207,15 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
     return channel
 
 
-def _hand_over(channel: Channel, listener: int) -> None:
-    """Gives the listener to the supervisor: by number where it may take it, for sendmsg may be notified already."""
-    try:
+def _hand_over(channel: Channel, listener: int, *, borrows: bool) -> None:
+    """Gives the listener to the supervisor, which alone may have it.
+
+    By number where it can take it, for sendmsg may be notified with nobody there to answer. Where it cannot, this ring
+    notifies no sendmsg (see rings.actor_ring), so the listener travels in a message.
+    """
+    if borrows:
         channel.exchange_bare({"op": "armed", "listener": listener})
-    except NotEnforced:
+    else:
         channel.exchange({"op": "armed", "listener": listener}, [listener])
 
 

@@ -64,19 +64,19 @@ def _protocol(family: int, kind: int, protocol: int) -> tuple[When, When, When]:
     return equals(0, family), equals(1, kind, mask=_TYPE), equals(2, protocol)
 
 
-def _sockets(datagram: int, netlink: int) -> list[Rule]:
+def _sockets(*, stream: int, datagram: int, netlink: int) -> list[Rule]:
     """socket(2) by exact (family, type, protocol): whatever is not listed cannot be created."""
     rules = []
     for family in (AF_INET, AF_INET6):
         for protocol in (0, socket.IPPROTO_TCP):
-            rules.append(Rule("socket", RUN, _protocol(family, STREAM, protocol)))
+            rules.append(Rule("socket", stream, _protocol(family, STREAM, protocol)))
         for protocol in (0, socket.IPPROTO_UDP):
             rules.append(Rule("socket", datagram, _protocol(family, DGRAM, protocol)))
         # MPTCP, SCTP, UDP-Lite …: the answer of a kernel built without them, on which programs fall back to TCP
         rules.append(Rule("socket", refuse(errno.EPERM), (equals(0, family), equals(1, RAW, mask=_TYPE))))
         rules.append(Rule("socket", _NO_PROTOCOL, (equals(0, family),)))
     for kind in (STREAM, SEQPACKET):
-        rules.append(Rule("socket", RUN, (equals(0, AF_UNIX), equals(1, kind, mask=_TYPE), equals(2, 0))))
+        rules.append(Rule("socket", stream, (equals(0, AF_UNIX), equals(1, kind, mask=_TYPE), equals(2, 0))))
     for kind in (RAW, DGRAM):  # routing tables, by a socket that cannot change them: getifaddrs, NCCL, Gloo
         rules.append(Rule("socket", netlink, _protocol(AF_NETLINK, kind, 0)))
     rules.append(Rule("socket", _NO_FAMILY))
@@ -143,35 +143,54 @@ def _common() -> list[Rule]:
     return rules + _options() + _ioctls()
 
 
-def actor_ring(role: Role, machine: str, *, datagrams: bool) -> tuple[Instruction, ...]:
+def actor_ring(role: Role, machine: str, *, datagrams: bool, borrows: bool = True) -> tuple[Instruction, ...]:
     """The filter of a whole actor process (role ``env`` or ``policy``).
 
     Args:
         machine: ``platform.machine()``.
         datagrams: the policy grants ``udp://`` destinations. The actor then gets datagram sockets that can send, and
             sendmsg is notified, at the cost stated above.
+        borrows: the supervisor can take descriptors of its targets; else it makes all their sockets itself
+            (:mod:`ray_guard.egress.made`), and ``datagrams`` cannot be.
+
+    Raises:
+        ValueError: datagram sockets that can send are wanted where their messages could not be judged.
     """
+    if datagrams and not borrows:
+        raise ValueError("messages cannot be sent on behalf where no descriptor can be taken")
     foreign = NOTIFY if role is Role.POLICY else _REFUSE
-    rules = _common() + _sockets(datagram=RUN if datagrams else NOTIFY, netlink=NOTIFY)
+    rules = _common() + _sockets(
+        stream=RUN if borrows else NOTIFY, datagram=RUN if datagrams else NOTIFY, netlink=NOTIFY
+    )
     rules += _socket_pairs((STREAM, SEQPACKET))
     rules += [Rule(name, foreign) for name in _FOREIGN_PROCESS]
     rules.append(Rule("ptrace", _REFUSE, (differs(0, 0),)))
     if datagrams:
         rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
-    else:  # on stream sockets only this flag makes an address in msghdr count
-        rules += [
-            Rule(name, refuse(errno.EOPNOTSUPP), (equals(at, MSG_FASTOPEN, mask=MSG_FASTOPEN),))
-            for name, at in (("sendmsg", 2), ("sendmmsg", 3))
-        ]
+    else:
+        rules += _streams_only()
     return assemble(rules, machine)
 
 
-def call_ring(machine: str) -> tuple[Instruction, ...]:
-    """The filter of a tool process and all it will ever start."""
-    rules = _common() + _sockets(datagram=RUN, netlink=NOTIFY)
-    rules.insert(0, Rule("socket", RUN, (equals(0, AF_UNIX), equals(1, DGRAM, mask=_TYPE), equals(2, 0))))
-    rules += _socket_pairs((STREAM, SEQPACKET, DGRAM))  # a datagram pair's addresses are judged in sendto and sendmsg
-    rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
+def _streams_only() -> list[Rule]:
+    """Where no datagram socket can send: on the others only this flag makes an address in msghdr count."""
+    return [
+        Rule(name, refuse(errno.EOPNOTSUPP), (equals(at, MSG_FASTOPEN, mask=MSG_FASTOPEN),))
+        for name, at in (("sendmsg", 2), ("sendmmsg", 3))
+    ]
+
+
+def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
+    """The filter of a tool process and all it will ever start. ``borrows``: see :func:`actor_ring`."""
+    if borrows:
+        rules = _common() + _sockets(stream=RUN, datagram=RUN, netlink=NOTIFY)
+        rules.insert(0, Rule("socket", RUN, (equals(0, AF_UNIX), equals(1, DGRAM, mask=_TYPE), equals(2, 0))))
+        # a datagram pair's addresses are judged in sendto and sendmsg
+        rules += _socket_pairs((STREAM, SEQPACKET, DGRAM))
+        rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
+    else:
+        rules = _common() + _sockets(stream=NOTIFY, datagram=NOTIFY, netlink=NOTIFY)
+        rules += _socket_pairs((STREAM, SEQPACKET)) + _streams_only()
     rules += [Rule(name, _REFUSE) for name in _FOREIGN_PROCESS]
     # Limits of another process, whichever: a tool that set the supervisor's could end it. One's own go by pid 0.
     rules += [*pointer_given("prlimit64", _REFUSE, 2, differs(0, 0))]

@@ -6,9 +6,11 @@ Hot calls (connect, pidfd_getfd) return ``-errno`` instead: raising costs more t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 from typing import Final
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -142,6 +144,23 @@ def capget() -> tuple[int, int, int]:
         data[0].inheritable | data[1].inheritable << 32,
     )
     return effective, permitted, inheritable
+
+
+@contextlib.contextmanager
+def without_capabilities() -> Iterator[None]:
+    """None is effective within: what is opened there carries no right of this process's.
+
+    For a single-threaded process. To be without them all the time would make its targets, which have them, unreadable.
+    """
+    effective, permitted, inheritable = capget()
+    if not effective:
+        yield
+        return
+    capset(0, permitted, inheritable)
+    try:
+        yield
+    finally:
+        capset(effective, permitted, inheritable)
 
 
 def capset(effective: int, permitted: int, inheritable: int) -> None:

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
-from ray_guard.kernel import landlock, libc, seccomp, seqpacket
+from ray_guard.kernel import borrowing, landlock, libc, seccomp, seqpacket
 from ray_guard.supervisor.start import Start, read_start
 
 _FIRST_FREE: Final = 255
@@ -43,10 +43,15 @@ class Embryo:
         os.close(failed_write)
         number = os.read(armed_read, 16)
         os.close(armed_read)
-        self.listener = -errno.ECHILD
-        if number:
-            pidfd = os.pidfd_open(self.pid)
-            self.listener = libc.pidfd_getfd(pidfd, int(number))
+        self.listener = self._take(int(number)) if number else -errno.ECHILD
+
+    def _take(self, number: int) -> int:
+        if not borrowing.works():
+            return _handed_over(self._line)
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            return libc.pidfd_getfd(pidfd, number)
+        finally:
             os.close(pidfd)
 
     def prepare(self, descriptors: Sequence[int]) -> None:
@@ -86,6 +91,8 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         stage = "filter"
         listener = seccomp.install_on_thread(program)
         libc.prctl(libc.PR_SET_DUMPABLE, 1)  # the zygote is not; the leader must be able to take the listener
+        if not borrowing.works():  # this ring looks at no message, so one can be sent with nobody there to answer
+            _hand_over(line, listener)
         os.write(armed, b"%d" % listener)
         os.close(armed)
         stage = "setup"
@@ -110,6 +117,25 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         os.write(failed, json.dumps(report).encode()[:4000])
     os._exit(127)
+
+
+def _hand_over(line: int, listener: int) -> None:
+    sock = socket.socket(fileno=line)
+    try:
+        seqpacket.send(sock, {"op": "listener"}, [listener])
+    finally:
+        sock.detach()
+
+
+def _handed_over(line: socket.socket) -> int:
+    """The listener, where it comes by message; ``-errno`` where it did not."""
+    try:
+        received = seqpacket.receive(line)
+    except (OSError, seqpacket.BadPacket):
+        received = None
+    if received is None or len(received[1]) != 1:
+        return -errno.ECHILD
+    return received[1][0]
 
 
 def _told(line: int) -> list[int]:

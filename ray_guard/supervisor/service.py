@@ -22,8 +22,6 @@ log = logging.getLogger("ray_guard.supervisor")
 LINGER_S: Final = 2.0
 """How long a supervisor without targets waits for the next one."""
 
-_CAP_NET_ADMIN, _CAP_NET_RAW = 12, 13
-
 
 def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     """Runs the supervisor on the listening socket ``descriptor`` until its last target has gone.
@@ -37,7 +35,6 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = Loop()
     node = Node(loop, (str(rendezvous.folder()),))
-    _lower_capabilities()
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
     node.ward = partial(zygote.ward, starts)
@@ -102,12 +99,6 @@ class Supervisor:
         self._accept()
         if not self._sessions:
             self._loop.stop()
-
-
-def _lower_capabilities() -> None:
-    """Sockets made here for targets must not carry the right to change routes: it goes by who opened them."""
-    effective, permitted, inheritable = libc.capget()
-    libc.capset(effective & ~(1 << _CAP_NET_ADMIN | 1 << _CAP_NET_RAW), permitted, inheritable)
 
 
 def _watch_zygote(loop: Loop, pid: int, supervisor: Supervisor) -> None:

@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import termios
 from collections.abc import Callable
 from dataclasses import replace
@@ -171,7 +172,8 @@ class Session:
         membership = Membership(access) if access else None
         policy = CompiledPolicy()
         if kind != "observer":
-            policy = _policy(message["policy"], kind, clustered=membership is not None)
+            borrows = self._node.means.borrows
+            policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
         target = Target(
             pid=pid,
             kind=str(kind),
@@ -208,17 +210,24 @@ class Session:
                 "supervisor": os.getpid(),
                 "role": policy.role.value,
                 "datagrams": grants_datagrams(policy),
+                "borrows": self._node.means.borrows,
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
     def _try_to_judge(self, pid: int, descriptor: int) -> None:
         """Whether calls of this process could be judged: its memory read, its sockets taken. Raises NotEnforced."""
         missing = []
-        taken = libc.pidfd_getfd(self._pidfd, descriptor)
-        if taken < 0:
-            missing.append(f"pidfd_getfd ({os.strerror(-taken)})")
-        else:
-            os.close(taken)
+        if self._node.means.borrows:
+            taken = libc.pidfd_getfd(self._pidfd, descriptor)
+            if taken < 0:
+                missing.append(f"pidfd_getfd ({os.strerror(-taken)})")
+            else:
+                os.close(taken)
+        else:  # its sockets are made here then, and told apart by this
+            try:
+                os.readlink(f"/proc/{pid}/fd/{descriptor}")
+            except OSError as error:
+                missing.append(f"proc_fd ({error.strerror})")
         try:
             os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
@@ -287,7 +296,8 @@ class Session:
     def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """A second policy inside a confined process: what both allow."""
         target = self._known()
-        added = _policy(message["policy"], target.kind, clustered=self._node.directory(target) is not None)
+        clustered = self._node.directory(target) is not None
+        added = _policy(message["policy"], target.kind, clustered=clustered, borrows=self._node.means.borrows)
         target.policy = target.policy.intersect(added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
@@ -339,6 +349,8 @@ class Session:
             return
         if len(start.descriptors) != len(descriptors) - 3:
             raise seqpacket.BadPacket(f"{len(descriptors) - 3} descriptors for {len(start.descriptors)} numbers")
+        if not self._node.means.borrows and any(_sends_anywhere(descriptor) for descriptor in descriptors[3:]):
+            raise NotEnforced(["pass_fds"], "messages on a datagram socket cannot be judged: pidfd_getfd is refused")
         control = _line(descriptors[0])
         tool = Tool(
             self._node,
@@ -432,6 +444,26 @@ class Session:
         self._ended(self)
 
 
+def _sends_anywhere(descriptor: int) -> bool:
+    """Whether it is a socket whose messages may name any destination."""
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        return sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+
+
+def _refuse_what_needs_descriptors(policy: CompiledPolicy) -> None:
+    """Raises NotEnforced for what cannot be held where pidfd_getfd is refused (see ``egress.made``)."""
+    if grants_datagrams(policy):
+        raise NotEnforced(
+            ["egress.allow"], "udp:// destinations cannot be judged here: pidfd_getfd is refused (CAP_SYS_PTRACE)"
+        )
+    capped = [s for s in Scope if any("egress" in kind for kind in policy.limits(s))]
+    if capped:
+        names = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
+        raise NotEnforced(names, "direct flows cannot be cut here: pidfd_getfd is refused (CAP_SYS_PTRACE)")
+
+
 def _line(descriptor: int) -> socket.socket:
     """A duplicate of what somebody passed to be answered on. Raises OSError where it is no socket."""
     duplicate = os.dup(descriptor)
@@ -450,7 +482,7 @@ def _call(message: dict[str, Any]) -> Call:
     return Call(**ids, identity=fields.identity(message.get("identity")))
 
 
-def _policy(wire: Any, kind: str, *, clustered: bool) -> CompiledPolicy:
+def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> CompiledPolicy:
     """The policy of a new target.
 
     Raises:
@@ -464,6 +496,8 @@ def _policy(wire: Any, kind: str, *, clustered: bool) -> CompiledPolicy:
         missing = unenforced(wire)
         if missing:
             raise NotEnforced(missing, "this version does not enforce that yet")
+        if not borrows:
+            _refuse_what_needs_descriptors(policy)
         capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
         if uncounted and any(layer.listen for layer in policy.layers):

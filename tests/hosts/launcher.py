@@ -1,0 +1,179 @@
+"""Wraps a whole process tree, supervisor included, in what a common host allows: ``launcher.py HOST -- COMMAND …``.
+
+What the host refuses is refused by a seccomp filter (without a listener: there may be one only, and it is the guard's)
+that is stacked before anything of ours starts; capabilities are reduced to what the host gives. Hosts:
+
+- ``docker``: Docker's and containerd's default profile and capabilities: no pidfd_getfd, process_vm_*, mounts,
+  namespaces or perf; CAP_SYS_PTRACE is not there.
+- ``k8s``: the same without any capability and with no_new_privs, as an unprivileged user (Kubernetes "restricted").
+- ``no-mem``: beyond docker, reading other processes is refused altogether: see :func:`_unreadable`.
+- ``listener``: a filter with a listener is present already, as under another sandbox.
+- ``landlock-none``: no Landlock. ``landlock-4``: its fourth version (Linux 6.7), by a library preloaded into every process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from ray_guard.kernel import libc, seccomp
+from ray_guard.kernel.seccomp import NOTIFY, Rule, differs, refuse
+
+HOSTS: Final = ("docker", "k8s", "no-mem", "listener", "landlock-none", "landlock-4")
+VARIABLE: Final = "RAY_GUARD_TEST_HOST"
+
+#: chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod audit_write
+#: setfcap: what Docker leaves to root
+_DOCKER_CAPABILITIES: Final = (0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31)
+_PR_GET_NO_NEW_PRIVS: Final = 39
+_EPERM: Final = refuse(errno.EPERM)
+_NEW_NAMESPACES: Final = 0x7E020000
+
+#: what moby's default.json grants to CAP_SYS_ADMIN, CAP_SYS_PTRACE and others alone, as far as filters know its name
+_REFUSED_BY_DOCKER: Final = """
+pidfd_getfd process_vm_readv process_vm_writev kcmp process_madvise
+mount umount2 pivot_root move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr setns unshare
+bpf perf_event_open userfaultfd fanotify_init open_by_handle_at
+add_key request_key keyctl kexec_load kexec_file_load init_module finit_module delete_module
+acct quotactl swapon swapoff reboot sethostname setdomainname iopl ioperm settimeofday clock_settime vhangup syslog
+""".split()
+
+
+def prefix(name: str | None = None) -> list[str]:
+    """What to put before a command so that it runs on this host; empty: on the real one.
+
+    Args:
+        name: of a host; None: what the environment variable RAY_GUARD_TEST_HOST says, if anything.
+    """
+    name = os.environ.get(VARIABLE, "") if name is None else name
+    return [sys.executable, str(Path(__file__).resolve()), name, "--"] if name else []
+
+
+def rules(name: str) -> list[Rule]:
+    """What this host refuses."""
+    docker = [Rule(call, _EPERM) for call in _REFUSED_BY_DOCKER]
+    docker.append(Rule("clone", _EPERM, (differs(0, 0, mask=_NEW_NAMESPACES),)))
+    docker.append(Rule("clone3", refuse(errno.ENOSYS)))
+    landlock = [Rule(call, refuse(errno.ENOSYS)) for call in _LANDLOCK]
+    return {"docker": docker, "k8s": docker, "no-mem": docker, "landlock-none": landlock}.get(name, [])
+
+
+_LANDLOCK: Final = ("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
+
+
+def enter(name: str) -> None:
+    """Makes this process, and what it starts, one of this host's."""
+    if name not in HOSTS:
+        raise SystemExit(f"launcher: no host is called {name!r}")
+    root = os.geteuid() == 0
+    if name == "landlock-4":
+        _preload(_LANDLOCK_4)
+    refused = rules(name)
+    if refused:
+        program = seccomp.assemble(refused, platform.machine())
+        if root and name != "k8s":
+            seccomp._install(program, 0)  # without no_new_privs, which Docker does not set
+        else:
+            seccomp.stack_on_thread(program)
+    if name == "listener":
+        os.set_inheritable(
+            seccomp.install_on_thread(seccomp.assemble([Rule("acct", NOTIFY)], platform.machine())), True
+        )
+    if name in ("docker", "no-mem") and root:
+        _reduce(_DOCKER_CAPABILITIES)
+    if name == "k8s":
+        if root:
+            os.setgroups([])
+            os.setresgid(*[65534] * 3)
+            os.setresuid(*[65534] * 3)
+        libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _reduce(kept: Sequence[int]) -> None:
+    for capability in range(64):
+        if capability not in kept:
+            try:
+                libc.prctl(libc.PR_CAPBSET_DROP, capability)
+            except OSError:
+                break  # past this kernel's last
+    mask = sum(1 << capability for capability in kept)
+    effective, permitted, _ = libc.capget()
+    libc.capset(effective & mask, permitted & mask, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# an older Landlock: a filter can answer an error or 0, but no version; so the C library's own syscall() does
+
+_LANDLOCK_4: Final = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <string.h>
+/* landlock_create_ruleset as the fourth version has it: no scopes, no ioctl right, nothing behind handled_access_net */
+long syscall(long number, ...) {
+    static long (*next)(long, ...);
+    va_list list;
+    long a[6];
+    va_start(list, number);
+    for (int i = 0; i < 6; i++) a[i] = va_arg(list, long);
+    va_end(list);
+    if (!next) next = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+    if (number == 444) {
+        if (a[2] & 1) return 4;
+        unsigned long long fields[4] = {0};
+        if (a[0] && a[1] >= 8 && a[1] <= 32) {
+            memcpy(fields, (void *)a[0], a[1]);
+            if (fields[2] | fields[3]) { errno = E2BIG; return -1; }
+            if (fields[0] >> 15 || fields[1] >> 2) { errno = EINVAL; return -1; }
+        }
+    }
+    return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+"""
+
+
+def _preload(source: str) -> None:
+    """Into every process from here on, whatever its environment: /etc/ld.so.preload, in a mount namespace of its own."""
+    folder = tempfile.mkdtemp(prefix="ray_guard_host_")
+    os.chmod(folder, 0o755)
+    library = f"{folder}/landlock.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, "-x", "c", "-"], input=source.encode(), check=True)
+    names = ctypes.CDLL(None, use_errno=True)
+    if names.unshare(0x00020000) != 0 or names.mount(b"none", b"/", None, 0x44000, None) != 0:
+        raise SystemExit("launcher: landlock-4 needs the right to make a mount namespace")
+    preload = "/etc/ld.so.preload"
+    listed = f"{folder}/preload"
+    Path(listed).write_text(library + "\n")
+    if not os.path.exists(preload):  # a mount needs something to cover: the folder is replaced by an overlay of itself
+        upper, work = f"{folder}/upper", f"{folder}/work"
+        os.mkdir(upper)
+        os.mkdir(work)
+        Path(f"{upper}/ld.so.preload").write_text(library + "\n")
+        options = f"lowerdir=/etc,upperdir={upper},workdir={work}".encode()
+        if names.mount(b"overlay", b"/etc", b"overlay", 0, options) != 0:
+            raise SystemExit(f"launcher: no overlay over /etc: {os.strerror(ctypes.get_errno())}")
+    elif names.mount(listed.encode(), preload.encode(), None, 0x1000, None) != 0:
+        raise SystemExit(f"launcher: cannot cover {preload}")
+
+
+def main() -> None:
+    name, separator, *command = sys.argv[1:]
+    if separator != "--" or not command:
+        raise SystemExit("usage: launcher.py HOST -- COMMAND …")
+    enter(name)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()
