@@ -196,7 +196,8 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
         channel.close()
         os.close(stops)
         os.close(kills)
-        raise NotEnforced(["seccomp.user_notification"], _why(error)) from error
+        key = "seccomp.listener" if error.errno == errno.EBUSY else "seccomp.user_notification"
+        raise NotEnforced([key], _why(error)) from error
     # From here on there is no way back: whatever fails leaves a process whose notified calls fail.
     try:
         _hand_over(channel, listener, borrows=bool(answer["borrows"]))

@@ -66,12 +66,16 @@ class MadeSockets(Threads):
         self._closed = False
         family.add(self)
 
-    def known(self, tid: int) -> Thread | None:
+    def known(self, tid: int) -> Thread | None:  # noqa: ARG002 - whoever it is
         """None: there is no short way to these sockets."""
         return None
 
     def descriptor(self, tid: int, number: int) -> int:
-        """See :meth:`Threads.descriptor`. ``-EISCONN``: the socket is connected, or listens, and was let go."""
+        """See :meth:`Threads.descriptor`. ``-EISCONN``: nothing can be done with it any more.
+
+        It was connected, or listens, and was let go; or it came connected, accepted or as one of a pair. (A socket that
+        was made before its process was confined gets this too.)
+        """
         try:
             link = os.readlink(f"/proc/{tid}/fd/{number}")
         except FileNotFoundError:
@@ -84,7 +88,7 @@ class MadeSockets(Threads):
         inode = int(link[8:-1])
         held = self._held.get(inode)
         if held is None:
-            return -errno.EISCONN if inode in self._settled else -errno.EPERM
+            return -errno.EISCONN
         self._loop.later(0, lambda: self._look(inode))
         return os.dup(held.sock.fileno())
 

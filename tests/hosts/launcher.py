@@ -6,9 +6,8 @@ that is stacked before anything of ours starts; capabilities are reduced to what
 - ``docker``: Docker's and containerd's default profile and capabilities: no pidfd_getfd, process_vm_*, mounts,
   namespaces or perf; CAP_SYS_PTRACE is not there.
 - ``k8s``: the same without any capability and with no_new_privs, as an unprivileged user (Kubernetes "restricted").
-- ``no-mem``: beyond docker, reading other processes is refused altogether: see :func:`_unreadable`.
 - ``listener``: a filter with a listener is present already, as under another sandbox.
-- ``landlock-none``: no Landlock. ``landlock-4``: its fourth version (Linux 6.7), by a library preloaded into every process.
+- ``landlock-none``: no Landlock. ``landlock-4``: its fourth version (Linux 6.7), by a library preloaded everywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from ray_guard.kernel import libc, seccomp
 from ray_guard.kernel.seccomp import NOTIFY, Rule, differs, refuse
 
-HOSTS: Final = ("docker", "k8s", "no-mem", "listener", "landlock-none", "landlock-4")
+HOSTS: Final = ("docker", "k8s", "listener", "landlock-none", "landlock-4")
 VARIABLE: Final = "RAY_GUARD_TEST_HOST"
 
 #: chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod audit_write
@@ -65,7 +64,7 @@ def rules(name: str) -> list[Rule]:
     docker.append(Rule("clone", _EPERM, (differs(0, 0, mask=_NEW_NAMESPACES),)))
     docker.append(Rule("clone3", refuse(errno.ENOSYS)))
     landlock = [Rule(call, refuse(errno.ENOSYS)) for call in _LANDLOCK]
-    return {"docker": docker, "k8s": docker, "no-mem": docker, "landlock-none": landlock}.get(name, [])
+    return {"docker": docker, "k8s": docker, "landlock-none": landlock}.get(name, [])
 
 
 _LANDLOCK: Final = ("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
@@ -86,10 +85,8 @@ def enter(name: str) -> None:
         else:
             seccomp.stack_on_thread(program)
     if name == "listener":
-        os.set_inheritable(
-            seccomp.install_on_thread(seccomp.assemble([Rule("acct", NOTIFY)], platform.machine())), True
-        )
-    if name in ("docker", "no-mem") and root:
+        _listen()
+    if name == "docker" and root:
         _reduce(_DOCKER_CAPABILITIES)
     if name == "k8s":
         if root:
@@ -97,6 +94,24 @@ def enter(name: str) -> None:
             os.setresgid(*[65534] * 3)
             os.setresuid(*[65534] * 3)
         libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _listen() -> None:
+    """The rest of this process's life is a child's that has a filter with a listener; the listener stays here."""
+    told, tell = os.pipe()
+    taken, take = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        listener = seccomp.install_on_thread(seccomp.assemble([Rule("acct", NOTIFY)], platform.machine()))
+        os.write(tell, b"%d" % listener)
+        os.read(taken, 1)
+        os.close(listener)
+        return
+    kept = libc.pidfd_getfd(os.pidfd_open(pid), int(os.read(told, 16)))
+    if kept < 0:
+        raise SystemExit(f"launcher: the listener cannot be taken: {os.strerror(-kept)}")
+    os.write(take, b"t")
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
 
 
 def _reduce(kept: Sequence[int]) -> None:
@@ -144,7 +159,7 @@ long syscall(long number, ...) {
 
 
 def _preload(source: str) -> None:
-    """Into every process from here on, whatever its environment: /etc/ld.so.preload, in a mount namespace of its own."""
+    """Into every process from here on, whatever its environment: ld.so.preload, in a mount namespace of its own."""
     folder = tempfile.mkdtemp(prefix="ray_guard_host_")
     os.chmod(folder, 0o755)
     library = f"{folder}/landlock.so"
