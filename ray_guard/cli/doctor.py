@@ -72,8 +72,14 @@ def _table(features: Sequence[Feature], enforceable: Mapping[str, bool]) -> str:
     lines = [f"{feature.name:{width}}  {feature.status.value:7}  {feature.detail}" for feature in features]
     lines.append("")
     for name, can in enforceable.items():
-        lines.append(f"{name:{width}}  {'enforced' if can else 'NOT enforced' + _why_not(name, features)}")
+        said = "enforced" + _limits(name, features) if can else "NOT enforced" + _why_not(name, features)
+        lines.append(f"{name:{width}}  {said}")
     return "\n".join([*lines, "", _SAID])
+
+
+def _limits(name: str, features: Sequence[Feature]) -> str:
+    partly = [f.name for f in features if f.name in _NEEDS[name] and f.status is Status.PARTLY]
+    return f" (limited: {', '.join(partly)})" if partly else ""
 
 
 def _why_not(name: str, features: Sequence[Feature]) -> str:

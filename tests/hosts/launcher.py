@@ -77,6 +77,8 @@ def enter(name: str) -> None:
     root = os.geteuid() == 0
     if name == "landlock-4":
         _preload(_LANDLOCK_4)
+    if name == "k8s" and root:
+        _unlock(sys.base_prefix)
     refused = rules(name)
     if refused:
         program = seccomp.assemble(refused, platform.machine())
@@ -164,9 +166,7 @@ def _preload(source: str) -> None:
     os.chmod(folder, 0o755)
     library = f"{folder}/landlock.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, "-x", "c", "-"], input=source.encode(), check=True)
-    names = ctypes.CDLL(None, use_errno=True)
-    if names.unshare(0x00020000) != 0 or names.mount(b"none", b"/", None, 0x44000, None) != 0:
-        raise SystemExit("launcher: landlock-4 needs the right to make a mount namespace")
+    names = _own_mounts()
     preload = "/etc/ld.so.preload"
     listed = f"{folder}/preload"
     Path(listed).write_text(library + "\n")
@@ -180,6 +180,29 @@ def _preload(source: str) -> None:
             raise SystemExit(f"launcher: no overlay over /etc: {os.strerror(ctypes.get_errno())}")
     elif names.mount(listed.encode(), preload.encode(), None, 0x1000, None) != 0:
         raise SystemExit(f"launcher: cannot cover {preload}")
+
+
+def _own_mounts() -> ctypes.CDLL:
+    """The C library, in a mount namespace of its own."""
+    names = ctypes.CDLL(None, use_errno=True)
+    if names.unshare(0x00020000) != 0 or names.mount(b"none", b"/", None, 0x44000, None) != 0:
+        raise SystemExit("launcher: this host needs the right to make a mount namespace")
+    return names
+
+
+def _unlock(folder: str) -> None:
+    """Makes ``folder`` (the interpreter's) reachable for everybody, where it lies below somebody's home."""
+    locked = [str(each) for each in Path(folder).parents if not each.stat().st_mode & 0o001]
+    if not locked:
+        return
+    names = _own_mounts()
+    held = os.open(folder, os.O_PATH)
+    if names.mount(b"tmpfs", locked[-1].encode(), b"tmpfs", 0, b"mode=755") != 0:
+        raise SystemExit(f"launcher: cannot cover {locked[-1]}")
+    os.makedirs(folder)
+    if names.mount(f"/proc/self/fd/{held}".encode(), folder.encode(), None, 0x1000, None) != 0:
+        raise SystemExit(f"launcher: cannot uncover {folder}")
+    os.close(held)
 
 
 def main() -> None:
