@@ -394,7 +394,11 @@ class Gate:
         if duplicate < 0:
             return False
         outcome = _UNANSWERED
-        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        try:
+            sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        except OSError:  # not a socket
+            os.close(duplicate)
+            return False
         try:
             cookie = _stream_cookie(sock)
             attempt = None if cookie is None else self._judge.again(address, cookie, notification.pid)
