@@ -60,6 +60,12 @@ settimeofday clock_settime vhangup syslog migrate_pages move_pages
 _FOREIGN_PROCESS = ("pidfd_getfd", "process_vm_readv", "process_vm_writev")
 
 
+#: System V IPC and message queues reach every process of the user
+_SHARED_IPC = """
+shmget shmat shmctl semget semop semtimedop semctl msgget msgsnd msgrcv msgctl mq_open mq_unlink
+""".split()
+
+
 def _protocol(family: int, kind: int, protocol: int) -> tuple[When, When, When]:
     return equals(0, family), equals(1, kind, mask=_TYPE), equals(2, protocol)
 
@@ -180,8 +186,22 @@ def _streams_only() -> list[Rule]:
     ]
 
 
-def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
-    """The filter of a tool process and all it will ever start. ``borrows``: see :func:`actor_ring`."""
+def _bystanders() -> list[Rule]:
+    """Who is rescheduled or limited is judged (supervisor/bystanders.py); most are about oneself, by number 0."""
+    rules = [Rule("setpriority", _REFUSE, (equals(0, 2),)), Rule("ioprio_set", _REFUSE, (equals(0, 3),))]  # by user
+    rules += [Rule(name, NOTIFY, (differs(1, 0),)) for name in ("setpriority", "ioprio_set")]
+    rules += pointer_given("prlimit64", NOTIFY, 2, differs(0, 0))
+    rules += [Rule(f"sched_set{what}", NOTIFY, (differs(0, 0),)) for what in ("affinity", "param", "scheduler", "attr")]
+    return rules
+
+
+def call_ring(machine: str, *, borrows: bool = True, own_ipc: bool = True) -> tuple[Instruction, ...]:
+    """The filter of a tool process and all it will ever start.
+
+    Args:
+        borrows: see :func:`actor_ring`.
+        own_ipc: each has System V IPC and message queues of its own; else there are none.
+    """
     if borrows:
         rules = _common() + _sockets(stream=RUN, datagram=RUN, netlink=NOTIFY)
         rules.insert(0, Rule("socket", RUN, (equals(0, AF_UNIX), equals(1, DGRAM, mask=_TYPE), equals(2, 0))))
@@ -192,6 +212,7 @@ def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
         rules = _common() + _sockets(stream=NOTIFY, datagram=NOTIFY, netlink=NOTIFY)
         rules += _socket_pairs((STREAM, SEQPACKET)) + _streams_only()
     rules += [Rule(name, _REFUSE) for name in _FOREIGN_PROCESS]
-    # Limits of another process, whichever: a tool that set the supervisor's could end it. One's own go by pid 0.
-    rules += [*pointer_given("prlimit64", _REFUSE, 2, differs(0, 0))]
+    rules += _bystanders()
+    if not own_ipc:
+        rules += [Rule(name, _ABSENT) for name in _SHARED_IPC]
     return assemble(rules, machine)

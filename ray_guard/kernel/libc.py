@@ -41,6 +41,7 @@ class IOVec(ctypes.Structure):
     _fields_ = (("iov_base", ctypes.c_void_p), ("iov_len", ctypes.c_size_t))
 
 
+_unshare = _libc.unshare
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _prctl = _libc.prctl
@@ -65,6 +66,10 @@ def syscall(number: int, *args: int) -> int:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     return _check(_prctl(option, arg2, arg3, arg4, arg5), f"prctl {option}")
+
+
+def unshare(flags: int) -> None:
+    _check(_unshare(flags), "unshare")
 
 
 def pidfd_getfd(pidfd: int, descriptor: int) -> int:

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
-from ray_guard.kernel import borrowing, landlock, libc, seccomp, seqpacket
+from ray_guard.kernel import borrowing, ipc, landlock, libc, seccomp, seqpacket
 from ray_guard.supervisor.start import Start, read_start
 
 _FIRST_FREE: Final = 255
@@ -85,6 +85,8 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)  # a tool without its leader would be nobody's
         _reset_signals()
         bound_capabilities()
+        if ipc.can_be_own():
+            ipc.enter_own_namespace()
         stage = "scope"
         # Within the leader's own domain, so that the tool cannot stop, kill or take over its leader.
         landlock.enter_process_scope()

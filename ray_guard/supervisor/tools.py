@@ -29,6 +29,7 @@ from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import Account, Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
+from ray_guard.supervisor import bystanders
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.ring import Ring
 from ray_guard.supervisor.start import Start
@@ -173,6 +174,7 @@ class Tool:
             self._ring,
             self._node.means,
             self._unfiltered,
+            bystanders.handlers(pid),
         )
         seqpacket.send(self._link, {"op": "go"})
 

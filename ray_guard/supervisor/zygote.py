@@ -22,7 +22,7 @@ import time
 from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
-from ray_guard.kernel import borrowing, libc, procfs, seccomp, seqpacket
+from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
 
@@ -66,7 +66,7 @@ _WARDS_SWEPT: Final = 256
 class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._program = rings.call_ring(platform.machine(), borrows=borrowing.works())
+        self._program = rings.call_ring(platform.machine(), borrows=borrowing.works(), own_ipc=ipc.can_be_own())
         seccomp.encode(self._program)
         self._wards: dict[int, _Ward] = {}
         self._leaders: dict[int, socket.socket] = {}

@@ -90,6 +90,17 @@ TABLE = [
     ("bpf", (0, 0, 0), EPERM, EPERM),
     ("prctl", (4, 0), refuse(0), refuse(0)),  # PR_SET_DUMPABLE 0: agreed to, and not done
     ("prctl", (4, 1), ALLOW, ALLOW),
+    ("setpriority", (0, 0, 5), ALLOW, ALLOW),
+    ("setpriority", (0, 7, 5), ALLOW, NOTIFY),
+    ("setpriority", (2, 0, 5), ALLOW, EPERM),
+    ("ioprio_set", (1, 7, 5), ALLOW, NOTIFY),
+    ("ioprio_set", (3, 0, 5), ALLOW, EPERM),
+    ("sched_setaffinity", (0, 8, SOMEWHERE), ALLOW, ALLOW),
+    ("sched_setaffinity", (7, 8, SOMEWHERE), ALLOW, NOTIFY),
+    ("prlimit64", (0, 7, SOMEWHERE, 0), ALLOW, ALLOW),
+    ("prlimit64", (7, 7, 0, SOMEWHERE), ALLOW, ALLOW),
+    ("prlimit64", (7, 7, SOMEWHERE, 0), ALLOW, NOTIFY),
+    ("msgget", (1, 0), ALLOW, ALLOW),
     ("ioctl", (3, 0x8912), ALLOW, ALLOW),  # SIOCGIFCONF
     ("ioctl", (3, 0x890B), EPERM, EPERM),  # SIOCADDRT
     ("setsockopt", (3, socket.IPPROTO_TCP, 30, SOMEWHERE, 4), refuse(errno.ENOPROTOOPT), refuse(errno.ENOPROTOOPT)),
@@ -104,6 +115,12 @@ def test_what_a_call_is_answered(
 ) -> None:
     assert answer(rings.actor_ring(Role.ENV, machine, datagrams=False), machine, name, *arguments) == in_actor
     assert answer(rings.call_ring(machine), machine, name, *arguments) == in_call
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("name", ["shmget", "shmat", "shmctl", "semop", "semctl", "msgsnd", "msgctl", "mq_open"])
+def test_what_would_be_shared_with_others_does_not_exist(machine: str, name: str) -> None:
+    assert answer(rings.call_ring(machine, own_ipc=False), machine, name, 1) == ENOSYS
 
 
 @pytest.mark.parametrize("machine", MACHINES)
