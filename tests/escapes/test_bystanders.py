@@ -67,7 +67,6 @@ def _against(name: str, program: str) -> Attack:
 RESCHEDULED = [
     _against("renice", "os.setpriority(0, P, 15)"),
     _against("renice its group", "os.setpriority(1, os.getpgid(P), 15)"),
-    _against("renice its user", "os.setpriority(2, os.getuid(), 15)"),
     _against("pin", "os.sched_setaffinity(P, {min(os.sched_getaffinity(P))})"),
     _against("sched_setscheduler", "os.sched_setscheduler(P, os.SCHED_IDLE, os.sched_param(0))"),
     _against("sched_setattr", "call(314, P, struct.pack('=IIQiIQQQ', 48, 5, 0, 0, 0, 0, 0, 0), 0)"),
