@@ -1,9 +1,9 @@
 """The escape suite's stage: sinks that count what arrives, confined hosts that attacks run in, and the verdict.
 
-An attack is a small program. It is run three times: unconfined, where it must succeed (else the test proves nothing),
-then in the actor ring (a child of a process that called ``confine``) and in the call ring (``ray_guard.run``), where
-it must fail. The judge stands outside: what the sinks saw, whether the victim lives; the attacker's own word counts
-for nothing but the error it was given.
+An attack is a small program. It is run unconfined first, where it must succeed (else the test proves nothing), then in
+the actor ring (a child of a process that called ``confine``) and in the call ring (``ray_guard.run``), where it must
+fail; with ``--peers`` in other sandboxes too, where whatever happens is only told. The judge stands outside: what the
+sinks saw, whether the victim lives; the attacker's own word counts for nothing but the error it was given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ import pytest
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent / "hosts"))
 
+sys.path.insert(0, str(FOLDER))
+
 import launcher  # noqa: E402 - tests are no package
+import peers  # noqa: E402
+from table import OURS, PEERS, TABLE, Cell, Column, Verdict, column  # noqa: E402
 
 PRELUDE = (FOLDER / "prelude.py").read_text()
 ROOT = os.geteuid() == 0
@@ -302,9 +307,9 @@ class Outcome:
         return cls(answer["status"], answer["stdout"], answer["stderr"], answer["seconds"], said)
 
 
-def run_unconfined(argv: list[str], timeout: float = 20.0) -> Outcome:
+def run_unconfined(argv: list[str], timeout: float = 20.0, folder: str | None = None) -> Outcome:
     began = time.monotonic()
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, cwd=folder)
     return Outcome.of(
         {
             "status": done.returncode,
@@ -354,9 +359,12 @@ class Attack:
         sink: where the token would arrive; ``""``: ``judge`` tells.
         refused: the errors (by name) of which the confined program must report one; empty: whatever it says, the sink
             decides alone.
-        rings: where it applies.
+        rings: where it applies: ``actor``, ``call``, and both where UDP destinations are granted, ``…_udp``.
         judge: for what no sink can see: called with what the program was told, says what harm was done, or "".
         sends: whether data must arrive; False: that a connection was made is the harm.
+        privileged: it needs root even unconfined.
+        elsewhere: why it cannot be tried in other sandboxes; "": it can.
+        family: its part of the table; "": what :func:`cases` is told.
     """
 
     name: str
@@ -367,6 +375,8 @@ class Attack:
     judge: Callable[[dict[str, Any]], str] | None = None
     sends: bool = True
     privileged: bool = False
+    elsewhere: str = ""
+    family: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -381,6 +391,9 @@ class Stage:
         self.namespace = Namespace()
         self._hosts: dict[str, Host] = {}
         self._compiled: dict[str, str] = {}
+        self._peers: dict[Column, str] = {}
+        self.programs = folder / "programs"
+        self.programs.mkdir()
 
     def policy(self, *, udp: bool = False) -> dict[str, Any]:
         port = self.sinks.address("granted")
@@ -402,6 +415,22 @@ class Stage:
             self._hosts[name] = host
         return host
 
+    def peer_command(self, peer: Column, attack: Attack, arguments: dict[str, Any]) -> list[str]:
+        """The attack as a command within another sandbox. Skips where there is none, and the table says so."""
+        if peer not in self._peers:
+            grant = peers.Grant(peers.programs(), str(arguments["folder"]), ["tcp://127.0.0.1:1"])
+            self._peers[peer] = peers.missing(peer, grant)
+        if self._peers[peer]:
+            TABLE.missing[peer] = self._peers[peer]
+            pytest.skip(f"{peer}: {self._peers[peer]}")
+        argv = self.argv(attack, arguments)
+        port = self.sinks.address("granted")
+        destinations = [f"tcp://127.0.0.1:{port}", f"tcp://[::1]:{port}"]
+        if any(ring.endswith("_udp") for ring in attack.rings):
+            destinations.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
+        readable = [*peers.programs(), str(self.programs)]
+        return peers.command(peer, argv, peers.Grant(readable, str(arguments["folder"]), destinations))
+
     def argv(self, attack: Attack, arguments: dict[str, Any]) -> list[str]:
         """The attack as a command."""
         told = json.dumps(arguments)
@@ -411,7 +440,7 @@ class Stage:
 
     def compile(self, name: str, source: str) -> str:
         if name not in self._compiled:
-            binary = self.folder / name.replace(" ", "_")
+            binary = self.programs / name.replace(" ", "_").replace("/", "_")
             command = ["gcc", "-O1", "-pthread", "-Wall", "-x", "c", "-o", str(binary), "-"]
             done = subprocess.run(command, input=source, text=True, capture_output=True)
             assert done.returncode == 0, done.stderr
@@ -438,29 +467,51 @@ def _flat(arguments: dict[str, Any]) -> list[str]:
     return [str(arguments[name]) for name in ("token", "folder", "tcp", "udp", "granted", "unix", "unix_dgram")]
 
 
+_RINGS = {
+    "actor": ("actor", "plain"),
+    "call": ("call", "plain"),
+    "actor_udp": ("actor", "udp"),
+    "call_udp": ("call", "udp"),
+}
+"""Each ring as (where Host.run runs it, which of the stage's hosts)."""
+
+
 def escape(stage: Stage, attack: Attack, ring: str) -> None:
-    """Runs ``attack`` unconfined and in ``ring``, and judges both. The one assertion of the suite."""
+    """Runs ``attack`` unconfined and in ``ring``, judges both, and notes them. The one assertion of the suite.
+
+    ``ring`` may be another sandbox's name: what happens there is noted, and fails nothing.
+    """
+    where = column(ring)
+    note = partial(TABLE.note, attack.family, attack.name)
     if attack.privileged and not ROOT:
+        for each in (Column.UNCONFINED, where):
+            note(each, Cell(Verdict.INAPPLICABLE, "needs root even unconfined"))
         pytest.skip(f"{attack.name}: needs root even unconfined")
-    if ring not in attack.rings:
-        pytest.skip(f"{attack.name}: does not apply to the {ring} ring")
-    missing = _must_succeed(stage, attack)
-    arguments = stage.arguments()
-    if attack.sink:  # what the unconfined run sent may still be queued
-        stage.sinks.flush(attack.sink)
-    stage.sinks.clear()
-    host = stage.host("udp" if ring == "actor_udp" else "plain")
-    outcome = host.run("call" if ring == "call" else "actor", stage.argv(attack, arguments))
+    try:
+        missing = _must_succeed(stage, attack)
+    except AssertionError as error:
+        note(Column.UNCONFINED, Cell(Verdict.INAPPLICABLE, f"does not work unconfined: {error}"))
+        raise
+    unproved = Cell(Verdict.INAPPLICABLE, f"unconfined: {missing}")
+    note(Column.UNCONFINED, unproved if missing else Cell(Verdict.WORKS))
+    if where in PEERS and (missing or attack.elsewhere):
+        note(where, unproved if missing else Cell(Verdict.INAPPLICABLE, attack.elsewhere))
+        return
+    outcome, harm = _attempt(stage, attack, ring)
     shown = f"{ring}: {outcome.said or outcome.stderr[-2000:] or outcome.status}"
-    if attack.sink:
-        stage.sinks.flush(attack.sink)
-        connections, data = stage.sinks.seen(attack.sink)
-        assert (connections, data) == (0, b""), (
-            f"ESCAPED: {attack.sink} saw {connections} connections, {data!r}; {shown}"
-        )
-    if attack.judge is not None:
-        harm = attack.judge(arguments)
-        assert not harm, f"ESCAPED: {harm}; {shown}"
+    ran = bool(outcome.said) or outcome.status is None or outcome.status < 0 or outcome.status > 128
+    if harm:
+        note(where, Cell(Verdict.ESCAPED, harm))
+    elif missing:
+        note(where, unproved)
+    elif ran:
+        note(where, Cell(Verdict.BLOCKED, _how(outcome)))
+    else:
+        note(where, Cell(Verdict.INAPPLICABLE, f"did not run in {where}: {outcome.stderr.strip()[-200:]}"))
+    if where in PEERS:
+        return
+    assert not harm, f"ESCAPED: {harm}; {shown}"
+    assert ran, f"the attack did not even start: {shown}"
     if attack.refused:
         connected = ("EISCONN",) if launcher.prefix() else ()  # all that is said there of a socket that is connected
         assert outcome.said.get("errno") in (*attack.refused, *connected), f"not refused as it should be: {shown}"
@@ -468,13 +519,44 @@ def escape(stage: Stage, attack: Attack, ring: str) -> None:
         pytest.skip(f"{attack.name}: refused, but proves nothing here: unconfined it says {missing}")
 
 
-_succeeded: dict[str, str] = {}
+def _attempt(stage: Stage, attack: Attack, ring: str) -> tuple[Outcome, str]:
+    """How the attack ended in ``ring``, and what harm it did there; "": none."""
+    arguments = stage.arguments()
+    if attack.sink:  # what the unconfined run sent may still be queued
+        stage.sinks.flush(attack.sink)
+    stage.sinks.clear()
+    if column(ring) in OURS:
+        inside, host = _RINGS[ring]
+        outcome = stage.host(host).run(inside, stage.argv(attack, arguments))
+    else:
+        outcome = run_unconfined(stage.peer_command(column(ring), attack, arguments), folder=arguments["folder"])
+    if attack.sink:
+        stage.sinks.flush(attack.sink)
+        connections, data = stage.sinks.seen(attack.sink)
+        if connections or data:
+            return outcome, f"{attack.sink} saw {connections} connections, {data[:64]!r}"
+    return outcome, attack.judge(arguments) if attack.judge is not None else ""
+
+
+def _how(outcome: Outcome) -> str:
+    """What the attack was told, in a word."""
+    if "errno" in outcome.said:
+        return str(outcome.said["errno"])
+    if outcome.status is None:
+        return "waits for ever"
+    if outcome.status < 0 or outcome.status > 128:
+        return f"killed by signal {outcome.status & 127 if outcome.status > 128 else -outcome.status}"
+    return ""
+
+
+_succeeded: dict[tuple[str, str], str] = {}
 
 
 def _must_succeed(stage: Stage, attack: Attack) -> str:
     """The positive control. Says what this host lacks for it; raises where the attack just does not work."""
-    if attack.name in _succeeded:
-        return _succeeded[attack.name]
+    key = (attack.family, attack.name)
+    if key in _succeeded:
+        return _succeeded[key]
     arguments = stage.arguments()
     stage.sinks.clear()
     outcome = run_unconfined(stage.argv(attack, arguments))
@@ -491,16 +573,32 @@ def _must_succeed(stage: Stage, attack: Attack) -> str:
             wait(arrived, f"the attack does not even work {shown}")
         if attack.judge is not None:
             assert attack.judge(arguments), f"the attack does not even work {shown}"
-    _succeeded[attack.name] = missing
+    _succeeded[key] = missing
     return missing
 
 
-def cases(attacks: list[Attack]) -> pytest.MarkDecorator:
-    """One test per attack and ring it applies to."""
+def cases(attacks: list[Attack], family: str = "") -> pytest.MarkDecorator:
+    """One test per attack and ring it applies to, and per other sandbox (left out but with ``--peers``).
+
+    Args:
+        family: the part of the table; by default the module's name.
+    """
+    family = family or str(sys._getframe(1).f_globals["__name__"]).rpartition(".")[2].removeprefix("test_").replace(
+        "_", " "
+    )
     return pytest.mark.parametrize(
         ("attack", "ring"),
-        [pytest.param(attack, ring, id=f"{attack.name}-{ring}") for attack in attacks for ring in attack.rings],
+        [
+            pytest.param(replace(attack, family=attack.family or family), str(ring), id=f"{attack.name}-{ring}")
+            for attack in attacks
+            for ring in (*attack.rings, *PEERS)
+        ],
     )
+
+
+def row(family: str, name: str) -> pytest.MarkDecorator:
+    """A test that is no :class:`Attack` as a row of the table, in the column of its ``ring``, by default the call's."""
+    return pytest.mark.escape_row(family, name)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+print('{"started": true}', flush=True)  # from here on it is the sandbox that stops it, not a missing interpreter
 A = json.loads(sys.argv[1])
 TOKEN = A["token"].encode()
 AF_INET, AF_INET6, AF_UNIX = socket.AF_INET, socket.AF_INET6, socket.AF_UNIX
