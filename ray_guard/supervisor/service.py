@@ -34,7 +34,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = Loop()
-    node = Node(loop, (str(rendezvous.folder()),))
+    node = Node(loop, (rendezvous.folder(),))
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
     node.ward = partial(zygote.ward, starts)
@@ -93,7 +93,7 @@ class Supervisor:
         with rendezvous.start_lock(path):
             try:
                 if os.path.samestat(os.stat(path), os.stat(self._listener.getsockname())):
-                    path.unlink()
+                    os.unlink(path)
             except OSError:
                 pass
         self._accept()
