@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not command:
         return _nothing("no command: ray-guard run --policy FILE -- CMD …")
     try:
-        summons = channels.Summons()
+        summons = channels.Summons(starts=1)
         # Loaded only now: where a supervisor must be started it does the same meanwhile.
         from ray_guard.policy.plain import wire_of
 

@@ -31,7 +31,7 @@ _BOOT: Final = (
     "os.closerange({socket} + 1, 1 << 30)\n"
     "sys.path[:] = {path!r}\n"
     "from ray_guard.supervisor.__main__ import main\n"
-    "main({socket})\n"
+    "main({socket}, {prepared})\n"
 )
 
 #: what a supervisor may know of the environment of whoever happened to start it
@@ -155,11 +155,14 @@ def connect() -> Channel:
 class Summons:
     """A supervisor is there, or has been started: connecting waits for it, and much can be done meanwhile.
 
+    Args:
+        starts: how many tools are going to be started at once; a new supervisor prepares for them.
+
     Raises:
         NotEnforced: it cannot be started here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, starts: int = 0) -> None:
         self._path = rendezvous.socket_path()
         self._starter: int | None = None
         self._sock = rendezvous.connect(self._path)
@@ -167,7 +170,7 @@ class Summons:
             with rendezvous.start_lock(self._path):
                 self._sock = rendezvous.connect(self._path)  # somebody else may have been quicker
                 if self._sock is None:
-                    self._starter = _start_supervisor(self._path)
+                    self._starter = _start_supervisor(self._path, starts)
                     self._sock = rendezvous.connect(self._path)
 
     def connect(self) -> Channel:
@@ -183,7 +186,7 @@ class Summons:
         return Channel(sock)
 
 
-def _start_supervisor(path: str) -> int:
+def _start_supervisor(path: str, prepared: int) -> int:
     """Binds its socket and starts it; the pid of the process in between, which ends as soon as that stands alone."""
     opened: list[int] = []
     try:
@@ -194,7 +197,7 @@ def _start_supervisor(path: str) -> int:
             opened.append(fcntl.fcntl(log, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1))
         finally:
             os.close(log)
-        code = _BOOT.format(path=[entry or os.getcwd() for entry in sys.path], socket=_LISTENER)
+        code = _BOOT.format(path=[entry or os.getcwd() for entry in sys.path], socket=_LISTENER, prepared=prepared)
         # Not by subprocess, which takes longer to load than the rest of this module. -S -E: no site-packages start-up
         # files and no PYTHON* variables of whoever starts it.
         return os.posix_spawn(

@@ -41,6 +41,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
     gc.freeze()  # what is here now stays; what comes and goes is few and small
+    gc.enable()
     gc.set_threshold(50_000, 20, 100)
     loop.run()
     node.close()
