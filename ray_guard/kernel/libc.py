@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 from collections.abc import Iterator
 from typing import Final
 
@@ -33,7 +32,7 @@ PIDFD_THREAD: Final = os.O_EXCL
 #: numbers above 423 are the same on every architecture; the two below are not
 NR_PIDFD_GETFD: Final = 438
 NR_CLOSE_RANGE: Final = 436
-_MACHINE = platform.machine()
+_MACHINE = os.uname().machine
 NR_SECCOMP: Final = {"x86_64": 317, "aarch64": 277}.get(_MACHINE, -1)
 
 

@@ -6,7 +6,7 @@ A name that an architecture lacks is absent: the filter skips it there.
 
 from __future__ import annotations
 
-import platform
+import os
 from typing import Final
 
 _X86_64 = """
@@ -51,6 +51,6 @@ AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 TABLES: Final = {"x86_64": _table(_X86_64, _EVERYWHERE), "aarch64": _table(_AARCH64, _EVERYWHERE)}
 LAST_KNOWN: Final = 470
 """Highest number of Linux 6.18; anything above is unknown to this version and therefore denied."""
-MACHINE: Final = platform.machine()
+MACHINE: Final = os.uname().machine
 NUMBERS: Final = TABLES.get(MACHINE, {})
 """This machine's numbers; empty where the architecture is not supported."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Means
 from ray_guard.egress.meter import Meter
-from ray_guard.evidence.forward import forwarder_argv
+from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag

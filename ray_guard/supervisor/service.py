@@ -34,13 +34,14 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = Loop()
-    node = Node(loop, (str(rendezvous.folder()),))
+    node = Node(loop, (rendezvous.folder(),))
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
     node.ward = partial(zygote.ward, starts)
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
     gc.freeze()  # what is here now stays; what comes and goes is few and small
+    gc.enable()
     gc.set_threshold(50_000, 20, 100)
     loop.run()
     node.close()
@@ -93,7 +94,7 @@ class Supervisor:
         with rendezvous.start_lock(path):
             try:
                 if os.path.samestat(os.stat(path), os.stat(self._listener.getsockname())):
-                    path.unlink()
+                    os.unlink(path)
             except OSError:
                 pass
         self._accept()

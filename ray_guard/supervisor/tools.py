@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import select
-import shutil
 import signal
 import socket
 import time
@@ -328,9 +327,12 @@ class Tool:
 def _executable(start: Start) -> str:
     """The program as exec will find it. (What /proc says later may be another: a shell execs its last command.)"""
     program = start.executable or start.argv[0]
-    if "/" in program:
-        return program
-    return shutil.which(program, path=start.environment.get("PATH", os.defpath)) or program
+    if "/" not in program:
+        for folder in start.environment.get("PATH", os.defpath).split(os.pathsep):
+            path = os.path.join(folder, program)
+            if os.access(path, os.X_OK) and os.path.isfile(path):
+                return path
+    return program
 
 
 def _hash(argv: tuple[str, ...]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import platform
 import resource
 import select
 import signal
@@ -22,7 +21,7 @@ import time
 from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
-from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket
+from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, syscalls
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
 
@@ -30,8 +29,8 @@ SPARE: Final = 8
 """How many idle leaders are kept. There are as many as there were calls at once, and none before the first start."""
 
 
-def run(requests: socket.socket) -> NoReturn:
-    """The zygote's life, until the supervisor hangs up."""
+def run(requests: socket.socket, prepared: int) -> NoReturn:
+    """The zygote's life, until the supervisor hangs up; ``prepared`` leaders are made at once."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaders report to the supervisor; nobody waits for them here
     libc.prctl(libc.PR_SET_DUMPABLE, 0)  # nobody of the same user may write its memory, nor its leaders'
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -40,6 +39,9 @@ def run(requests: socket.socket) -> NoReturn:
         bound_capabilities()
     zygote = _Zygote(requests)
     gc.freeze()  # a collection in a child would copy every page
+    gc.enable()
+    for _ in range(prepared):
+        zygote.prepare()
     while zygote.step():
         pass
     zygote.end_wards()
@@ -66,13 +68,18 @@ _WARDS_SWEPT: Final = 256
 class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._program = rings.call_ring(platform.machine(), borrows=borrowing.works(), own_ipc=ipc.can_be_own())
+        self._program = rings.call_ring(syscalls.MACHINE, borrows=borrowing.works(), own_ipc=ipc.can_be_own())
         seccomp.encode(self._program)
         self._wards: dict[int, _Ward] = {}
         self._leaders: dict[int, socket.socket] = {}
         self._idle: list[socket.socket] = []
         self._poll = select.poll()
         self._poll.register(requests, select.POLLIN)
+
+    def prepare(self) -> None:
+        """Makes a leader, for a start that is sure to come."""
+        with contextlib.suppress(OSError):
+            self._idle.append(self._fork_leader())
 
     def step(self) -> bool:
         """Handles what has come; False: the supervisor is gone."""
@@ -185,7 +192,7 @@ def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None)
     seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time}, passed)
 
 
-def fork(close: list[int]) -> tuple[socket.socket, int]:
+def fork(close: list[int], prepared: int = 0) -> tuple[socket.socket, int]:
     """Forks the zygote; in the supervisor returns the socket that starts are sent on, and the zygote's pid."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -194,7 +201,7 @@ def fork(close: list[int]) -> tuple[socket.socket, int]:
             ours.close()
             for descriptor in close:
                 os.close(descriptor)
-            run(theirs)
+            run(theirs, prepared)
         finally:
             os._exit(1)
     theirs.close()
