@@ -21,6 +21,7 @@ from typing import Final, Protocol
 
 TURN: Final = 1 << 20
 """Bytes that one direction moves before others have their turn."""
+_STREAM: Final = 1 << 17
 _F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032
 _PIPE: Final = 1 << 20
 _PIPES_KEPT: Final = 64
@@ -210,6 +211,8 @@ class Flow:
         """Why it was cut; empty: it ended by itself."""
         self._closing = False
         self.finishing = False
+        self.streaming = False
+        """It moved much the last time: soon there will be more."""
         self._ended = ended
 
     @property
@@ -229,6 +232,7 @@ class Flow:
 
     def _move(self) -> bool:
         more = False
+        before = self.up.count + self.down.count
         for direction in (self.up, self.down):
             try:
                 more = direction.move() or more
@@ -237,6 +241,7 @@ class Flow:
                 return False
             if self.closing:  # it asked, and was cut
                 return False
+        self.streaming = self.up.count + self.down.count - before >= _STREAM
         if self.up.done and self.down.done:
             if self.finishing:
                 self._break()  # nobody reads the answer: closed with it unread, what is on its way out would be lost

@@ -31,6 +31,8 @@ _LINGER_STEP_S: Final = 0.005
 _LINGER_S: Final = 0.5
 FINISH_S: Final = 0.5
 """How long after its call what was written before may still go out."""
+_GATHER_S: Final = 0.00015
+"""While a flow streams, how long bytes gather before they are moved: waking for every segment costs more than moving."""
 _FIRST_WISH: Final = 1 << 16
 _LAST_WISH: Final = 1 << 23
 _EVENTS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
@@ -135,11 +137,15 @@ class Mover:
         self._finishing: dict[Flow, float] = {}
         self._busy: list[Pool] = []
         self._tell_at = _UNLIMITED
+        self._gather = False
         self._open = True
 
     def run(self) -> None:
         """Until the supervisor hangs up."""
         while self._open:
+            if self._gather and not self._ready:
+                time.sleep(_GATHER_S)
+            self._gather = False
             for descriptor, events in self._epoll.poll(self._timeout()):
                 if descriptor == self._line.fileno():
                     self._hear()
@@ -179,6 +185,7 @@ class Mover:
         try:
             if flow.move():
                 self.schedule(flow)
+            self._gather = self._gather or flow.streaming
         except Exception as fault:  # noqa: BLE001 - one flow's trouble must not end the others
             self.cut(flow, f"{type(fault).__name__}: {fault}")
         if flow.closing and flow.number in self._flows:
