@@ -34,6 +34,7 @@ from weakref import WeakSet
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.made import MadeSockets
+from ray_guard.egress.relay.front import Owner, Relay
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import borrowing, libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
@@ -90,6 +91,8 @@ class Ruling(NamedTuple):
 
     error: int
     attempt: Attempt | None = None
+    relayed: Owner | None = None
+    """Set where it does not go direct: the connect is made by :class:`~ray_guard.egress.relay.front.Relay`."""
 
 
 class Judge(Protocol):
@@ -211,6 +214,7 @@ class Means:
         self.impatience = Impatience(loop)
         self.borrows = borrowing.works()
         self.made: WeakSet[MadeSockets] = WeakSet()
+        self.relay = Relay(loop)
 
     def threads(self) -> Threads:
         """For one ring: how its descriptors are come by on this host."""
@@ -247,6 +251,7 @@ class Gate:
         self._threads = means.threads()
         self._made = self._threads if isinstance(self._threads, MadeSockets) else None
         self._impatience = means.impatience
+        self._relay = means.relay
         self._gone = gone
         self._pending: dict[int, _Pending] = {}
         self._sweeping = False
@@ -428,6 +433,9 @@ class Gate:
         attempt: Attempt | None = None
         if kind == _STREAM:
             cookie = int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
+            again = self._relay.asked_again(sock, cookie)
+            if again is not None:
+                return again
         if cookie is None or not self._judge.known_flow(cookie, address.address, address.port):
             transport = Transport.UDP if cookie is None else Transport.TCP
             ruling = self._judge.rule(
@@ -438,6 +446,8 @@ class Gate:
                     return ruling.error
                 self._loop.later(_ASK_AGAIN_S, lambda: self._ask_again(notification))
                 return _UNANSWERED
+            if ruling.relayed is not None and cookie is not None:
+                return self._relay.connect(self, notification, sock, raw, cookie=cookie, owner=ruling.relayed)
             attempt = ruling.attempt
         # else: a nonblocking connect asks again how it went
         self._impatience.begin()
@@ -455,6 +465,34 @@ class Gate:
         if result == -errno.EINTR:
             return self._await_connect(notification, sock, raw, attempt)
         return -result
+
+    # what the relay needs of a gate
+
+    def connect(self, descriptor: int, raw: bytes) -> int:
+        """connect(2) that is interrupted where it blocks: 0 or ``-errno``."""
+        self._impatience.begin()
+        return libc.connect(descriptor, raw)
+
+    def retake(self, tid: int, number: int) -> int:
+        """A duplicate of a descriptor that was seen before, or ``-errno``; whose it is now is the caller's to check."""
+        return self._threads.descriptor(tid, number) if self.listener.fd >= 0 else -errno.EBADF
+
+    def park(
+        self,
+        notification: Notification,
+        upstream: int,
+        duplicate: int,
+        step: Callable[[], int],
+        release: Callable[[], None],
+    ) -> int:
+        """Parks a connect until ``upstream`` is ready; see :meth:`_wait`. Both descriptors are closed in the end."""
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        timeout = _timeout(sock, socket.SO_SNDTIMEO)
+        sock.detach()
+        descriptors, late = (upstream, duplicate), errno.EINPROGRESS
+        return self._wait(
+            notification, descriptors, step, events=select.EPOLLOUT, timeout=timeout, late_error=late, release=release
+        )
 
     def _await_connect(self, notification: Notification, sock: _Socket, raw: bytes, attempt: Attempt | None) -> int:
         """A blocking connect that takes its time: it goes on in the background, and is asked again when it is done."""
@@ -484,6 +522,7 @@ class Gate:
             with contextlib.suppress(OSError):  # never connected
                 sock.shutdown(socket.SHUT_RDWR)
             self._judge.dissolved(cookie, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+            self._relay.dissolve(cookie)
         return -libc.connect(sock.fileno(), raw)
 
     def _ask_again(self, notification: Notification) -> None:

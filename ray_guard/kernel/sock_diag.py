@@ -193,6 +193,22 @@ class SockDiag:
         self._questions.close()
 
 
+def connection_cookie(family: int, local: tuple[str, int], remote: tuple[str, int]) -> int:
+    """Cookie of the TCP socket with these ends, as itself sees them; 0: there is none."""
+    ends = struct.pack(">HH", local[1], remote[1])
+    for host, _ in (local, remote):
+        ends += socket.inet_pton(family, host).ljust(16, b"\0")
+    body = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ends + struct.pack("=I", 0) + b"\xff" * 8
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(1.0)
+        sock.send(_HEADER.pack(16 + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
+        for kind, data in _messages(sock.recv(1 << 14)):
+            if kind == _SOCK_DIAG_BY_FAMILY and len(data) >= _MESSAGE:
+                cookie: int = _COOKIE.unpack_from(data, 44)[0]
+                return cookie
+    return 0
+
+
 _UDIAG_SHOW_VFS, _UNIX_DIAG_VFS, _UNIX_MESSAGE = 2, 1, 16
 
 

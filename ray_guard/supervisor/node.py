@@ -67,6 +67,7 @@ class Node:
         self._actors: dict[str, Account] = {}
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
+        self.means.relay.opened = self._changed
         self._announced: dict[str, set[Endpoint]] = {}
         loop.later(SYNC_S, self._sync)
 
@@ -100,6 +101,7 @@ class Node:
 
     def close(self) -> None:
         self.means.impatience.end()
+        self.means.relay.close()
         for journal in self._journals.values():
             journal.close()
         for directory in self._directories.values():
@@ -167,6 +169,7 @@ class Node:
         control = frozenset[Endpoint]().union(
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
+            self.means.relay.endpoints(),
         )
         folders = {folder for m in self._memberships.values() for folder in m.folders}
         return Surroundings(

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
+from ray_guard.egress.relay.front import Crossing
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.kernel import procfs
-from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Exceeded
+from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Account, Exceeded
 from ray_guard.policy.decide import (
     CompiledPolicy,
     Decision,
@@ -28,6 +29,7 @@ from ray_guard.policy.decide import (
     Process,
     Reason,
     Request,
+    Route,
     Surroundings,
     decide,
 )
@@ -69,6 +71,7 @@ class Ring:
         self._own_unix: dict[tuple[int, int], int] = {}
         self._surroundings: Surroundings | None = None
         self._flows: dict[int, Flow] = {}
+        self._crossings: set[Crossing] = set()
         self._seen: set[int] = set()
         self._faults = 0
         self._known: dict[tuple[str, int], _Known] = {}
@@ -163,6 +166,8 @@ class Ring:
         """Nobody is left behind the listener: what flows on is cut and settled."""
         self._node.surroundings_changed.remove(self._forget_surroundings)
         self._meter.finish(list(self._flows.values()))
+        for crossing in list(self._crossings):
+            self._node.means.relay.finish(crossing)
         for connection in list(self._datagrams.values()):
             connection.finish()
         self._datagrams.clear()
@@ -212,10 +217,19 @@ class Ring:
 
     # -- flows ---------------------------------------------------------------------------------------------------------
 
-    def began(self, flow: Flow) -> None:
-        tid = flow.holder[0]
+    def _held_by(self, tid: int) -> None:
         if self._origin is None and tid != self.root and tid not in self._seen:
             self._remember(tid)
+
+    def relayed(self, crossing: Crossing) -> None:
+        self._held_by(crossing.holder[0])
+        self._crossings.add(crossing)
+
+    def relay_left(self, crossing: Crossing) -> None:
+        self._crossings.discard(crossing)
+
+    def began(self, flow: Flow) -> None:
+        self._held_by(flow.holder[0])
         self._flows[flow.cookie] = flow
         self._meter.begin(flow)
 
@@ -260,6 +274,8 @@ class Ring:
             if decision.allowed:
                 connection.granted(decision)
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
+                if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
+                    return Ruling(0, relayed=connection)
                 if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
                 return Ruling(0, connection)
@@ -430,6 +446,18 @@ class Connection:
         self.flow = Flow(cookie, self.request.address, self.request.port, holder, self, self._ring.root)
         self._ring.began(self.flow)
 
+    @property
+    def account(self) -> Account:
+        return self.origin.account
+
+    def relayed(self, crossing: Crossing) -> None:
+        self._ring.relayed(crossing)
+
+    def left(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
+        self._ring.relay_left(crossing)
+        self._more += _RELAY
+        self._counted(crossing.local, sent, received, exact=exact, why="" if why == "ended" else why)
+
     def associated(self, local: tuple[str, int] | None) -> None:
         if local is not None:
             self._more += _local(local)
@@ -463,17 +491,23 @@ class Connection:
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
         self._ring.left(flow)
-        if flow.local is not None:
-            self._more += _local(flow.local)
+        self._counted(flow.local, flow.sent, flow.received, exact=exact)
+
+    def _counted(self, local: tuple[str, int] | None, sent: int, received: int, *, exact: bool, why: str = "") -> None:
+        if local is not None:
+            self._more += _local(local)
         self._more += (
-            f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
-            f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{flow.received}"}}}}'
+            f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{sent}"}}}}'
+            f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{received}"}}}}'
         )
         if not exact:
             self._add({"ray_guard.egress.bytes_exact": False})
         if self._over:
             self._add({"error.type": "budget"})
             self._end(StatusCode.ERROR, "cut: a budget was reached")
+        elif why:
+            self._add({"error.type": why})
+            self._end(StatusCode.ERROR, f"cut: {why}")
         else:
             self._end()
 
@@ -506,6 +540,7 @@ def _ambiguous(candidates: tuple[str, ...]) -> str:
 
 _BYTES: Final = (EGRESS, SENT, RECEIVED)
 _EXACT: Final = "," + fragment({"ray_guard.egress.scope": "exact"}).encoded
+_RELAY: Final = "," + fragment({"ray_guard.egress.route": "relay"}).encoded
 _OF_THE_ACTOR: Final = (Reason.CLUSTER, Reason.COLLECTIVES)
 _TEXTS_KEPT: Final = 4096
 _FORMS_KEPT: Final = 64

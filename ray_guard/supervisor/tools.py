@@ -129,8 +129,10 @@ class Tool:
         )
         identity = fragment({"rl.run.id": self._target.run_id, **call.identity, "ray_guard.source": "supervisor"})
         self._target.write(self._implicit, identity)
-        self._account = self._target.call_account(span_id, None)
-        return Origin(self._implicit.trace_id, self._span, identity, self._account, None, span_id)
+        around = self._target.open.get(call.parent) if call.parent is not None else None
+        episode = None if around is None else around.episode  # its budgets hold for this call too
+        self._account = self._target.call_account(span_id, episode)
+        return Origin(self._implicit.trace_id, self._span, identity, self._account, episode, span_id)
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,8 @@ class _Zygote:
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
+        elif operation == "mover":
+            self._fork_mover(descriptors)
         else:
             try:
                 while not self._assign(self._idle.pop() if self._idle else self._fork_leader(), message, descriptors):
@@ -167,6 +169,22 @@ class _Zygote:
         finally:
             os._exit(code)
 
+    def _fork_mover(self, descriptors: list[int]) -> None:
+        if os.fork() != 0:
+            seqpacket.close_all(descriptors)
+            return
+        try:
+            close_all_but((0, 1, 2, *descriptors))
+            from ray_guard.egress.relay import mover  # here alone: what every tool is forked from stays small
+
+            mover.run(socket.socket(fileno=descriptors[0]))
+        except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
     def end_wards(self) -> None:
         """The supervisor is gone, and its lifelines have stopped the targets: ends all below them.
 
@@ -190,6 +208,11 @@ def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None)
         return  # it has ended already
     passed = [] if lifeline is None else [lifeline.fileno()]
     seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time}, passed)
+
+
+def start_mover(starts: socket.socket, line: socket.socket) -> None:
+    """Starts a mover of relayed bytes at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "mover"}, [line.fileno()])
 
 
 def fork(close: list[int], prepared: int = 0) -> tuple[socket.socket, int]:
