@@ -929,7 +929,7 @@ class Gate:
                 message = messages[len(sent)]
                 if not message.granted:
                     try:
-                        error = self._judge_message(notification, message)
+                        error = self._judge_message(notification, duplicate, message)
                     except sockaddr.BadAddress as bad:  # after earlier ones were sent it only ends the series
                         error = bad.errno
                     if error:
@@ -963,7 +963,7 @@ class Gate:
         )
         return outcome if outcome == _PARKED else finish(outcome)
 
-    def _judge_message(self, notification: Notification, message: _Message) -> int:
+    def _judge_message(self, notification: Notification, duplicate: int, message: _Message) -> int:
         """Judges where one message goes; pins a unix destination so that it goes nowhere else."""
         if not message.address:
             return 0
@@ -978,8 +978,7 @@ class Gate:
                 size=len(message.data),
             )
             if ruling.resolver is not None:
-                message.address = ruling.resolver.address(message.address, stream=False)
-                message.resolver = ruling.resolver
+                self._send_to_resolver(notification, duplicate, message, ruling.resolver)
             return ruling.error
         if isinstance(address, sockaddr.Netlink):
             return 0 if address.port_id == 0 and address.groups == 0 else errno.EPERM
@@ -988,6 +987,25 @@ class Gate:
             message.pin(pinned)
             return self._judge_unix(notification, pinned, size=len(message.data))
         return errno.EAFNOSUPPORT
+
+    def _send_to_resolver(
+        self, notification: Notification, duplicate: int, message: _Message, resolver: NameServer
+    ) -> None:
+        """A message to a name server, whichever: it goes to the guard's own.
+
+        Raises:
+            BadAddress: there is none for that socket.
+        """
+        line = resolver.line()
+        if line is None:
+            message.address = resolver.address(message.address, stream=False)
+            message.resolver = resolver
+            return
+        with line:
+            line.setblocking(os.get_blocking(duplicate))
+            self.listener.replace_descriptor(notification.id, line.fileno(), notification.arg0 & 0xFFFFFFFF)
+            os.dup2(line.fileno(), duplicate, inheritable=False)
+        message.address = b""
 
     # ------------------------------------------------------------------------------------------------------------------
     # descriptors made or borrowed
@@ -1119,9 +1137,16 @@ def _type(descriptor: int) -> int:
 def _name(sock: _Socket) -> tuple[str, int] | None:
     """The socket's own address, whatever family it was said to have."""
     try:
-        name = sock.getsockname()
+        family = sock.getsockopt(_SOL_SOCKET, socket.SO_DOMAIN)
+        itself = _Socket(family, _SOCK_STREAM, 0, sock.fileno())  # else an IPv6 address would be cut short
     except OSError:
         return None
+    try:
+        name = itself.getsockname()
+    except OSError:
+        return None
+    finally:
+        itself.detach()
     return (name[0], name[1]) if isinstance(name, tuple) and len(name) in (2, 4) else None
 
 

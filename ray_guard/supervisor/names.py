@@ -51,12 +51,14 @@ class Names:
         self._ring = ring
         self._resolver = ring.node.resolver
         self._call = ring.call
-        span = None if self._call is None else ring.target.open.get(self._call)
-        self._told = Told() if span is None else span.told
+        self._told = Told()
+        if self._call is not None and (span := ring.target.open.get(self._call)) is not None:
+            self._told = span.told
         self._by_address: Mapping[str, tuple[str, ...]] | None = None
+        self._version = -1
         self._noted: set[tuple[Transport, str, int, str | None]] = set()
         self._said: set[tuple[str, str | None]] = set()
-        self._askers: list[_Asker] = []
+        self._led = False
         self._budget = _Budget(renewed=self._call is None)
         self._over = False
         self.waiting = 0
@@ -65,7 +67,8 @@ class Names:
 
     def by_address(self) -> Mapping[str, tuple[str, ...]]:
         """For each address its names: those that were told, and those of the hosts file that the policy lists."""
-        if self._by_address is None:
+        if self._by_address is None or self._version != self._told.version:
+            self._version = self._told.version
             found = dict(self._told.names())
             policy = self._ring.policy
             for address, names in self._resolver.hosts.names.items():
@@ -75,18 +78,15 @@ class Names:
             self._by_address = found
         return self._by_address
 
-    def changed(self) -> None:
-        """Something was told, or has lived its time, or the policy is another."""
+    def policy_changed(self) -> None:
+        """The policy is another: other names of the hosts file may be listed."""
         self._by_address = None
 
-    def expired(self) -> bool:
-        """Whether something that was told has just lived its time."""
-        if self._call is not None:
-            return False  # it holds as long as the call
-        if not self._told.expire(time.monotonic(), self._ring.target.open.__contains__):
-            return False
-        self.changed()
-        return True
+    def changed(self) -> bool:
+        """Whether something was told, or has lived its time, since :meth:`by_address` was asked last."""
+        if self._call is None:  # what a call was told holds as long as the call
+            self._told.expire(time.monotonic(), self._ring.target.open.__contains__)
+        return self._version != self._told.version
 
     # -- a socket that asks for a name server --------------------------------------------------------------------------
 
@@ -94,13 +94,8 @@ class Names:
         """Leads it to the guard's own; journaled once per name server and call."""
         if not self._note(request, decision, origin):
             return Ruling(errno.EPERM)
-        asker = next((a for a in self._askers if a.origin is origin and a.request == request), None)
-        if asker is None:
-            if len(self._askers) >= _SAID:
-                self._resolver.door().forget(self._askers.pop(0))
-            asker = _Asker(self, self._resolver, request, origin)
-            self._askers.append(asker)
-        return Ruling(0, resolver=asker)
+        self._led = True
+        return Ruling(0, resolver=_Asker(self, self._resolver, request, origin))
 
     def _note(self, request: Request, decision: Decision, origin: Origin, *, mute: bool = False) -> bool:
         key = (request.transport, request.address, request.port, origin.call)
@@ -134,11 +129,8 @@ class Names:
 
     def close(self) -> None:
         """Nobody is left who could ask."""
-        if self._askers:
-            door = self._resolver.door()
-            for asker in self._askers:
-                door.forget(asker)
-            self._askers.clear()
+        if self._led:
+            self._resolver.door().forget(self)
 
     @property
     def mute(self) -> bool:
@@ -227,9 +219,13 @@ class Names:
         if cached:
             self._budget.give_back(len(name))
         if addresses:
-            self._told.tell(name, addresses, now=time.monotonic(), ttl=ttl, call=origin.call)
-            self.changed()
-            self._ring.told()
+            for told in {id(told): told for told in (self._told, self._of_call(origin)) if told is not None}.values():
+                told.tell(name, addresses, now=time.monotonic(), ttl=ttl, call=origin.call)
+
+    def _of_call(self, origin: Origin) -> Told | None:
+        """The memory of the tools of the open call ``origin`` is of."""
+        span = None if origin.call is None else self._ring.target.open.get(origin.call)
+        return None if span is None else span.told
 
 
 class _Budget:
@@ -256,12 +252,12 @@ class _Budget:
 
 
 class _Asker:
-    """The sockets of one origin that asked for one name server: what gate, door and resolver each need of them."""
+    """One socket that asked for a name server: what gate and door need of it."""
 
     def __init__(self, names: Names, resolver_: resolver.Resolver, request: Request, origin: Origin) -> None:
         self.request = request
         self.origin = origin
-        self._names = names
+        self.owner = self._names = names
         self._resolver = resolver_
 
     # -- gate: NameServer ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ name, and lives while this process does. Without it, nothing is answered but tha
 from __future__ import annotations
 
 import base64
+import functools
 import importlib.util
 import itertools
 import logging
@@ -21,7 +22,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from ray_guard.egress.gate import Waiting
 from ray_guard.egress.resolver.door import Door, Reply
-from ray_guard.egress.resolver.hosts import Hosts, read_hosts
+from ray_guard.egress.resolver.hosts import Hosts
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import seqpacket
 from ray_guard.policy.destination import canonical_address
@@ -29,6 +30,8 @@ from ray_guard.policy.destination import canonical_address
 log = logging.getLogger("ray_guard.resolver")
 
 PENDING_LIMIT: Final = 4096
+_FILE_LIMIT: Final = 4 << 20
+_CONF_LIMIT: Final = 1 << 14
 _START_AGAIN_S: Final = 1.0
 _BATCH: Final = 64
 _PATIENCE_S: Final = 8.0
@@ -84,7 +87,7 @@ class Resolver:
     """
 
     def __init__(self, loop: Waiting, opened: Callable[[], None], argv: list[str] | None = None) -> None:
-        self.hosts: Hosts = read_hosts()
+        self._hosts, self._resolv_conf = (_content(f"/etc/{name}") for name in ("hosts", "resolv.conf"))
         self.search: tuple[str, ...] = ()
         """Domains that programs append to a name before they ask for it."""
         self._loop = loop
@@ -96,6 +99,15 @@ class Resolver:
         self._numbers = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._door: Door | None = None
+
+    @functools.cached_property
+    def hosts(self) -> Hosts:
+        """The hosts file as it was when this process began.
+
+        Read then, as is resolv.conf, for a target may be able to write them: a line added later would make any address
+        an allowed name's, or have a server of the target's own asked.
+        """
+        return Hosts.parse(self._hosts)
 
     def require(self) -> None:
         """Starts the helper, that it is ready when it is needed.
@@ -174,6 +186,7 @@ class Resolver:
                 log.warning("the resolver cannot be started: %s", error)
                 line.close()
                 return False
+        seqpacket.send(line, {"resolv_conf": self._resolv_conf[:_CONF_LIMIT]})
         line.setblocking(False)
         self._line = line
         self._loop.watch(line.fileno(), select.EPOLLIN, lambda _events: self._ready(line))
@@ -258,6 +271,15 @@ class Resolver:
         if self._door is not None:
             self._door.close()
         self._hang_up()
+
+
+def _content(path: str) -> str:
+    """A configuration file; empty where it cannot be read, and then it says nothing."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(_FILE_LIMIT).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def fail(query: bytes, reply: Reply, rcode: int) -> None:

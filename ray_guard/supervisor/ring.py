@@ -96,7 +96,7 @@ class Ring:
         size: int = 0,
     ) -> Ruling:
         origin = self._origin or self.target.origin_of_thread(tid)
-        if self._names is not None and self._names.expired():
+        if self._names is not None and self._names.changed():
             self._surroundings = None
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
@@ -190,7 +190,7 @@ class Ring:
         """Replaces the policy by a stricter one."""
         self.policy = policy
         if self._names is not None:
-            self._names.changed()
+            self._names.policy_changed()
         elif policy.names:
             self._names = Names(self)
         self._forget_surroundings()
@@ -208,10 +208,6 @@ class Ring:
         else:
             origin.account.count_refused()
             connection.refused(decision)
-
-    def told(self) -> None:
-        """The resolver has named addresses that may be connected to from now on."""
-        self._surroundings = None
 
     def _around(self) -> Surroundings:
         if self._surroundings is None:

@@ -13,7 +13,7 @@ import logging
 import select
 import socket
 import struct
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -24,9 +24,10 @@ log = logging.getLogger("ray_guard.door")
 
 QUERY_LIMIT: Final = 4096
 """Bytes of a query: a name has 255 at most, the rest is header and options."""
-_SOURCES_LIMIT: Final = 8192
-_STREAMS_LIMIT: Final = 1024
-_LINES_LIMIT: Final = 1024
+OWN_SOURCES: Final = 256
+"""How many sockets of one owner may ask by datagram; beyond that the first is forgotten, and gets no answer."""
+OWN_STREAMS: Final = 64
+"""How many connections (or socketpairs) of one owner are kept; then the oldest is closed."""
 _BATCH: Final = 16
 _IDLE_S: Final = 10.0
 _MAPPED: Final = bytes(10) + b"\xff\xff"
@@ -46,6 +47,10 @@ class Waiting(Protocol):
 class Asker(Protocol):
     """On whose behalf a socket asks."""
 
+    @property
+    def owner(self) -> object:
+        """With whose end (and at whose expense) it is forgotten."""
+
     def asks(self, query: bytes, reply: Reply, *, datagram: bool) -> None:
         """Takes a query; ``reply`` may be called once, now or later."""
 
@@ -59,10 +64,10 @@ class Door:
 
     def __init__(self, loop: Waiting) -> None:
         self._loop = loop
-        self._sources: OrderedDict[Endpoint, Asker] = OrderedDict()
-        self._callers: OrderedDict[Endpoint, Asker] = OrderedDict()
-        self._streams: OrderedDict[int, _Stream] = OrderedDict()
-        self._lines: dict[int, tuple[socket.socket, Asker]] = {}
+        self._sources: dict[Endpoint, Asker] = {}
+        self._callers: dict[Endpoint, Asker] = {}
+        """Of TCP connections that have not been accepted yet."""
+        self._owned: dict[int, _Owned] = {}
         self._sockets: list[socket.socket] = []
         self._ports: dict[tuple[int, int], int] = {}
         for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
@@ -113,44 +118,52 @@ class Door:
         """Queries from ``source`` are ``asker``'s from now on, whoever had that address before."""
         host, port = source
         known = self._callers if stream else self._sources
+        owned = self._of(asker)
         # Not connected, it sends from the loopback address of whichever family it sends to.
         for each in (canonical_address(host), *(("127.0.0.1",) if host == "::" else ())):
-            known.pop((each, port), None)
             known[each, port] = asker
-        while len(known) > _SOURCES_LIMIT:
-            known.popitem(last=False)
+            owned.sources.append((each, port))
+        while len(owned.sources) > OWN_SOURCES:
+            self._unexpect(owned.sources.popleft(), asker.owner)
+
+    def _of(self, asker: Asker) -> _Owned:
+        return self._owned.setdefault(id(asker.owner), _Owned())
+
+    def _unexpect(self, source: Endpoint, owner: object) -> None:
+        for known in (self._sources, self._callers):
+            if (asker := known.get(source)) is not None and asker.owner is owner:  # it may be another's by now
+                del known[source]
 
     def line(self, asker: Asker) -> socket.socket:
         """One end of a new pair on which ``asker`` asks, one query per message; its messages go nowhere else.
 
         Raises:
-            OSError: EMFILE, there are too many.
+            OSError: EMFILE, this process has no more descriptors.
         """
-        if len(self._lines) >= _LINES_LIMIT:
-            raise OSError(errno.EMFILE, "too many sockets ask for names")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._lines[ours.fileno()] = (ours, asker)
-        self._loop.watch(ours.fileno(), select.EPOLLIN, _bound(self._on_line, ours))
+        self._keep(_Line(ours, asker, self._loop, self._of(asker).held))
         return theirs
 
-    def forget(self, asker: Asker) -> None:
-        """Nobody asks for ``asker`` any more."""
-        for known in (self._sources, self._callers):
-            for key in [key for key, value in known.items() if value is asker]:
-                del known[key]
-        for sock, owner in list(self._lines.values()):
-            if owner is asker:
-                self._hang_up(sock)
-        for stream in list(self._streams.values()):
-            if stream.asker is asker:
-                stream.close()
+    def _keep(self, held: _Held) -> None:
+        mine = self._of(held.asker).held
+        mine[id(held)] = held
+        while len(mine) > OWN_STREAMS:
+            next(iter(mine.values())).close()
+
+    def forget(self, owner: object) -> None:
+        """Nobody asks for ``owner`` any more."""
+        owned = self._owned.pop(id(owner), None)
+        if owned is None:
+            return
+        for source in owned.sources:
+            self._unexpect(source, owner)
+        for held in list(owned.held.values()):
+            held.close()
 
     def close(self) -> None:
-        for stream in list(self._streams.values()):
-            stream.close()
-        for sock, _ in list(self._lines.values()):
-            self._hang_up(sock)
+        for owned in self._owned.values():
+            for held in list(owned.held.values()):
+                held.close()
         for sock in self._sockets:
             self._loop.forget(sock.fileno())
             sock.close()
@@ -168,28 +181,6 @@ class Door:
             if asker is not None and len(data) <= QUERY_LIMIT:
                 asker.asks(data, _reply_to(sock, source), datagram=True)
 
-    def _on_line(self, sock: socket.socket) -> None:
-        _, asker = self._lines[sock.fileno()]
-        for _ in range(_BATCH):
-            try:
-                data = sock.recv(QUERY_LIMIT + 1)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._hang_up(sock)
-                return
-            if len(data) <= QUERY_LIMIT:
-                asker.asks(data, _reply_on(sock), datagram=True)
-            if sock.fileno() < 0:
-                return
-
-    def _hang_up(self, sock: socket.socket) -> None:
-        if self._lines.pop(sock.fileno(), None) is not None:
-            self._loop.forget(sock.fileno())
-            sock.close()
-
     def _accept(self, sock: socket.socket) -> None:
         try:
             accepted, source = sock.accept()
@@ -199,59 +190,85 @@ class Door:
         if asker is None:
             accepted.close()
             return
-        if len(self._streams) >= _STREAMS_LIMIT:  # the one that has been silent longest
-            next(iter(self._streams.values())).close()
-        stream = _Stream(accepted, asker, self._loop, self._streams)
-        self._streams[accepted.fileno()] = stream
+        self._keep(_Stream(accepted, asker, self._loop, self._of(asker).held))
 
 
-class _Stream:
-    """A target's TCP connection: each message comes after its length (RFC 1035, 4.2.2)."""
+class _Held:
+    """A socket that belongs to one asker alone, until it is closed from either side."""
 
-    def __init__(self, sock: socket.socket, asker: Asker, loop: Waiting, streams: OrderedDict[int, _Stream]) -> None:
+    def __init__(self, sock: socket.socket, asker: Asker, loop: Waiting, held: dict[int, _Held]) -> None:
         sock.setblocking(False)
         self.asker = asker
         self._sock = sock
         self._loop = loop
-        self._streams = streams
-        self._came = b""
-        self._active = True
+        self._held = held
         loop.watch(sock.fileno(), select.EPOLLIN, lambda _events: self._ready())
-        loop.later(_IDLE_S, self._check)
 
     def _ready(self) -> None:
         try:
-            data = self._sock.recv(QUERY_LIMIT)
+            data = self._sock.recv(QUERY_LIMIT + 1)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data:
+        if data:
+            self._came(data)
+        else:
             self.close()
+
+    def _came(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def _send(self, data: bytes) -> None:
+        if self._sock.fileno() < 0:
             return
+        try:
+            sent = self._sock.send(data, socket.MSG_NOSIGNAL)
+        except OSError:
+            sent = -1
+        if sent != len(data):  # it reads nothing of what it asks for
+            self.close()
+
+    def close(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._held.pop(id(self), None)
+            self._loop.forget(self._sock.fileno())
+            self._sock.close()
+
+
+class _Line(_Held):
+    """Our end of the socketpair that stands in the place of a target's datagram socket."""
+
+    def _came(self, data: bytes) -> None:
+        if len(data) <= QUERY_LIMIT:
+            self.asker.asks(data, self._send, datagram=True)
+
+
+class _Stream(_Held):
+    """A target's TCP connection: each message comes after its length (RFC 1035, 4.2.2)."""
+
+    def __init__(self, sock: socket.socket, asker: Asker, loop: Waiting, held: dict[int, _Held]) -> None:
+        super().__init__(sock, asker, loop, held)
+        self._buffer = b""
         self._active = True
-        self._streams.move_to_end(self._sock.fileno())
-        self._came += data
-        while len(self._came) >= 2:
-            length = int.from_bytes(self._came[:2], "big")
+        loop.later(_IDLE_S, self._check)
+
+    def _came(self, data: bytes) -> None:
+        self._active = True
+        self._buffer += data
+        while len(self._buffer) >= 2 and self._sock.fileno() >= 0:
+            length = int.from_bytes(self._buffer[:2], "big")
             if length > QUERY_LIMIT:
                 self.close()
                 return
-            if len(self._came) < 2 + length:
+            if len(self._buffer) < 2 + length:
                 return
-            query, self._came = self._came[2 : 2 + length], self._came[2 + length :]
+            query, self._buffer = self._buffer[2 : 2 + length], self._buffer[2 + length :]
             self.asker.asks(query, self._reply, datagram=False)
 
     def _reply(self, message: bytes) -> None:
-        if self._sock.fileno() < 0:
-            return
-        framed = len(message).to_bytes(2, "big") + message
-        try:
-            sent = self._sock.send(framed, socket.MSG_NOSIGNAL)
-        except OSError:
-            sent = -1
-        if sent != len(framed):  # it reads nothing of what it asks for
-            self.close()
+        self._active = True
+        self._send(len(message).to_bytes(2, "big") + message)
 
     def _check(self) -> None:
         if self._sock.fileno() < 0:
@@ -262,11 +279,13 @@ class _Stream:
         else:
             self.close()
 
-    def close(self) -> None:
-        if self._sock.fileno() >= 0:
-            self._streams.pop(self._sock.fileno(), None)
-            self._loop.forget(self._sock.fileno())
-            self._sock.close()
+
+class _Owned:
+    """What one owner's sockets have here."""
+
+    def __init__(self) -> None:
+        self.sources: deque[Endpoint] = deque()
+        self.held: dict[int, _Held] = {}
 
 
 def _bound(ready: Callable[[socket.socket], None], sock: socket.socket) -> Callable[[int], None]:
@@ -279,15 +298,5 @@ def _reply_to(sock: socket.socket, source: tuple[Any, ...]) -> Reply:
             sock.sendto(message, socket.MSG_DONTWAIT, source)
         except OSError:
             pass  # a datagram more that is lost, or a target that has gone
-
-    return reply
-
-
-def _reply_on(sock: socket.socket) -> Reply:
-    def reply(message: bytes) -> None:
-        try:
-            sock.send(message, socket.MSG_NOSIGNAL)
-        except OSError:
-            pass  # closed meanwhile, or its reader is too slow
 
     return reply

@@ -13,7 +13,6 @@ question, and only what the supervisor then says is done with it. Each line is o
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import ipaddress
@@ -115,15 +114,13 @@ class Helper:
 
 
 def main() -> None:
-    """``-m ray_guard.egress.resolver.helper DESCRIPTOR [--resolv-conf FILE]``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("line", type=int)
-    parser.add_argument("--resolv-conf", default="/etc/resolv.conf")
-    arguments = parser.parse_args()
+    """Its one argument is the descriptor of its line; the first packet there is ``{resolv_conf}``, the file's text."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     libc.prctl(libc.PR_SET_DUMPABLE, 0)  # what it says makes an address an allowed name's: nobody may write its memory
-    with socket.socket(fileno=arguments.line) as line:
-        asyncio.run(Helper(line, Upstream(arguments.resolv_conf)).run())
+    with socket.socket(fileno=int(sys.argv[1])) as line:
+        told = seqpacket.receive(line)
+        if told is not None:
+            asyncio.run(Helper(line, Upstream(str(told[0]["resolv_conf"]))).run())
 
 
 if __name__ == "__main__":

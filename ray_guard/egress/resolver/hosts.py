@@ -1,12 +1,7 @@
-"""The hosts file: names that no program asks a name server for. Pure but for reading it; runs in the supervisor.
-
-It is read once. What a target could write it must not be able to change the meaning of: a line added later would make
-any address an allowed name's.
-"""
+"""The hosts file: names that no program asks a name server for. Pure; runs in the supervisor."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,7 +9,6 @@ from typing import Final
 
 from ray_guard.policy.destination import canonical_address, canonical_name
 
-_SIZE_LIMIT: Final = 4 << 20
 _NOTHING: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
 
@@ -47,12 +41,3 @@ class Hosts:
             {name: tuple(found) for name, found in addresses.items()},
             {address: tuple(found) for address, found in names.items()},
         )
-
-
-def read_hosts(path: str | os.PathLike[str] = "/etc/hosts") -> Hosts:
-    """The hosts file, or an empty one where it cannot be read: then it grants nothing."""
-    try:
-        with open(path, "rb") as file:
-            return Hosts.parse(file.read(_SIZE_LIMIT).decode(errors="replace"))
-    except OSError:
-        return Hosts()

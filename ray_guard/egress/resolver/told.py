@@ -25,6 +25,8 @@ class Told:
     """The memory of one call, or of an actor's own processes."""
 
     def __init__(self) -> None:
+        self.version = 0
+        """Another number whenever something was told or forgotten."""
         self._entries: dict[tuple[str, str], _Entry] = {}
         self._next = math.inf
 
@@ -37,11 +39,12 @@ class Told:
         while len(self._entries) > TOLD_LIMIT:
             del self._entries[next(iter(self._entries))]
         self._next = min(self._next, until)
+        self.version += 1
 
-    def expire(self, now: float, is_open: Callable[[str], bool]) -> bool:
-        """Forgets what has lived its time and whose call (if any) is no longer open; whether anything was."""
+    def expire(self, now: float, is_open: Callable[[str], bool]) -> None:
+        """Forgets what has lived its time and whose call (if any) is no longer open."""
         if now < self._next:
-            return False
+            return
         before = len(self._entries)
         self._entries = {
             key: entry
@@ -50,7 +53,8 @@ class Told:
         }
         later = min((entry.until for entry in self._entries.values()), default=math.inf)
         self._next = max(later, now + _LOOK_AGAIN_S)
-        return len(self._entries) != before
+        if len(self._entries) != before:
+            self.version += 1
 
     def names(self) -> Mapping[str, tuple[str, ...]]:
         """For each address its names, the one told last first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from typing import Final, NamedTuple
 
@@ -32,16 +33,13 @@ class Found(NamedTuple):
 
 
 class Upstream:
-    """The name servers of ``resolv_conf``, in its order, with its time limits; UDP, and TCP where that is too small.
-
-    The file is read once: what a target could write there later would have its own server asked.
-    """
+    """The name servers of ``resolv_conf`` (its text), in its order; UDP, and TCP where that is too small."""
 
     def __init__(self, resolv_conf: str) -> None:
         try:
-            self._resolver = dns.asyncresolver.Resolver(resolv_conf)
+            self._resolver = dns.asyncresolver.Resolver(io.StringIO(resolv_conf))
         except dns.resolver.NoResolverConfiguration as error:
-            log.warning("%s: %s; asking 127.0.0.1", resolv_conf, error)
+            log.warning("resolv.conf: %s; asking 127.0.0.1", error)
             self._resolver = dns.asyncresolver.Resolver(configure=False)
             self._resolver.nameservers = ["127.0.0.1"]
         self._resolver.cache = dns.resolver.LRUCache(_CACHED)

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from ray_guard.egress.resolver.hosts import Hosts, read_hosts
+from ray_guard.egress.resolver.hosts import Hosts
 
 
 @pytest.mark.parametrize(
@@ -29,10 +27,3 @@ def test_lines(text: str, addresses: dict[str, tuple[str, ...]]) -> None:
 
 def test_names_by_address() -> None:
     assert Hosts.parse("10.0.0.7 a b\n10.0.0.7 c a").names == {"10.0.0.7": ("a", "b", "c")}
-
-
-def test_a_file_that_cannot_be_read_names_nothing(tmp_path: Path) -> None:
-    assert read_hosts(tmp_path / "none") == Hosts()
-    path = tmp_path / "hosts"
-    path.write_bytes(b"10.0.0.7 a \xff\xfe b\n")
-    assert read_hosts(path).addresses == {"a": ("10.0.0.7",), "b": ("10.0.0.7",)}

@@ -21,17 +21,22 @@ def test_the_latest_name_of_an_address_comes_first() -> None:
 def test_it_holds_as_long_as_it_lives() -> None:
     told = Told()
     told.tell("a", ["192.0.2.1"], now=100, ttl=60, call=None)
-    assert not told.expire(159.9, nobody)
+    version = told.version
+    told.expire(159.9, nobody)
     assert told.names()
-    assert told.expire(160, nobody)
+    assert told.version == version
+    told.expire(160, nobody)
     assert not told.names()
+    assert told.version != version
 
 
 def test_and_long_enough_to_be_used_if_it_does_not_live_at_all() -> None:
     told = Told()
     told.tell("a", ["192.0.2.1"], now=100, ttl=0, call=None)
-    assert not told.expire(100 + LEAST_S - 0.1, nobody)
-    assert told.expire(100 + LEAST_S, nobody)
+    told.expire(100 + LEAST_S - 0.1, nobody)
+    assert told.names()
+    told.expire(100 + LEAST_S, nobody)
+    assert not told.names()
 
 
 def test_an_answer_that_is_repeated_lives_longer_never_shorter() -> None:
@@ -43,16 +48,17 @@ def test_an_answer_that_is_repeated_lives_longer_never_shorter() -> None:
     told.tell("a", ["192.0.2.1"], now=60, ttl=100, call=None)
     told.expire(150, nobody)
     assert told.names()
-    assert told.expire(160, nobody)
+    told.expire(160, nobody)
+    assert not told.names()
 
 
 def test_a_call_keeps_what_it_was_told() -> None:
     told = Told()
     told.tell("a", ["192.0.2.1"], now=0, ttl=40, call="c1")
     told.tell("b", ["192.0.2.2"], now=0, ttl=40, call="c2")
-    assert told.expire(50, "c1".__eq__)
+    told.expire(50, "c1".__eq__)
     assert told.names() == {"192.0.2.1": ("a",)}
-    assert told.expire(52, nobody)
+    told.expire(52, nobody)
     assert not told.names()
 
 
