@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def told(reply):
     return [rcode, found]
 def datagram(server, message, family=AF_INET, connected=True):
     with socket.socket(family, DGRAM) as sock:
-        sock.settimeout(3)
+        sock.settimeout(A.get('patience', 3))
         if connected:
             sock.connect((server, 53))
             sock.send(message)
@@ -47,7 +48,7 @@ def datagram(server, message, family=AF_INET, connected=True):
             sock.sendto(message, (server, 53))
         return sock.recv(4096)
 def stream(server, message):
-    with socket.create_connection((server, 53), 3) as sock:
+    with socket.create_connection((server, 53), A.get('patience', 3)) as sock:
         sock.sendall(struct.pack(">H", len(message)) + message)
         size, = struct.unpack(">H", sock.recv(2, socket.MSG_WAITALL))
         return sock.recv(size, socket.MSG_WAITALL)
@@ -77,7 +78,7 @@ class Sink:
             except OSError:
                 return
             self.accepted += 1
-            with accepted:
+            with accepted, contextlib.suppress(OSError):
                 accepted.sendall(b"hello")
 
     def close(self) -> None:
@@ -135,8 +136,6 @@ class Names:
 
     def argv(self, program: str, **arguments: Any) -> list[str]:
         told = {"token": "t", "port": self.sink.port, "upstream": UPSTREAM, "rogue": ROGUE, **arguments}
-        import json
-
         return [PYTHON, "-I", "-S", "-c", PRELUDE + DNS + program + EPILOGUE, json.dumps(told)]
 
     def run(self, ring: str, program: str, **arguments: Any) -> Outcome:
@@ -156,7 +155,7 @@ class Names:
             server.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def named(folder: Path) -> Iterator[Names]:
     if not ROOT:
         pytest.skip("missing: root, for a name server at port 53 and a resolv.conf of its own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import threading
@@ -55,7 +56,7 @@ class NameServer:
                 accepted, _ = self._streams.accept()
             except OSError:
                 return
-            with accepted, accepted.makefile("rb") as file:
+            with accepted, accepted.makefile("rb") as file, contextlib.suppress(OSError):
                 while len(head := file.read(2)) == 2:
                     reply = self._answer(file.read(int.from_bytes(head, "big")), "tcp")
                     if reply is not None:
