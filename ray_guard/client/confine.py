@@ -161,6 +161,8 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
             datagrams=bool(answer["datagrams"]),
             borrows=bool(answer["borrows"]),
         )
+        if answer["names"]:
+            _ask_names_by_stream()
         stops, kills = passed
     except BaseException:
         channel.close()
@@ -289,6 +291,16 @@ def _mute_datagram_sockets() -> None:
                 except OSError as error:
                     if error.errno != errno.ENOTCONN:  # said of an unconnected socket, but it is shut all the same
                         raise
+
+
+def _ask_names_by_stream() -> None:
+    """Resolvers that read RES_OPTIONS (glibc, c-ares) ask by TCP from now on, here and in what is started.
+
+    The guard answers datagrams too, but from an address of its own, which some take for a forgery (c-ares does).
+    """
+    options = os.environ.get("RES_OPTIONS", "").split()
+    if "use-vc" not in options:
+        os.environ["RES_OPTIONS"] = " ".join([*options, "use-vc"])
 
 
 def _listening() -> list[tuple[str, int]]:

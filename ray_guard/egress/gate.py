@@ -86,13 +86,32 @@ class Attempt(Protocol):
     def failed(self, error: int) -> None: ...
 
 
+class NameServer(Protocol):
+    """The guard's own, to which one socket is led in place of the name server it asked for."""
+
+    def address(self, raw: bytes, *, stream: bool) -> bytes:
+        """The ``sockaddr`` to use in place of ``raw``. Raises BadAddress."""
+
+    def expect(self, source: tuple[str, int], *, stream: bool) -> None:
+        """The socket's own address, from which its queries will come."""
+
+    def line(self) -> socket.socket | None:
+        """What is put in the place of a datagram socket that cannot send; None: it can. Raises OSError."""
+
+
 class Ruling(NamedTuple):
-    """The judge's word. ``error`` is 0 where the call is granted, else what the target gets; negative: ask again."""
+    """The judge's word. ``error`` is 0 where the call is granted, else what the target gets; negative: ask again.
+
+    ``resolver``: not there, but to the guard's own name server. ``mute``: a datagram socket is connected, to learn its
+    own address, and never sends again.
+    """
 
     error: int
     attempt: Attempt | None = None
     relayed: Owner | None = None
     """Set where it does not go direct: the connect is made by :class:`~ray_guard.egress.relay.front.Relay`."""
+    resolver: NameServer | None = None
+    mute: bool = False
 
 
 class Judge(Protocol):
@@ -186,12 +205,19 @@ def mute_datagram_socket(family: int, protocol: int) -> socket.socket:
     """
     muted = socket.socket(family, socket.SOCK_DGRAM, protocol)
     try:
-        muted.shutdown(socket.SHUT_WR)
+        _mute(muted)
+    except OSError:
+        muted.close()
+        raise
+    return muted
+
+
+def _mute(sock: _Socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_WR)
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # said of an unconnected socket, but the flag is set all the same
-            muted.close()
             raise
-    return muted
 
 
 @dataclass(slots=True)
@@ -446,8 +472,9 @@ class Gate:
                     return ruling.error
                 self._loop.later(_ASK_AGAIN_S, lambda: self._ask_again(notification))
                 return _UNANSWERED
-            if ruling.relayed is not None and cookie is not None:
-                return self._relay.connect(self, notification, sock, raw, cookie=cookie, owner=ruling.relayed)
+            elsewhere = self._connect_elsewhere(notification, sock, raw, ruling, cookie)
+            if elsewhere is not None:
+                return elsewhere
             attempt = ruling.attempt
         # else: a nonblocking connect asks again how it went
         self._impatience.begin()
@@ -465,6 +492,18 @@ class Gate:
         if result == -errno.EINTR:
             return self._await_connect(notification, sock, raw, attempt)
         return -result
+
+    def _connect_elsewhere(
+        self, notification: Notification, sock: _Socket, raw: bytes, ruling: Ruling, cookie: int | None
+    ) -> int | None:
+        """The outcome where the target is connected to the relay or the resolver instead; None: it goes direct."""
+        if ruling.relayed is not None and cookie is not None:
+            return self._relay.connect(self, notification, sock, raw, cookie=cookie, owner=ruling.relayed)
+        if ruling.resolver is not None:
+            return self._connect_resolver(notification, sock, raw, ruling.resolver, stream=cookie is not None)
+        if ruling.mute:
+            _mute(sock)
+        return None
 
     # what the relay needs of a gate
 
@@ -493,6 +532,23 @@ class Gate:
         return self._wait(
             notification, descriptors, step, events=select.EPOLLOUT, timeout=timeout, late_error=late, release=release
         )
+
+    def _connect_resolver(
+        self, notification: Notification, sock: _Socket, raw: bytes, resolver: NameServer, *, stream: bool
+    ) -> int:
+        """A connect to a name server, whichever: it reaches the guard's own."""
+        line = None if stream else resolver.line()
+        if line is not None:
+            with line:
+                line.setblocking(os.get_blocking(sock.fileno()))
+                self.listener.replace_descriptor(notification.id, line.fileno(), notification.arg0 & 0xFFFFFFFF)
+            return 0
+        there = resolver.address(raw, stream=stream)
+        self._impatience.begin()
+        result = libc.connect(sock.fileno(), there)
+        if result in _BEGUN and (own := _name(sock)) is not None:
+            resolver.expect(own, stream=stream)
+        return -result if result != -errno.EINTR else self._await_connect(notification, sock, there, None)
 
     def _await_connect(self, notification: Notification, sock: _Socket, raw: bytes, attempt: Attempt | None) -> int:
         """A blocking connect that takes its time: it goes on in the background, and is asked again when it is done."""
@@ -925,7 +981,7 @@ class Gate:
                 message = messages[len(sent)]
                 if not message.granted:
                     try:
-                        error = self._judge_message(notification, message)
+                        error = self._judge_message(notification, duplicate, message)
                     except sockaddr.BadAddress as bad:  # after earlier ones were sent it only ends the series
                         error = bad.errno
                     if error:
@@ -934,6 +990,8 @@ class Gate:
                 result = message.send(duplicate, flags)
                 if result == -errno.EAGAIN and blocking:
                     return _PARKED
+                if message.resolver is not None and result >= 0:
+                    _expect(message.resolver, duplicate)
                 if result < 0 and result != -errno.EINTR:
                     return finish(-result)
                 if result >= 0:
@@ -957,20 +1015,23 @@ class Gate:
         )
         return outcome if outcome == _PARKED else finish(outcome)
 
-    def _judge_message(self, notification: Notification, message: _Message) -> int:
+    def _judge_message(self, notification: Notification, duplicate: int, message: _Message) -> int:
         """Judges where one message goes; pins a unix destination so that it goes nowhere else."""
         if not message.address:
             return 0
         address = sockaddr.decode(message.address)
         if isinstance(address, sockaddr.Inet):
-            return self._judge.rule(
+            ruling = self._judge.rule(
                 Operation.SEND,
                 Transport.UDP,
                 notification.pid,
                 address=address.address,
                 port=address.port,
                 size=len(message.data),
-            ).error
+            )
+            if ruling.resolver is not None:
+                self._send_to_resolver(notification, duplicate, message, ruling.resolver)
+            return ruling.error
         if isinstance(address, sockaddr.Netlink):
             return 0 if address.port_id == 0 and address.groups == 0 else errno.EPERM
         if isinstance(address, sockaddr.Unix):
@@ -978,6 +1039,25 @@ class Gate:
             message.pin(pinned)
             return self._judge_unix(notification, pinned, size=len(message.data))
         return errno.EAFNOSUPPORT
+
+    def _send_to_resolver(
+        self, notification: Notification, duplicate: int, message: _Message, resolver: NameServer
+    ) -> None:
+        """A message to a name server, whichever: it goes to the guard's own.
+
+        Raises:
+            BadAddress: there is none for that socket.
+        """
+        line = resolver.line()
+        if line is None:
+            message.address = resolver.address(message.address, stream=False)
+            message.resolver = resolver
+            return
+        with line:
+            line.setblocking(os.get_blocking(duplicate))
+            self.listener.replace_descriptor(notification.id, line.fileno(), notification.arg0 & 0xFFFFFFFF)
+            os.dup2(line.fileno(), duplicate, inheritable=False)
+        message.address = b""
 
     # ------------------------------------------------------------------------------------------------------------------
     # descriptors made or borrowed
@@ -1047,12 +1127,13 @@ _HARMLESS_CONTROL = frozenset(
 class _Message:
     """One message, read whole from the target. ``address`` is empty where none was given or the socket ignores it."""
 
-    __slots__ = ("_control", "_to_close", "address", "data", "granted")
+    __slots__ = ("_control", "_to_close", "address", "data", "granted", "resolver")
 
     def __init__(self, data: bytes, address: bytes, control: bytes, descriptors: list[int]) -> None:
         self.data = data
         self.address = address
         self.granted = False
+        self.resolver: NameServer | None = None
         self._to_close = list(descriptors)
         self._control = control
         if descriptors:
@@ -1108,10 +1189,28 @@ def _type(descriptor: int) -> int:
 def _name(sock: _Socket) -> tuple[str, int] | None:
     """The socket's own address, whatever family it was said to have."""
     try:
-        name = sock.getsockname()
+        family = sock.getsockopt(_SOL_SOCKET, socket.SO_DOMAIN)
+        itself = _Socket(family, _SOCK_STREAM, 0, sock.fileno())  # else an IPv6 address would be cut short
     except OSError:
         return None
+    try:
+        name = itself.getsockname()
+    except OSError:
+        return None
+    finally:
+        itself.detach()
     return (name[0], name[1]) if isinstance(name, tuple) and len(name) in (2, 4) else None
+
+
+def _expect(resolver: NameServer, duplicate: int) -> None:
+    """Tells where a query has come from that was sent without a connect; a wildcard address sends from loopback."""
+    sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+    try:
+        own = _name(sock)
+    finally:
+        sock.detach()
+    if own is not None:
+        resolver.expect(own, stream=False)
 
 
 def _timeout(sock: _Socket, option: int) -> float | None:

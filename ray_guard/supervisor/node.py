@@ -21,6 +21,7 @@ from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.loop import Loop
+from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.target import Target
@@ -69,6 +70,7 @@ class Node:
         self._memberships: dict[int, Membership] = {}
         self.means.relay.opened = self._changed
         self._announced: dict[str, set[Endpoint]] = {}
+        self.resolver = Resolver(loop, self._changed)
         loop.later(SYNC_S, self._sync)
 
     # -- evidence ------------------------------------------------------------------------------------------------------
@@ -106,6 +108,7 @@ class Node:
             journal.close()
         for directory in self._directories.values():
             directory.close()
+        self.resolver.close()
         for forwarder in self._forwarders:  # each flushes once this process is gone; none is waited for
             forwarder.returncode = 0
 
@@ -166,7 +169,7 @@ class Node:
         directory = self.directory(target)
         announced = self._announced.get(target.run_id, set()) if target.policy.role is Role.POLICY else set()
         # Every cluster of this node is control plane to every tool, whichever job it belongs to.
-        control = frozenset[Endpoint]().union(
+        control = self.resolver.endpoints.union(
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
             self.means.relay.endpoints(),

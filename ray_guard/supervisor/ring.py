@@ -35,6 +35,7 @@ from ray_guard.policy.decide import (
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
+from ray_guard.supervisor.names import Names
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Ring:
     def __init__(
         self, node: Node, target: Target, policy: CompiledPolicy, root: int, origin: Origin | None = None
     ) -> None:
-        self._node = node
+        self.node = self._node = node
         self._meter: Meter = node.meter
         self.target = target
         self.policy = policy
@@ -78,6 +79,7 @@ class Ring:
         """TCP destinations that a rule has granted."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
+        self._names: Names | None = Names(self) if policy.names else None
         self._missed: dict[tuple[str, int], float] = {}
         node.surroundings_changed.append(self._forget_surroundings)
 
@@ -96,6 +98,8 @@ class Ring:
         size: int = 0,
     ) -> Ruling:
         origin = self._origin or self.target.origin_of_thread(tid)
+        if self._names is not None and self._names.changed():
+            self._surroundings = None
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
                           self._process(tid), inode)  # fmt: skip
@@ -106,6 +110,11 @@ class Ring:
             return _WAIT
         if decision.reason in _OF_THE_ACTOR and origin.candidates:
             origin = self.target.own_origin()  # Ray's own threads: no call has caused it
+        if self._names is not None:
+            if decision.route is Route.RESOLVER:
+                return self._names.lead(request, decision, origin)
+            if not decision.allowed and self._names.sorts(request):
+                return self._names.sort(request, origin)
         if operation is Operation.SEND and decision.allowed:
             return self._send(request, decision, origin, size)
         if operation in (Operation.BIND, Operation.LISTEN):
@@ -165,6 +174,8 @@ class Ring:
     def close(self) -> None:
         """Nobody is left behind the listener: what flows on is cut and settled."""
         self._node.surroundings_changed.remove(self._forget_surroundings)
+        if self._names is not None:
+            self._names.close()
         self._meter.finish(list(self._flows.values()))
         for crossing in list(self._crossings):
             self._node.means.relay.finish(crossing)
@@ -182,12 +193,31 @@ class Ring:
     def tighten(self, policy: CompiledPolicy) -> None:
         """Replaces the policy by a stricter one."""
         self.policy = policy
+        if self._names is not None:
+            self._names.policy_changed()
+        elif policy.names:
+            self._names = Names(self)
         self._forget_surroundings()
+
+    @property
+    def call(self) -> str | None:
+        """The call that everything here belongs to; None: it is an actor's ring."""
+        return None if self._origin is None else self._origin.call
+
+    def note(self, request: Request, decision: Decision, origin: Origin, *, mute: bool = False) -> None:
+        """Journals a decision about a name, or about a socket that asks for names. Raises JournalError."""
+        connection = Connection(self, origin, request)
+        if decision.allowed:
+            connection.noted(decision, mute=mute)
+        else:
+            origin.account.count_refused()
+            connection.refused(decision)
 
     def _around(self) -> Surroundings:
         if self._surroundings is None:
             base = self._node.surroundings(self.target)
-            self._surroundings = replace(base, own_unix=frozenset(self._own_unix))
+            names = self._names.by_address() if self._names is not None else base.names
+            self._surroundings = replace(base, own_unix=frozenset(self._own_unix), names=names)
         return self._surroundings
 
     def _process(self, tid: int) -> Process:
@@ -255,7 +285,7 @@ class Ring:
 
     def decision_text(self, request: Request, decision: Decision) -> str:
         """The attributes that say what was decided, encoded; the same for every connect to the same place."""
-        key = (*request[1:5], decision.verdict, decision.reason, decision.rule, decision.report_only)
+        key = (*request[1:5], decision.verdict, decision.reason, decision.rule, decision.report_only, decision.name)
         text = self._texts.get(key)
         if text is None:
             if len(self._texts) >= _TEXTS_KEPT:
@@ -338,7 +368,7 @@ def _decided(request: Request, decision: Decision) -> dict[str, AttributeValue]:
     else:
         attributes["network.peer.address"] = request.address
         attributes["network.peer.port"] = request.port
-    attributes["server.address"] = attributes["network.peer.address"]
+    attributes["server.address"] = decision.name or attributes["network.peer.address"]
     attributes.update(decision.attributes())
     if decision.rule is not None:
         attributes["ray_guard.egress.rule"] = decision.rule
@@ -411,7 +441,7 @@ class Connection:
     def refused(self, decision: Decision) -> None:
         """Journals the refusal, complete. Raises JournalError."""
         self._describe(decision)
-        where = _spelled(self.request)
+        where = decision.name or _spelled(self.request)
         if decision.exceeded is not None:
             event = self._ring.target.exceeded(self.origin, self._span, decision.exceeded, where)
         else:

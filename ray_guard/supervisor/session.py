@@ -174,6 +174,8 @@ class Session:
         if kind != "observer":
             borrows = self._node.means.borrows
             policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
+            if policy.names:
+                self._node.resolver.require()
         target = Target(
             pid=pid,
             kind=str(kind),
@@ -211,6 +213,7 @@ class Session:
                 "role": policy.role.value,
                 "datagrams": grants_datagrams(policy),
                 "borrows": self._node.means.borrows,
+                "names": policy.names,
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
@@ -298,6 +301,8 @@ class Session:
         target = self._known()
         clustered = self._node.directory(target) is not None
         added = _policy(message["policy"], target.kind, clustered=clustered, borrows=self._node.means.borrows)
+        if added.names:
+            self._node.resolver.require()
         target.policy = target.policy.intersect(added)
         if self._ring is not None:
             self._ring.tighten(target.policy)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal
 from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
@@ -56,6 +57,8 @@ class OpenSpan:
     violations: int = 0
     origin: Origin | None = None
     """As :meth:`Target.origin_of_call` gives it; made when first asked for."""
+    told: Told = field(default_factory=Told)
+    """Names told to the tools of a call, whichever of them asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ _LINGER_S: Final = 0.5
 FINISH_S: Final = 0.5
 """How long after its call what was written before may still go out."""
 _GATHER_S: Final = 0.00015
-"""While a flow streams, how long bytes gather before they are moved: waking for every segment costs more than moving."""
+"""While a flow streams, how long bytes gather before they are moved: waking for each segment costs more than moving."""
 _FIRST_WISH: Final = 1 << 16
 _LAST_WISH: Final = 1 << 23
 _EVENTS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
