@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -70,18 +70,21 @@ class Meter:
     Args:
         diag: the kernel's counters.
         loop: the supervisor's event loop.
+        told: called when the owners of all flows that have ended together were told.
     """
 
-    def __init__(self, diag: SockDiag, loop: Waiting) -> None:
+    def __init__(self, diag: SockDiag, loop: Waiting, told: Callable[[], None]) -> None:
         self._diag = diag
         self._loop = loop
+        self._all_told = told
         self._threads = Threads()
-        self._flows: dict[int, Flow] = {}
+        self.flows: dict[int, Flow] = {}
+        """Those that have not ended, by cookie. To be looked into, not changed."""
         self._ticking = False
         loop.watch(diag.fileno(), select.EPOLLIN, lambda _events: self._told())
 
     def begin(self, flow: Flow) -> None:
-        self._flows[flow.cookie] = flow
+        self.flows[flow.cookie] = flow
         if flow.owner.capped and not self._ticking:
             self._ticking = True
             self._loop.later(TICK_S, self._tick)
@@ -95,39 +98,39 @@ class Meter:
         self.collect()
         self._loop.watch(self._diag.fileno(), select.EPOLLIN, lambda _events: self._told())
 
-    def find(self, cookie: int) -> Flow | None:
-        return self._flows.get(cookie)
-
     def collect(self) -> None:
         """Settles every flow whose end the kernel has told."""
         try:
-            ended = self._diag.events(self._flows)
+            ended = self._diag.events(self.flows)
         except LostEvents:  # what is left in the queue makes it readable again
             log.warning("destroy events were lost; flows that are gone will be marked inexact")
             self._loop.later(_SETTLE_S, self._audit)
             return
         for counted in ended:
-            flow = self._flows.pop(counted.cookie, None)
+            flow = self.flows.pop(counted.cookie, None)
             if flow is not None:
                 flow.local = counted.local()
                 self._advance(flow, counted.sent, counted.received)
                 flow.owner.ended(flow, exact=True)
+        if ended:
+            self._all_told()
 
     def settle(self, cookie: int, sent: int, received: int) -> None:
         """Ends a flow by counts read elsewhere (its socket goes on without it)."""
-        flow = self._flows.pop(cookie, None)
+        flow = self.flows.pop(cookie, None)
         if flow is not None:
             self._advance(flow, sent, received)
             flow.owner.ended(flow, exact=True)
+            self._all_told()
 
     def discard(self, cookie: int) -> None:
         """Forgets a flow that was never established."""
-        self._flows.pop(cookie, None)
+        self.flows.pop(cookie, None)
 
     def finish(self, flows: Iterable[Flow]) -> None:
         """Cuts flows whose scope has ended; their ends are told by the kernel as any other's."""
         self.collect()
-        open_still = [flow for flow in flows if flow.cookie in self._flows]
+        open_still = [flow for flow in flows if flow.cookie in self.flows]
         if open_still:
             live = self._diag.live()
             for flow in open_still:
@@ -140,7 +143,7 @@ class Meter:
         return flow.owner.progressed(more_sent, more_received) if more_sent or more_received else True
 
     def _tick(self) -> None:
-        if not any(flow.owner.capped for flow in self._flows.values()):
+        if not any(flow.owner.capped for flow in self.flows.values()):
             self._ticking = False
             return
         self._read_live()
@@ -148,7 +151,7 @@ class Meter:
 
     def _read_live(self) -> None:
         live = self._diag.live()
-        for flow in list(self._flows.values()):
+        for flow in list(self.flows.values()):
             counted = live.get(flow.cookie)
             if counted is None:
                 continue
@@ -160,10 +163,11 @@ class Meter:
     def _audit(self) -> None:
         """After lost events: what is neither live nor ended is charged what was last seen, and marked."""
         live = self._diag.live()
-        for flow in list(self._flows.values()):
+        for flow in list(self.flows.values()):
             if flow.cookie not in live:
-                del self._flows[flow.cookie]
+                del self.flows[flow.cookie]
                 flow.owner.ended(flow, exact=False)
+        self._all_told()
 
     # -- cutting -------------------------------------------------------------------------------------------------------
 
@@ -182,12 +186,12 @@ class Meter:
                     return True
         log.warning("flow %d to %s:%d was not found (%.1f ms)", flow.cookie, flow.address, flow.port,
                     1e3 * (time.monotonic() - started))  # fmt: skip
-        if inode and flow.cookie in self._flows:  # on its way from one process to another
+        if inode and flow.cookie in self.flows:  # on its way from one process to another
             self._loop.later(_CUT_AGAIN_S, lambda: self._cut_again(flow))
         return False
 
     def _cut_again(self, flow: Flow) -> None:
-        if flow.cookie in self._flows:
+        if flow.cookie in self.flows:
             self.cut(flow)
 
     def _shut_down(self, flow: Flow, pid: int, number: int) -> bool:

@@ -22,7 +22,8 @@ _INET_DIAG_INFO = 2
 _HEADER = struct.Struct("=IHHII")
 _MESSAGE = 72  # sizeof(struct inet_diag_msg)
 _COOKIE = struct.Struct("=Q")
-_TWO = struct.Struct("=QQ")
+_COUNTS = struct.Struct("=QQ64xQQ")
+"""bytes_acked, bytes_received, bytes_sent, bytes_retrans, from offset 120 of ``struct tcp_info`` on."""
 _ATTRIBUTE = struct.Struct("=HH")
 _SO_RCVBUFFORCE = 33
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -58,12 +59,11 @@ class LostEvents(Exception):
 
 def _parse(data: memoryview) -> Counted | None:
     """The counts in a ``struct inet_diag_msg`` with its attributes; None: it carries none."""
-    at = _MESSAGE
-    while at + 4 <= len(data):
+    at, end = _MESSAGE, len(data)
+    while at + 4 <= end:
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         if kind == _INET_DIAG_INFO and length >= 4 + 216:
-            acked, received = _TWO.unpack_from(data, at + 4 + 120)
-            sent, retransmitted = _TWO.unpack_from(data, at + 4 + 200)
+            acked, received, sent, retransmitted = _COUNTS.unpack_from(data, at + 4 + 120)
             payload = sent - retransmitted  # bytes_acked counts SYN and FIN, bytes_sent counts neither
             (cookie,) = _COOKIE.unpack_from(data, 44)
             return Counted(cookie, payload, received, acked - payload >= 2, data[:44].tobytes())
@@ -123,9 +123,10 @@ class SockDiag:
         """
         ended: list[Counted] = []
         buffer, view = self._buffer, memoryview(self._buffer)
+        receive, cookie_in = self._events.recv_into, _COOKIE.unpack_from
         while True:
             try:
-                length = self._events.recv_into(buffer)
+                length = receive(buffer)
             except BlockingIOError:
                 return ended
             except OSError as error:
@@ -133,7 +134,7 @@ class SockDiag:
                     raise LostEvents from error
                 raise
             # Every socket of the node passes here: look at the cookie before anything else.
-            if length < 16 + _MESSAGE or _COOKIE.unpack_from(buffer, 60)[0] not in wanted:
+            if length < 16 + _MESSAGE or cookie_in(buffer, 60)[0] not in wanted:
                 continue
             counted = _parse(view[16:length])
             if counted is not None:

@@ -54,7 +54,7 @@ class Node:
     def __init__(self, loop: Loop, own_folders: tuple[str, ...]) -> None:
         self.loop = loop
         self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop)
+        self.meter = Meter(SockDiag(), loop, self._flush)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.surroundings_changed: list[Callable[[], None]] = []
@@ -89,6 +89,13 @@ class Node:
                 whole = {**os.environ, **environment}
                 self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/", env=whole))
         return self._journals[folder]
+
+    def _flush(self) -> None:
+        for journal in self._journals.values():
+            try:
+                journal.flush()
+            except OSError as error:
+                log.warning("%s: %s", journal.folder, error)
 
     def _sync(self) -> None:
         for journal in self._journals.values():

@@ -111,10 +111,11 @@ class Ring:
 
     def again(self, address: tuple[str, int], cookie: int, tid: int) -> Connection | None:
         known = self._known.get(address)
-        if known is None or self._meter.find(cookie) is not None:
+        if known is None or cookie in self._meter.flows:
             return None
         origin = self._origin or self.target.origin_of_thread(tid)
-        if not origin.account.free:
+        account = origin.account
+        if not account.free:
             if origin.call is not None:
                 self.target.intents[tid] = origin.call
             return None
@@ -123,15 +124,15 @@ class Ring:
             connection.granted_again(known)
         except JournalError:
             return None  # asked in full it is refused, and logged
-        origin.account.count(CONNECTIONS)
+        account.count(CONNECTIONS)
         return connection
 
     def known_flow(self, cookie: int, address: str, port: int) -> bool:
-        flow = self._meter.find(cookie)
+        flow = self._meter.flows.get(cookie)
         return flow is not None and (flow.address, flow.port) == (address, port)
 
     def dissolved(self, cookie: int, info: bytes) -> None:
-        if self._meter.find(cookie) is not None and len(info) >= 216:
+        if cookie in self._meter.flows and len(info) >= 216:
             (received,) = struct.unpack_from("=Q", info, 128)
             sent, again = struct.unpack_from("=QQ", info, 200)
             self._meter.settle(cookie, sent - again, received)
@@ -469,13 +470,17 @@ class Connection:
             f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
             f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{flow.received}"}}}}'
         )
+        end = ""
         if not exact:
             self._add({"ray_guard.egress.bytes_exact": False})
         if self._over:
             self._add({"error.type": "budget"})
-            self._end(StatusCode.ERROR, "cut: a budget was reached")
-        else:
-            self._end()
+            end = tail((), StatusCode.ERROR, "cut: a budget was reached")
+        line = self._form.ended(self._span, self._start, time.time_ns(), self._more, end)
+        try:
+            self._ring.target.journal.postpone(line)  # until all that have ended with it are told of: the meter flushes
+        except JournalError:
+            log.exception("the end of a flow could not be journaled")
 
     def finish(self) -> None:
         """A datagram destination is done with: its call has ended."""
