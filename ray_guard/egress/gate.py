@@ -59,6 +59,8 @@ _AF_INET, _SOCK_STREAM, _SOL_SOCKET, _SO_TYPE = (
     socket.SOL_SOCKET,
     socket.SO_TYPE,
 )
+_EPOLLIN: Final = int(select.EPOLLIN)
+_CONNECT: Final = NUMBERS["connect"]
 _PARKED: Final = -1
 """Outcome of a call that is waited for: the duplicate is kept until then."""
 _UNANSWERED: Final = -2
@@ -293,18 +295,19 @@ class Gate:
 
     def ready(self, events: int) -> None:
         """The loop's callback: one notification, or the end."""
-        if not events & select.EPOLLIN:
+        if not events & _EPOLLIN:
             self.close()
             self._gone()
             return
         notification = self.listener.receive()
-        if notification is None:
-            return
-        self._handle(notification)
+        if notification is not None:
+            self._handle(notification)
 
     def _handle(self, notification: Notification) -> None:
-        handler = self._handlers.get(notification.nr)
         try:
+            if notification.nr == _CONNECT and self._connect_again(notification):
+                return
+            handler = self._handlers.get(notification.nr)
             if handler is None:
                 self.refuse(notification, errno.EPERM)
             else:
@@ -369,8 +372,6 @@ class Gate:
     # connect
 
     def _connect(self, notification: Notification) -> None:
-        if self._connect_again(notification):
-            return
         if self._made is not None and self._made.asked_again(notification.pid, notification.arg0 & 0xFFFFFFFF):
             self.listener.answer(notification.id)
             return

@@ -231,7 +231,8 @@ class Account:
         """:meth:`charge` of one unit where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
         node: Account | None = self
         while node is not None:
-            node._used[kind] = node._used.get(kind, 0) + 1
+            used = node._used
+            used[kind] = used.get(kind, 0) + 1
             node = node._parent
 
     # Booking ---------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class Ring:
             return None
         connection = Connection(self, origin, known.request)
         try:
-            connection.granted_again(known)
+            connection.granted_again(known.form if known.origin is origin else known.form_for(self.target, origin))
         except JournalError:
             return None  # asked in full it is refused, and logged
         account.count(CONNECTIONS)
@@ -214,9 +214,10 @@ class Ring:
     # -- flows ---------------------------------------------------------------------------------------------------------
 
     def began(self, flow: Flow) -> None:
-        tid = flow.holder[0]
-        if self._origin is None and tid != self.root and tid not in self._seen:
-            self._remember(tid)
+        if self._origin is None:
+            tid = flow.holder[0]
+            if tid != self.root and tid not in self._seen:
+                self._remember(tid)
         self._flows[flow.cookie] = flow
         self._meter.begin(flow)
 
@@ -340,20 +341,24 @@ def _spelled(request: Request) -> str:
 class _Known:
     """A destination that a rule has granted, and the words that say so, by who asked."""
 
-    __slots__ = ("_forms", "_text", "request")
+    __slots__ = ("_forms", "_text", "form", "origin", "request")
+    form: EgressForm
+    """Of the last that asked, :attr:`origin`."""
 
     def __init__(self, request: Request, text: str) -> None:
         self.request = request
         self._text = text
         self._forms: dict[int, tuple[Origin, EgressForm]] = {}
+        self.origin: Origin | None = None
 
-    def form(self, target: Target, origin: Origin) -> EgressForm:
+    def form_for(self, target: Target, origin: Origin) -> EgressForm:
         found = self._forms.get(id(origin))
         if found is None or found[0] is not origin:
             if len(self._forms) >= _FORMS_KEPT:
                 self._forms.clear()
             found = self._forms[id(origin)] = (origin, _form(target, origin, self._text))
-        return found[1]
+        self.origin, self.form = found
+        return self.form
 
 
 def _form(target: Target, origin: Origin, decided: str) -> EgressForm:
@@ -387,11 +392,10 @@ class Connection:
         self._describe(decision)
         self._ring.target.journal.append(self._form.begun(self._span, self._start))
 
-    def granted_again(self, known: _Known) -> None:
-        """:meth:`granted`, in the words that were used of the same destination before. Raises JournalError."""
-        target = self._ring.target
-        self._form = known.form(target, self.origin)
-        target.journal.append(self._form.begun(self._span, self._start))
+    def granted_again(self, form: EgressForm) -> None:
+        """:meth:`granted`, in words that were used before. Raises JournalError."""
+        self._form = form
+        self._ring.target.journal.append(form.begun(self._span, self._start))
 
     def refused(self, decision: Decision) -> None:
         """Journals the refusal, complete. Raises JournalError."""
@@ -428,8 +432,9 @@ class Connection:
     # -- Attempt -------------------------------------------------------------------------------------------------------
 
     def connected(self, cookie: int, holder: tuple[int, int]) -> None:
-        self.flow = Flow(cookie, self.request.address, self.request.port, holder, self, self._ring.root)
-        self._ring.began(self.flow)
+        request = self.request
+        flow = self.flow = Flow(cookie, request.address, request.port, holder, self, self._ring.root)
+        self._ring.began(flow)
 
     def associated(self, local: tuple[str, int] | None) -> None:
         if local is not None:
