@@ -29,6 +29,8 @@ _SETTLE_S: Final = 1.0
 _CUT_AGAIN_S: Final = 0.02
 _COLLECT_S: Final = 0.001
 """Delay of reading what has ended; more would blur whose FIN came first (:mod:`ray_guard.kernel.sock_diag`)."""
+_TELL_S: Final = 0.004
+"""Delay of telling the owners after that: the fewer calls meet with it, the more are told at once."""
 
 
 class FlowOwner(Protocol):
@@ -78,6 +80,8 @@ class Meter:
         self._loop = loop
         self._all_told = told
         self._threads = Threads()
+        self._ended: list[Flow] = []
+        """What the kernel has told of and the owners do not know yet."""
         self.flows: dict[int, Flow] = {}
         """Those that have not ended, by cookie. To be looked into, not changed."""
         self._ticking = False
@@ -95,23 +99,35 @@ class Meter:
         self._loop.later(_COLLECT_S, self._collect_late)
 
     def _collect_late(self) -> None:
-        self.collect()
+        waited_for = bool(self._ended)
+        self._read_ended()
+        if self._ended and not waited_for:
+            self._loop.later(_TELL_S, self._tell)
         self._loop.watch(self._diag.fileno(), select.EPOLLIN, lambda _events: self._told())
 
     def collect(self) -> None:
         """Settles every flow whose end the kernel has told."""
+        self._read_ended()
+        self._tell()
+
+    def _read_ended(self) -> None:
         try:
             ended = self._diag.events(self.flows)
-        except LostEvents:  # what is left in the queue makes it readable again
+        except LostEvents as lost:  # what is left in the queue makes it readable again
             log.warning("destroy events were lost; flows that are gone will be marked inexact")
             self._loop.later(_SETTLE_S, self._audit)
-            return
+            ended = lost.ended
         for counted in ended:
             flow = self.flows.pop(counted.cookie, None)
             if flow is not None:
                 flow.local = counted.local()
                 self._advance(flow, counted.sent, counted.received)
-                flow.owner.ended(flow, exact=True)
+                self._ended.append(flow)
+
+    def _tell(self) -> None:
+        ended, self._ended = self._ended, []
+        for flow in ended:
+            flow.owner.ended(flow, exact=True)
         if ended:
             self._all_told()
 

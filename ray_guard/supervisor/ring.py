@@ -451,6 +451,10 @@ class Connection:
 
     def progressed(self, sent: int, received: int) -> bool:
         account = self.origin.account
+        if account.free:
+            account.count(SENT, sent)
+            account.count(RECEIVED, received)
+            return True
         over = account.charge(SENT, sent) if sent else None
         over = (account.charge(RECEIVED, received) if received else None) or over
         if over is None or over.report_only:
@@ -469,10 +473,9 @@ class Connection:
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
         self._ring.left(flow)
-        if flow.local is not None:
-            self._more += _local(flow.local)
+        local = "" if flow.local is None else _local(flow.local)
         self._more += (
-            f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
+            f'{local},{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
             f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{flow.received}"}}}}'
         )
         end = ""
