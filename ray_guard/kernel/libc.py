@@ -186,7 +186,7 @@ def capget() -> tuple[int, int, int]:
 def without_capabilities() -> Iterator[None]:
     """None is effective within: what is opened there carries no right of this process's.
 
-    For a single-threaded process. To be without them all the time would make its targets, which have them, unreadable.
+    Other threads keep them. To be without them all the time would make its targets, which have them, unreadable.
     """
     effective, permitted, inheritable = capget()
     if not effective:
