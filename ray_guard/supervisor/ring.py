@@ -445,6 +445,7 @@ class Connection:
         self._add({"error.type": errno.errorcode.get(error, str(error))})
         if self.flow is not None:
             self._ring.failed(self.flow)
+            self.flow = None
         self._end(StatusCode.ERROR, os.strerror(error))
 
     # -- FlowOwner -----------------------------------------------------------------------------------------------------
@@ -473,6 +474,7 @@ class Connection:
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
         self._ring.left(flow)
+        self.flow = None  # they name each other: both would wait for the garbage collector
         local = "" if flow.local is None else _local(flow.local)
         self._more += (
             f'{local},{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
