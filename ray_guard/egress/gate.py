@@ -25,6 +25,7 @@ import signal
 import socket
 import stat
 import struct
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ _AF_INET, _SOCK_STREAM, _SOL_SOCKET, _SO_TYPE = (
     socket.SOL_SOCKET,
     socket.SO_TYPE,
 )
+_EPOLLIN: Final = int(select.EPOLLIN)
+_CONNECT: Final = NUMBERS["connect"]
 _PARKED: Final = -1
 """Outcome of a call that is waited for: the duplicate is kept until then."""
 _UNANSWERED: Final = -2
@@ -220,6 +223,28 @@ def _mute(sock: _Socket) -> None:
             raise
 
 
+class _Views:
+    """Socket methods for the duplicate of the moment, which is closed by its number.
+
+    To make a socket object costs a system call; one duplicate after the other gets the same number.
+    """
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._sock: _Socket | None = None
+
+    def of(self, descriptor: int) -> _Socket:
+        """Good until the next call, never to be closed. It, or a method of it, raises OSError where it is no socket."""
+        sock = self._sock
+        if sock is None or descriptor != self._number:
+            if sock is not None:
+                sock.detach()
+            self._sock = None
+            sock = self._sock = _Socket(_AF_INET, _SOCK_STREAM, 0, descriptor)
+            self._number = descriptor
+        return sock
+
+
 @dataclass(slots=True)
 class _Pending:
     """A call that is waited for on the target's behalf."""
@@ -238,6 +263,7 @@ class Means:
     def __init__(self, loop: Waiting) -> None:
         self.loop = loop
         self.impatience = Impatience(loop)
+        self.views = _Views()
         self.borrows = borrowing.works()
         self.made: WeakSet[MadeSockets] = WeakSet()
         self.relay = Relay(loop)
@@ -278,6 +304,7 @@ class Gate:
         self._made = self._threads if isinstance(self._threads, MadeSockets) else None
         self._impatience = means.impatience
         self._relay = means.relay
+        self._views = means.views
         self._gone = gone
         self._pending: dict[int, _Pending] = {}
         self._sweeping = False
@@ -299,18 +326,19 @@ class Gate:
 
     def ready(self, events: int) -> None:
         """The loop's callback: one notification, or the end."""
-        if not events & select.EPOLLIN:
+        if not events & _EPOLLIN:
             self.close()
             self._gone()
             return
         notification = self.listener.receive()
-        if notification is None:
-            return
-        self._handle(notification)
+        if notification is not None:
+            self._handle(notification)
 
     def _handle(self, notification: Notification) -> None:
-        handler = self._handlers.get(notification.nr)
         try:
+            if notification.nr == _CONNECT and self._connect_again(notification):
+                return
+            handler = self._handlers.get(notification.nr)
             if handler is None:
                 self.refuse(notification, errno.EPERM)
             else:
@@ -375,8 +403,6 @@ class Gate:
     # connect
 
     def _connect(self, notification: Notification) -> None:
-        if self._connect_again(notification):
-            return
         if self._made is not None and self._made.asked_again(notification.pid, notification.arg0 & 0xFFFFFFFF):
             self.listener.answer(notification.id)
             return
@@ -408,46 +434,52 @@ class Gate:
 
         Most connects of a training job repeat one that was granted, and each step costs all of them.
         """
-        thread = self._threads.known(notification.pid)
-        length = notification.arg2
+        call, tid, _, _, _, _, number, pointer, length, _, _, _ = notification
+        thread = self._threads.known(tid)
         if thread is None or not 0 < length <= sockaddr.STORAGE:
             return False
         try:
-            raw = os.pread(thread.memory, length, notification.arg1)
+            raw = os.pread(thread.memory, length, pointer)
             address = sockaddr.decode(raw)
         except (OSError, OverflowError, sockaddr.BadAddress):
             return False
         if len(raw) != length or not isinstance(address, sockaddr.Inet):
             return False
-        if not self.listener.is_valid(notification.id):
+        if not self.listener.is_valid(call):
             return True  # the caller is gone
-        duplicate = libc.pidfd_getfd(thread.pidfd, notification.arg0 & 0xFFFFFFFF)
+        number &= 0xFFFFFFFF
+        duplicate = libc.pidfd_getfd(thread.pidfd, number)
         if duplicate < 0:
             return False
         outcome = _UNANSWERED
         try:
-            sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
-        except OSError:  # not a socket
-            os.close(duplicate)
-            return False
-        try:
-            cookie = _stream_cookie(sock)
-            attempt = None if cookie is None else self._judge.again(address, cookie, notification.pid)
-            if cookie is None or attempt is None:
+            try:
+                sock = self._views.of(duplicate)
+                kind = sock.getsockopt(_SOL_SOCKET, _SO_TYPE)
+                cookie = int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+            except OSError:  # no socket
+                return False
+            if kind != _STREAM:
+                return False
+            attempt = self._judge.again(address, cookie, tid)
+            if attempt is None:
                 return False
             self._impatience.begin()
             result = libc.connect(duplicate, raw)
+            if result == -errno.EINTR:  # mostly by a tick that was meant for another: then it is made by now
+                result = libc.connect(duplicate, raw)
+                if result == -errno.EALREADY:
+                    result = -errno.EINTR
             if result in _BEGUN:
-                attempt.connected(cookie, (notification.pid, notification.arg0 & 0xFFFFFFFF))
+                attempt.connected(cookie, (tid, number))
             else:
                 attempt.failed(-result)
             outcome = -result if result != -errno.EINTR else self._await_connect(notification, sock, raw, attempt)
         finally:
-            sock.detach()
             if outcome != _PARKED:
                 os.close(duplicate)  # first: while it is held, the target's close would send no FIN
         if outcome != _PARKED:
-            self.listener.answer(notification.id, error=outcome)
+            self.listener.answer(call, error=outcome)
         return True
 
     def _connect_socket(self, notification: Notification, sock: _Socket, raw: bytes, address: sockaddr.Address) -> int:
@@ -1163,16 +1195,6 @@ def _sends_anywhere(descriptor: int) -> bool:
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         return False
     return _type(descriptor) not in _CONNECTION_ORIENTED
-
-
-def _stream_cookie(sock: _Socket) -> int | None:
-    """The socket's cookie; None where it is no stream socket, or no socket at all."""
-    try:
-        if sock.getsockopt(_SOL_SOCKET, _SO_TYPE) != _STREAM:
-            return None
-        return int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
-    except OSError:
-        return None
 
 
 def _type(descriptor: int) -> int:

@@ -230,12 +230,14 @@ class Account:
         """Whether this scope or one around it limits (or watches) any of ``kinds``."""
         return any(kind in node._limits or kind in node._watched for node in self._upwards() for kind in kinds)
 
-    def count(self, kind: str) -> None:
-        """:meth:`charge` of one unit where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
-        node: Account | None = self
-        while node is not None:
-            node._used[kind] = node._used.get(kind, 0) + 1
-            node = node._parent
+    def count(self, kind: str, amount: int = 1) -> None:
+        """:meth:`charge` where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
+        for each in _CHARGED[kind]:
+            node: Account | None = self
+            while node is not None:
+                used = node._used
+                used[each] = used.get(each, 0) + amount
+                node = node._parent
 
     # Booking ---------------------------------------------------------------------------------------------------------
 

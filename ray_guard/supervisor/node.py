@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Means
@@ -49,13 +52,38 @@ class Membership:
         self.environment = {str(key): str(value) for key, value in told.get("environment", {}).items()}
 
 
+class Syncer:
+    """Forces journals to disk beside the loop: that can take a fifth of a second, and calls wait for the loop.
+
+    Its thread does nothing else and takes no signal: the ticks that interrupt a slow connect are the loop's.
+    """
+
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[tuple[Journal, ...]] = SimpleQueue()
+        threading.Thread(target=self._work, name="sync", daemon=True).start()
+
+    def ask(self, journals: tuple[Journal, ...]) -> None:
+        """Soon; nothing where the last request has not been begun: a slow disk must not pile them up."""
+        if self._asked.empty():
+            self._asked.put(journals)
+
+    def _work(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            for journal in self._asked.get():
+                try:
+                    journal.sync()
+                except OSError as error:
+                    log.warning("%s: %s", journal.folder, error)
+
+
 class Node:
     """See the module."""
 
     def __init__(self, loop: Loop, own_folders: tuple[str, ...]) -> None:
         self.loop = loop
         self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop)
+        self.meter = Meter(SockDiag(), loop, self._flush)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.surroundings_changed: list[Callable[[], None]] = []
@@ -63,6 +91,7 @@ class Node:
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
+        self._syncer = Syncer()
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
         self._actors: dict[str, Account] = {}
@@ -93,12 +122,15 @@ class Node:
                 self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/", env=whole))
         return self._journals[folder]
 
-    def _sync(self) -> None:
+    def _flush(self) -> None:
         for journal in self._journals.values():
             try:
-                journal.sync()
+                journal.flush()
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
+
+    def _sync(self) -> None:
+        self._syncer.ask(tuple(self._journals.values()))
         self.loop.later(SYNC_S, self._sync)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -123,27 +123,28 @@ class Ring:
 
     def again(self, address: tuple[str, int], cookie: int, tid: int) -> Connection | None:
         known = self._known.get(address)
-        if known is None or self._meter.find(cookie) is not None:
+        if known is None or cookie in self._meter.flows:
             return None
         origin = self._origin or self.target.origin_of_thread(tid)
-        if not origin.account.free:
+        account = origin.account
+        if not account.free:
             if origin.call is not None:
                 self.target.intents[tid] = origin.call
             return None
         connection = Connection(self, origin, known.request)
         try:
-            connection.granted_again(known)
+            connection.granted_again(known.form if known.origin is origin else known.form_for(self.target, origin))
         except JournalError:
             return None  # asked in full it is refused, and logged
-        origin.account.count(CONNECTIONS)
+        account.count(CONNECTIONS)
         return connection
 
     def known_flow(self, cookie: int, address: str, port: int) -> bool:
-        flow = self._meter.find(cookie)
+        flow = self._meter.flows.get(cookie)
         return flow is not None and (flow.address, flow.port) == (address, port)
 
     def dissolved(self, cookie: int, info: bytes) -> None:
-        if self._meter.find(cookie) is not None and len(info) >= 216:
+        if cookie in self._meter.flows and len(info) >= 216:
             (received,) = struct.unpack_from("=Q", info, 128)
             sent, again = struct.unpack_from("=QQ", info, 200)
             self._meter.settle(cookie, sent - again, received)
@@ -247,19 +248,21 @@ class Ring:
 
     # -- flows ---------------------------------------------------------------------------------------------------------
 
-    def _held_by(self, tid: int) -> None:
-        if self._origin is None and tid != self.root and tid not in self._seen:
-            self._remember(tid)
-
     def relayed(self, crossing: Crossing) -> None:
-        self._held_by(crossing.holder[0])
+        if self._origin is None:
+            self._held_by(crossing.holder[0])
         self._crossings.add(crossing)
 
     def relay_left(self, crossing: Crossing) -> None:
         self._crossings.discard(crossing)
 
+    def _held_by(self, tid: int) -> None:
+        if tid != self.root and tid not in self._seen:
+            self._remember(tid)
+
     def began(self, flow: Flow) -> None:
-        self._held_by(flow.holder[0])
+        if self._origin is None:
+            self._held_by(flow.holder[0])
         self._flows[flow.cookie] = flow
         self._meter.begin(flow)
 
@@ -385,20 +388,24 @@ def _spelled(request: Request) -> str:
 class _Known:
     """A destination that a rule has granted, and the words that say so, by who asked."""
 
-    __slots__ = ("_forms", "_text", "request")
+    __slots__ = ("_forms", "_text", "form", "origin", "request")
+    form: EgressForm
+    """Of the last that asked, :attr:`origin`."""
 
     def __init__(self, request: Request, text: str) -> None:
         self.request = request
         self._text = text
         self._forms: dict[int, tuple[Origin, EgressForm]] = {}
+        self.origin: Origin | None = None
 
-    def form(self, target: Target, origin: Origin) -> EgressForm:
+    def form_for(self, target: Target, origin: Origin) -> EgressForm:
         found = self._forms.get(id(origin))
         if found is None or found[0] is not origin:
             if len(self._forms) >= _FORMS_KEPT:
                 self._forms.clear()
             found = self._forms[id(origin)] = (origin, _form(target, origin, self._text))
-        return found[1]
+        self.origin, self.form = found
+        return self.form
 
 
 def _form(target: Target, origin: Origin, decided: str) -> EgressForm:
@@ -432,11 +439,10 @@ class Connection:
         self._describe(decision)
         self._ring.target.journal.append(self._form.begun(self._span, self._start))
 
-    def granted_again(self, known: _Known) -> None:
-        """:meth:`granted`, in the words that were used of the same destination before. Raises JournalError."""
-        target = self._ring.target
-        self._form = known.form(target, self.origin)
-        target.journal.append(self._form.begun(self._span, self._start))
+    def granted_again(self, form: EgressForm) -> None:
+        """:meth:`granted`, in words that were used before. Raises JournalError."""
+        self._form = form
+        self._ring.target.journal.append(form.begun(self._span, self._start))
 
     def refused(self, decision: Decision) -> None:
         """Journals the refusal, complete. Raises JournalError."""
@@ -473,8 +479,9 @@ class Connection:
     # -- Attempt -------------------------------------------------------------------------------------------------------
 
     def connected(self, cookie: int, holder: tuple[int, int]) -> None:
-        self.flow = Flow(cookie, self.request.address, self.request.port, holder, self, self._ring.root)
-        self._ring.began(self.flow)
+        request = self.request
+        flow = self.flow = Flow(cookie, request.address, request.port, holder, self, self._ring.root)
+        self._ring.began(flow)
 
     @property
     def account(self) -> Account:
@@ -486,7 +493,8 @@ class Connection:
     def left(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
         self._ring.relay_left(crossing)
         self._more += _RELAY
-        self._counted(crossing.local, sent, received, exact=exact, why="" if why == "ended" else why)
+        line = self._counted(crossing.local, sent, received, exact=exact, why="" if why == "ended" else why)
+        self._journaled(self._ring.target.journal.append, line)
 
     def associated(self, local: tuple[str, int] | None) -> None:
         if local is not None:
@@ -497,12 +505,17 @@ class Connection:
         self._add({"error.type": errno.errorcode.get(error, str(error))})
         if self.flow is not None:
             self._ring.failed(self.flow)
+            self.flow = None
         self._end(StatusCode.ERROR, os.strerror(error))
 
     # -- FlowOwner -----------------------------------------------------------------------------------------------------
 
     def progressed(self, sent: int, received: int) -> bool:
         account = self.origin.account
+        if account.free:
+            account.count(SENT, sent)
+            account.count(RECEIVED, received)
+            return True
         over = account.charge(SENT, sent) if sent else None
         over = (account.charge(RECEIVED, received) if received else None) or over
         if over is None or over.report_only:
@@ -521,25 +534,35 @@ class Connection:
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
         self._ring.left(flow)
-        self._counted(flow.local, flow.sent, flow.received, exact=exact)
+        self.flow = None  # they name each other: both would wait for the garbage collector
+        line = self._counted(flow.local, flow.sent, flow.received, exact=exact)
+        # Until all that have ended with it are told of: the meter flushes.
+        self._journaled(self._ring.target.journal.postpone, line)
 
-    def _counted(self, local: tuple[str, int] | None, sent: int, received: int, *, exact: bool, why: str = "") -> None:
-        if local is not None:
-            self._more += _local(local)
+    def _counted(self, local: tuple[str, int] | None, sent: int, received: int, *, exact: bool, why: str = "") -> bytes:
+        """The line of its end."""
+        own = "" if local is None else _local(local)
         self._more += (
-            f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{sent}"}}}}'
+            f'{own},{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{sent}"}}}}'
             f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{received}"}}}}'
         )
+        end = ""
         if not exact:
             self._add({"ray_guard.egress.bytes_exact": False})
         if self._over:
             self._add({"error.type": "budget"})
-            self._end(StatusCode.ERROR, "cut: a budget was reached")
+            end = tail((), StatusCode.ERROR, "cut: a budget was reached")
         elif why:
             self._add({"error.type": why})
-            self._end(StatusCode.ERROR, f"cut: {why}")
-        else:
-            self._end()
+            end = tail((), StatusCode.ERROR, f"cut: {why}")
+        return self._form.ended(self._span, self._start, time.time_ns(), self._more, end)
+
+    @staticmethod
+    def _journaled(write: Callable[[bytes], None], line: bytes) -> None:
+        try:
+            write(line)
+        except JournalError:
+            log.exception("the end of a flow could not be journaled")
 
     def finish(self) -> None:
         """A datagram destination is done with: its call has ended."""

@@ -61,6 +61,8 @@ class Session:
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._descriptor = sock.fileno()
+        self._unread = bytearray(_NO_BYTES)  # what is waiting, in bytes, as the kernel writes it
         self._node = node
         self._zygote = zygote
         self._ended = ended
@@ -94,8 +96,10 @@ class Session:
     def pump(self) -> None:
         """Takes in all that the target has sent so far."""
         # Asked before every connect of an actor, and mostly in vain: a receive that fails costs ten times as much.
-        if self._connected and fcntl.ioctl(self._sock, termios.FIONREAD, _NO_BYTES) != _NO_BYTES:
-            self._read(1 << 16)
+        if self._connected:
+            fcntl.ioctl(self._descriptor, termios.FIONREAD, self._unread)
+            if self._unread != _NO_BYTES:
+                self._read(1 << 16)
 
     def _read(self, count: int) -> None:
         for _ in range(count):
