@@ -37,6 +37,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     node = Node(loop, (str(rendezvous.folder()),))
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
+    node.zygote = zygote_pid
     node.ward = partial(zygote.ward, starts)
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)

@@ -319,6 +319,7 @@ def main():
         refused=(error,),
         judge=lambda told: f"a {name}" if Path(told["folder"], "made").exists() else "",
         privileged=privileged,
+        surface=True,
     )
 
 
@@ -350,16 +351,16 @@ FAMILIES = [
 ]
 
 
-@cases(TCP)
+@cases(TCP, "TCP: addresses and calls")
 def test_tcp(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)
 
 
-@cases(UDP)
+@cases(UDP, "UDP")
 def test_udp(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)
 
 
-@cases(FAMILIES)
+@cases(FAMILIES, "socket families and protocols")
 def test_family(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)
