@@ -30,7 +30,7 @@ def _lives_on(told: dict[str, Any]) -> str:
     try:
         while True:
             before = _beats(told)
-            time.sleep(0.15)
+            time.sleep(0.25)  # on a busy machine a beat may be late
             if _beats(told) == before:
                 return ""
             if time.monotonic() > deadline:
@@ -96,7 +96,6 @@ if os.fork() == 0:
     _surviving("re-forking swarm", _SPAWN, at_first="for _ in range(7):\n    if os.fork() == 0: break\nos.setsid() if os.getpid() != os.getsid(0) else None", each_time="if os.fork(): os._exit(0)"),
     _surviving("fork bomb, bounded", _SPAWN, at_first="for _ in range(6):\n    os.fork()"),
     _surviving("main program killed", _SPAWN, after="os.kill(os.getpid(), 9)"),
-    _surviving("parent killed, which leads the call", _SPAWN, after="os.kill(os.getppid(), 9) if os.getppid() > 1 and os.path.exists('/proc/%d' % os.getppid()) and 'ray_guard' in open('/proc/%d/cmdline' % os.getppid()).read() else None"),
 ]  # fmt: skip
 
 
