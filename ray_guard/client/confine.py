@@ -160,6 +160,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
             platform.machine(),
             datagrams=bool(answer["datagrams"]),
             borrows=bool(answer["borrows"]),
+            keepers=[int(pid) for pid in answer["keepers"]],
         )
         if answer["names"]:
             _ask_names_by_stream()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import errno
 import functools
 import logging
@@ -62,6 +63,7 @@ _AF_INET, _SOCK_STREAM, _SOL_SOCKET, _SO_TYPE = (
 )
 _EPOLLIN: Final = int(select.EPOLLIN)
 _CONNECT: Final = NUMBERS["connect"]
+_SO_ATTACH_FILTER, _SO_LOCK_FILTER = 26, 44
 _PARKED: Final = -1
 """Outcome of a call that is waited for: the duplicate is kept until then."""
 _UNANSWERED: Final = -2
@@ -149,6 +151,9 @@ class Judge(Protocol):
     def listening(self, address: str, port: int) -> None:
         """A TCP socket of the target now listens."""
 
+    def hears(self) -> bool:
+        """Whether datagrams may come in at all: the policy grants some to be sent, which are answered."""
+
     def may_borrow(self, pid: int) -> bool:
         """Whether its processes may read, or take descriptors of, process ``pid`` (policy actors, in their tree)."""
 
@@ -199,8 +204,19 @@ class Impatience:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def deafen(sock: _Socket) -> None:
+    """Nothing that is sent to this socket is ever received: a port to send from is free, one to be called on is not.
+
+    Raises:
+        OSError: it could not be done.
+    """
+    nothing = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)  # BPF_RET, of 0 bytes
+    sock.setsockopt(_SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(nothing)))
+    sock.setsockopt(_SOL_SOCKET, _SO_LOCK_FILTER, 1)  # for good: its owner cannot take it off
+
+
 def mute_datagram_socket(family: int, protocol: int) -> socket.socket:
-    """A datagram socket that can be connected and asked for its address, but can never send.
+    """A datagram socket that can be connected and asked for its address, but can never send, nor receive.
 
     SEND_SHUTDOWN is checked where the kernel allocates the first fragment of any datagram (``sock_alloc_send_pskb``),
     whatever call, option or address it comes with, and nothing takes it off a UDP socket again: measured for sendto,
@@ -208,6 +224,7 @@ def mute_datagram_socket(family: int, protocol: int) -> socket.socket:
     """
     muted = socket.socket(family, socket.SOCK_DGRAM, protocol)
     try:
+        deafen(muted)
         _mute(muted)
     except OSError:
         muted.close()
@@ -654,10 +671,7 @@ class Gate:
         if address.path is None:
             self._judge.rule(Operation.CONNECT, Transport.UNIX, notification.pid)
             raise sockaddr.BadAddress(errno.EACCES)
-        path = address.path
-        for own in (b"/proc/self/", b"/proc/thread-self/"):  # would mean the supervisor
-            if path.startswith(own):
-                path = b"/proc/%d/" % notification.pid + path[len(own) :]
+        path = _as_the_target(address.path, notification.pid)
         folder = None
         try:
             if not path.startswith(b"/"):
@@ -772,6 +786,15 @@ class Gate:
             )
             if ruling.error:
                 return -ruling.error
+        elif _type(duplicate) != _STREAM and not self._judge.hears():
+            sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+            try:
+                deafen(sock)
+            except OSError as error:
+                if error.errno != errno.EPERM:  # EPERM: it is deaf already, and locked
+                    return -(error.errno or errno.EPERM)
+            finally:
+                sock.detach()
         result = libc.bind(duplicate, raw)
         if result == -errno.EADDRINUSE and self._made is not None:
             self._made.sweep()  # by one, perhaps, that a target has closed and is still held here
@@ -782,14 +805,21 @@ class Gate:
         if address.path is None:
             self._judge.rule(Operation.BIND, Transport.UNIX, notification.pid)
             return -errno.EACCES
+        path = _as_the_target(address.path, notification.pid)
         # The name is made by this process, so it must be made where, and with the mode, the target would.
         home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         mask = os.umask(procfs.umask(notification.pid))
         try:
             os.chdir(f"/proc/{notification.pid}/cwd")
-            result = libc.bind(duplicate, raw)
+            folder, name = os.path.split(path)
+            if name not in (b"", b".", b".."):  # none of which can be made: the kernel says so
+                where = os.fsdecode(os.path.join(os.path.realpath(folder or b"."), name))
+                ruling = self._judge.rule(Operation.BIND, Transport.UNIX, notification.pid, path=where)
+                if ruling.error:
+                    return -ruling.error
+            result = libc.bind(duplicate, raw if path == address.path else sockaddr.encode_path(path))
             if result == 0:
-                self._claim(duplicate, os.open(address.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+                self._claim(duplicate, os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
             return result
         except OSError as error:
             return -(error.errno or errno.EACCES)
@@ -1195,6 +1225,14 @@ def _sends_anywhere(descriptor: int) -> bool:
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         return False
     return _type(descriptor) not in _CONNECTION_ORIENTED
+
+
+def _as_the_target(path: bytes, tid: int) -> bytes:
+    """``path``, where looked up by this process, as thread ``tid`` means it."""
+    for own in (b"/proc/self/", b"/proc/thread-self/"):
+        if path.startswith(own):
+            return b"/proc/%d/" % tid + path[len(own) :]
+    return path
 
 
 def _type(descriptor: int) -> int:

@@ -87,6 +87,8 @@ class Node:
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.surroundings_changed: list[Callable[[], None]] = []
+        self.zygote = os.getpid()
+        """Its pid; set by whoever has one."""
         self.ward: Callable[[int], None] = lambda _pid: None
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self._own_folders = own_folders
@@ -206,6 +208,7 @@ class Node:
             *(m.control for m in self._memberships.values()),
             self.means.relay.endpoints(),
         )
+        own = (*self._own_folders, *map(os.path.realpath, self._journals))
         folders = {folder for m in self._memberships.values() for folder in m.folders}
         return Surroundings(
             cluster=directory.endpoints if directory is not None else frozenset(),
@@ -213,7 +216,8 @@ class Node:
             collectives=frozenset(announced),
             own_addresses=self.addresses,
             cluster_unix=membership.unix if membership is not None else frozenset(),
-            control_folders=(*self._own_folders, *self._journals, *sorted(folders)),
+            control_folders=(*own, *sorted(folders)),
+            guard_folders=own,
             ray_listen=membership.listening if membership is not None else frozenset(),
         )
 

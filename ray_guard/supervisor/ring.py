@@ -162,6 +162,9 @@ class Ring:
         if self.policy.role is Role.POLICY:
             self._node.announce(self.target, address, port)
 
+    def hears(self) -> bool:
+        return grants_datagrams(self.policy) or self.policy.names
+
     def may_borrow(self, pid: int) -> bool:
         return self.policy.role is Role.POLICY and procfs.is_in_tree(pid, self.root)
 

@@ -37,6 +37,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     node = Node(loop, (rendezvous.folder(),))
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
+    node.zygote = zygote_pid
     node.ward = partial(zygote.ward, starts)
     node.means.relay.start = partial(zygote.start_mover, starts)
     supervisor = Supervisor(listener, loop, node, starts)

@@ -214,6 +214,7 @@ class Session:
             welcome = {
                 "ok": True,
                 "supervisor": os.getpid(),
+                "keepers": (os.getpid(), self._node.zygote),
                 "role": policy.role.value,
                 "datagrams": grants_datagrams(policy),
                 "borrows": self._node.means.borrows,

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import select
 import selectors
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,7 @@ sys.path.insert(0, str(FOLDER))
 
 import launcher  # noqa: E402 - tests are no package
 import peers  # noqa: E402
-from table import OURS, PEERS, TABLE, Cell, Column, Verdict, column  # noqa: E402
+from table import PEERS, TABLE, Cell, Column, Verdict, column  # noqa: E402
 
 PRELUDE = (FOLDER / "prelude.py").read_text()
 ROOT = os.geteuid() == 0
@@ -359,11 +361,14 @@ class Attack:
         sink: where the token would arrive; ``""``: ``judge`` tells.
         refused: the errors (by name) of which the confined program must report one; empty: whatever it says, the sink
             decides alone.
-        rings: where it applies: ``actor``, ``call``, and both where UDP destinations are granted, ``…_udp``.
+        rings: where it applies: ``actor``, ``call``; with ``_udp``, ``_wide`` or ``_nothing`` under another policy.
         judge: for what no sink can see: called with what the program was told, says what harm was done, or "".
         sends: whether data must arrive; False: that a connection was made is the harm.
+        beside: what happens outside while it runs: called with what the program was told.
+        surface: what is judged is that a mechanism is within reach, not that something got out by it.
         privileged: it needs root even unconfined.
         elsewhere: why it cannot be tried in other sandboxes; "": it can.
+        flags: for the compiler, where the program is C.
         family: its part of the table; "": what :func:`cases` is told.
     """
 
@@ -374,12 +379,19 @@ class Attack:
     rings: tuple[str, ...] = ("actor", "call", "actor_udp")
     judge: Callable[[dict[str, Any]], str] | None = None
     sends: bool = True
+    beside: Callable[[dict[str, Any]], AbstractContextManager[object]] = nullcontext
+    surface: bool = False
     privileged: bool = False
     elsewhere: str = ""
+    flags: tuple[str, ...] = ()
     family: str = ""
 
     def __str__(self) -> str:
         return self.name
+
+
+class CannotBuild(Exception):
+    """A program in C that this host has no compiler, or no library, for."""
 
 
 class Stage:
@@ -395,19 +407,24 @@ class Stage:
         self.programs = folder / "programs"
         self.programs.mkdir()
 
-    def policy(self, *, udp: bool = False) -> dict[str, Any]:
+    def policy(self, name: str = "plain") -> dict[str, Any]:
+        """``plain``: TCP and a unix socket; ``udp``: UDP too; ``wide``: every address, TCP; ``nothing``."""
+        if name == "nothing":
+            return {"egress": {"allow": []}}
         port = self.sinks.address("granted")
         allow = [f"127.0.0.1:{port}", f"[::1]:{port}", f"unix://{self.sinks.address('unix_granted')}"]
-        if udp:
+        if name == "udp":
             allow.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
+        if name == "wide":
+            allow += [f"{network}:{self.sinks.address('tcp')}" for network in ("0.0.0.0/0", "[::/0]")]
         return {"egress": {"allow": allow}}
 
     def host(self, name: str = "plain") -> Host:
-        """The confined process ``plain`` (no UDP granted) or ``udp``; a new one where an attack has ended the last."""
+        """A confined process under the policy of that name (:meth:`policy`); a new one where the last has ended."""
         host = self._hosts.get(name)
         if host is None or not host.alive:
             try:
-                host = Host(self.policy(udp=name == "udp"), self.folder / f"evidence_{name}", self.namespace)
+                host = Host(self.policy(name), self.folder / f"evidence_{name}", self.namespace)
             except RuntimeError as error:
                 if not launcher.prefix() or "NotEnforced" not in str(error):
                     raise
@@ -415,7 +432,7 @@ class Stage:
             self._hosts[name] = host
         return host
 
-    def peer_command(self, peer: Column, attack: Attack, arguments: dict[str, Any]) -> list[str]:
+    def peer_command(self, peer: Column, attack: Attack, argv: list[str], arguments: dict[str, Any]) -> list[str]:
         """The attack as a command within another sandbox. Skips where there is none, and the table says so."""
         if peer not in self._peers:
             grant = peers.Grant(peers.programs(), str(arguments["folder"]), ["tcp://127.0.0.1:1"])
@@ -423,9 +440,10 @@ class Stage:
         if self._peers[peer]:
             TABLE.missing[peer] = self._peers[peer]
             pytest.skip(f"{peer}: {self._peers[peer]}")
-        argv = self.argv(attack, arguments)
         port = self.sinks.address("granted")
         destinations = [f"tcp://127.0.0.1:{port}", f"tcp://[::1]:{port}"]
+        if all(ring.endswith("_nothing") for ring in attack.rings):
+            destinations = []
         if any(ring.endswith("_udp") for ring in attack.rings):
             destinations.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
         readable = [*peers.programs(), str(self.programs)]
@@ -435,15 +453,22 @@ class Stage:
         """The attack as a command."""
         told = json.dumps(arguments)
         if attack.program.lstrip().startswith("#include"):
-            return [self.compile(attack.name, attack.program), told, *_flat(arguments)]
+            return [self.compile(attack.name, attack.program, attack.flags), told, *_flat(arguments)]
         return [PYTHON, "-I", "-S", "-c", PRELUDE + attack.program + EPILOGUE, told]
 
-    def compile(self, name: str, source: str) -> str:
+    def compile(self, name: str, source: str, flags: tuple[str, ...] = ()) -> str:
+        """The program's path. Raises CannotBuild where this host has not what is needed for it."""
         if name not in self._compiled:
-            binary = self.programs / name.replace(" ", "_").replace("/", "_")
-            command = ["gcc", "-O1", "-pthread", "-Wall", "-x", "c", "-o", str(binary), "-"]
-            done = subprocess.run(command, input=source, text=True, capture_output=True)
-            assert done.returncode == 0, done.stderr
+            binary = self.programs / re.sub(r"\W+", "_", name)
+            command = ["gcc", "-O1", "-D_GNU_SOURCE", "-pthread", *flags, "-x", "c", "-o", str(binary), "-"]
+            try:
+                done = subprocess.run(command, input=source, text=True, capture_output=True)
+            except FileNotFoundError as error:
+                raise CannotBuild("no gcc") from error
+            if done.returncode != 0:
+                if not flags:
+                    raise AssertionError(done.stderr)
+                raise CannotBuild(f"gcc {' '.join(flags)}: {done.stderr.strip().splitlines()[-1]}")
             self._compiled[name] = str(binary)
         return self._compiled[name]
 
@@ -467,13 +492,10 @@ def _flat(arguments: dict[str, Any]) -> list[str]:
     return [str(arguments[name]) for name in ("token", "folder", "tcp", "udp", "granted", "unix", "unix_dgram")]
 
 
-_RINGS = {
-    "actor": ("actor", "plain"),
-    "call": ("call", "plain"),
-    "actor_udp": ("actor", "udp"),
-    "call_udp": ("call", "udp"),
-}
-"""Each ring as (where Host.run runs it, which of the stage's hosts)."""
+_POLICIES = ("udp", "wide", "nothing")
+_RINGS = {ring: (ring, "plain") for ring in ("actor", "call")}
+_RINGS |= {f"{ring}_{policy}": (ring, policy) for ring in ("actor", "call") for policy in _POLICIES}
+"""Each ring as (where Host.run runs it, under which of the stage's policies)."""
 
 
 def escape(stage: Stage, attack: Attack, ring: str) -> None:
@@ -492,6 +514,10 @@ def escape(stage: Stage, attack: Attack, ring: str) -> None:
     except AssertionError as error:
         note(Column.UNCONFINED, Cell(Verdict.INAPPLICABLE, f"does not work unconfined: {error}"))
         raise
+    except CannotBuild as error:
+        for each in (Column.UNCONFINED, where):
+            note(each, Cell(Verdict.INAPPLICABLE, f"cannot be built here: {error}"))
+        pytest.skip(f"{attack.name}: cannot be built here: {error}")
     unproved = Cell(Verdict.INAPPLICABLE, f"unconfined: {missing}")
     note(Column.UNCONFINED, unproved if missing else Cell(Verdict.WORKS))
     if where in PEERS and (missing or attack.elsewhere):
@@ -499,9 +525,9 @@ def escape(stage: Stage, attack: Attack, ring: str) -> None:
         return
     outcome, harm = _attempt(stage, attack, ring)
     shown = f"{ring}: {outcome.said or outcome.stderr[-2000:] or outcome.status}"
-    ran = bool(outcome.said) or outcome.status is None or outcome.status < 0 or outcome.status > 128
+    ran = bool(outcome.said) or outcome.status is None or _killed_by(outcome.status) > 0
     if harm:
-        note(where, Cell(Verdict.ESCAPED, harm))
+        note(where, Cell(Verdict.OPEN if attack.surface else Verdict.ESCAPED, harm))
     elif missing:
         note(where, unproved)
     elif ran:
@@ -525,11 +551,13 @@ def _attempt(stage: Stage, attack: Attack, ring: str) -> tuple[Outcome, str]:
     if attack.sink:  # what the unconfined run sent may still be queued
         stage.sinks.flush(attack.sink)
     stage.sinks.clear()
-    if column(ring) in OURS:
-        inside, host = _RINGS[ring]
-        outcome = stage.host(host).run(inside, stage.argv(attack, arguments))
-    else:
-        outcome = run_unconfined(stage.peer_command(column(ring), attack, arguments), folder=arguments["folder"])
+    argv = stage.argv(attack, arguments)
+    inside, host = _RINGS.get(ring, ("", ""))
+    confined = stage.host(host) if host else None
+    if confined is None:
+        argv = stage.peer_command(column(ring), attack, argv, arguments)
+    with attack.beside(arguments):
+        outcome = run_unconfined(argv, folder=arguments["folder"]) if confined is None else confined.run(inside, argv)
     if attack.sink:
         stage.sinks.flush(attack.sink)
         connections, data = stage.sinks.seen(attack.sink)
@@ -542,11 +570,19 @@ def _how(outcome: Outcome) -> str:
     """What the attack was told, in a word."""
     if "errno" in outcome.said:
         return str(outcome.said["errno"])
+    if "killed" in outcome.said:
+        return "killed"
     if outcome.status is None:
         return "waits for ever"
-    if outcome.status < 0 or outcome.status > 128:
-        return f"killed by signal {outcome.status & 127 if outcome.status > 128 else -outcome.status}"
-    return ""
+    number = _killed_by(outcome.status)
+    return f"killed by signal {number}" if number else ""
+
+
+def _killed_by(status: int) -> int:
+    """The signal that ended a program, as subprocess or a shell says it; 0: none."""
+    if status < 0:
+        return -status
+    return status - 128 if 128 < status < 128 + signal.NSIG else 0
 
 
 _succeeded: dict[tuple[str, str], str] = {}
@@ -559,7 +595,8 @@ def _must_succeed(stage: Stage, attack: Attack) -> str:
         return _succeeded[key]
     arguments = stage.arguments()
     stage.sinks.clear()
-    outcome = run_unconfined(stage.argv(attack, arguments))
+    with attack.beside(arguments):
+        outcome = run_unconfined(stage.argv(attack, arguments))
     missing = str(outcome.said.get("missing", ""))
     if not missing:
         shown = f"unconfined: {outcome.said or outcome.stderr[-2000:] or outcome.status}"

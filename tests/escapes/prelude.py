@@ -89,4 +89,7 @@ def finish(main):
         main()
         say(done=True)
     except OSError as error:
-        say(errno=errno.errorcode.get(error.errno, str(error.errno)), text=str(error))
+        number = (
+            errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno
+        )  # a socket's own limit has no number
+        say(errno=errno.errorcode.get(number, str(number)), text=str(error))

@@ -16,8 +16,11 @@ told = json.loads(sys.argv[1])
 documented = ["/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/dev"]
 sandbox = Sandbox(
     fs_readable=[*documented, *told["readable"]],
-    fs_writable=told["writable"],
+    fs_writable=[*told["writable"], "/dev/null"],
     net_allow=told["net_allow"],
     cwd=told["writable"][0],
 )
-sys.exit(sandbox.run_interactive(sys.argv[2:]))
+status = sandbox.run_interactive(sys.argv[2:])
+if status < 0:  # it does not say by which signal
+    print('{"killed": true}')
+sys.exit(status & 0xFF)

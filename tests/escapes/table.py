@@ -15,6 +15,8 @@ class Verdict(StrEnum):
     WORKS = "works"
     """Unconfined: the way out exists on this host."""
     BLOCKED = "blocked"
+    OPEN = "open"
+    """A mechanism is within reach that ways out are made of, though nothing got out by it as such."""
     ESCAPED = "ESCAPED"
     INAPPLICABLE = "n/a"
 
@@ -30,13 +32,13 @@ class Column(StrEnum):
 
 OURS: Final = (Column.ACTOR, Column.CALL)
 PEERS: Final = (Column.SANDLOCK, Column.BUBBLEWRAP, Column.BUBBLEWRAP_OFFLINE)
-_OF_RING: Final = {"actor": Column.ACTOR, "actor_udp": Column.ACTOR, "call": Column.CALL, "call_udp": Column.CALL}
-_WORSE: Final = (Verdict.INAPPLICABLE, Verdict.WORKS, Verdict.BLOCKED, Verdict.ESCAPED)
+_OF_RING: Final = {"actor": Column.ACTOR, "call": Column.CALL}
+_WORSE: Final = (Verdict.INAPPLICABLE, Verdict.WORKS, Verdict.BLOCKED, Verdict.OPEN, Verdict.ESCAPED)
 
 
 def column(ring: str) -> Column:
-    """Where what happened in ``ring`` (a ring of ours, or a peer's name) stands."""
-    return _OF_RING.get(ring) or Column(ring)
+    """Where what happened in ``ring`` (a ring of ours, under whichever policy, or a peer's name) stands."""
+    return _OF_RING.get(ring.partition("_")[0]) or Column(ring)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,11 @@ class Table:
             if where in self.missing:
                 told.append(f"{where}: {self.missing[where].upper()}")
                 continue
-            tried = self.count(where, Verdict.BLOCKED) + self.count(where, Verdict.ESCAPED)
-            told.append(f"{where} {self.count(where, Verdict.ESCAPED)} of {tried}")
+            counts = {
+                verdict: self.count(where, verdict) for verdict in (Verdict.BLOCKED, Verdict.OPEN, Verdict.ESCAPED)
+            }
+            left = f" (and {counts[Verdict.OPEN]} open)" if counts[Verdict.OPEN] else ""
+            told.append(f"{where} {counts[Verdict.ESCAPED]}{left} of {sum(counts.values())}")
         return f"{len(self.rows)} cases, {proved} of them proved unconfined on this host; escapes: {'; '.join(told)}"
 
     # -- how it is shown -----------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ def _row(name: str, cells: Sequence[str], wide: int, widths: Sequence[int]) -> s
 
 def _escaped(text: str) -> str:
     text = text.replace("|", "\\|")
-    return f"**{text}**" if text == Verdict.ESCAPED else text
+    return f"**{text}**" if text in (Verdict.ESCAPED, Verdict.OPEN) else text
 
 
 TABLE: Final = Table()

@@ -92,9 +92,9 @@ TABLE = [
     ("prctl", (4, 1), ALLOW, ALLOW),
     ("setpriority", (0, 0, 5), ALLOW, ALLOW),
     ("setpriority", (0, 7, 5), ALLOW, NOTIFY),
-    ("setpriority", (2, 0, 5), ALLOW, EPERM),
+    ("setpriority", (2, 0, 5), EPERM, EPERM),
     ("ioprio_set", (1, 7, 5), ALLOW, NOTIFY),
-    ("ioprio_set", (3, 0, 5), ALLOW, EPERM),
+    ("ioprio_set", (3, 0, 5), EPERM, EPERM),
     ("sched_setaffinity", (0, 8, SOMEWHERE), ALLOW, ALLOW),
     ("sched_setaffinity", (7, 8, SOMEWHERE), ALLOW, NOTIFY),
     ("prlimit64", (0, 7, SOMEWHERE, 0), ALLOW, ALLOW),
@@ -127,6 +127,46 @@ def test_what_would_be_shared_with_others_does_not_exist(machine: str, name: str
 @pytest.mark.parametrize("name", ["pidfd_getfd", "process_vm_readv", "process_vm_writev"])
 def test_a_policy_actor_is_asked_about_other_processes(machine: str, name: str) -> None:
     assert answer(rings.actor_ring(Role.POLICY, machine, datagrams=False), machine, name, 1) == NOTIFY
+
+
+KEEPER, OTHER = 41, 42
+GROUP = -KEEPER & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(
+    ("name", "arguments", "answered"),
+    [
+        ("kill", (KEEPER, 19), EPERM),
+        ("kill", (GROUP, 19), EPERM),
+        ("kill", (-1 & 0xFFFFFFFF, 19), EPERM),
+        ("kill", (OTHER, 19), ALLOW),
+        ("kill", (-OTHER & 0xFFFFFFFF, 19), ALLOW),
+        ("kill", (0, 19), ALLOW),
+        ("tkill", (KEEPER, 19), EPERM),
+        ("tgkill", (KEEPER, KEEPER, 19), EPERM),
+        ("tgkill", (OTHER, KEEPER, 19), ALLOW),  # ESRCH: it is no thread of that process
+        ("rt_sigqueueinfo", (KEEPER, 19, SOMEWHERE), EPERM),
+        ("rt_tgsigqueueinfo", (KEEPER, KEEPER, 19, SOMEWHERE), EPERM),
+        ("pidfd_send_signal", (3, 19, 0, 0), ENOSYS),
+        ("fcntl", (3, 8, KEEPER), EPERM),
+        ("fcntl", (3, 8, GROUP), EPERM),
+        ("fcntl", (3, 8, OTHER), ALLOW),
+        ("fcntl", (3, 15, SOMEWHERE), refuse(errno.EINVAL)),
+        ("fcntl", (KEEPER, 3), ALLOW),
+        ("prlimit64", (KEEPER, 0, SOMEWHERE, 0), EPERM),
+        ("prlimit64", (KEEPER, 0, 0, SOMEWHERE), ALLOW),
+        ("sched_setaffinity", (KEEPER, 8, SOMEWHERE), EPERM),
+        ("setpriority", (0, KEEPER, 19), EPERM),
+        ("setpriority", (1, KEEPER, 19), EPERM),
+        ("setpriority", (0, OTHER, 19), ALLOW),
+    ],
+)
+def test_an_actor_cannot_hold_up_who_judges_it(
+    machine: str, name: str, arguments: tuple[int, ...], answered: int
+) -> None:
+    program = rings.actor_ring(Role.ENV, machine, datagrams=False, keepers=(7, KEEPER))
+    assert answer(program, machine, name, *arguments) == answered
 
 
 @pytest.mark.parametrize("machine", MACHINES)
