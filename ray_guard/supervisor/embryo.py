@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
 from ray_guard.kernel import borrowing, ipc, landlock, libc, seccomp, seqpacket
@@ -28,7 +28,7 @@ class Embryo:
 
     Attributes:
         pid: the tool's, from the beginning.
-        listener: where its notifications arrive, to be closed by the caller; ``-errno`` where it could not be taken.
+        listener: where its notifications arrive; ``-errno`` where it could not be taken.
     """
 
     def __init__(self, program: tuple[seccomp.Instruction, ...]) -> None:
@@ -54,26 +54,30 @@ class Embryo:
         finally:
             os.close(pidfd)
 
-    def prepare(self, descriptors: Sequence[int]) -> None:
-        """Tells it what it will be: [memory file of the start, working folder, the tool's own descriptors …]."""
-        self._tell({"op": "prepare"}, descriptors)
-
-    def go(self) -> None:
-        """Lets it become the tool."""
-        self._tell({"op": "go"})
-
-    def _tell(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+    def announce(self, line: socket.socket) -> None:
+        """Gives the supervisor what it needs of this process: its own line and its listener."""
         try:
-            seqpacket.send(self._line, message, descriptors)
+            seqpacket.send(line, {"op": "ready", "pid": self.pid}, [self._line.fileno(), self.listener])
         except OSError:
-            pass  # it has ended: failure() and its status tell
-
-    def failure(self) -> bytes:
-        """Waits until it is the tool (then empty) or has said why it cannot be. Without :meth:`go` it ends here."""
+            pass  # the supervisor is gone: the line says so
         self._line.close()
+        os.close(self.listener)
+
+    def failure(self) -> dict[str, Any]:
+        """Waits until it is the tool (then empty) or has said why it cannot be."""
         found = os.read(self._failed, 4096)
         os.close(self._failed)
-        return found
+        failure: dict[str, Any] = json.loads(found) if found else {}
+        return failure
+
+    def fault(self) -> dict[str, Any] | None:
+        """Why no listener came; None: the process was killed, and another one may live."""
+        self._line.close()
+        failure = self.failure()
+        if failure or self.listener == -errno.ECHILD:
+            return failure or None
+        error = f"the listener cannot be taken: {os.strerror(-self.listener)}"
+        return {"stage": "filter", "errno": -self.listener, "text": error}
 
 
 def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, failed: int) -> NoReturn:

@@ -96,20 +96,11 @@ result = [process.wait(10), process.pid]
     assert host.run("call", ["echo", "here"]).stdout == "here\n"
 
 
-def test_a_waiting_process_that_died_costs_one_start_and_says_so(host: Host) -> None:
+def test_a_waiting_process_that_died_is_replaced(host: Host) -> None:
     leader(host)
     for each in settled(host):
         for waiting in children(each):
             os.kill(waiting, signal.SIGKILL)
-    outcome = host.inside(
-        """
-try:
-    result = ray_guard.run(["true"]).returncode
-except (ray_guard.NotEnforced, OSError) as error:
-    result = str(error)
-"""
-    )
-    assert outcome != 0
     assert host.run("call", ["echo", "here"]).stdout == "here\n"
 
 
