@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -35,6 +36,7 @@ class Embryo:
         armed_read, armed_write = os.pipe()
         self._failed, failed_write = os.pipe()
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _altered_signals()
         self.pid = os.fork()
         if self.pid == 0:
             _live(program, theirs.detach(), armed_write, failed_write)
@@ -146,7 +148,7 @@ def _handed_over(line: socket.socket) -> int:
 
 def _told(line: int) -> list[int]:
     """The descriptors of the leader's next message. Without one there will be no tool: this process ends."""
-    sock = socket.socket(fileno=line)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
     try:
         received = seqpacket.receive(sock)
     finally:
@@ -168,10 +170,17 @@ def _park(descriptor: int, at_least: int) -> int:
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, at_least)
 
 
+@functools.cache
+def _altered_signals() -> tuple[int, ...]:
+    """Those that this process, a leader, does not leave at their default. Asked once: it costs more than to reset."""
+    numbers = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    # None: the C library keeps it for itself
+    return tuple(int(number) for number in numbers if signal.getsignal(number) not in (signal.SIG_DFL, None))
+
+
 def _reset_signals() -> None:
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        if signal.getsignal(number) not in (signal.SIG_DFL, None):  # None: the C library keeps it for itself
-            signal.signal(number, signal.SIG_DFL)
+    for number in _altered_signals():
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -11,6 +11,8 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from ray_guard.kernel import landlock, libc, procfs, seccomp, seqpacket
@@ -56,8 +58,9 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
             return 0
         if received is None:
             return 0  # the embryo's line is the supervisor's too, and it ends with that, or with this process
-        call = _Call(line, wake_read, received[0].get("wall_seconds"))
-        if not call.run(embryo) or not call.await_release():
+        message, asking = received
+        call = _Call(line, wake_read, message.get("wall_seconds"))
+        if not call.run(embryo, asking) or not call.await_release():
             return 0
 
 
@@ -99,14 +102,23 @@ class _Call:
             self._released = received[0].get("op") == "again"  # else it was for the tool, and crossed with its end
         return True
 
-    def run(self, embryo: Embryo) -> bool:
-        """Waits until the tool has started and ended, ends what is left; False: something could not be ended."""
+    def run(self, embryo: Embryo, asking: Sequence[int]) -> bool:
+        """Waits until the tool has started and ended, ends what is left; False: something could not be ended.
+
+        Args:
+            asking: the line to whoever asked for it, if there still is one.
+        """
         self._pid = embryo.pid
         failure = embryo.failure()
         if failure:
+            seqpacket.close_all(asking)
             self._tell(failure)
             return not self._end_all()
-        self._tell({"op": "started", "pid": self._pid})
+        started = {"op": "started", "pid": self._pid}
+        self._tell(started)
+        for descriptor in asking:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor) as line, suppress(OSError):
+                seqpacket.send(line, started)
         timed_out = self._attend()
         survivors = self._end_all()
         self._tell(

@@ -37,6 +37,7 @@ class Leader:
         self._leaders = leaders
         self._line = line
         self._embryo: socket.socket | None = None
+        self._started = True
         self.fresh = True
         self.pid = 0
         self.listener = -1
@@ -46,10 +47,10 @@ class Leader:
     def fileno(self) -> int:
         return self._line.fileno()
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def tell(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Tells the leader. One that is gone says so itself."""
         try:
-            seqpacket.send(self._line, message)
+            seqpacket.send(self._line, message, descriptors)
         except OSError:
             pass
 
@@ -61,6 +62,11 @@ class Leader:
         """Lets it become the tool. Should it have ended, its leader says so."""
         self._tell_embryo({"op": "go"})
         self.cancel()
+
+    def start(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Tells the leader what it is to lead. The tool does not wait for that, so :meth:`go` comes first."""
+        self._started = True
+        self.tell({**message, "op": "start"}, descriptors)
 
     def _tell_embryo(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> bool:
         if self._embryo is None:
@@ -81,6 +87,8 @@ class Leader:
         """What it did is taken in (or of no interest any more: then it ends that first). It may serve again."""
         self.heard = None
         self.cancel()
+        if not self._started:
+            self.start({})
         self.tell({"op": "again"})
 
     def drop(self) -> None:
@@ -110,6 +118,7 @@ class Leader:
             embryo, self.listener = descriptors
             self._embryo = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, embryo)
             self.pid = int(message["pid"])
+            self._started = False
             self._leaders.ready(self)
         elif message.get("op") == "unfit":
             self.fault = message

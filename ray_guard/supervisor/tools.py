@@ -147,9 +147,12 @@ class Tool:
         self._close_descriptors()
         self._leader = leader
         leader.heard = self._from_leader
-        leader.tell({"op": "start", "wall_seconds": self._policy.limits(Scope.CALL).get("wall_seconds")})
         listener, leader.listener = leader.listener, -1
         self._armed(leader.pid, listener)
+        if self.running:
+            # The requester waits for the start, so its leader says so itself; all else comes from here.
+            asking = () if self._control is None else (self._control.fileno(),)
+            leader.start({"wall_seconds": self._policy.limits(Scope.CALL).get("wall_seconds")}, asking)
 
     def _close_descriptors(self) -> None:
         seqpacket.close_all(self._descriptors)
@@ -166,7 +169,6 @@ class Tool:
         operation = message.get("op")
         if operation == "started":
             self._started = True
-            self._answer({"op": "started", "pid": self._pid})
         elif operation == "failed":
             self._failed(message)
         elif operation == "exited":
@@ -232,7 +234,8 @@ class Tool:
             self._account.close()
         if "status" in message:
             keys = ("status", "timed_out", "unkillable", "cpu_seconds", "peak_memory")
-            self._answer({"op": "exited", **{key: message[key] for key in keys if key in message}})
+            ended = {key: message[key] for key in keys if key in message}
+            self._answer({"op": "exited", "pid": self._pid, **ended})
         self._hang_up()
         leader, self._leader = self._leader, None
         if leader is not None:
