@@ -104,6 +104,8 @@ class Control:
             self._sock.close()
             number = int(answer["errno"])
             raise OSError(number, os.strerror(number))
+        if answer.get("op") == "exited":  # its leader was lost before it could say that it had started
+            self.exited = answer
         self.pid = int(answer["pid"])
 
     def wait(self, timeout: float | None) -> dict[str, Any] | None:

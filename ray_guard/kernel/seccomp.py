@@ -95,7 +95,7 @@ class Instruction(NamedTuple):
     k: int
 
 
-_LD_ABS, _ALU_AND, _JEQ, _JGT, _JSET, _RET = 0x20, 0x54, 0x15, 0x25, 0x45, 0x06
+_LD_ABS, _ALU_AND, _JA, _JEQ, _JGT, _JGE, _RET = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x06
 _OFFSET_NR, _OFFSET_ARCH, _OFFSET_ARGS = 0, 4, 16
 _X32_BIT = 0x40000000
 
@@ -123,30 +123,46 @@ def assemble(rules: Sequence[Rule], machine: str, *, default: int = ALLOW) -> tu
         Instruction(_JGT, 0, 1, LAST_KNOWN),  # the x32 bit is above it too
         Instruction(_RET, 0, 0, nosys),
     ]
+    by_number: dict[int, list[Rule]] = {}
     for rule in rules:
         number = numbers.get(rule.name)
         if number is not None:
-            program += _assemble_rule(rule, number)
-    program.append(Instruction(_RET, 0, 0, default))
+            by_number.setdefault(number, []).append(rule)
+    program += _search(sorted(by_number.items()), default)
     return tuple(program)
 
 
-def _assemble_rule(rule: Rule, number: int) -> list[Instruction]:
-    tests: list[tuple[list[Instruction], Test, int]] = [([], Test.EQUAL, number)]
-    for when in rule.conditions:
+def _search(rules: Sequence[tuple[int, Sequence[Rule]]], default: int) -> list[Instruction]:
+    """Finds the rules of the number in the accumulator by halving: the kernel walks the program for every number there
+    is when it is installed, and for every call afterwards whose answer depends on an argument."""
+    if len(rules) > 1:
+        half = len(rules) // 2
+        below, above = _search(rules[:half], default), _search(rules[half:], default)
+        # Conditional jumps reach 255 instructions, others any.
+        return [Instruction(_JGE, 0, 1, rules[half][0]), Instruction(_JA, 0, 0, len(below)), *below, *above]
+    program = [Instruction(_RET, 0, 0, default)]
+    for number, its_rules in rules:
+        body = program
+        for rule in reversed(its_rules):
+            body = [*_assemble_rule(rule), *body]
+        program = [Instruction(_JEQ, 1, 0, number), Instruction(_RET, 0, 0, default), *body]
+    return program
+
+
+def _assemble_rule(rule: Rule) -> list[Instruction]:
+    """Where all conditions hold it returns, else it goes on behind itself."""
+    body: list[Instruction] = [Instruction(_RET, 0, 0, rule.action)]
+    for when in reversed(rule.conditions):
         load = [Instruction(_LD_ABS, 0, 0, _OFFSET_ARGS + 8 * when.argument + (4 if when.high else 0))]
         if when.mask != 0xFFFFFFFF:
             load.append(Instruction(_ALU_AND, 0, 0, when.mask))
-        tests.append((load, when.test, when.value))
-    body: list[Instruction] = [Instruction(_RET, 0, 0, rule.action)]
-    for load, test, value in reversed(tests):
         over = len(body)  # a failed test jumps behind the rule's return
         if over > 250:
             raise ValueError(f"rule for {rule.name} has too many conditions")
-        jump = Instruction(_JEQ, 0, over, value) if test is Test.EQUAL else Instruction(_JEQ, over, 0, value)
+        equal = when.test is Test.EQUAL
+        jump = Instruction(_JEQ, 0, over, when.value) if equal else Instruction(_JEQ, over, 0, when.value)
         body = [*load, jump, *body]
-    # The accumulator holds an argument after a failed test: every rule loads the number again.
-    return [Instruction(_LD_ABS, 0, 0, _OFFSET_NR), *body]
+    return body
 
 
 class _SockFprog(ctypes.Structure):

@@ -25,13 +25,14 @@ def main(descriptor: int, prepared: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)  # it ends after its last target, not with a terminal or a job's group
     os.umask(0o077)
     borrowing.works(), ipc.can_be_own()  # asked here, so that the zygote goes by the same answers
-    starts, zygote_pid = zygote.fork(close=[descriptor], prepared=prepared)
+    starts, zygote_pid = zygote.fork(close=[descriptor])
+    leaders = [zygote.ask_for_leader(starts) for _ in range(prepared)]
     import logging
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     from ray_guard.supervisor.service import serve
 
-    serve(descriptor, starts, zygote_pid)
+    serve(descriptor, starts, zygote_pid, leaders)
 
 
 if __name__ == "__main__":

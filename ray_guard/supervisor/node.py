@@ -23,6 +23,7 @@ from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
+from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.resolver import Resolver
 
@@ -80,8 +81,9 @@ class Syncer:
 class Node:
     """See the module."""
 
-    def __init__(self, loop: Loop, own_folders: tuple[str, ...]) -> None:
+    def __init__(self, loop: Loop, own_folders: tuple[str, ...], leaders: Leaders) -> None:
         self.loop = loop
+        self.leaders = leaders
         self.means = Means(loop)
         self.meter = Meter(SockDiag(), loop, self._flush)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())

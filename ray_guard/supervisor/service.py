@@ -8,11 +8,13 @@ import os
 import resource
 import select
 import socket
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
 from ray_guard.supervisor import zygote
+from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.session import Session
@@ -23,18 +25,20 @@ LINGER_S: Final = 2.0
 """How long a supervisor without targets waits for the next one."""
 
 
-def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
+def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequence[socket.socket]) -> None:
     """Runs the supervisor on the listening socket ``descriptor`` until its last target has gone.
 
     Args:
         starts: where the zygote takes starts.
         zygote_pid: the zygote itself: without it there is nothing to supervise.
+        leaders: lines to those that were asked for already.
     """
     libc.prctl(libc.PR_SET_DUMPABLE, 0)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = Loop()
-    node = Node(loop, (rendezvous.folder(),))
+    pool = Leaders(loop, partial(zygote.ask_for_leader, starts), leaders)
+    node = Node(loop, (rendezvous.folder(),), pool)
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
     node.zygote = zygote_pid

@@ -362,6 +362,8 @@ class Session:
         if not self._node.means.borrows and any(_sends_anywhere(descriptor) for descriptor in descriptors[3:]):
             raise NotEnforced(["pass_fds"], "messages on a datagram socket cannot be judged: pidfd_getfd is refused")
         control = _line(descriptors[0])
+        given = descriptors[1:]
+        del descriptors[1:]  # the tool's now
         tool = Tool(
             self._node,
             target,
@@ -369,8 +371,7 @@ class Session:
             start,
             _call(message),
             control=control,
-            zygote=self._zygote,
-            descriptors=[os.dup(descriptor) for descriptor in descriptors[1:]],
+            descriptors=given,
         )
         self._tools = [known for known in self._tools if known.running]
         self._tools.append(tool)

@@ -58,8 +58,14 @@ def full_backlog() -> Iterator[int]:
             sock.close()
 
 
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    """Without those of its leaders, a few of which stay: a line, and the line and listener of the next tool of each."""
+    leaders = [leader for zygote in children(pid) for leader in children(zygote)]
+    return len(os.listdir(f"/proc/{pid}/fd")) - 3 * len(leaders)
 
 
 def links(pid: int) -> list[str]:

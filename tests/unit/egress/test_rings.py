@@ -7,9 +7,12 @@ import socket
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ray_guard.egress import rings
-from ray_guard.kernel.seccomp import ALLOW, NOTIFY, Instruction, refuse
+from ray_guard.kernel import seccomp
+from ray_guard.kernel.seccomp import ALLOW, NOTIFY, Instruction, Rule, When, assemble, refuse
 from ray_guard.kernel.syscalls import AUDIT_ARCH, LAST_KNOWN, TABLES
 from ray_guard.records import Role
 
@@ -35,6 +38,10 @@ def run(program: Sequence[Instruction], number: int, arguments: Sequence[int], a
             at += jump_true if accumulator == constant else jump_false
         elif code == 0x25:  # jgt
             at += jump_true if accumulator > constant else jump_false
+        elif code == 0x35:  # jge
+            at += jump_true if accumulator >= constant else jump_false
+        elif code == 0x05:  # ja
+            at += constant
         elif code == 0x06:  # ret
             return constant
         else:
@@ -188,3 +195,33 @@ def test_numbers_nobody_knows_and_x32_do_not_exist(machine: str, number: int) ->
 def test_another_architecture_does_not_exist(machine: str) -> None:
     i386 = 0x40000003
     assert run(rings.call_ring(machine), 102, (3,), i386) == ENOSYS  # socketcall
+
+
+_CALLS = sorted(TABLES[MACHINES[0]].keys() & TABLES[MACHINES[-1]].keys())[:9]
+_whens = st.builds(
+    When,
+    st.integers(0, 2),
+    st.sampled_from(list(seccomp.Test)),
+    st.integers(0, 3),
+    st.sampled_from([0xFFFFFFFF, 1, 2]),
+    st.booleans(),
+)
+_rules = st.builds(Rule, st.sampled_from(_CALLS), st.integers(1, 9), st.lists(_whens, max_size=3).map(tuple))
+
+
+def holds(when: When, arguments: Sequence[int]) -> bool:
+    word = arguments[when.argument] >> (32 if when.high else 0) & 0xFFFFFFFF
+    return (word & when.mask == when.value) is (when.test is seccomp.Test.EQUAL)
+
+
+@given(
+    st.sampled_from(MACHINES),
+    st.lists(_rules, max_size=40),
+    st.sampled_from(_CALLS),
+    st.lists(st.sampled_from([0, 1, 2, 3, 1 << 32, 3 << 32]), min_size=3, max_size=3),
+)
+def test_the_first_rule_that_holds_decides(machine: str, rules: list[Rule], name: str, arguments: list[int]) -> None:
+    expected = next(
+        (rule.action for rule in rules if rule.name == name and all(holds(w, arguments) for w in rule.conditions)), 7777
+    )
+    assert answer(assemble(rules, machine, default=7777), machine, name, *arguments) == expected
