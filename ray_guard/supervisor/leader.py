@@ -49,7 +49,7 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
         if received is None:
             return 0  # with this process the embryo's line closes, and it ends
         message, (link, supervisor, *own) = received
-        call = _Call(socket.socket(fileno=link), supervisor, wake_read, message.get("wall_seconds"))
+        call = _Call(socket.socket(fileno=link), supervisor, wake_read, message)
         with call:
             if embryo is None:
                 call.refuse("scope", scope.errno if scope else None, f"Landlock: {scope.strerror if scope else ''}")
@@ -65,12 +65,16 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
 class _Call:
     """One start, from its request to the death of its tree."""
 
-    def __init__(self, link: socket.socket, supervisor: int, wake: int, wall_seconds: float | None) -> None:
+    def __init__(self, link: socket.socket, supervisor: int, wake: int, request: dict[str, Any]) -> None:
         self._link = link
         self._supervisor = supervisor
         self._wake = wake
-        self._wall = None if wall_seconds is None else float(wall_seconds)
+        wall, memory = request.get("wall_seconds"), request.get("memory")
+        self._wall = None if wall is None else float(wall)
+        self._memory = None if memory is None else int(memory)
+        self._keeps = request.get("survivors") == "keep"
         self._pid = 0
+        self._deadline: float | None = None
         self._status: int | None = None
         self._cpu_seconds = 0.0
         self._peak_memory = 0
@@ -92,18 +96,27 @@ class _Call:
         if not self._launch(embryo, own):
             return not self._end_all()
         timed_out = self._attend()
+        kept = self._survivors() if self._keeps and not timed_out and self._status is not None else 0
+        if kept:
+            self._tell({**self._outcome(), "op": "left", "survivors": kept})
+            timed_out = self._attend()
         survivors = self._end_all()
-        self._tell(
-            {
-                "op": "exited",
-                "status": self._status if self._status is not None else signal.SIGKILL,
-                "timed_out": timed_out,
-                "unkillable": survivors,
-                "cpu_seconds": self._cpu_seconds,
-                "peak_memory": self._peak_memory,
-            }
-        )
+        self._tell({**self._outcome(), "timed_out": timed_out, "unkillable": survivors})
         return not survivors
+
+    def _outcome(self) -> dict[str, Any]:
+        return {
+            "op": "exited",
+            "status": self._status if self._status is not None else signal.SIGKILL,
+            "cpu_seconds": self._cpu_seconds,
+            "peak_memory": self._peak_memory,
+        }
+
+    def _survivors(self) -> int:
+        """How many processes the tool has left behind."""
+        if not self._reap():
+            return 0
+        return sum(not procfs.is_zombie(pid) for pid in procfs.descendants(os.getpid()))
 
     def _tell(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
         try:
@@ -118,7 +131,7 @@ class _Call:
         """Starts the tool; False: it could not be, and that was told."""
         armed = embryo.listener >= 0
         if armed:
-            embryo.prepare(own)  # while the supervisor writes its record and opens the gate
+            embryo.prepare(own, self._memory)  # while the supervisor writes its record and opens the gate
             self._tell({"op": "armed", "pid": embryo.pid}, (embryo.listener,))
             os.close(embryo.listener)
             if self._await_go():
@@ -127,6 +140,7 @@ class _Call:
         failure = embryo.failure()
         if armed and not failure:
             self._tell({"op": "started", "pid": self._pid})
+            self._deadline = None if self._wall is None else time.monotonic() + self._wall
             return True
         if failure:
             self._tell(json.loads(failure))
@@ -142,22 +156,23 @@ class _Call:
         return answer is not None and answer[0].get("op") == "go"
 
     def _attend(self) -> bool:
-        """Waits for the tool's end, passing on signals; whether its time ran out."""
+        """Waits for the tool's end, or where that is past for that of all it left; whether the call's time ran out."""
         poll = select.poll()
         for descriptor in (self._link.fileno(), self._supervisor, self._wake):
             poll.register(descriptor, select.POLLIN)
-        limit = None if self._wall is None else time.monotonic() + self._wall
+        limit = self._deadline
         timed_out = False
-        self._reap()  # it may have ended before anybody looked
-        while self._status is None:
+        alone = self._status is None
+        left = self._reap()  # it may have ended before anybody looked
+        while self._status is None if alone else left:
             timeout = None if limit is None else max(0.0, limit - time.monotonic())
             for descriptor, _ in poll.poll(None if timeout is None else timeout * 1000 + 1):
                 if descriptor == self._wake:
                     os.read(self._wake, 512)
                 elif descriptor == self._supervisor or not self._obey():
                     return timed_out
-            self._reap()
-            if limit is not None and time.monotonic() >= limit and self._status is None:
+            left = self._reap()
+            if limit is not None and time.monotonic() >= limit and (self._status is None if alone else left):
                 if timed_out:
                     return True
                 timed_out = True
@@ -174,7 +189,8 @@ class _Call:
         if received is None or received[0].get("op") != "signal":
             return False
         try:
-            os.kill(self._pid, int(received[0]["number"]))  # not reaped yet, so the pid is still the tool's
+            if self._status is None:  # not reaped yet, so the pid is still the tool's
+                os.kill(self._pid, int(received[0]["number"]))
         except (OSError, ValueError, KeyError):
             pass
         return True

@@ -11,7 +11,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -64,6 +64,8 @@ class Ring:
         self.policy = policy
         self.root = root
         self._origin = origin
+        self.origin_of: Callable[[int], Origin] = target.origin_of_thread if origin is None else lambda _tid: origin
+        """Whose doing a thread's calls are; within a call a process of its own may be known (see processes)."""
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
@@ -92,7 +94,7 @@ class Ring:
         inode: tuple[int, int] | None = None,
         size: int = 0,
     ) -> Ruling:
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
                           self._process(tid), inode)  # fmt: skip
@@ -113,7 +115,7 @@ class Ring:
         known = self._known.get(address)
         if known is None or self._meter.find(cookie) is not None:
             return None
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
         if not origin.account.free:
             if origin.call is not None:
                 self.target.intents[tid] = origin.call
