@@ -1,7 +1,6 @@
-"""The processes of one call as a ledger: how many were made, how many live, what CPU time they took. Pure.
+"""The CPU time of one call's processes as a ledger. Pure: what was notified and measured is told to it.
 
-Runs in the supervisor, which tells it what was notified (a fork granted, an exit begun) and what was measured. Nothing
-here reads a clock or the system: times are ``time.monotonic()`` seconds that the caller passes.
+Runs in the supervisor. Times are seconds of CLOCK_BOOTTIME, by which the kernel dates a process's start.
 
 Why exited processes are not left to the kernel's sums: with SIGCHLD ignored they are in nobody's rusage, and a swarm
 that forks itself anew falls between any two samples. So each is charged when its exit is notified, from its own clock;
@@ -11,12 +10,14 @@ most, and the sum is then no longer :attr:`Ledger.exact`.
 
 from __future__ import annotations
 
-from collections import deque
+import os
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Final
 
-_GRANTS_KEPT: Final = 65_536
-_NS: Final = 1e-9
+_BIRTHS_KEPT: Final = 65_536
+_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
+_NS: Final = 1_000_000_000
 
 
 @dataclass(slots=True, eq=False)
@@ -25,8 +26,8 @@ class Entry:
 
     Attributes:
         pid, born: its number and its start in clock ticks: together its identity.
-        cpu_ns: what has been charged for it.
-        measured: when that was measured.
+        measured: when its clock was read last.
+        cpu_ns: what it showed then.
     """
 
     pid: int
@@ -37,42 +38,41 @@ class Entry:
 
 @dataclass(slots=True)
 class Ledger:
-    """See the module.
+    """See the module. ``bounds``: charge what ended unmeasured by the time it lived. Needed where CPU is limited."""
 
-    Args:
-        tracks_births: keep the time of each fork until its child has been seen, so that children which end unseen can
-            be charged (:meth:`charge_unseen`). Needed only where CPU time is limited.
-    """
-
-    tracks_births: bool = False
+    bounds: bool = False
     made: int = 1
     """Processes made, the first included: exact, but for forks that failed after they were granted."""
-    live: int = 1
-    """At least as many as live now: one that a signal ended is not known to be gone until they are counted."""
     cpu_ns: int = 0
-    exact: bool = True
     bounded_ns: int = 0
     """The part of :attr:`cpu_ns` that is an upper bound."""
-    _unseen: deque[float] = field(default_factory=lambda: deque(maxlen=_GRANTS_KEPT))
+    _births: list[float] = field(default_factory=list)
+    """When each process was granted that has not been seen yet; ascending."""
 
     @property
     def cpu_seconds(self) -> float:
-        return self.cpu_ns * _NS
+        return self.cpu_ns / _NS
+
+    @property
+    def exact(self) -> bool:
+        return self.bounded_ns == 0
 
     def granted(self, now: float) -> None:
         """A process is about to be made."""
         self.made += 1
-        self.live += 1
-        if self.tracks_births:
-            if len(self._unseen) == _GRANTS_KEPT:  # its child may still live, and then it is charged twice
-                self._bound(now - self._unseen[0])
-            self._unseen.append(now)
+        if self.bounds:
+            if len(self._births) >= _BIRTHS_KEPT:  # its child may still live, and then it is charged twice
+                self._bound(now - self._births.pop(0))
+            self._births.append(now)
 
-    def seen(self, pid: int, born: int, now: float, cpu_ns: int = 0) -> Entry:
-        """A process has made itself known; ``cpu_ns`` is not charged for it (the first: what was before the start)."""
-        if self._unseen:
-            self._unseen.popleft()
-        return Entry(pid, born, now, cpu_ns)
+    def seen(self, pid: int, born: int, now: float) -> Entry:
+        """A process has made itself known, or was found."""
+        if self._births:
+            # Whose birth it was is not known; of those that can be it, the last leaves the others the longer lives.
+            at = bisect_right(self._births, (born + 1) * _TICK_S)
+            if at:
+                del self._births[at - 1]
+        return Entry(pid, born, max(0.0, min(now, born * _TICK_S)))
 
     def measured(self, entry: Entry, cpu_ns: int, now: float) -> int:
         """Charges what the process used since it was measured last; returns it."""
@@ -82,24 +82,17 @@ class Ledger:
         self.cpu_ns += more
         return more
 
-    def ended(self, entry: Entry, cpu_ns: int | None, now: float, *, notified: bool) -> int:
-        """Charges a process's last; returns it.
-
-        Args:
-            cpu_ns: its clock at the end; None: nobody read it, so it is charged the time since it was measured.
-            notified: its exit was, so it is one fewer that lives.
-        """
-        if notified:
-            self.live -= 1
+    def ended(self, entry: Entry, cpu_ns: int | None, now: float) -> int:
+        """Charges a process's last; returns it. ``cpu_ns`` None: its clock could not be read any more."""
         if cpu_ns is not None:
             return self.measured(entry, cpu_ns, now)
-        return self._bound(now - entry.measured)
+        return self._bound(now - entry.measured) if self.bounds else 0
 
     def charge_unseen(self, before: float, now: float) -> int:
-        """Charges every process that was granted ``before`` then and was not found among the living; returns it."""
-        charged = 0
-        while self._unseen and self._unseen[0] < before:
-            charged += self._bound(now - self._unseen.popleft())
+        """All that live were just looked for: charges those granted ``before`` then that were not there."""
+        count = bisect_right(self._births, before)
+        charged = sum(self._bound(now - birth) for birth in self._births[:count])
+        del self._births[:count]
         return charged
 
     def settle(self, cpu_ns: int) -> int:
@@ -108,15 +101,10 @@ class Ledger:
         self.cpu_ns += more
         return more
 
-    def counted(self, live: int) -> None:
-        """They were counted one by one."""
-        self.live = live
-
     def _bound(self, seconds: float) -> int:
-        charged = int(max(0.0, seconds) / _NS)
+        charged = int(max(0.0, seconds) * _NS)
         self.cpu_ns += charged
         self.bounded_ns += charged
-        self.exact = False
         return charged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -65,7 +66,9 @@ def children(pid: int) -> list[int]:
     return found
 
 
+@functools.cache
 def tells_children() -> bool:
+    """Whether :func:`children` works here."""
     return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 

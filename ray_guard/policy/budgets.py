@@ -161,6 +161,7 @@ class Account:
         self._held: dict[str, Amount] = {}
         self._refused = 0
         self._closed = False
+        self._retained = 0
         self.free: bool = not any(kind in self._limits or kind in self._watched for kind in NETWORK_KINDS) and (
             parent is None or parent.free
         )
@@ -287,6 +288,22 @@ class Account:
                 return Exceeded(kind, value, limits[kind], self.scope, self.source, report_only)
         return None
 
+    def level(self, kind: str, before: Amount, now: Amount) -> Exceeded | None:
+        """Something that is held (``memory``, ``processes``) has changed, whether there is room or not.
+
+        Args:
+            before: what of it is reserved here already, and given back.
+            now: what is reserved instead; the limit that this passes is returned.
+        """
+        if self._closed:
+            return None
+        self._release((_known(kind),), before)
+        node: Account | None = self
+        while node is not None:
+            node._held[kind] = node._held.get(kind, 0) + now
+            node = node._parent
+        return self._find([(kind, 0)])
+
     def extend(self, kind: str, amount: Amount) -> None:
         """Raises this scope's limit: the job's limit arrives in leased chunks. Absent means unlimited and stays so."""
         if _known(kind) in self._limits:
@@ -301,9 +318,19 @@ class Account:
         for node in self._upwards():
             node._refused += 1
 
+    def retain(self) -> None:
+        """Somebody else goes on charging this scope after its end, and closes it once more when done."""
+        self._retained += 1
+
     def close(self) -> None:
-        """The scope has ended, and those within it: what they had reserved is given back. Idempotent."""
+        """The scope has ended, and those within it: what they had reserved is given back. Idempotent.
+
+        One that is retained stays open until as many have closed it again.
+        """
         if self._closed:
+            return
+        if self._retained:
+            self._retained -= 1
             return
         for child in list(self._children):
             child.close()

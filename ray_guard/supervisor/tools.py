@@ -7,7 +7,6 @@ the last filtered process is gone.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import select
@@ -26,18 +25,20 @@ from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import seqpacket
 from ray_guard.kernel.seccomp import Listener
-from ray_guard.policy.budgets import Account, Scope
+from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
+from ray_guard.supervisor import arguments
+from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.node import Node
+from ray_guard.supervisor.process_spans import exit_attributes
+from ray_guard.supervisor.processes import Processes, Usage
 from ray_guard.supervisor.ring import Ring
 from ray_guard.supervisor.start import Start
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
 
 log = logging.getLogger("ray_guard.tools")
 
-_ARGUMENT_SHOWN: Final = 256
-_ARGUMENTS_SHOWN: Final = 64
 _LOST: Final = "the process that led it was lost"
 
 
@@ -64,6 +65,9 @@ class Tool:
         control: to the requester.
         zygote: to the process that forks leaders.
         descriptors: [memory file, working folder, the tool's own descriptors …], consumed.
+
+    Raises:
+        BudgetExceeded: there is no room for it; that is in the journal.
     """
 
     def __init__(
@@ -92,12 +96,26 @@ class Tool:
         self._span = new_span_id()
         self._implicit: SpanRecord | None = None
         self._account: Account | None = None
+        self._processes: Processes | None = None
+        self._passed: Exceeded | None = None
+        self._left = False
         self._origin = self._find_origin(call)
+        self._clocks = target.clocks(self._origin)
+        if self._account is not None:
+            self._clocks.append((self._account, time.monotonic()))
+        exceeded = self._enter()
+        if exceeded is not None:
+            seqpacket.close_all(descriptors)
+            raise exceeded.error()
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = os.pidfd_open(os.getpid())
         try:
-            wall = policy.limits(Scope.CALL).get("wall_seconds")
-            request = {"op": "start", "wall_seconds": wall}
+            request = {
+                "op": "start",
+                "wall_seconds": self._time_left(),
+                "memory": _least(self._origin.account, MEMORY),
+                "survivors": policy.survivors,
+            }
             seqpacket.send(zygote, request, [theirs.fileno(), own, *descriptors])
         finally:
             os.close(own)
@@ -124,13 +142,59 @@ class Tool:
                 "gen_ai.operation.name": "execute_tool",
                 "gen_ai.tool.name": name,
                 "gen_ai.tool.call.id": span_id,
-                "ray_guard.arguments.sha256": _hash(self._start.argv),
+                "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
             },
         )
         identity = fragment({"rl.run.id": self._target.run_id, **call.identity, "ray_guard.source": "supervisor"})
         self._target.write(self._implicit, identity)
         self._account = self._target.call_account(span_id, None)
         return Origin(self._implicit.trace_id, self._span, identity, self._account, None, span_id)
+
+    # -- limits --------------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> Exceeded | None:
+        """Takes the room that a tool needs; the limit that leaves none."""
+        account = self._origin.account
+        found = [
+            *(account.measured(WALL, time.monotonic() - began) for account, began in self._clocks),
+            account.charge(CPU, 0),
+            account.reserve(PROCESSES, 1),
+        ]
+        refusal = next((each for each in found if each is not None and not each.report_only), None)
+        for each in found:
+            if each is not None and (each is refusal or each.report_only):
+                self._target.exceeded(self._origin, self._origin.call, each)
+        if refusal is None:
+            account.retain()
+            return None
+        if refusal.kind != PROCESSES:
+            account.release(PROCESSES, 1)
+        if self._implicit is not None:
+            text = str(refusal.error())
+            self._target.write(
+                replace(self._implicit, end_ns=time.time_ns(), status=StatusCode.ERROR, status_message=text),
+                self._origin.identity,
+            )
+            account.close()
+        return refusal
+
+    def _time_left(self) -> float | None:
+        """Seconds until the first ``wall_seconds`` around this tool are over."""
+        limits = [(account.limit(WALL), began) for account, began in self._clocks]
+        left = [limit - (time.monotonic() - began) for limit, began in limits if limit is not UNLIMITED]
+        return max(0.0, min(left)) if left else None
+
+    def _over(self, exceeded: Exceeded) -> None:
+        """The tree has passed a limit that ends it."""
+        self._passed = exceeded
+        self.end()
+
+    def _judge_time(self, *, timed_out: bool) -> None:
+        for account, began in self._clocks:
+            exceeded = account.measured(WALL, time.monotonic() - began)
+            if exceeded is not None and (timed_out or exceeded.report_only):
+                self._target.exceeded(self._origin, self._span, exceeded)
+                self._passed = self._passed or exceeded
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 
@@ -154,6 +218,8 @@ class Tool:
             self._answer({"op": "started", "pid": self._pid})
         elif operation == "failed":
             self._failed(message)
+        elif operation == "left":
+            self._left_behind(message)
         elif operation == "exited":
             self._finished(message)
         seqpacket.close_all(descriptors)
@@ -168,11 +234,14 @@ class Tool:
             self._link.shutdown(socket.SHUT_RDWR)  # its leader ends it
             return
         self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin)
+        self._processes = Processes(self._node, self._target, self._origin, pid, self._over)
+        self._ring.origin_of = self._processes.origin_of
         self._gate = Gate(
             Listener(listener),
             self._ring,
             self._node.means,
             self._unfiltered,
+            self._processes.handlers,
         )
         seqpacket.send(self._link, {"op": "go"})
 
@@ -190,6 +259,16 @@ class Tool:
             status = {"error": str(error)}
         self._finished(status)
 
+    def _left_behind(self, message: dict[str, Any]) -> None:
+        """The tool has ended; what it leaves running is kept, and still the call's (``survivors: keep``)."""
+        self._left = True
+        try:
+            self._target.write(self._process_record(message), self._origin.identity)
+            self._end_implicit(message)
+        except JournalError:
+            log.exception("the end of a tool could not be journaled")
+        self._tell_end(message)
+
     def _finished(self, message: dict[str, Any]) -> None:
         """The tool's tree is dead: settle, record, tell."""
         self._node.loop.forget(self._link.fileno())
@@ -200,65 +279,57 @@ class Tool:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+        if self._processes is not None:
+            usage = self._processes.close(message.get("cpu_seconds", 0.0), message.get("peak_memory", 0))
+            message |= {"usage": usage}
+        else:
+            self._origin.account.release(PROCESSES, 1)
         try:
             if self._pid:
+                self._judge_time(timed_out=bool(message.get("timed_out")))
                 self._target.write(self._process_record(message), self._origin.identity)
-                if message.get("timed_out"):
-                    self._wall_violation()
-            if self._implicit is not None:
-                failed = message.get("status") != 0
-                status = StatusCode.ERROR if failed else StatusCode.UNSET
-                self._target.write(replace(self._implicit, end_ns=time.time_ns(), status=status), self._origin.identity)
+            if not self._left:
+                self._end_implicit(message)
         except JournalError:
             log.exception("the end of a tool could not be journaled")
+        self._origin.account.close()  # as often as it was retained
         if self._account is not None:
             self._account.close()
+        self._tell_end(message)
+
+    def _end_implicit(self, message: dict[str, Any]) -> None:
+        if self._implicit is not None:
+            status = StatusCode.ERROR if message.get("status") != 0 else StatusCode.UNSET
+            self._target.write(replace(self._implicit, end_ns=time.time_ns(), status=status), self._origin.identity)
+
+    def _tell_end(self, message: dict[str, Any]) -> None:
         if "status" in message:
-            keys = ("status", "timed_out", "unkillable", "cpu_seconds", "peak_memory")
-            self._answer({"op": "exited", **{key: message[key] for key in keys if key in message}})
+            answer = {key: message[key] for key in ("status", "timed_out", "unkillable") if key in message}
+            if self._passed is not None:
+                answer["passed"] = str(self._passed.error())
+            self._answer({"op": "exited", **answer})
         self._hang_up()
 
-    def _wall_violation(self) -> None:
-        limit = self._policy.limits(Scope.CALL)["wall_seconds"]
-        self._target.violation(
-            replace(self._origin, parent_id=self._span),
-            self._span,
-            "wall_seconds",
-            reason="call budget",
-            destination="",
-            limit=limit,
-            value=(time.time_ns() - self._began) / 1e9,
-        )
-
     def _process_record(self, ended: dict[str, Any] | None) -> SpanRecord:
-        argv = self._start.argv
-        shown = tuple(
-            argument if len(argument) <= _ARGUMENT_SHOWN else argument[:_ARGUMENT_SHOWN] + "…"
-            for argument in argv[:_ARGUMENTS_SHOWN]
-        )
         attributes: dict[str, AttributeValue] = {
             "process.pid": self._pid,
             "process.parent_pid": self._target.pid,
             "process.executable.path": self._executable,
-            "process.command_args": shown,
-            "ray_guard.arguments.sha256": _hash(argv),
+            "process.command_args": arguments.shown(self._start.argv),
+            "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
         }
         status, text = StatusCode.UNSET, ""
         if ended is not None:
             if "status" in ended:
-                code = os.waitstatus_to_exitcode(int(ended["status"]))
-                attributes["process.exit.code"] = 128 - code if code < 0 else code
-                if code < 0:
-                    attributes["process.exit.signal"] = -code
-                if code != 0:
+                attributes |= exit_attributes(int(ended["status"]))
+                if attributes["process.exit.code"] != 0:
                     status = StatusCode.ERROR
-            if "error" in ended:
-                status, text = StatusCode.ERROR, str(ended["error"])
+            if "error" in ended or self._passed is not None:
+                status, text = StatusCode.ERROR, str(ended.get("error") or (self._passed and self._passed.error()))
             if ended.get("unkillable"):
                 attributes["ray_guard.process.unkillable"] = tuple(str(pid) for pid in ended["unkillable"])
-            for key in ("cpu_seconds", "peak_memory"):
-                if key in ended:
-                    attributes[f"ray_guard.process.{key}"] = ended[key]
+            if "usage" in ended:
+                attributes |= _tree_attributes(ended["usage"])
         return SpanRecord(
             trace_id=self._origin.trace_id,
             span_id=self._span,
@@ -331,5 +402,27 @@ def _executable(start: Start) -> str:
     return shutil.which(program, path=start.environment.get("PATH", os.defpath)) or program
 
 
-def _hash(argv: tuple[str, ...]) -> str:
-    return hashlib.sha256("\0".join(argv).encode(errors="surrogateescape")).hexdigest()
+def _tree_attributes(usage: Usage) -> dict[str, AttributeValue]:
+    """On the span of the first process: what all of the tree used, itself included."""
+    attributes: dict[str, AttributeValue] = {
+        "ray_guard.process.cpu_seconds": usage.cpu_seconds,
+        "ray_guard.process.peak_memory": usage.peak_memory,
+        "ray_guard.tree.processes": usage.made,
+        "ray_guard.tree.executions": usage.executed,
+    }
+    if not usage.exact:
+        attributes["ray_guard.process.cpu_exact"] = False
+    if usage.left_out:
+        attributes["ray_guard.tree.left_out"] = usage.left_out
+    return attributes
+
+
+def _least(account: Account, kind: str) -> int | None:
+    """The least limit of this scope and those around it."""
+    node: Account | None = account
+    limits = []
+    while node is not None:
+        limits.append(node.limit(kind))
+        node = node.parent
+    numbers = [int(limit) for limit in limits if limit is not UNLIMITED]
+    return min(numbers) if numbers else None
