@@ -44,7 +44,7 @@ def count(root: int) -> int:
             break
     below: dict[int, bool] = {root: True, 0: False}
     for pid in parents:
-        path = []
+        path: list[int] = []
         at = pid
         while at not in below and len(path) < _DEPTH_LIMIT:
             path.append(at)

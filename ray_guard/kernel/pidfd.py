@@ -1,4 +1,4 @@
-"""What a pidfd and a process's clock tell of it: pidfd_open(2), PIDFD_GET_INFO, clock_gettime(2). Runs in the supervisor.
+"""What a pidfd and a clock tell of a process: pidfd_open(2), PIDFD_GET_INFO, clock_gettime(2). Runs in the supervisor.
 
 Source: ``include/uapi/linux/pidfd.h`` and ``kernel/time/posix-cpu-timers.c``, Linux 6.18.
 """

@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 import struct
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 SHOWN: Final = 64
 SHOWN_LENGTH: Final = 256
@@ -49,7 +49,7 @@ class Memory:
         self._base = 0
         self._window = b""
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

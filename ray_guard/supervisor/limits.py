@@ -193,16 +193,16 @@ class Limits:
         self._loop.later(self._pause(), self._sample)
 
     def _weigh(self, pids: list[int]) -> None:
-        # What processes share is counted in each first: to divide it among them takes much longer.
-        for weight in (procfs.resident, procfs.resident_share):
-            held = sum(map(weight, pids))
-            exceeded = self._account.level(MEMORY, self._held, held)
-            self._held = held
-            if exceeded is None:
-                break
-        else:
+        exceeded = self._hold(sum(map(procfs.resident, pids)))
+        if exceeded is not None:  # what processes share was counted in each: to divide it among them takes longer
+            exceeded = self._hold(sum(map(procfs.resident_share, pids)))
+        if exceeded is not None:
             self._passed(exceeded)
-        self.peak_memory = max(self.peak_memory, held)
+        self.peak_memory = max(self.peak_memory, self._held)
+
+    def _hold(self, held: int) -> Exceeded | None:
+        before, self._held = self._held, held
+        return self._account.level(MEMORY, before, held)
 
     def _charge(self, cpu_ns: int) -> None:
         if cpu_ns:

@@ -100,9 +100,7 @@ class Tool:
         self._passed: Exceeded | None = None
         self._left = False
         self._origin = self._find_origin(call)
-        self._clocks = target.clocks(self._origin)
-        if self._account is not None:
-            self._clocks.append((self._account, time.monotonic()))
+        self._clocks = [*target.clocks(self._origin), *self._own_clock()]
         exceeded = self._enter()
         if exceeded is not None:
             seqpacket.close_all(descriptors)
@@ -151,6 +149,9 @@ class Tool:
         return Origin(self._implicit.trace_id, self._span, identity, self._account, None, span_id)
 
     # -- limits --------------------------------------------------------------------------------------------------------
+
+    def _own_clock(self) -> list[tuple[Account, float]]:
+        return [] if self._account is None else [(self._account, time.monotonic())]
 
     def _enter(self) -> Exceeded | None:
         """Takes the room that a tool needs; the limit that leaves none."""
@@ -304,7 +305,8 @@ class Tool:
 
     def _tell_end(self, message: dict[str, Any]) -> None:
         if "status" in message:
-            answer = {key: message[key] for key in ("status", "timed_out", "unkillable") if key in message}
+            keys = ("status", "timed_out", "unkillable")
+            answer: dict[str, Any] = {key: message[key] for key in keys if key in message}
             if self._passed is not None:
                 answer["passed"] = str(self._passed.error())
             self._answer({"op": "exited", **answer})
