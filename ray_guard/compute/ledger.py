@@ -2,20 +2,18 @@
 
 Runs in the supervisor. Times are seconds of CLOCK_BOOTTIME, by which the kernel dates a process's start.
 
-Why exited processes are not left to the kernel's sums: with SIGCHLD ignored they are in nobody's rusage, and a swarm
-that forks itself anew falls between any two samples. So each is charged when its exit is notified, from its own clock;
-one that ended unnoticed (by a signal, or before it made any notified call) is charged the time it can have lived at
-most, and the sum is then no longer :attr:`Ledger.exact`.
+Why exited processes are not left to the kernel's sums: with SIGCHLD ignored they are in nobody's rusage. So each is
+charged when its exit is notified, from its own clock. One that a signal ended is charged the time it can have run since
+it was measured; so are those that came and went unseen, by whoever is found in their place
+(:meth:`Ledger.took_over`). :attr:`Ledger.bounded_ns` says how much of the sum are such upper bounds.
 """
 
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
-_BIRTHS_KEPT: Final = 65_536
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _NS: Final = 1_000_000_000
 
@@ -26,53 +24,31 @@ class Entry:
 
     Attributes:
         pid, born: its number and its start in clock ticks: together its identity.
-        measured: when its clock was read last.
+        measured: when its clock was read last; at first, when it was born.
         cpu_ns: what it showed then.
+        heir: who forked it has ended unseen, or sees to it that its children do.
     """
 
     pid: int
     born: int
     measured: float
     cpu_ns: int = 0
+    heir: bool = False
 
 
 @dataclass(slots=True)
 class Ledger:
-    """See the module. ``bounds``: charge what ended unmeasured by the time it lived. Needed where CPU is limited."""
+    """See the module. ``bounds``: charge what ended unmeasured; False where a sum over the whole tree settles it."""
 
     bounds: bool = False
-    made: int = 1
-    """Processes made, the first included: exact, but for forks that failed after they were granted."""
+    seen: int = 0
     cpu_ns: int = 0
     bounded_ns: int = 0
-    """The part of :attr:`cpu_ns` that is an upper bound."""
-    _births: list[float] = field(default_factory=list)
-    """When each process was granted that has not been seen yet; ascending."""
 
-    @property
-    def cpu_seconds(self) -> float:
-        return self.cpu_ns / _NS
-
-    @property
-    def exact(self) -> bool:
-        return self.bounded_ns == 0
-
-    def granted(self, now: float) -> None:
-        """A process is about to be made."""
-        self.made += 1
-        if self.bounds:
-            if len(self._births) >= _BIRTHS_KEPT:  # its child may still live, and then it is charged twice
-                self._bound(now - self._births.pop(0))
-            self._births.append(now)
-
-    def seen(self, pid: int, born: int, now: float) -> Entry:
+    def enter(self, pid: int, born: int) -> Entry:
         """A process has made itself known, or was found."""
-        if self._births:
-            # Whose birth it was is not known; of those that can be it, the last leaves the others the longer lives.
-            at = bisect_right(self._births, (born + 1) * _TICK_S)
-            if at:
-                del self._births[at - 1]
-        return Entry(pid, born, max(0.0, min(now, born * _TICK_S)))
+        self.seen += 1
+        return Entry(pid, born, born * _TICK_S)
 
     def measured(self, entry: Entry, cpu_ns: int, now: float) -> int:
         """Charges what the process used since it was measured last; returns it."""
@@ -88,18 +64,12 @@ class Ledger:
             return self.measured(entry, cpu_ns, now)
         return self._bound(now - entry.measured) if self.bounds else 0
 
-    def charge_unseen(self, before: float, now: float) -> int:
-        """All that live were just looked for: charges those granted ``before`` then that were not there."""
-        count = bisect_right(self._births, before)
-        charged = sum(self._bound(now - birth) for birth in self._births[:count])
-        del self._births[:count]
-        return charged
-
-    def settle(self, cpu_ns: int) -> int:
-        """The kernel's own sum over those that were waited for, at the end: charges what it has more; returns it."""
-        more = max(0, cpu_ns - self.cpu_ns)
-        self.cpu_ns += more
-        return more
+    def took_over(self, entry: Entry, since: float) -> int:
+        """Charges what may have run in an heir's place from ``since`` to its own birth, once; returns it."""
+        if not entry.heir:
+            return 0
+        entry.heir = False
+        return self._bound(entry.born * _TICK_S - since)
 
     def _bound(self, seconds: float) -> int:
         charged = int(max(0.0, seconds) * _NS)
@@ -107,27 +77,8 @@ class Ledger:
         self.bounded_ns += charged
         return charged
 
-
-class Grants:
-    """Forks that were granted and whose children may not be there yet: they count, or a limit could be overrun.
-
-    Args:
-        patience_s: after this long a granted fork has been carried out, or has failed.
-    """
-
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._since: dict[int, float] = {}
-
-    def begin(self, tid: int, now: float) -> None:
-        self._since[tid] = now
-
-    def done(self, tid: int) -> None:
-        """The thread has made another call: its fork has returned."""
-        self._since.pop(tid, None)
-
-    def pending(self, now: float) -> int:
-        """How many may still come."""
-        if self._since:
-            self._since = {tid: since for tid, since in self._since.items() if now - since < self._patience_s}
-        return len(self._since)
+    def settle(self, cpu_ns: int) -> int:
+        """A sum over the whole tree: charges what it has more; returns it."""
+        more = max(0, cpu_ns - self.cpu_ns)
+        self.cpu_ns += more
+        return more

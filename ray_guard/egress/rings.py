@@ -44,7 +44,6 @@ _NO_FAMILY = refuse(errno.EAFNOSUPPORT)
 _NO_PROTOCOL = refuse(errno.EPROTONOSUPPORT)
 _NO_OPTION = refuse(errno.ENOPROTOOPT)
 
-_CLONE_THREAD = 0x10000
 _NEW_NAMESPACES = 0x7E020080  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET,TIME}
 _CLONE_NAMESPACES = 0x7E020000  # in clone(2) the bit of NEWTIME belongs to the exit signal
 
@@ -195,7 +194,6 @@ def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
     rules += [Rule(name, _REFUSE) for name in _FOREIGN_PROCESS]
     # Limits of another process, whichever: a tool that set the supervisor's could end it. One's own go by pid 0.
     rules += [*pointer_given("prlimit64", _REFUSE, 2, differs(0, 0))]
-    # Observed and let through: which processes there are, what they execute, how they end. Threads are none of them.
-    rules += [Rule(name, NOTIFY) for name in ("execve", "execveat", "fork", "vfork", "exit_group")]
-    rules.append(Rule("clone", NOTIFY, (equals(0, 0, mask=_CLONE_THREAD),)))
+    # Observed and let through: what is executed, and how it ends. Not fork: interrupted by a signal it would fail.
+    rules += [Rule(name, NOTIFY) for name in ("execve", "execveat", "exit_group")]
     return assemble(rules, machine)

@@ -46,19 +46,19 @@ def image(pid: int) -> Image | None:
     return Image(fields[0], int(fields[1]), int(fields[19]), token, int(fields[49]))
 
 
-def children(pid: int) -> list[int]:
-    """The processes that ``pid`` has started and that are still its own; some may be left out while others end.
+def children(pid: int, thread: int | None = None) -> list[int]:
+    """The processes that ``pid`` (or only that thread of it) has started and that are still its own.
 
-    Empty where the kernel does not tell (CONFIG_PROC_CHILDREN).
+    Some may be left out while others end. Empty where the kernel does not tell (CONFIG_PROC_CHILDREN).
     """
     found: list[int] = []
     try:
-        threads = os.listdir(f"/proc/{pid}/task")
+        threads = os.listdir(f"/proc/{pid}/task") if thread is None else [str(thread)]
     except OSError:
         return found
-    for thread in threads:
+    for each in threads:
         try:
-            with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+            with open(f"/proc/{pid}/task/{each}/children", "rb", buffering=0) as file:
                 while data := file.read(1 << 16):
                     found += map(int, data.split())
         except OSError:
@@ -158,6 +158,12 @@ def has_capability(pid: int, capability: int) -> bool:
     """Whether the process has it in its effective set; an unreadable process has none."""
     effective = _status(pid, b"CapEff:", 16)
     return effective is not None and bool(effective >> capability & 1)
+
+
+def ignores(pid: int, number: int) -> bool:
+    """Whether the process ignores that signal."""
+    mask = _status(pid, b"SigIgn:", 16)
+    return mask is not None and bool(mask >> (number - 1) & 1)
 
 
 def umask(pid: int) -> int:

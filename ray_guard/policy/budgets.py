@@ -161,6 +161,7 @@ class Account:
         self._held: dict[str, Amount] = {}
         self._refused = 0
         self._closed = False
+        self._ended = False
         self._retained = 0
         self.free: bool = not any(kind in self._limits or kind in self._watched for kind in NETWORK_KINDS) and (
             parent is None or parent.free
@@ -319,18 +320,18 @@ class Account:
             node._refused += 1
 
     def retain(self) -> None:
-        """Somebody else goes on charging this scope after its end, and closes it once more when done."""
+        """Something goes on charging this scope after its end: it is closed only when all is :meth:`let_go`."""
         self._retained += 1
 
-    def close(self) -> None:
-        """The scope has ended, and those within it: what they had reserved is given back. Idempotent.
+    def let_go(self) -> None:
+        self._retained -= 1
+        if self._ended:
+            self.close()
 
-        One that is retained stays open until as many have closed it again.
-        """
-        if self._closed:
-            return
-        if self._retained:
-            self._retained -= 1
+    def close(self) -> None:
+        """The scope has ended, and those within it: what they had reserved is given back. Idempotent."""
+        self._ended = True
+        if self._closed or self._retained:
             return
         for child in list(self._children):
             child.close()

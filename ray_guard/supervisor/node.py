@@ -20,6 +20,7 @@ from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
+from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Node:
         self.surroundings_changed: list[Callable[[], None]] = []
         self.ward: Callable[[int], None] = lambda _pid: None
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
+        self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
         self._forwarders: list[subprocess.Popen[bytes]] = []

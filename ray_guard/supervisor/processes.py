@@ -1,14 +1,13 @@
-"""The processes of one call, as they make themselves known: exec, fork and exit. Runs in the supervisor.
+"""The processes of one call, as they make themselves known: by exec and exit. Runs in the supervisor.
 
-The three are notified and let through (CONTINUE): they carry no destination, so nothing is decided by what a process
-says of itself. A fork alone may be refused (:mod:`ray_guard.supervisor.limits`); that goes by counting.
+Both are notified and let through (CONTINUE): they carry no destination, and nothing is decided by what a process says
+of itself.
 
 - *exec*: its record is journaled before it proceeds. Whether it then happened is known only when the process is heard
   of again (:class:`_Attempt`): looking for a program along PATH makes many attempts, and most of them fail.
-- *fork*: nobody is told the number of the child; it is learnt when the child is heard of, with its parent.
 - *exit*: CPU time and memory are read while there is still something to read.
 
-A process that a signal ends is heard of by its pidfd.
+A process that a signal ends is heard of by its pidfd; who its parent was is learnt when it is first heard of.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from ray_guard.compute.ledger import Entry
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import pidfd, procfs
 from ray_guard.supervisor.arguments import Memory, runnable
-from ray_guard.supervisor.limits import PROCESSES, Limits, now
+from ray_guard.supervisor.limits import Limits, now
 from ray_guard.supervisor.process_spans import Image, ProcessSpans
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
@@ -68,18 +68,23 @@ class Process:
     origin: Origin
     image: Image | None = None
     attempt: _Attempt | None = None
-    forks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a call's tree has used in all. ``exact``: nothing of it is an upper bound."""
+    """What a call's tree has used in all.
 
-    made: int
+    Attributes:
+        processes: how many made themselves known.
+        left_out: programs that were executed beyond those that have spans.
+        cpu_bound_seconds: the part of the CPU time that is an upper bound.
+    """
+
+    processes: int
     executed: int
     left_out: int
     cpu_seconds: float
-    exact: bool
+    cpu_bound_seconds: float
     peak_memory: int
 
 
@@ -118,8 +123,15 @@ class Processes:
         self._base_ns = pidfd.cpu_ns(root) or 0
         entry = Entry(root, 0 if image is None else image.start_time, now(), self._base_ns)
         self._root = self._known[root] = Process(entry, None, target.pid, -1, origin)
+        leader = 0 if image is None else image.parent
         self._limits = Limits(
-            node.loop, origin.account, 0 if image is None else image.parent, self._passed, self._living
+            node.loop,
+            node.census,
+            origin.account,
+            root=root,
+            leader=leader,
+            passed=self._passed,
+            living=self._living,
         )
 
     @property
@@ -128,9 +140,6 @@ class Processes:
         return {
             "execve": lambda gate, call: self._execute(gate, call, call.arg0, call.arg1, "cwd"),
             "execveat": self._execute_at,
-            "clone": self._fork,
-            "fork": self._fork,
-            "vfork": self._fork,
             "exit_group": self._exit,
         }
 
@@ -167,7 +176,9 @@ class Processes:
 
     def _add(self, pid: int, image: procfs.Image, descriptor: int) -> Process:
         parent = self._orphans.pop(pid, None) or self._known.get(image.parent)
-        entry = self._limits.ledger.seen(pid, image.start_time, now())
+        entry = self._limits.ledger.enter(pid, image.start_time)
+        if self._limits.ledger.bounds:
+            entry.heir = parent is None or procfs.ignores(image.parent, signal.SIGCHLD)
         if parent is not None and parent.attempt is not None:
             self._settle(parent, procfs.image(parent.entry.pid))
         process = Process(entry, parent, image.parent, -1, self._origin if parent is None else parent.origin)
@@ -223,7 +234,6 @@ class Processes:
         process = self._find(tid)
         image = None if process is None else procfs.image(process.entry.pid)
         if process is not None and image is not None and not (process is self._root and image.token == self._birth):
-            self._limits.heard_of(tid)
             if process.attempt is not None:
                 self._settle(process, image)
             with Memory(tid) as memory:
@@ -275,18 +285,10 @@ class Processes:
             log.exception("a process could not be journaled")
             return False
 
-    # -- fork, exit ----------------------------------------------------------------------------------------------------
-
-    def _fork(self, gate: Gate, call: Notification) -> None:
-        process = self._find(call.pid)
-        if process is not None:
-            process.forks = True
-        self._limits.heard_of(call.pid)
-        self._limits.fork(gate, call)
+    # -- exit ----------------------------------------------------------------------------------------------------------
 
     def _exit(self, gate: Gate, call: Notification) -> None:
         process = self._find(call.pid)
-        self._limits.heard_of(call.pid)
         if process is None:
             gate.listener.proceed(call.id)
             return
@@ -299,15 +301,14 @@ class Processes:
             self._peak_memory = max(self._peak_memory, peak)
             status = (call.arg0 & 0xFF) << 8
             self._spans.end(process.image, time.time_ns(), cpu, status=status, peak=peak)
-        if process.forks:
-            for child in procfs.children(pid):
-                if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
-                    self._orphans[child] = process
+        for child in procfs.children(pid, pid):
+            if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
+                self._orphans[child] = process
         self._forget(process)
         gate.listener.proceed(call.id)
-        self._limits.exited(process.entry, cpu, notified=True)
-        if process is self._root and process.forks:
-            self._limits.measure_last()
+        self._limits.exited(process.entry, cpu)
+        if process is self._root:  # what is left is killed next: the later it is measured, the less is a bound
+            self._limits.measure()
 
     def _died(self, process: Process) -> None:
         """It has ended without saying so: by a signal, for the most part."""
@@ -319,12 +320,12 @@ class Processes:
             lost = "its end was not seen" if status is None else "it was ended from outside"
             self._spans.end(process.image, ended, cpu, status=status, lost=lost)
         self._forget(process)
-        self._limits.exited(process.entry, cpu, notified=False)
+        self._limits.exited(process.entry, cpu)
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
     def _passed(self, exceeded: Exceeded) -> None:
-        """Says so once, and ends the call where refusing cannot help."""
+        """Says so once, and ends the call."""
         key = (exceeded.kind, exceeded.report_only)
         if key in self._told:
             return
@@ -333,7 +334,7 @@ class Processes:
             self._target.exceeded(self._origin, self._origin.parent_id, exceeded)
         except JournalError:
             log.exception("a violation could not be journaled")
-        if exceeded.kind != PROCESSES and not exceeded.report_only and not self._closed:
+        if not exceeded.report_only and not self._closed:
             self._end_call(exceeded)
 
     def close(self, cpu_seconds: float = 0.0, peak_memory: int = 0) -> Usage:
@@ -348,11 +349,11 @@ class Processes:
         self._limits.close(int(cpu_seconds * 1e9) - self._base_ns)
         ledger = self._limits.ledger
         return Usage(
-            ledger.made,
+            1 + ledger.seen,
             self._executed,
             self._spans.left_out,
-            ledger.cpu_seconds,
-            ledger.exact,
+            ledger.cpu_ns / 1e9,
+            ledger.bounded_ns / 1e9,
             max(self._peak_memory, self._limits.peak_memory, peak_memory),
         )
 

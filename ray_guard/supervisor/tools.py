@@ -159,7 +159,7 @@ class Tool:
         found = [
             *(account.measured(WALL, time.monotonic() - began) for account, began in self._clocks),
             account.charge(CPU, 0),
-            account.reserve(PROCESSES, 1),
+            self._node.census.reserve(account),
         ]
         refusal = next((each for each in found if each is not None and not each.report_only), None)
         for each in found:
@@ -293,7 +293,7 @@ class Tool:
                 self._end_implicit(message)
         except JournalError:
             log.exception("the end of a tool could not be journaled")
-        self._origin.account.close()  # as often as it was retained
+        self._origin.account.let_go()
         if self._account is not None:
             self._account.close()
         self._tell_end(message)
@@ -409,11 +409,11 @@ def _tree_attributes(usage: Usage) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {
         "ray_guard.process.cpu_seconds": usage.cpu_seconds,
         "ray_guard.process.peak_memory": usage.peak_memory,
-        "ray_guard.tree.processes": usage.made,
+        "ray_guard.tree.processes": usage.processes,
         "ray_guard.tree.executions": usage.executed,
     }
-    if not usage.exact:
-        attributes["ray_guard.process.cpu_exact"] = False
+    if usage.cpu_bound_seconds:
+        attributes["ray_guard.process.cpu_bound_seconds"] = usage.cpu_bound_seconds
     if usage.left_out:
         attributes["ray_guard.tree.left_out"] = usage.left_out
     return attributes
