@@ -67,6 +67,8 @@ class Ring:
         self.policy = policy
         self.root = root
         self._origin = origin
+        self.origin_of: Callable[[int], Origin] = target.origin_of_thread if origin is None else lambda _tid: origin
+        """Whose doing a thread's calls are; within a call a process of its own may be known (see processes)."""
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
@@ -97,7 +99,7 @@ class Ring:
         inode: tuple[int, int] | None = None,
         size: int = 0,
     ) -> Ruling:
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
         if self._names is not None and self._names.changed():
             self._surroundings = None
         unix = transport is Transport.UNIX
@@ -125,7 +127,7 @@ class Ring:
         known = self._known.get(address)
         if known is None or cookie in self._meter.flows:
             return None
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
         account = origin.account
         if not account.free:
             if origin.call is not None:
