@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import subprocess
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
@@ -27,6 +28,15 @@ _DESCRIPTORS_LIMIT: Final = 200
 """Well below what one packet may carry on its way from here to the leader."""
 #: private, but the one place where subprocess starts a child
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+_tools: weakref.WeakValueDictionary[int, Control] = weakref.WeakValueDictionary()
+
+
+def tool(pid: int) -> Control | None:
+    """The line to the tool that was started here, runs under ``pid``, and has not been waited for yet."""
+    control = _tools.get(pid)
+    return control if control is not None and control.exited is None else None
 
 
 def is_inside_call() -> bool:
@@ -77,6 +87,7 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
         for descriptor in opened:
             os.close(descriptor)
     process.pid = control.pid
+    _tools[control.pid] = control
     process._child_created = True  # type: ignore[attr-defined]  # noqa: SLF001 - as _execute_child does
     close: Callable[..., None] = process._close_pipe_fds  # type: ignore[attr-defined]  # noqa: SLF001
     close(*(given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")))
@@ -135,6 +146,14 @@ def collect(process: subprocess.Popen[Any], control: Control, timeout: float | N
     return process.returncode
 
 
+def await_end(process: subprocess.Popen[Any], control: Control, timeout: float | None) -> int:
+    """The return code. Raises TimeoutExpired where the tool has not ended within ``timeout`` seconds (None: never)."""
+    code = collect(process, control, timeout)
+    if code is None:
+        raise subprocess.TimeoutExpired(process.args, timeout or 0.0)
+    return code
+
+
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """``subprocess.Popen`` whose process tree is confined and owned by the current tool call.
 
@@ -165,9 +184,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         return self.returncode if self._control is None else collect(self, self._control, 0.0)
 
     def _wait(self, timeout: float | None) -> int:
-        if self._control is not None and collect(self, self._control, timeout) is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        return cast("int", self.returncode)
+        return cast("int", self.returncode) if self._control is None else await_end(self, self._control, timeout)
 
     def send_signal(self, sig: int) -> None:
         """Sends a signal to the tool. As in subprocess, to one that has ended it does nothing."""

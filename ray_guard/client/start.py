@@ -144,6 +144,9 @@ class Control:
         except OSError:
             pass  # it has ended meanwhile
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def close(self) -> None:
         self._sock.close()
 
