@@ -171,7 +171,7 @@ with ray_guard.tool_call('bash', {}):
 def test_what_no_tool_can_be_started_with_is_refused_by_name(host: Host) -> None:
     code = """
 result = []
-for options in ({'preexec_fn': os.getpid}, {'user': 0}, {'group': 0}, {'extra_groups': [0]}, {'process_group': os.getpgrp()}):
+for options in ({'preexec_fn': os.getpid}, {'user': 0}, {'group': 0}, {'extra_groups': [0]}, {'process_group': 1}):
     with ray_guard.tool_call('bash', {}):
         try: subprocess.run(['true'], **options)
         except ray_guard.NotEnforced as error: result.append(list(error.features))
