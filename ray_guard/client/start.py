@@ -38,8 +38,13 @@ def start_message(
     umask: int,
     numbers: Sequence[int],
     restore_signals: bool,
+    terminal: int | None = None,
 ) -> bytes:
-    """What the leader needs to know, as the content of a memory file (argv and environment may be long)."""
+    """What the tool is to be, as the content of a memory file (argv and environment may be long).
+
+    Args:
+        terminal: one of ``numbers``: it becomes the controlling terminal of the tool's session.
+    """
     return json.dumps(
         {
             "argv": [os.fsdecode(word) for word in argv],
@@ -50,7 +55,7 @@ def start_message(
             "limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
             "affinity": sorted(os.sched_getaffinity(0)),
             "descriptors": list(numbers),
-            "new_group": True,
+            "terminal": terminal,
             "restore_signals": restore_signals,
         }
     ).encode()

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import termios
 from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
@@ -115,6 +116,8 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         for number, descriptor in zip(start.descriptors, parked, strict=True):
             os.dup2(descriptor, number, inheritable=True)
         close_all_but((*start.descriptors, line, failed))
+        if start.terminal is not None:
+            fcntl.ioctl(start.terminal, termios.TIOCSCTTY, 0)
         _inherit(start)
         libc.capset(0, 0, 0)
         _told(line)
