@@ -182,7 +182,10 @@ def test_a_shell_within_has_job_control(screens: list[Screen], folder: Path) -> 
     time.sleep(0.3)
     screen.type("\x1a")  # the shell's job, not the shell, and not ray-guard
     screen.await_text("Stopped")
-    screen.type("kill -KILL %1\n\n")
+    screen.await_text(r"\$ ")
+    screen.type("kill -KILL %1\n")
+    time.sleep(0.5)
+    screen.type("\n")  # it is told of at the next prompt
     screen.await_text("Killed")
     screen.type("exit 5\n")
     assert screen.end() == 5
