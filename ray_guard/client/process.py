@@ -54,9 +54,11 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
     argv = _argv(given["args"])
     executable = given["executable"]
     if given["shell"]:
-        argv = [*(["/bin/sh", "-c"] if executable is None else [executable, "-c"]), *argv]
+        argv = ["/bin/sh" if executable is None else executable, "-c", *argv]
     standard = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
     numbers = [0, 1, 2, *sorted({int(number) for number in given["pass_fds"]} - {0, 1, 2})]
+    if min(numbers) < 0:
+        raise ValueError("bad value(s) in fds_to_keep")  # as subprocess says it; and so below
     if len(numbers) > _DESCRIPTORS_LIMIT:
         raise ValueError(f"pass_fds: at most {_DESCRIPTORS_LIMIT - 3} descriptors travel to a tool")
     opened: list[int] = []
@@ -66,7 +68,7 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
             for own, pipe in enumerate(standard)
         ]
         descriptors += [checked_descriptor(number) for number in numbers[3:]]
-        folder = os.open(given["cwd"] or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open("." if given["cwd"] is None else given["cwd"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         opened.append(folder)
         node = carry.current()
         payload = start_message(
@@ -81,7 +83,7 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
             control = Control(channel, payload, folder, descriptors, _place(node))
         except OSError as error:
             if error.filename is None and error.errno is not None:
-                error.filename = os.fsdecode(argv[0])
+                error.filename = os.fsdecode(argv[0] if executable is None else executable)
             raise
     finally:
         for descriptor in opened:
@@ -111,7 +113,7 @@ def _argv(args: Any) -> list[Any]:
         return [args]
     argv = list(args)
     if not argv:
-        raise IndexError("list index out of range")  # as subprocess says it
+        raise IndexError("list index out of range")
     return argv
 
 

@@ -42,14 +42,24 @@ def start_message(
 ) -> bytes:
     """What the tool is to be, as the content of a memory file (argv and environment may be long).
 
+    Raises:
+        ValueError: what no program can be given, as subprocess says it.
+
     Args:
         terminal: one of ``numbers``: it becomes the controlling terminal of the tool's session.
     """
+    words = [os.fsdecode(word) for word in argv]
+    program = None if executable is None else os.fsdecode(executable)
+    variables = {os.fsdecode(key): os.fsdecode(value) for key, value in environment.items()}
+    if any("\0" in text for text in (*words, program or "", *variables, *variables.values())):
+        raise ValueError("embedded null byte")
+    if any("=" in name for name in variables):
+        raise ValueError("illegal environment variable name")
     return json.dumps(
         {
-            "argv": [os.fsdecode(word) for word in argv],
-            "executable": None if executable is None else os.fsdecode(executable),
-            "environment": {os.fsdecode(key): os.fsdecode(value) for key, value in environment.items()},
+            "argv": words,
+            "executable": program,
+            "environment": variables,
             "umask": _own_umask() if umask < 0 else umask,
             "nice": os.getpriority(os.PRIO_PROCESS, 0),
             "limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},

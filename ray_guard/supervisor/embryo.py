@@ -225,6 +225,8 @@ def _inherit(start: Start) -> None:
 
 def _execute(start: Start) -> NoReturn:
     program = start.executable if start.executable is not None else start.argv[0]
+    if not program:  # a folder of PATH itself
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     if "/" in program:
         os.execve(program, start.argv, start.environment)
     os.execvpe(program, start.argv, start.environment)
