@@ -209,3 +209,14 @@ def test_thousands_of_starts_leave_no_descriptors(stage: Stage) -> None:
     counts = [(_inside(stage, code), len(os.listdir(f"/proc/{host.supervisor}/fd"))) for _ in range(3)]
     assert counts[2][0] <= counts[0][0]
     assert counts[2][1] <= counts[0][1] + 3 * 8  # of idle leaders, a few more or less
+
+
+@pytest.mark.slow
+def test_256_at_once_hold_and_end(stage: Stage) -> None:
+    code = """
+tools = [ray_guard.Popen(['sh', '-c', 'read line; exit 3'], stdin=subprocess.PIPE) for _ in range(256)]
+result = [sum(tool.poll() is None for tool in tools)]
+for tool in tools: tool.stdin.close()
+result += [sorted({tool.wait(60) for tool in tools}), ray_guard.run(['true']).returncode]
+"""
+    assert stage.host().inside("import subprocess\n" + code) == [256, [3], 0]
