@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import termios
 from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
@@ -115,6 +116,8 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         for number, descriptor in zip(start.descriptors, parked, strict=True):
             os.dup2(descriptor, number, inheritable=True)
         close_all_but((*start.descriptors, line, failed))
+        if start.terminal is not None:
+            fcntl.ioctl(start.terminal, termios.TIOCSCTTY, 0)
         _inherit(start)
         _limit_data(told.get("memory"))
         libc.capset(0, 0, 0)
@@ -240,6 +243,8 @@ def _limit_data(limit: int | None) -> None:
 
 def _execute(start: Start) -> NoReturn:
     program = start.executable if start.executable is not None else start.argv[0]
+    if not program:  # a folder of PATH itself
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     if "/" in program:
         os.execve(program, start.argv, start.environment)
     os.execvpe(program, start.argv, start.environment)
