@@ -76,7 +76,7 @@ class Ring:
         self._seen: set[int] = set()
         self._faults = 0
         self._known: dict[tuple[str, int], _Known] = {}
-        """TCP destinations that a rule has granted."""
+        """Destinations of connects that :meth:`again` may grant, see :func:`_repeatable`."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
         self._names: Names | None = Names(self) if policy.names else None
@@ -312,7 +312,7 @@ class Ring:
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
                     return Ruling(0, relayed=connection)
-                if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
+                if _repeatable(request, decision) and len(self._known) < _TEXTS_KEPT:
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
                 return Ruling(0, connection)
             if self.mute and request.transport is Transport.UDP and request.operation is Operation.CONNECT:
@@ -386,6 +386,21 @@ def _spelled(request: Request) -> str:
         return f"unix:{request.path}" if request.path != "\0" else "unix:(abstract)"
     host = f"[{request.address}]" if ":" in request.address else request.address
     return f"{request.transport.value}://{host}:{request.port}"
+
+
+def _repeatable(request: Request, decision: Decision) -> bool:
+    """Whether the same grant goes, as long as policy and surroundings stand, for whoever behind the listener asks.
+
+    That is so of a rule that names the address, for TCP, by the direct way; a budget is looked at each time.
+    """
+    return (
+        decision.allowed
+        and decision.reason is Reason.RULE
+        and decision.route is Route.DIRECT
+        and not decision.report_only
+        and request.operation is Operation.CONNECT
+        and request.transport is Transport.TCP
+    )
 
 
 class _Known:
