@@ -134,7 +134,8 @@ class Names:
 
     @property
     def mute(self) -> bool:
-        return self._ring.mute
+        """Whether datagram sockets of this ring cannot send: an actor's, and all that had to be made for a target."""
+        return self._ring.mute or not self._ring.node.means.borrows
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
