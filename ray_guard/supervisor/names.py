@@ -267,7 +267,8 @@ class _Asker:
         return self._resolver.door().address(raw, stream=stream)
 
     def expect(self, source: tuple[str, int], *, stream: bool) -> None:
-        self._resolver.door().expect(source, self, stream=stream)
+        asked = None if self.request.operation is Operation.CONNECT else (self.request.address, self.request.port)
+        self._resolver.door().expect(source, self, stream=stream, asked=asked)
 
     def line(self) -> socket.socket | None:
         return self._resolver.door().line(self) if self._names.mute else None

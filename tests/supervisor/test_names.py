@@ -85,6 +85,17 @@ def main():
         None,
     ),
     (
+        "a stream that is half closed",
+        """
+def main():
+    with socket.create_connection((A['upstream'], 53), 3) as sock:
+        sock.sendall(struct.pack(">H", len(query('both.example.org'))) + query('both.example.org'))
+        sock.shutdown(socket.SHUT_WR)
+        with sock.makefile('rb') as file: return told(file.read()[2:])
+""",
+        None,
+    ),
+    (
         "a bound socket, a second question, and another name server",
         """
 def main():
@@ -150,6 +161,30 @@ def test_c_ares(names: Names, ring: str) -> None:
     outcome = names.host().run(ring, ["node", "-e", program])
     assert outcome.said == {"said": ["127.0.0.1", "127.0.0.3"]}, outcome
     assert outcome.seconds < 3
+
+
+STRICT = """
+def main():
+    "as musl does: bound, not connected, and the answer must come from a name server that was asked"
+    family = AF_INET6 if ':' in A['server'] else AF_INET
+    with socket.socket(family, DGRAM) as sock:
+        sock.bind(('', 0))
+        for n, server in enumerate((A['server'], A['server'])):
+            sock.sendto(query('both.example.org', number=n), (server, 53))
+        sock.settimeout(3)
+        data, source = sock.recvfrom(4096)
+        return [*source[:2], told(data)]
+"""
+
+
+@pytest.mark.parametrize("server", [UPSTREAM, "203.0.113.53", "::ffff:203.0.113.53", "2001:db8::53"])
+def test_a_program_that_takes_answers_from_whom_it_asked_alone(names: Names, server: str) -> None:
+    if launcher.prefix():
+        pytest.skip("datagram sockets cannot send on this host, and get a line of their own")
+    for ring in ("call", "actor_udp"):
+        said = names.run(ring, STRICT, server=server).said
+        assert said.get("result", [])[:2] == [server, 53], said
+        assert said["result"][2] in ([0, ["127.0.0.1", "127.0.0.3"]], [0, ["127.0.0.3", "127.0.0.1"]])
 
 
 def test_in_the_actor_itself(names: Names) -> None:
