@@ -336,7 +336,10 @@ def main():
 # ---------------------------------------------------------------------------------------------------------------------
 # what the answers are worth
 
-REACH = "def main(): return socket.create_connection((A['host'], A['port']), 5).recv(9).decode()"
+REACH = """
+def main():
+    with socket.create_connection((A['host'], A['port']), 5) as sock, sock.makefile() as file: return file.read()
+"""
 
 
 def test_the_span_says_the_name_and_the_address(names: Names) -> None:
