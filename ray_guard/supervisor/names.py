@@ -19,8 +19,9 @@ from ray_guard.evidence.journal import JournalError
 from ray_guard.policy.budgets import RECEIVED, SENT, Exceeded
 from ray_guard.policy.decide import Decision, Operation, Reason, Request, Verdict
 from ray_guard.policy.destination import Transport, canonical_name
+from ray_guard.records import Mode
 from ray_guard.supervisor import resolver
-from ray_guard.supervisor.resolver import Answer, Resolve
+from ray_guard.supervisor.resolver import Answer, Forward, Instruction, Resolve
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.ring import Ring
@@ -33,10 +34,10 @@ LOOKUPS: Final = 1000
 LOOKUP_BYTES: Final = 64 << 10
 """How many bytes the names of these questions may have together: below a wildcard a name can carry what it likes."""
 _PERIOD_S: Final = 3600.0
-_WAITING: Final = 64
+_WAITING: Final = 512
 """Questions of one ring that may wait for their answer."""
-_SAID: Final = 512
-"""Names of which a ring's journal says that they were asked for; then it says that there were more."""
+_SAID: Final = 2 * LOOKUPS
+"""Names of which the journal says that a ring asked for them (in an hour); then it says that there were more."""
 _KINDS: Final = frozenset({"A", "AAAA"})
 _NOTHING: Final = Answer("NOERROR")
 _NO_NAME: Final = Answer("NXDOMAIN")
@@ -58,6 +59,7 @@ class Names:
         self._version = -1
         self._noted: set[tuple[Transport, str, int, str | None]] = set()
         self._said: set[tuple[str, str | None]] = set()
+        self._said_since = time.monotonic()
         self._led = False
         self._budget = _Budget(renewed=self._call is None)
         self._over = False
@@ -70,11 +72,8 @@ class Names:
         if self._by_address is None or self._version != self._told.version:
             self._version = self._told.version
             found = dict(self._told.names())
-            policy = self._ring.policy
-            for address, names in self._resolver.hosts.names.items():
-                listed = tuple(name for name in names if policy.allows_name(name))
-                if listed:
-                    found[address] = found.get(address, ()) + listed
+            for address, names in self._resolver.listed_hosts(self._ring.policy).items():
+                found[address] = found.get(address, ()) + names
             self._by_address = found
         return self._by_address
 
@@ -169,7 +168,7 @@ class Names:
             except JournalError:
                 log.exception("a violation could not be journaled")
 
-    def question(self, text: str, kind: str, asker: _Asker) -> Resolve | Answer:
+    def question(self, text: str, kind: str, asker: _Asker) -> Instruction:
         """What is done about one question. Raises JournalError: then it is not answered."""
         try:
             name = canonical_name(text)
@@ -182,6 +181,8 @@ class Names:
             return _NO_NAME
         self._say(name, decision, asker)
         if kind not in _KINDS:
+            if self._ring.policy.mode is Mode.REPORT:
+                return Forward()
             return _NOTHING  # HTTPS and SVCB would tell of other ports and of keys to hide the name with
         known = self._resolver.hosts.addresses.get(name)
         if known is not None:
@@ -206,6 +207,9 @@ class Names:
     def _say(self, name: str, decision: Decision, asker: _Asker) -> None:
         """Journals the decision about ``name``, once per call. Raises JournalError."""
         key = (name, asker.origin.call)
+        if self._call is None and time.monotonic() - self._said_since >= _PERIOD_S:
+            self._said.clear()
+            self._said_since = time.monotonic()
         if key in self._said:
             return
         if len(self._said) >= _SAID:
@@ -293,7 +297,7 @@ class _Question:
         self._reply = reply
         self._name: str | None = None
 
-    def question(self, name: str, kind: str) -> Resolve | Answer:
+    def question(self, name: str, kind: str) -> Instruction:
         what = self._names.question(name, kind, self._asker)
         if isinstance(what, Resolve):
             self._name = what.name

@@ -16,7 +16,7 @@ import select
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 from ray_guard.egress.gate import Waiting
@@ -25,11 +25,13 @@ from ray_guard.egress.resolver.hosts import Hosts
 from ray_guard.egress.resolver.start import start
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import seqpacket
+from ray_guard.policy.decide import CompiledPolicy, Layer
 from ray_guard.policy.destination import canonical_address
 
 log = logging.getLogger("ray_guard.resolver")
 
 PENDING_LIMIT: Final = 4096
+_POLICIES_KEPT: Final = 64
 _FILE_LIMIT: Final = 4 << 20
 _START_AGAIN_S: Final = 1.0
 _BATCH: Final = 64
@@ -53,10 +55,17 @@ class Answer(NamedTuple):
     addresses: tuple[str, ...] = ()
 
 
+class Forward(NamedTuple):
+    """Pass the question on as it is, and the answer too: for policies that report and refuse nothing."""
+
+
+Instruction = Resolve | Answer | Forward
+
+
 class Query(Protocol):
     """One query: whoever asks decides what is done about it. Exactly one of reply, failed and ignored is called."""
 
-    def question(self, name: str, kind: str) -> Resolve | Answer:
+    def question(self, name: str, kind: str) -> Instruction:
         """``name`` as it was asked for, without its trailing dot, odd bytes escaped; ``kind`` is the record's type."""
 
     def answered(self, addresses: tuple[str, ...], ttl: int, *, cached: bool) -> None:
@@ -97,6 +106,7 @@ class Resolver:
         self._numbers = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._sweeping = False
+        self._listed: dict[int, tuple[tuple[Layer, ...], Mapping[str, tuple[str, ...]]]] = {}
         self._door: Door | None = None
 
     @functools.cached_property
@@ -107,6 +117,21 @@ class Resolver:
         an allowed name's, or have a server of the target's own asked.
         """
         return Hosts.parse(self._hosts)
+
+    def listed_hosts(self, policy: CompiledPolicy) -> Mapping[str, tuple[str, ...]]:
+        """The names of the hosts file that ``policy`` lists, by address."""
+        known = self._listed.get(id(policy.layers))
+        if known is not None and known[0] is policy.layers:
+            return known[1]  # looked through once: the file may be a long list of names that are blocked
+        found: dict[str, tuple[str, ...]] = {}
+        for address, names in self.hosts.names.items():
+            listed = tuple(name for name in names if policy.allows_name(name))
+            if listed:
+                found[address] = listed
+        if len(self._listed) >= _POLICIES_KEPT:
+            self._listed.clear()
+        self._listed[id(policy.layers)] = (policy.layers, found)
+        return found
 
     def require(self) -> None:
         """Starts the helper, that it is ready when it is needed.
@@ -242,6 +267,8 @@ class Resolver:
         message: dict[str, Any] = {"id": number, "datagram": pending.datagram}
         if isinstance(what, Resolve):
             message |= {"op": "resolve", "name": what.name, "type": kind}
+        elif isinstance(what, Forward):
+            message |= {"op": "forward"}
         else:
             message |= {"op": "answer", "rcode": what.rcode, "addresses": what.addresses}
         self._tell(message, number)

@@ -422,7 +422,11 @@ def test_a_policy_that_reports_resolves_everything_and_says_so(names: Names) -> 
     host = names.another("reporting", {**names.policy(), "mode": "report"})
     assert host.run("call", names.argv(REACH, host="evil.example.com")).said["result"] == "hello"
     found = spans(host, server__address="evil.example.com")
-    assert [s["attributes"]["ray_guard.egress.reason"] for s in found] == ["report_only:not_listed"]
+    assert {s["attributes"]["ray_guard.egress.reason"] for s in found} == {"report_only:not_listed"}
+    program = """
+def main(): return b'secret' in datagram(A['upstream'], query('index.example.org', 16))
+"""
+    assert host.run("call", names.argv(program)).said["result"] is True
     assert not spans(host, "ray_guard.violation")
 
 

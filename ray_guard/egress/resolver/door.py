@@ -285,6 +285,7 @@ class _Stream(_Held):
 
     def __init__(self, sock: socket.socket, asker: Asker, loop: Waiting, held: dict[int, _Held]) -> None:
         super().__init__(sock, asker, loop, held)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # two answers, one after the other
         self._buffer = b""
         self._waiting = 0
         self._half_closed = False
