@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.resolver.door import Reply
-from ray_guard.egress.resolver.told import Told
+from ray_guard.egress.resolver.told import LOOKUPS, Told
 from ray_guard.evidence.journal import JournalError
 from ray_guard.policy.budgets import RECEIVED, SENT, Exceeded
 from ray_guard.policy.decide import Decision, Operation, Reason, Request, Verdict
@@ -29,15 +29,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ray_guard.names")
 
-LOOKUPS: Final = 1000
-"""How many questions of one ring (a tool, or an actor's own processes in an hour) are asked upstream."""
-LOOKUP_BYTES: Final = 64 << 10
-"""How many bytes the names of these questions may have together: below a wildcard a name can carry what it likes."""
-_PERIOD_S: Final = 3600.0
 _WAITING: Final = 512
 """Questions of one ring that may wait for their answer."""
 _SAID: Final = 2 * LOOKUPS
-"""Names of which the journal says that a ring asked for them (in an hour); then it says that there were more."""
+"""Names of which the journal says that a call (an actor in an hour) asked for them; then, that there were more."""
 _KINDS: Final = frozenset({"A", "AAAA"})
 _NOTHING: Final = Answer("NOERROR")
 _NO_NAME: Final = Answer("NXDOMAIN")
@@ -52,16 +47,12 @@ class Names:
         self._ring = ring
         self._resolver = ring.node.resolver
         self._call = ring.call
-        self._told = Told()
-        if self._call is not None and (span := ring.target.open.get(self._call)) is not None:
-            self._told = span.told
+        span = None if self._call is None else ring.target.open.get(self._call)
+        self._told = span.told if span is not None else Told(lasting=self._call is None)
         self._by_address: Mapping[str, tuple[str, ...]] | None = None
         self._version = -1
         self._noted: set[tuple[Transport, str, int, str | None]] = set()
-        self._said: set[tuple[str, str | None]] = set()
-        self._said_since = time.monotonic()
         self._led = False
-        self._budget = _Budget(renewed=self._call is None)
         self._over = False
         self.waiting = 0
 
@@ -173,7 +164,11 @@ class Names:
         try:
             name = canonical_name(text)
         except ValueError:
-            self._say(text[:_SHOWN], Decision(reason=Reason.INVALID, name=text[:_SHOWN]), asker)
+            refused = Decision(reason=Reason.INVALID, name=text[:_SHOWN])
+            if self._ring.policy.mode is Mode.REPORT:
+                self._say(text[:_SHOWN], refused._replace(verdict=Verdict.ALLOW, report_only=True), asker)
+                return Forward()
+            self._say(text[:_SHOWN], refused, asker)
             return _NO_NAME
         decision = self._ring.policy.decide_name(name)
         if not decision.allowed:
@@ -187,7 +182,7 @@ class Names:
         known = self._resolver.hosts.addresses.get(name)
         if known is not None:
             return Answer("NOERROR", known)
-        if not self._budget.spend(len(name), time.monotonic()):
+        if not self._told.spend(len(name), time.monotonic()):
             self._say("", Decision(reason=Reason.BUDGET, name=name), asker)
             return _OVER
         return Resolve(name)
@@ -207,22 +202,20 @@ class Names:
     def _say(self, name: str, decision: Decision, asker: _Asker) -> None:
         """Journals the decision about ``name``, once per call. Raises JournalError."""
         key = (name, asker.origin.call)
-        if self._call is None and time.monotonic() - self._said_since >= _PERIOD_S:
-            self._said.clear()
-            self._said_since = time.monotonic()
-        if key in self._said:
+        said = self._told.said
+        if key in said:
             return
-        if len(self._said) >= _SAID:
-            if ("", None) in self._said:
-                return
+        if len(said) >= _SAID:
             key, decision = ("", None), Decision(reason=Reason.BUDGET, name=f"more than {_SAID} names")
+            if key in said:
+                return
         self._ring.note(asker.request, decision, asker.origin)
-        self._said.add(key)
+        said.add(key)
 
     def answered(self, name: str, addresses: tuple[str, ...], ttl: int, origin: Origin, *, cached: bool) -> None:
         """``addresses`` will be told next: they may be connected to from now on."""
         if cached:
-            self._budget.give_back(len(name))
+            self._told.give_back(len(name))
         if addresses:
             for told in {id(told): told for told in (self._told, self._of_call(origin)) if told is not None}.values():
                 told.tell(name, addresses, now=time.monotonic(), ttl=ttl, call=origin.call)
@@ -231,29 +224,6 @@ class Names:
         """The memory of the tools of the open call ``origin`` is of."""
         span = None if origin.call is None else self._ring.target.open.get(origin.call)
         return None if span is None else span.told
-
-
-class _Budget:
-    """How much may be asked upstream. ``renewed``: anew every hour."""
-
-    def __init__(self, *, renewed: bool) -> None:
-        self._renewed = renewed
-        self._since = time.monotonic()
-        self._count = self._bytes = 0
-
-    def spend(self, size: int, now: float) -> bool:
-        """Takes one question with a name of ``size`` bytes; False: there is no room."""
-        if self._renewed and now - self._since >= _PERIOD_S:
-            self._since, self._count, self._bytes = now, 0, 0
-        if self._count >= LOOKUPS or self._bytes + size > LOOKUP_BYTES:
-            return False
-        self._count += 1
-        self._bytes += size
-        return True
-
-    def give_back(self, size: int) -> None:
-        self._count = max(0, self._count - 1)
-        self._bytes = max(0, self._bytes - size)
 
 
 class _Asker:

@@ -17,7 +17,7 @@ import pytest
 from harness import wait
 from names import ROGUE, Names, named
 
-from ray_guard.supervisor.names import LOOKUPS
+from ray_guard.egress.resolver.told import LOOKUPS
 
 pytestmark = pytest.mark.kernel
 

@@ -15,6 +15,8 @@ import pytest
 from harness import Host, wait
 from names import UPSTREAM, Names, named
 
+from ray_guard.egress.resolver.told import LEAST_S
+
 pytestmark = pytest.mark.kernel
 
 RINGS = ("call", "actor", "actor_udp")
@@ -394,6 +396,22 @@ result = [first.get('errno'), named.get('result'), then.get('result'), other.get
     raw = names.argv(REACH, host="127.0.0.4")
     ask = names.argv("def main(): return socket.gethostbyname('four.example.org')")
     assert names.host().inside(code, raw=raw, ask=ask) == ["EACCES", "127.0.0.4", "hello", "EACCES"]
+
+
+@pytest.mark.slow
+def test_an_actor_is_told_for_as_long_as_the_answer_lives(names: Names) -> None:
+    ask = "def main(): return socket.gethostbyname('four.example.org')"
+    names.upstream.ttl = 1
+    try:
+        host = names.another("brief", names.policy())
+        assert host.run("actor", names.argv(REACH, host="127.0.0.4")).said["errno"] == "EACCES"
+        assert host.run("actor", names.argv(ask)).said["result"] == "127.0.0.4"
+        assert host.run("actor", names.argv(REACH, host="127.0.0.4")).said["result"] == "hello"
+        time.sleep(LEAST_S + 1)
+        assert host.run("actor", names.argv(REACH, host="127.0.0.4")).said["errno"] == "EACCES"
+        assert host.run("actor", names.argv(REACH, host="four.example.org")).said["result"] == "hello"
+    finally:
+        names.upstream.ttl = 60
 
 
 def test_a_listed_name_leads_to_no_special_address(names: Names) -> None:
