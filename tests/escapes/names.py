@@ -102,6 +102,7 @@ class Names:
                 ("both.example.org", "A"): ("127.0.0.1", "127.0.0.3"),
                 ("both.example.org", "AAAA"): ("::1",),
                 ("four.example.org", "A"): ("127.0.0.4",),
+                ("brief.example.org", "A"): ("127.0.0.8",),
                 ("alias.example.org", "CNAME"): ("behind.example.net",),
                 ("behind.example.net", "A"): ("127.0.0.5",),
                 ("many.example.org", "A"): many,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from typing import Final, NamedTuple
 
 import dns.asyncquery
@@ -67,7 +68,8 @@ class Upstream:
             return Found("SERVFAIL")
         if answer.rrset is None:
             return Found("NOERROR", cached=cached)
-        ttl = min(max(answer.rrset.ttl, TTL_S[0]), TTL_S[1])
+        left = int(answer.expiration - time.time())  # it may have been kept for a while
+        ttl = min(max(left, TTL_S[0]), TTL_S[1])
         return Found("NOERROR", tuple(found.address for found in answer.rrset)[:_ADDRESSES], ttl, cached)
 
     async def forward(self, query: dns.message.Message) -> dns.message.Message | None:
