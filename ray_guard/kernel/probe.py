@@ -20,7 +20,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from ray_guard.kernel import borrowing, landlock, libc, procfs, seccomp, sock_diag
+from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, sock_diag
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
 
@@ -62,6 +62,7 @@ def probe(more: Mapping[str, Callable[[], str]] = NOTHING_MORE) -> list[Feature]
         _tried("udp.mute", _mute),
         _tried("subreaper", _subreaper),
         _tried("landlock.signal_scope", _landlock),
+        _tried("ipc.own", _own_ipc),
         _tried("unix_diag", _unix_diag),
         _tried("yama", _yama),
         _tried("cgroup.kill", _cgroup),
@@ -236,6 +237,12 @@ def _subreaper() -> str:
 
 def _ignore(_result: int) -> None:
     """For a trial that succeeds by not failing."""
+
+
+def _own_ipc() -> Feature | str:
+    if ipc.can_be_own():
+        return "System V IPC and message queues of a tool are its own"
+    return Feature("ipc.own", Status.PARTLY, "no CAP_SYS_ADMIN: tools have no System V IPC and no message queues")
 
 
 def _landlock() -> str:

@@ -208,6 +208,8 @@ class Surroundings:
     """Ray's session sockets (raylet, plasma) by resolved path."""
     control_folders: tuple[str, ...] = ()
     """Resolved folders whose sockets tools never reach: Ray's session, the evidence, the supervisor's."""
+    guard_folders: tuple[str, ...] = ()
+    """Resolved folders of the guard's own, where nobody binds a socket: it would be taken for the supervisor's."""
     own_unix: frozenset[tuple[int, int]] = frozenset()
     """(device, inode) of unix sockets that this call or actor bound. By inode, because a path can be made to mean
     another socket later; hold an O_PATH descriptor of each, because a freed inode number is given out again."""
@@ -239,6 +241,9 @@ class Surroundings:
 
     def is_control_path(self, path: str) -> bool:
         return path in self.cluster_unix or any(path.startswith(folder + "/") for folder in self.control_folders)
+
+    def is_guard_path(self, path: str) -> bool:
+        return any(path.startswith(folder + "/") for folder in self.guard_folders)
 
 
 class _Answer(NamedTuple):
@@ -387,6 +392,8 @@ class Layer:
             if request.operation is Operation.LISTEN:
                 return _UNIX_BIND  # its address was decided when it was bound
             refused = _unusable_path(request.path)
+            if refused is None and surroundings.is_guard_path(request.path):
+                refused = _CONTROL
             return _UNIX_BIND if refused is None else refused
         port = request.port
         if request.transport not in (Transport.TCP, Transport.UDP) or not 0 <= port <= ANY_PORT.last:

@@ -114,6 +114,8 @@ class Target:
     """Reads what the target has sent so far; set by its session."""
     _encoder: LineEncoder = field(init=False)
     _own: Origin = field(init=False)
+    _unknown: Origin | None = None
+    """As :meth:`_origin_unknown` gives it, until a span begins or ends."""
     _fragments: dict[str, Fragment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -140,6 +142,7 @@ class Target:
         self.resource = Resource({**self.resource.attributes, **attributes})
         self._encoder = LineEncoder(self.resource)
         self._own = self._own_origin()  # anew: what a ring keeps in its words names the old resource
+        self._unknown = None
         for span in self.open.values():
             span.origin = None
 
@@ -199,6 +202,7 @@ class Target:
             account = self.call_account(span_id, episode)
         self._write_reported(record, identity, Source.TARGET)
         self.open[span_id] = OpenSpan(record, scope, identity, episode, account)
+        self._unknown = None
 
     def call_account(self, span_id: str, episode: str | None) -> Account:
         around = self.open.get(episode) if episode is not None else None
@@ -245,6 +249,7 @@ class Target:
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
         self._write_reported(record, span.identity, Source.TARGET)
         self.open.pop(record.span_id, None)
+        self._unknown = None
         if span.account is not None:
             span.account.close()
 
@@ -272,9 +277,11 @@ class Target:
         call = self.intents.pop(tid, None)
         if call is not None and call in self.open:
             return self.origin_of_call(call)
-        return self.origin_unknown()
+        if self._unknown is None:
+            self._unknown = self._origin_unknown()
+        return self._unknown
 
-    def origin_unknown(self) -> Origin:
+    def _origin_unknown(self) -> Origin:
         calls = tuple(span_id for span_id, span in self.open.items() if span.scope == "tool")
         if not calls:
             return self._own

@@ -495,7 +495,7 @@ took = []
 with ray_guard.tool_call('victim', {}):
     for _ in range(5):
         began = time.monotonic()
-        said = json.loads(run(ask).stdout)
+        said = json.loads(run(ask).stdout.splitlines()[-1])
         took.append([said.get('result'), time.monotonic() - began])
 thread.join()
 result = took

@@ -384,7 +384,7 @@ def test_names_of_the_hosts_file_count(names: Names) -> None:
 def test_two_tools_of_a_call_are_told_together_and_no_other_call(names: Names) -> None:
     code = """
 import json
-def run(argv): return json.loads(ray_guard.run(argv, capture_output=True, text=True).stdout)
+def run(argv): return json.loads(ray_guard.run(argv, capture_output=True, text=True).stdout.splitlines()[-1])
 with ray_guard.tool_call('one', {}):
     first = run(raw)
     named = run(ask)

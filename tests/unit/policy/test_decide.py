@@ -317,6 +317,16 @@ def test_unix_sockets_may_be_bound_by_path() -> None:
     assert outcome(policy, Request(BIND, UNIX, path="")) == (False, "invalid")
 
 
+@pytest.mark.parametrize("role", list(Role))
+def test_nobody_binds_where_the_guards_own_sockets_are(role: Role) -> None:
+    around = Surroundings(guard_folders=("/run/ray_guard",), control_folders=("/run/ray_guard", "/tmp/ray/session"))
+    policy = compiled(role=role)
+    assert outcome(policy, Request(BIND, UNIX, path="/run/ray_guard/x.sock"), around) == (False, "control_plane")
+    assert outcome(policy, Request(BIND, UNIX, path="/run/ray_guard_not/x.sock"), around) == (True, "unix_bind")
+    # An actor's working folder lies within Ray's session.
+    assert outcome(policy, Request(BIND, UNIX, path="/tmp/ray/session/x.sock"), around) == (True, "unix_bind")
+
+
 # Names --------------------------------------------------------------------------------------------------------------
 
 TOLD = Surroundings(
