@@ -63,6 +63,7 @@ from ray_guard.policy.destination import (
     GroupRule,
     NameRule,
     PortRange,
+    Protocol,
     SpecialKind,
     Transport,
     UnixRule,
@@ -153,11 +154,16 @@ class Request(NamedTuple):
     inode: tuple[int, int] | None = None
 
 
+Expected = tuple[tuple[Protocol, frozenset[str]], ...]
+
+
 class Decision(NamedTuple):
     """What was decided and why.
 
     ``rule`` is the entry of ``egress.allow`` (or ``egress.listen``) that matched. ``report_only``: a policy in mode
-    ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``.
+    ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``. ``name``: the
+    listed name that the address was told for. ``expected``: what must be spoken there, each protocol with the names
+    that may be meant in it; ``tcp`` stands for anything, unverified.
     """
 
     verdict: Verdict = Verdict.DENY
@@ -166,6 +172,8 @@ class Decision(NamedTuple):
     route: Route = Route.NONE
     report_only: bool = False
     exceeded: Exceeded | None = None
+    name: str | None = None
+    expected: Expected = ()
 
     @property
     def allowed(self) -> bool:
@@ -336,11 +344,21 @@ class Layer:
 
     def _named(self, surroundings: Surroundings, address: str, port: int) -> Decision | None:
         told = surroundings.names.get(address)
-        if told:
-            for rule in self.names:
-                if port in rule.ports and any(rule.matches(name) for name in told):
-                    return Decision(Verdict.ALLOW, Reason.NAME, rule.text, Route.RELAY)
-        return None
+        if not told:
+            return None
+        first: tuple[str, str] | None = None
+        expected: dict[Protocol, frozenset[str]] = {}
+        verified = self.verify_names and self.mode is Mode.ENFORCE
+        for rule in self.names:
+            names = [name for name in told if rule.matches(name)] if port in rule.ports else []
+            if names:
+                first = first or (rule.text, names[0])
+                protocol = rule.protocol if verified else Protocol.TCP
+                expected[protocol] = expected.get(protocol, frozenset()).union(names)
+        if first is None:
+            return None
+        text, name = first
+        return Decision(Verdict.ALLOW, Reason.NAME, text, Route.RELAY, name=name, expected=tuple(expected.items()))
 
     def _ask(self, transport: Transport, text: str, port: int) -> _Answer:
         try:
@@ -659,9 +677,14 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
     """
     granted: Decision | None = None
     noticed: Decision | None = None
+    expected: Expected = ()
     for layer in policy.layers:
         decision = layer.decide(policy.role, surroundings, request)
         if decision.verdict is Verdict.ALLOW:
+            if decision.expected:
+                expected = _both(expected, decision.expected) if expected else decision.expected
+                if not expected:
+                    return _NOT_LISTED
             if granted is None or decision.route > granted.route:
                 granted = decision
         elif layer.mode is Mode.ENFORCE:
@@ -679,7 +702,26 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
                 noticed = Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
         if granted is not None and granted.reason is Reason.RULE and request.transport is Transport.TCP and usage.exact:
             granted = Decision(Verdict.ALLOW, Reason.RULE, granted.rule, Route.RELAY)
+    return _concluded(granted, noticed, expected)
+
+
+def _concluded(granted: Decision | None, noticed: Decision | None, expected: Expected) -> Decision:
+    if granted is not None and granted.expected != expected:
+        granted = granted._replace(expected=expected)
     if noticed is not None:
-        route = granted.route if granted is not None else Route.DIRECT
-        return Decision(Verdict.ALLOW, noticed.reason, None, route, report_only=True, exceeded=noticed.exceeded)
+        route, name = (granted.route, granted.name) if granted is not None else (Route.DIRECT, None)
+        return Decision(Verdict.ALLOW, noticed.reason, None, route, True, noticed.exceeded, name, expected)
     return _NOT_LISTED if granted is None else granted
+
+
+def _both(first: Expected, second: Expected) -> Expected:
+    """What both expect; empty: they cannot agree."""
+    agreed: dict[Protocol, frozenset[str]] = {}
+    for protocol, names in first:
+        for other, others in second:
+            if protocol is other or Protocol.TCP in (protocol, other):
+                common = names & others
+                stricter = other if protocol is Protocol.TCP else protocol
+                if common:
+                    agreed[stricter] = agreed.get(stricter, frozenset()) | common
+    return tuple(agreed.items())

@@ -13,11 +13,12 @@ import struct
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
-from ray_guard.egress.relay.front import Crossing
+from ray_guard.egress.relay.front import MOVER_LOST, Crossing, End
+from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.kernel import procfs
@@ -275,6 +276,7 @@ class Ring:
                 connection.granted(decision)
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
+                    connection.speech = _speech(request, decision)
                     return Ruling(0, relayed=connection)
                 if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
@@ -345,6 +347,13 @@ def _decided(request: Request, decision: Decision) -> dict[str, AttributeValue]:
     return attributes
 
 
+def _speech(request: Request, decision: Decision) -> dict[str, Any]:
+    """See :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
+    denied = foreign(decision.rule, request.port) if decision.reason is Reason.RULE else frozenset()
+    expected = {protocol.value: sorted(names) for protocol, names in decision.expected}
+    return {"expected": expected, "denied": sorted(denied), "port": request.port}
+
+
 def _spelled(request: Request) -> str:
     if request.transport is Transport.UNIX:
         return f"unix:{request.path}" if request.path != "\0" else "unix:(abstract)"
@@ -379,7 +388,8 @@ def _form(target: Target, origin: Origin, decided: str) -> EgressForm:
 class Connection:
     """One connect (or datagram destination) of a target: its record, its share of the budgets, its flow."""
 
-    __slots__ = ("_form", "_more", "_over", "_ring", "_span", "_start", "capped", "flow", "origin", "request", "sent")
+    __slots__ = ("_form", "_more", "_over", "_ring", "_span", "_start", "capped", "flow", "origin", "request", "sent",
+                 "speech")  # fmt: skip
     _form: EgressForm
 
     def __init__(self, ring: Ring, origin: Origin, request: Request) -> None:
@@ -388,6 +398,8 @@ class Connection:
         self.request = request
         self.flow: Flow | None = None
         self.sent = 0
+        self.speech: dict[str, Any] = {}
+        """What may be spoken, where it is relayed."""
         self.capped = not origin.account.free and origin.account.limits_any(_BYTES)
         self._span = new_span_id()
         self._start = time.time_ns()
@@ -453,10 +465,20 @@ class Connection:
     def relayed(self, crossing: Crossing) -> None:
         self._ring.relayed(crossing)
 
-    def left(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
+    def left(self, crossing: Crossing, end: End) -> None:
         self._ring.relay_left(crossing)
-        self._more += _RELAY
-        self._counted(crossing.local, sent, received, exact=exact, why="" if why == "ended" else why)
+        found: dict[str, AttributeValue] = {"ray_guard.egress.route": "relay"}
+        for key, value in (("protocol", end.protocol), ("verified", end.verified), ("server_name", end.name)):
+            if value is not None:
+                found[f"ray_guard.egress.{key}"] = value
+        self._add(found)
+        if end.why and not self._over and end.why != MOVER_LOST:
+            try:
+                where = _spelled(self.request)
+                self._ring.target.violation(self.origin, self._span, "egress", reason=end.why, destination=where)
+            except JournalError:
+                log.exception("a violation could not be journaled")
+        self._counted(crossing.local, end.sent, end.received, exact=end.exact, why=end.why)
 
     def associated(self, local: tuple[str, int] | None) -> None:
         if local is not None:
@@ -540,7 +562,6 @@ def _ambiguous(candidates: tuple[str, ...]) -> str:
 
 _BYTES: Final = (EGRESS, SENT, RECEIVED)
 _EXACT: Final = "," + fragment({"ray_guard.egress.scope": "exact"}).encoded
-_RELAY: Final = "," + fragment({"ray_guard.egress.route": "relay"}).encoded
 _OF_THE_ACTOR: Final = (Reason.CLUSTER, Reason.COLLECTIVES)
 _TEXTS_KEPT: Final = 4096
 _FORMS_KEPT: Final = 64

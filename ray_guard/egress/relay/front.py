@@ -26,8 +26,8 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.relay.leases import KINDS, Lease
@@ -43,6 +43,7 @@ log = logging.getLogger("ray_guard.relay")
 
 FLOWS_LIMIT: Final = 8192
 """Relayed flows of one supervisor; a connect beyond it fails with ENOBUFS."""
+MOVER_LOST: Final = "mover_lost"
 _JOIN_S: Final = 2.0
 """How long a target's end that was connected may take to come through the door."""
 _SO_ATTACH_FILTER, _SO_DOMAIN, _SO_NETNS_COOKIE, _TCP_INFO = 26, 39, 71, socket.TCP_INFO
@@ -60,12 +61,30 @@ _Socket = socket.SocketType
 """The C type under socket.socket: made of a known descriptor it asks the kernel nothing."""
 
 
+class End(NamedTuple):
+    """How a flow ended: bytes ``sent`` and ``received``, ``exact`` or at least so many; and what was spoken."""
+
+    sent: int
+    received: int
+    exact: bool
+    why: str
+    """Why it was cut; empty: it ended by itself, or with its scope."""
+    protocol: str | None
+    verified: bool | None
+    """None: no name was to be verified."""
+    name: str | None
+
+
 class Owner(Protocol):
     """Whose flow it is: told what becomes of it, each at most once."""
 
     @property
     def account(self) -> Account:
         """The innermost scope that is charged."""
+
+    @property
+    def speech(self) -> Mapping[str, Any]:
+        """What may be spoken, for :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
 
     def relayed(self, crossing: Crossing) -> None:
         """Both ends stand."""
@@ -76,8 +95,8 @@ class Owner(Protocol):
     def over_budget(self, exceeded: Exceeded) -> None:
         """It wants more than is left, and is cut."""
 
-    def left(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
-        """It has ended; ``why`` it was cut, if it was."""
+    def left(self, crossing: Crossing, end: End) -> None:
+        """It has ended."""
 
 
 class Crossing:
@@ -454,7 +473,7 @@ class Relay:
         crossing.owner.relayed(crossing)
         limited = [lease.limited[kind] for kind in KINDS]
         message = {"op": "flow", "flow": crossing.number, "lease": lease.number, "limited": limited}
-        self._tell(message, (ours, crossing.upstream))
+        self._tell({**message, "speech": crossing.owner.speech}, (ours, crossing.upstream))
 
     def _lease(self, account: Account) -> Lease:
         lease = self._lease_of.get(account)
@@ -567,16 +586,18 @@ class Relay:
         if crossing is not None:
             if message["why"] == "budget" and crossing.lease is not None and crossing.lease.exceeded is not None:
                 crossing.owner.over_budget(crossing.lease.exceeded)
-            self._gone(crossing, message["sent"], message["received"], why=message["why"], exact=True)
+            why = "" if message["why"] == "ended" else message["why"]
+            found = [message.get(each) for each in ("protocol", "verified", "name")]
+            self._gone(crossing, End(message["sent"], message["received"], True, why, *found))
 
-    def _gone(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
+    def _gone(self, crossing: Crossing, end: End) -> None:
         del self._crossings[crossing.number]
         if self._by_cookie.get(crossing.cookie) is crossing:
             del self._by_cookie[crossing.cookie]
         if crossing.lease is not None:
             crossing.lease.flows -= 1
             self._drop(crossing.lease)
-        crossing.owner.left(crossing, sent, received, why=why, exact=exact)
+        crossing.owner.left(crossing, end)
 
     def finish(self, crossing: Crossing) -> None:
         """Its scope has ended: what was on its way still goes out, within half a second."""
@@ -602,7 +623,7 @@ class Relay:
         for lease in self._leases.values():
             lease.lost()
         for crossing in [each for each in self._crossings.values() if each.moving]:
-            self._gone(crossing, 0, 0, why="mover lost", exact=False)
+            self._gone(crossing, End(0, 0, False, MOVER_LOST, None, None, None))
 
     def close(self) -> None:
         """The supervisor ends: the mover, and with it all flows, does too."""
