@@ -73,6 +73,7 @@ class Speech:
 
     def __init__(self, told: Mapping[str, Any]) -> None:
         expected = {Protocol(protocol): frozenset(names) for protocol, names in told["expected"].items()}
+        self._named = bool(expected)
         self._choice: Choice | None = None
         self._sniffer: Sniffer | None = None
         self.sent: Verifier
@@ -91,7 +92,7 @@ class Speech:
         An SSH banner names nobody: it is the protocol alone that is verified then.
         """
         if self._sniffer is not None:
-            return {"protocol": self._sniffer.tag}
+            return {"protocol": self._sniffer.tag, **({"verified": False, "name": None} if self._named else {})}
         choice = self._choice
         spoken = choice is not None and (choice.name is not None or choice.done)
         protocol = choice.protocol if choice is not None and spoken else None
