@@ -70,6 +70,7 @@ from ray_guard.policy.destination import (
     canonical_address,
     is_loopback,
     parse_address,
+    parse_endpoint,
     parse_ports,
     parse_rule,
     special_ranges,
@@ -154,6 +155,7 @@ class Request(NamedTuple):
     inode: tuple[int, int] | None = None
 
 
+Endpoint = tuple[str, int]
 Expected = tuple[tuple[Protocol, frozenset[str]], ...]
 
 
@@ -163,7 +165,7 @@ class Decision(NamedTuple):
     ``rule`` is the entry of ``egress.allow`` (or ``egress.listen``) that matched. ``report_only``: a policy in mode
     ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``. ``name``: the
     listed name that the address was told for. ``expected``: what must be spoken there, each protocol with the names
-    that may be meant in it; ``tcp`` stands for anything, unverified.
+    that may be meant in it; ``tcp`` stands for anything, unverified. ``proxy``: by way of which.
     """
 
     verdict: Verdict = Verdict.DENY
@@ -174,6 +176,7 @@ class Decision(NamedTuple):
     exceeded: Exceeded | None = None
     name: str | None = None
     expected: Expected = ()
+    proxy: Endpoint | None = None
 
     @property
     def allowed(self) -> bool:
@@ -190,7 +193,6 @@ class Decision(NamedTuple):
         return {"ray_guard.egress.decision": self.verdict.name.lower(), "ray_guard.egress.reason": reason}
 
 
-Endpoint = tuple[str, int]
 _NO_NAMES: Final[Mapping[str, frozenset[str]]] = MappingProxyType({})
 
 
@@ -296,6 +298,8 @@ class Layer:
     unix: Mapping[str, UnixRule]
     listen: tuple[PortRange, ...]
     verify_names: bool
+    proxy: Endpoint | None = None
+    """Host (a name or an address) and port of the proxy that names are reached through."""
     _memory: dict[tuple[str, str, int], _Answer] = field(default_factory=dict, repr=False, compare=False)
 
     def decide(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
@@ -358,7 +362,8 @@ class Layer:
         if first is None:
             return None
         text, name = first
-        return Decision(Verdict.ALLOW, Reason.NAME, text, Route.RELAY, name=name, expected=tuple(expected.items()))
+        known = Decision(Verdict.ALLOW, Reason.NAME, text, Route.RELAY, name=name, proxy=self.proxy)
+        return known._replace(expected=tuple(expected.items()))
 
     def _ask(self, transport: Transport, text: str, port: int) -> _Answer:
         try:
@@ -656,7 +661,20 @@ def _layer(egress: _Wire, mode: Mode) -> Layer:
         unix=unix,
         listen=tuple(listen),
         verify_names=egress.flag("verify_names"),
+        proxy=_proxy(egress),
     )
+
+
+def _proxy(egress: _Wire) -> Endpoint | None:
+    text = egress.get("proxy")
+    if text is None:
+        return None
+    try:
+        if not isinstance(text, str) or not text.startswith("http://"):
+            raise ValueError("a proxy is http://host:port")
+        return parse_endpoint(text.removeprefix("http://"))
+    except ValueError as error:
+        raise PolicyError(egress.key("proxy"), text, str(error)) from None
 
 
 def _stricter(order: tuple[_T, ...], first: _T, second: _T) -> _T:
@@ -677,13 +695,13 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
     """
     granted: Decision | None = None
     noticed: Decision | None = None
-    expected: Expected = ()
+    named: Decision | None = None
     for layer in policy.layers:
         decision = layer.decide(policy.role, surroundings, request)
         if decision.verdict is Verdict.ALLOW:
-            if decision.expected:
-                expected = _both(expected, decision.expected) if expected else decision.expected
-                if not expected:
+            if decision.reason is Reason.NAME:
+                named = decision if named is None else _agreed(named, decision)
+                if named is None:
                     return _NOT_LISTED
             if granted is None or decision.route > granted.route:
                 granted = decision
@@ -702,16 +720,24 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
                 noticed = Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
         if granted is not None and granted.reason is Reason.RULE and request.transport is Transport.TCP and usage.exact:
             granted = Decision(Verdict.ALLOW, Reason.RULE, granted.rule, Route.RELAY)
-    return _concluded(granted, noticed, expected)
+    return _concluded(granted if named is None else named, noticed)
 
 
-def _concluded(granted: Decision | None, noticed: Decision | None, expected: Expected) -> Decision:
-    if granted is not None and granted.expected != expected:
-        granted = granted._replace(expected=expected)
-    if noticed is not None:
-        route, name = (granted.route, granted.name) if granted is not None else (Route.DIRECT, None)
-        return Decision(Verdict.ALLOW, noticed.reason, None, route, True, noticed.exceeded, name, expected)
-    return _NOT_LISTED if granted is None else granted
+def _concluded(granted: Decision | None, noticed: Decision | None) -> Decision:
+    if noticed is None:
+        return _NOT_LISTED if granted is None else granted
+    allowed = Decision(Verdict.ALLOW, route=Route.DIRECT) if granted is None else granted
+    return allowed._replace(reason=noticed.reason, rule=None, report_only=True, exceeded=noticed.exceeded)
+
+
+def _agreed(first: Decision, second: Decision) -> Decision | None:
+    """What two policies that list names both grant; None: nothing."""
+    expected = _both(first.expected, second.expected)
+    if not expected or (first.proxy and second.proxy and first.proxy != second.proxy):
+        return None
+    names = frozenset[str]().union(*(names for _, names in expected))
+    name = next((name for name in (first.name, second.name) if name in names), min(names))
+    return first._replace(expected=expected, name=name, proxy=first.proxy or second.proxy)
 
 
 def _both(first: Expected, second: Expected) -> Expected:

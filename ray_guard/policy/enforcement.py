@@ -21,6 +21,7 @@ SUPPORTED: Final = frozenset(
         "egress.allow.collectives",
         "egress.allow.unix",
         "egress.listen",
+        "egress.proxy",
         *(
             f"budgets.{scope}.{kind}"
             for scope in ("call", "episode", "actor", "job")

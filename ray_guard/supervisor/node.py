@@ -21,6 +21,7 @@ from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.loop import Loop
+from ray_guard.supervisor.proxies import Proxies
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.target import Target
@@ -68,6 +69,7 @@ class Node:
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
         self.means.relay.opened = self._changed
+        self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         loop.later(SYNC_S, self._sync)
 
@@ -170,6 +172,7 @@ class Node:
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
             self.means.relay.endpoints(),
+            self.proxies.endpoints(),
         )
         folders = {folder for m in self._memberships.values() for folder in m.folders}
         return Surroundings(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
 from ray_guard.egress.relay.front import MOVER_LOST, Crossing, End
+from ray_guard.egress.relay.proxy import Proxied
 from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
@@ -36,6 +37,7 @@ from ray_guard.policy.decide import (
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
+from ray_guard.supervisor.proxies import Standing
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ class Ring:
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
                           self._process(tid), inode)  # fmt: skip
         decision = decide(self.policy, self._surroundings or self._around(), origin.account, request)
+        if self._node.proxies.named and not unix and (error := self._proxy_unknown(request, decision)):
+            return Ruling(error)
         if decision.reason is Reason.NOT_LISTED and self._may_have_missed(request):
             if origin.call is not None:
                 self.target.intents[tid] = origin.call
@@ -197,6 +201,19 @@ class Ring:
         own = tid == self.root or os.path.exists(f"/proc/{self.root}/task/{tid}")
         return Process.OWN if own else Process.OTHER
 
+    def _proxy_unknown(self, request: Request, decision: Decision) -> int:
+        """Non-zero where it is not known yet, or not at all, which address a proxy has that this is about.
+
+        A destination at a proxy's port may be that proxy, which nobody but the relay may reach.
+        """
+        proxies = self._node.proxies
+        if not decision.allowed:
+            return 0
+        standing = proxies.at_port(request.port) if decision.proxy is None else proxies.standing(decision.proxy)
+        if standing is Standing.UNKNOWN and decision.proxy is not None:
+            return errno.ECONNREFUSED
+        return {Standing.KNOWN: 0, Standing.ASKED: _WAIT.error, Standing.UNKNOWN: errno.EACCES}[standing]
+
     def _may_have_missed(self, request: Request) -> bool:
         """Whether the cluster may have grown since its tables were read: then the question waits for a reading."""
         directory = self._node.directory(self.target)
@@ -277,6 +294,9 @@ class Ring:
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
                     connection.speech = _speech(request, decision)
+                    if decision.proxy is not None and decision.name is not None:
+                        address = self._node.proxies.address(decision.proxy)
+                        connection.proxied = Proxied(address, decision.name, request.port)
                     return Ruling(0, relayed=connection)
                 if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
@@ -351,6 +371,8 @@ def _speech(request: Request, decision: Decision) -> dict[str, Any]:
     """See :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
     denied = foreign(decision.rule, request.port) if decision.reason is Reason.RULE else frozenset()
     expected = {protocol.value: sorted(names) for protocol, names in decision.expected}
+    if decision.proxy is not None:  # it is asked for one name: no other may be meant
+        expected = {key: [decision.name] for key, names in expected.items() if decision.name in names}
     return {"expected": expected, "denied": sorted(denied), "port": request.port}
 
 
@@ -388,8 +410,21 @@ def _form(target: Target, origin: Origin, decided: str) -> EgressForm:
 class Connection:
     """One connect (or datagram destination) of a target: its record, its share of the budgets, its flow."""
 
-    __slots__ = ("_form", "_more", "_over", "_ring", "_span", "_start", "capped", "flow", "origin", "request", "sent",
-                 "speech")  # fmt: skip
+    __slots__ = (
+        "_form",
+        "_more",
+        "_over",
+        "_ring",
+        "_span",
+        "_start",
+        "capped",
+        "flow",
+        "origin",
+        "proxied",
+        "request",
+        "sent",
+        "speech",
+    )  # fmt: skip
     _form: EgressForm
 
     def __init__(self, ring: Ring, origin: Origin, request: Request) -> None:
@@ -400,6 +435,7 @@ class Connection:
         self.sent = 0
         self.speech: dict[str, Any] = {}
         """What may be spoken, where it is relayed."""
+        self.proxied: Proxied | None = None
         self.capped = not origin.account.free and origin.account.limits_any(_BYTES)
         self._span = new_span_id()
         self._start = time.time_ns()

@@ -174,6 +174,7 @@ class Session:
         if kind != "observer":
             borrows = self._node.means.borrows
             policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
+        self._require_proxies(policy)
         target = Target(
             pid=pid,
             kind=str(kind),
@@ -213,6 +214,11 @@ class Session:
                 "borrows": self._node.means.borrows,
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _require_proxies(self, policy: CompiledPolicy) -> None:
+        for layer in policy.layers:
+            if layer.proxy is not None:
+                self._node.proxies.require(layer.proxy)
 
     def _try_to_judge(self, pid: int, descriptor: int) -> None:
         """Whether calls of this process could be judged: its memory read, its sockets taken. Raises NotEnforced."""
@@ -298,6 +304,7 @@ class Session:
         target = self._known()
         clustered = self._node.directory(target) is not None
         added = _policy(message["policy"], target.kind, clustered=clustered, borrows=self._node.means.borrows)
+        self._require_proxies(added)
         target.policy = target.policy.intersect(added)
         if self._ring is not None:
             self._ring.tighten(target.policy)

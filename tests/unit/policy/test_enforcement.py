@@ -30,7 +30,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
             ("egress.allow[1]", "egress.allow[2]"),
         ),
         ({"egress": {"allow": [], "listen": [8080]}}, ()),
-        ({"egress": {"proxy": "http://p:3128"}}, ("egress.proxy",)),
+        ({"egress": {"proxy": "http://p:3128"}}, ()),
         ({"egress": {"proxy": None}}, ()),
         ({"egress": {"verify_names": True}}, ()),
         ({"egress": {"verify_names": True, "allow": ["a.b:443"]}}, ("egress.allow[0]", "egress.verify_names")),
@@ -88,7 +88,7 @@ def test_every_supported_name_can_come_up() -> None:
     data: dict[str, Any] = {
         "mode": "enforce",
         "role": "env",
-        "egress": {"listen": [1]},
+        "egress": {"listen": [1], "proxy": "http://p:3128"},
         "budgets": {
             scope: {kind: 1 for kind in KINDS if f"budgets.{scope}.{kind}" in SUPPORTED}
             for scope in ("call", "episode", "actor", "job")
