@@ -26,6 +26,7 @@ from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
+from ray_guard.supervisor.proxies import Proxies
 from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Node:
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
         self.means.relay.opened = self._changed
+        self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
         loop.later(SYNC_S, self._sync)
@@ -211,6 +213,7 @@ class Node:
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
             self.means.relay.endpoints(),
+            self.proxies.endpoints(),
         )
         own = (*self._own_folders, *map(os.path.realpath, self._journals))
         folders = {folder for m in self._memberships.values() for folder in m.folders}
