@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, sock_diag
+from ray_guard.kernel.perf import TreeClock
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
 
@@ -65,6 +66,7 @@ def probe(more: Mapping[str, Callable[[], str]] = NOTHING_MORE) -> list[Feature]
         _tried("ipc.own", _own_ipc),
         _tried("unix_diag", _unix_diag),
         _tried("yama", _yama),
+        _tried("perf.tree_clock", _tree_clock),
         _tried("cgroup.kill", _cgroup),
         *(_tried(name, trial) for name, trial in more.items()),
     ]
@@ -277,6 +279,24 @@ def _yama() -> str:
     if scope >= 2 and not procfs.has_capability(os.getpid(), 19):
         raise OSError(errno.EPERM, f"ptrace_scope {scope}: only an administrator may look into processes")
     return f"ptrace_scope {scope}"
+
+
+def _tree_clock() -> Feature | str:
+    try:
+        clock = TreeClock(os.getpid())
+    except OSError as error:
+        return Feature(
+            "perf.tree_clock",
+            Status.PARTLY,
+            f"{error.strerror}: CPU time of processes that a signal ends is charged as an upper bound",
+        )
+    try:
+        _in_child(lambda: _ignore(sum(range(200_000))))
+        if clock.read_ns() == 0:
+            raise ValueError("the CPU time of a child was not counted")
+    finally:
+        clock.close()
+    return "CPU time of all a call's processes is exact, waited for or not"
 
 
 def _cgroup() -> Feature:

@@ -24,6 +24,7 @@ from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.leaders import Leaders
+from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.resolver import Resolver
 
@@ -93,6 +94,7 @@ class Node:
         """Its pid; set by whoever has one."""
         self.ward: Callable[[int], None] = lambda _pid: None
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
+        self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
         self._syncer = Syncer()

@@ -67,6 +67,8 @@ class Ring:
         self.policy = policy
         self.root = root
         self._origin = origin
+        self.origin_of: Callable[[int], Origin] = target.origin_of_thread if origin is None else lambda _tid: origin
+        """Whose doing a thread's calls are; within a call a process of its own may be known (see processes)."""
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
@@ -76,7 +78,7 @@ class Ring:
         self._seen: set[int] = set()
         self._faults = 0
         self._known: dict[tuple[str, int], _Known] = {}
-        """TCP destinations that a rule has granted."""
+        """Destinations of connects that :meth:`again` may grant, see :meth:`_is_repeatable`."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
         self._names: Names | None = Names(self) if policy.names else None
@@ -97,7 +99,7 @@ class Ring:
         inode: tuple[int, int] | None = None,
         size: int = 0,
     ) -> Ruling:
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
         if self._names is not None and self._names.changed():
             self._surroundings = None
         unix = transport is Transport.UNIX
@@ -125,7 +127,7 @@ class Ring:
         known = self._known.get(address)
         if known is None or cookie in self._meter.flows:
             return None
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
         account = origin.account
         if not account.free:
             if origin.call is not None:
@@ -312,7 +314,7 @@ class Ring:
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
                     return Ruling(0, relayed=connection)
-                if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
+                if len(self._known) < _TEXTS_KEPT and self._is_repeatable(request, decision, origin.account):
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
                 return Ruling(0, connection)
             if self.mute and request.transport is Transport.UDP and request.operation is Operation.CONNECT:
@@ -326,6 +328,23 @@ class Ring:
             log.exception("a decision could not be journaled")
             return Ruling(errno.EPERM)
         return Ruling(errno.EACCES)
+
+    def _is_repeatable(self, request: Request, decision: Decision, account: Account) -> bool:
+        """Whether the same would be said, as long as policy and surroundings stand, to whoever here asks the same.
+
+        So it is of a rule that names the address, for TCP, by the direct way; but of several policies another may have
+        agreed because it was the actor's own process that asked. Budgets are no part of it: :meth:`again` looks.
+        """
+        if (
+            decision.reason is not Reason.RULE
+            or decision.route is not Route.DIRECT
+            or decision.report_only
+            or request.operation is not Operation.CONNECT
+            or request.transport is not Transport.TCP
+        ):
+            return False
+        others = request._replace(process=Process.OTHER)
+        return request.process is Process.OTHER or decide(self.policy, self._around(), account, others) == decision
 
     def _send(self, request: Request, decision: Decision, origin: Origin, size: int) -> Ruling:
         """A datagram. Its flow is journaled once per destination and call; its bytes are reserved before it goes."""

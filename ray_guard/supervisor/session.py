@@ -319,7 +319,7 @@ class Session:
         target = self._known()
         span = message.get("span")
         for tool in self._tools:
-            if tool.call == span and tool.running:
+            if tool.call == span and tool.running and target.policy.survivors != "keep":
                 tool.end()  # what a call started ends with the call
         self._tools = [tool for tool in self._tools if tool.running]
         target.end(message)
