@@ -32,8 +32,8 @@ def exit_status(pidfd: int, pid: int) -> int | None:
             return int(about[-1])
     except OSError:
         pass  # ENOTTY: an older kernel; ESRCH: it has been waited for
-    image = procfs.image(pid)  # not waited for yet, then the pid is still its own
-    return image.exit_code if image is not None and image.state in (b"Z", b"X") else None
+    birth = procfs.birth(pid)  # not waited for yet, then the pid is still its own
+    return birth.exit_code if birth is not None and birth.state in (b"Z", b"X") else None
 
 
 def cpu_ns(pid: int) -> int | None:
