@@ -5,19 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-
-
-class Birth(NamedTuple):
-    """What /proc/PID/stat says of where a process comes from, and of its end."""
-
-    state: bytes
-    parent: int
-    start_time: int
-    exit_code: int
-    """As waitpid gives it; of a zombie alone."""
 
 
 def _content(path: str, size: int) -> bytes:
@@ -32,15 +22,6 @@ def _content(path: str, size: int) -> bytes:
         return b""
     finally:
         os.close(descriptor)
-
-
-def birth(pid: int) -> Birth | None:
-    """Of a process, or of a thread; None: there is none of that number."""
-    data = _content(f"/proc/{pid}/stat", 4096)
-    if not data:
-        return None
-    fields = data[data.rindex(b")") + 2 :].split()
-    return Birth(fields[0], int(fields[1]), int(fields[19]), int(fields[49]))
 
 
 def program(pid: int) -> bytes:
@@ -108,12 +89,8 @@ def peak_resident(pid: int) -> int:
 
 def _stat_fields(pid: int) -> list[bytes] | None:
     """Fields of /proc/PID/stat from the state (field 3) on; None: no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            data = file.read(4096)
-    except OSError:
-        return None
-    return data[data.rindex(b")") + 2 :].split()  # the name may hold spaces and parentheses
+    data = _content(f"/proc/{pid}/stat", 4096)
+    return data[data.rindex(b")") + 2 :].split() if data else None  # the name may hold spaces and parentheses
 
 
 def parent(pid: int) -> int | None:
@@ -130,6 +107,12 @@ def start_time(pid: int) -> int | None:
 def is_zombie(pid: int) -> bool:
     fields = _stat_fields(pid)
     return fields is not None and fields[0] == b"Z"
+
+
+def zombie_status(pid: int) -> int | None:
+    """How a process ended that was not waited for yet, as waitpid gives it; None: it runs, or is gone."""
+    fields = _stat_fields(pid)
+    return int(fields[49]) if fields is not None and fields[0] in (b"Z", b"X") else None
 
 
 def thread_group(tid: int) -> int | None:

@@ -40,6 +40,7 @@ log = logging.getLogger("ray_guard.processes")
 _KNOWN_LIMIT: Final = 4096
 _WATCHED_LIMIT: Final = 256
 """How many processes of a call are watched by a pidfd: descriptors are for all calls. The others are looked for."""
+_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _AT_FDCWD: Final = -100 & 0xFFFFFFFF
 
 
@@ -116,18 +117,17 @@ class Processes:
         self._known: dict[int, Process] = {}
         self._threads: dict[int, Process] = {}
         self._watched = 0
-        self._ended: dict[int, int] = {}
-        """Number and birth of processes that have ended, or have said so: /proc shows them for a while yet."""
+        self._ended: dict[int, float] = {}
+        """When a process has ended, or has said so: /proc shows it for a while yet."""
         self._orphans: dict[int, Process] = {}
         """Whose child a process was that has lost its parent before it was heard of."""
-        birth = procfs.birth(root)
         self._starting = True
         """The first process has not executed anything: what it tries until then is the start itself."""
         self._base_ns = pidfd.cpu_ns(root) or 0
-        entry = Entry(root, 0 if birth is None else birth.start_time, now(), self._base_ns)
+        entry = Entry(root, 0, now(), self._base_ns)
         program = procfs.program(root)
         self._root = self._known[root] = Process(entry, None, target.pid, -1, program, origin.parent_id or "", origin)
-        leader = 0 if birth is None else birth.parent
+        leader = procfs.parent(root) or 0
         self._limits = Limits(
             node.loop,
             node.census,
@@ -173,22 +173,24 @@ class Processes:
                     self._threads.clear()
                 self._threads[tid] = process
             return process
-        birth = procfs.birth(tid)
-        if birth is None or self._ended.get(tid) == birth.start_time:
+        if tid in self._ended and (procfs.start_time(tid) or 0) * _TICK_S < self._ended[tid]:
             if descriptor >= 0:
                 os.close(descriptor)
             return None
-        return self._add(tid, birth, descriptor)
+        return self._add(tid, descriptor)
 
-    def _add(self, pid: int, birth: procfs.Birth, descriptor: int) -> Process:
-        parent = self._orphans.pop(pid, None) or self._known.get(birth.parent)
-        entry = self._limits.ledger.enter(pid, birth.start_time)
+    def _add(self, pid: int, descriptor: int) -> Process:
+        parent_pid = pidfd.parent(descriptor) or procfs.parent(pid) or 0
+        parent = self._orphans.pop(pid, None) or self._known.get(parent_pid)
         if self._limits.ledger.bounds:
-            entry.heir = parent is None or procfs.ignores(birth.parent, signal.SIGCHLD)
+            entry = self._limits.ledger.enter(pid, procfs.start_time(pid) or 0)
+            entry.heir = parent is None or procfs.ignores(parent_pid, signal.SIGCHLD)
+        else:
+            entry = self._limits.ledger.enter(pid)
         if parent is not None and parent.attempt is not None:
             self._settle(parent, procfs.program(parent.entry.pid))
         above = self._root if parent is None else parent
-        process = Process(entry, parent, birth.parent, -1, above.program, above.span)
+        process = Process(entry, parent, parent_pid, -1, above.program, above.span)
         if descriptor >= 0 and self._watched < _WATCHED_LIMIT:
             self._watched += 1
             process.pidfd = descriptor
@@ -206,7 +208,7 @@ class Processes:
         if len(self._ended) >= _KNOWN_LIMIT:
             for old in list(self._ended)[: _KNOWN_LIMIT // 2]:
                 del self._ended[old]
-        self._ended[pid] = process.entry.born
+        self._ended[pid] = now()
         if self._known.get(pid) is process:
             del self._known[pid]
         if self._threads:
@@ -219,7 +221,7 @@ class Processes:
 
     def _forget_dead(self) -> None:
         for process in list(self._known.values()):
-            if process.pidfd < 0 and procfs.start_time(process.entry.pid) != process.entry.born:
+            if process.pidfd < 0 and procfs.parent(process.entry.pid) is None:
                 self._died(process)
 
     def _living(self, pids: list[int]) -> Iterable[Entry]:
@@ -319,8 +321,8 @@ class Processes:
         for child in procfs.children(pid, pid):
             if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
                 self._orphans[child] = process
-        self._forget(process)
         gate.listener.proceed(call.id)
+        self._forget(process)
         self._settle(process, program)
         if process.image is not None:
             self._peak_memory = max(self._peak_memory, peak)
@@ -333,7 +335,7 @@ class Processes:
     def _died(self, process: Process) -> None:
         """It has ended without saying so: by a signal, for the most part."""
         pid, ended = process.entry.pid, time.time_ns()
-        cpu = pidfd.cpu_ns(pid) if procfs.start_time(pid) == process.entry.born else None
+        cpu = pidfd.cpu_ns(pid) if process.pidfd >= 0 else None
         self._settle(process, b"")
         if process.image is not None:
             status = pidfd.exit_status(process.pidfd, pid) if process.pidfd >= 0 else None
