@@ -14,11 +14,13 @@ import signal
 import socket
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
 
-from ray_guard.kernel import borrowing, landlock, libc, procfs, seccomp, sock_diag
+from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, sock_diag
 from ray_guard.kernel.perf import TreeClock
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
@@ -34,6 +36,9 @@ class Status(StrEnum):
     MISSING = "missing"
 
 
+NOTHING_MORE: Final[Mapping[str, Callable[[], str]]] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
     name: str
@@ -41,8 +46,12 @@ class Feature:
     detail: str
 
 
-def probe() -> list[Feature]:
-    """Tries everything. Takes a fraction of a second, changes nothing, sends nothing beyond loopback."""
+def probe(more: Mapping[str, Callable[[], str]] = NOTHING_MORE) -> list[Feature]:
+    """Tries everything. Takes a fraction of a second, changes nothing, sends nothing beyond loopback.
+
+    Args:
+        more: trials by feature, of what is not the kernel's. Each says what was found, or raises OSError or ValueError.
+    """
     return [
         _tried("seccomp.architecture", _architecture),
         _tried("seccomp.user_notification", _notification),
@@ -54,10 +63,12 @@ def probe() -> list[Feature]:
         _tried("udp.mute", _mute),
         _tried("subreaper", _subreaper),
         _tried("landlock.signal_scope", _landlock),
+        _tried("ipc.own", _own_ipc),
         _tried("unix_diag", _unix_diag),
         _tried("yama", _yama),
         _tried("perf.tree_clock", _tree_clock),
         _tried("cgroup.kill", _cgroup),
+        *(_tried(name, trial) for name, trial in more.items()),
     ]
 
 
@@ -228,6 +239,12 @@ def _subreaper() -> str:
 
 def _ignore(_result: int) -> None:
     """For a trial that succeeds by not failing."""
+
+
+def _own_ipc() -> Feature | str:
+    if ipc.can_be_own():
+        return "System V IPC and message queues of a tool are its own"
+    return Feature("ipc.own", Status.PARTLY, "no CAP_SYS_ADMIN: tools have no System V IPC and no message queues")
 
 
 def _landlock() -> str:

@@ -38,7 +38,7 @@ would have denied is allowed, with its reason and ``report_only``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
@@ -63,12 +63,14 @@ from ray_guard.policy.destination import (
     GroupRule,
     NameRule,
     PortRange,
+    Protocol,
     SpecialKind,
     Transport,
     UnixRule,
     canonical_address,
     is_loopback,
     parse_address,
+    parse_endpoint,
     parse_ports,
     parse_rule,
     special_ranges,
@@ -153,11 +155,17 @@ class Request(NamedTuple):
     inode: tuple[int, int] | None = None
 
 
+Endpoint = tuple[str, int]
+Expected = tuple[tuple[Protocol, frozenset[str]], ...]
+
+
 class Decision(NamedTuple):
     """What was decided and why.
 
     ``rule`` is the entry of ``egress.allow`` (or ``egress.listen``) that matched. ``report_only``: a policy in mode
-    ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``.
+    ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``. ``name``: the
+    listed name that the address was told for, or that may be resolved. ``expected``: what must be spoken there, each
+    protocol with the names that may be meant in it; ``tcp``: anything, unverified. ``proxy``: by way of which.
     """
 
     verdict: Verdict = Verdict.DENY
@@ -166,6 +174,9 @@ class Decision(NamedTuple):
     route: Route = Route.NONE
     report_only: bool = False
     exceeded: Exceeded | None = None
+    name: str | None = None
+    expected: Expected = ()
+    proxy: Endpoint | None = None
 
     @property
     def allowed(self) -> bool:
@@ -182,8 +193,7 @@ class Decision(NamedTuple):
         return {"ray_guard.egress.decision": self.verdict.name.lower(), "ray_guard.egress.reason": reason}
 
 
-Endpoint = tuple[str, int]
-_NO_NAMES: Final[Mapping[str, frozenset[str]]] = MappingProxyType({})
+_NO_NAMES: Final[Mapping[str, Collection[str]]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +216,15 @@ class Surroundings:
     """Ray's session sockets (raylet, plasma) by resolved path."""
     control_folders: tuple[str, ...] = ()
     """Resolved folders whose sockets tools never reach: Ray's session, the evidence, the supervisor's."""
+    guard_folders: tuple[str, ...] = ()
+    """Resolved folders of the guard's own, where nobody binds a socket: it would be taken for the supervisor's."""
     own_unix: frozenset[tuple[int, int]] = frozenset()
     """(device, inode) of unix sockets that this call or actor bound. By inode, because a path can be made to mean
     another socket later; hold an O_PATH descriptor of each, because a freed inode number is given out again."""
     ray_listen: frozenset[int] = frozenset()
     """Ports that Ray itself listens on in this actor's process."""
-    names: Mapping[str, frozenset[str]] = field(default_factory=lambda: _NO_NAMES)
-    """For each address the canonical names that the guard's resolver gave it for, to this target."""
+    names: Mapping[str, Collection[str]] = field(default_factory=lambda: _NO_NAMES)
+    """For each address the canonical names that the guard's resolver gave it for, to this target; the latest first."""
     _control: frozenset[Endpoint] = field(init=False, repr=False, compare=False)
     _local_control_ports: frozenset[int] = field(init=False, repr=False, compare=False)
 
@@ -237,6 +249,9 @@ class Surroundings:
 
     def is_control_path(self, path: str) -> bool:
         return path in self.cluster_unix or any(path.startswith(folder + "/") for folder in self.control_folders)
+
+    def is_guard_path(self, path: str) -> bool:
+        return any(path.startswith(folder + "/") for folder in self.guard_folders)
 
 
 class _Answer(NamedTuple):
@@ -288,6 +303,8 @@ class Layer:
     unix: Mapping[str, UnixRule]
     listen: tuple[PortRange, ...]
     verify_names: bool
+    proxy: Endpoint | None = None
+    """Host (a name or an address) and port of the proxy that names are reached through."""
     _memory: dict[tuple[str, str, int], _Answer] = field(default_factory=dict, repr=False, compare=False)
 
     def decide(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
@@ -336,11 +353,22 @@ class Layer:
 
     def _named(self, surroundings: Surroundings, address: str, port: int) -> Decision | None:
         told = surroundings.names.get(address)
-        if told:
-            for rule in self.names:
-                if port in rule.ports and any(rule.matches(name) for name in told):
-                    return Decision(Verdict.ALLOW, Reason.NAME, rule.text, Route.RELAY)
-        return None
+        if not told:
+            return None
+        first: tuple[str, str] | None = None
+        expected: dict[Protocol, frozenset[str]] = {}
+        verified = self.verify_names and self.mode is Mode.ENFORCE
+        for rule in self.names:
+            names = [name for name in told if rule.matches(name)] if port in rule.ports else []
+            if names:
+                first = first or (rule.text, names[0])
+                protocol = rule.protocol if verified else Protocol.TCP
+                expected[protocol] = expected.get(protocol, frozenset()).union(names)
+        if first is None:
+            return None
+        text, name = first
+        known = Decision(Verdict.ALLOW, Reason.NAME, text, Route.RELAY, name=name, proxy=self.proxy)
+        return known._replace(expected=tuple(expected.items()))
 
     def _ask(self, transport: Transport, text: str, port: int) -> _Answer:
         try:
@@ -384,6 +412,8 @@ class Layer:
             if request.operation is Operation.LISTEN:
                 return _UNIX_BIND  # its address was decided when it was bound
             refused = _unusable_path(request.path)
+            if refused is None and surroundings.is_guard_path(request.path):
+                refused = _CONTROL
             return _UNIX_BIND if refused is None else refused
         port = request.port
         if request.transport not in (Transport.TCP, Transport.UDP) or not 0 <= port <= ANY_PORT.last:
@@ -461,10 +491,23 @@ class CompiledPolicy:
 
     def allows_name(self, name: str) -> bool:
         """Whether the resolver answers for ``name`` (canonical): every enforcing policy lists it."""
-        enforcing = [layer for layer in self.layers if layer.mode is Mode.ENFORCE]
-        if not enforcing:
-            return bool(self.layers)
-        return all(any(rule.matches(name) for rule in layer.names) for layer in enforcing)
+        return self.decide_name(name).allowed
+
+    def decide_name(self, name: str) -> Decision:
+        """Whether the resolver looks ``name`` (canonical) up: every enforcing policy lists it, at whatever port."""
+        granted: Decision | None = None
+        noticed = False
+        for layer in self.layers:
+            rule = next((rule for rule in layer.names if rule.matches(name)), None)
+            if rule is not None:
+                granted = granted or Decision(Verdict.ALLOW, Reason.RESOLVER, rule.text, Route.RESOLVER, name=name)
+            elif layer.mode is Mode.ENFORCE:
+                return _NOT_LISTED
+            else:
+                noticed = True
+        if noticed:
+            return Decision(Verdict.ALLOW, Reason.NOT_LISTED, None, Route.RESOLVER, report_only=True, name=name)
+        return granted or _NOT_LISTED
 
     def with_role(self, role: Role) -> CompiledPolicy:
         """The same policy for the processes of another role: a call's tools get ``tool``."""
@@ -638,7 +681,20 @@ def _layer(egress: _Wire, mode: Mode) -> Layer:
         unix=unix,
         listen=tuple(listen),
         verify_names=egress.flag("verify_names"),
+        proxy=_proxy(egress),
     )
+
+
+def _proxy(egress: _Wire) -> Endpoint | None:
+    text = egress.get("proxy")
+    if text is None:
+        return None
+    try:
+        if not isinstance(text, str) or not text.startswith("http://"):
+            raise ValueError("a proxy is http://host:port")
+        return parse_endpoint(text.removeprefix("http://"))
+    except ValueError as error:
+        raise PolicyError(egress.key("proxy"), text, str(error)) from None
 
 
 def _stricter(order: tuple[_T, ...], first: _T, second: _T) -> _T:
@@ -659,9 +715,14 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
     """
     granted: Decision | None = None
     noticed: Decision | None = None
+    named: Decision | None = None
     for layer in policy.layers:
         decision = layer.decide(policy.role, surroundings, request)
         if decision.verdict is Verdict.ALLOW:
+            if decision.reason is Reason.NAME:
+                named = decision if named is None else _agreed(named, decision)
+                if named is None:
+                    return _NOT_LISTED
             if granted is None or decision.route > granted.route:
                 granted = decision
         elif layer.mode is Mode.ENFORCE:
@@ -679,7 +740,34 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
                 noticed = Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
         if granted is not None and granted.reason is Reason.RULE and request.transport is Transport.TCP and usage.exact:
             granted = Decision(Verdict.ALLOW, Reason.RULE, granted.rule, Route.RELAY)
-    if noticed is not None:
-        route = granted.route if granted is not None else Route.DIRECT
-        return Decision(Verdict.ALLOW, noticed.reason, None, route, report_only=True, exceeded=noticed.exceeded)
-    return _NOT_LISTED if granted is None else granted
+    return _concluded(granted if named is None else named, noticed)
+
+
+def _concluded(granted: Decision | None, noticed: Decision | None) -> Decision:
+    if noticed is None:
+        return _NOT_LISTED if granted is None else granted
+    allowed = Decision(Verdict.ALLOW, route=Route.DIRECT) if granted is None else granted
+    return allowed._replace(reason=noticed.reason, rule=None, report_only=True, exceeded=noticed.exceeded)
+
+
+def _agreed(first: Decision, second: Decision) -> Decision | None:
+    """What two policies that list names both grant; None: nothing."""
+    expected = _both(first.expected, second.expected)
+    if not expected or (first.proxy and second.proxy and first.proxy != second.proxy):
+        return None
+    names = frozenset[str]().union(*(names for _, names in expected))
+    name = next((name for name in (first.name, second.name) if name in names), min(names))
+    return first._replace(expected=expected, name=name, proxy=first.proxy or second.proxy)
+
+
+def _both(first: Expected, second: Expected) -> Expected:
+    """What both expect; empty: they cannot agree."""
+    agreed: dict[Protocol, frozenset[str]] = {}
+    for protocol, names in first:
+        for other, others in second:
+            if protocol is other or Protocol.TCP in (protocol, other):
+                common = names & others
+                stricter = other if protocol is Protocol.TCP else protocol
+                if common:
+                    agreed[stricter] = agreed.get(stricter, frozenset()) | common
+    return tuple(agreed.items())

@@ -19,8 +19,11 @@ SUPPORTED: Final = frozenset(
         "egress.allow.address",
         "egress.allow.cluster",
         "egress.allow.collectives",
+        "egress.allow.name",
         "egress.allow.unix",
         "egress.listen",
+        "egress.proxy",
+        "egress.verify_names",
         *(
             f"budgets.{scope}.{kind}"
             for scope in ("call", "episode", "actor", "job")

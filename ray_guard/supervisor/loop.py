@@ -11,8 +11,12 @@ import logging
 import select
 import time
 from collections.abc import Callable
+from typing import Final
 
 log = logging.getLogger("ray_guard.loop")
+
+_EVENTS: Final = 64
+"""Taken from the kernel at one go."""
 
 
 class Loop:
@@ -24,11 +28,14 @@ class Loop:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._running = False
+        self._new: set[int] = set()
+        """Watched since this round began: what it has to tell of such a number is of a descriptor closed since."""
 
     def watch(self, descriptor: int, events: int, callback: Callable[[int], None]) -> None:
         """Calls ``callback(events)`` whenever ``descriptor`` is ready (level-triggered), until :meth:`forget`."""
         self._epoll.register(descriptor, events)
         self._callbacks[descriptor] = callback
+        self._new.add(descriptor)
 
     def forget(self, descriptor: int) -> None:
         """To be called before the descriptor is closed: a duplicate elsewhere would keep it in the set."""
@@ -41,22 +48,36 @@ class Loop:
     def run(self) -> None:
         """Until :meth:`stop`."""
         self._running = True
-        poll, callbacks, timers = self._epoll.poll, self._callbacks, self._timers
+        poll, callbacks, timers, clock = self._epoll.poll, self._callbacks, self._timers, time.monotonic
+        new = self._new
         while self._running:
-            timeout = -1.0 if not timers else max(0.0, timers[0][0] - time.monotonic())
-            for descriptor, events in poll(timeout):
+            timeout: float | None = None
+            if timers:
+                timeout = timers[0][0] - clock()
+                if timeout <= 0:
+                    self._fire()
+                    timeout = 0  # and not on: timers that are late must not keep descriptors waiting
+            ready = poll(timeout, _EVENTS)
+            if new:
+                new.clear()
+            for descriptor, events in ready:
                 callback = callbacks.get(descriptor)
-                if callback is not None:  # an earlier callback of this round may have forgotten it
+                # An earlier callback of this round may have forgotten it, and another one got the number.
+                if callback is not None and descriptor not in new:
                     try:
                         callback(events)
                     except Exception:
                         log.exception("descriptor %d", descriptor)
-            while timers and timers[0][0] <= time.monotonic():
-                due = heapq.heappop(timers)[2]
-                try:
-                    due()
-                except Exception:
-                    log.exception("timer")
+
+    def _fire(self) -> None:
+        """Calls what is due."""
+        timers = self._timers
+        while timers and timers[0][0] <= time.monotonic():
+            due = heapq.heappop(timers)[2]
+            try:
+                due()
+            except Exception:
+                log.exception("timer")
 
     def stop(self) -> None:
         self._running = False
