@@ -23,7 +23,7 @@ class Entry:
     """A process that has been seen.
 
     Attributes:
-        pid, born: its number and its start in clock ticks: together its identity.
+        pid, born: its number, and its start in clock ticks.
         measured: when its clock was read last; at first, when it was born.
         cpu_ns: what it showed then.
         heir: who forked it has ended unseen, or sees to it that its children do.
@@ -45,8 +45,8 @@ class Ledger:
     cpu_ns: int = 0
     bounded_ns: int = 0
 
-    def enter(self, pid: int, born: int) -> Entry:
-        """A process has made itself known, or was found."""
+    def enter(self, pid: int, born: int = 0) -> Entry:
+        """A process has made itself known, or was found. ``born`` is not needed where nothing is bounded."""
         self.seen += 1
         return Entry(pid, born, born * _TICK_S)
 

@@ -168,7 +168,7 @@ def _nanoseconds(time_ns: int) -> int:
 
 
 class EgressForm(NamedTuple):
-    """See :meth:`LineEncoder.egress_form`."""
+    """See :meth:`LineEncoder.egress_form` and :meth:`LineEncoder.process_form`."""
 
     before: str
     between: str
@@ -216,10 +216,17 @@ class LineEncoder:
         Args:
             attributes: the inside of the attributes array, encoded (:attr:`Fragment.encoded`, joined by commas).
         """
+        return self._form(trace_id, parent_id, '"egress connect","kind":3', attributes)
+
+    def process_form(self, trace_id: str, parent_id: str | None, program: str, attributes: str) -> EgressForm:
+        """The two lines of a ``process`` span: the path of every exec. ``attributes``: as in :meth:`egress_form`."""
+        return self._form(trace_id, parent_id, f'{_string(f"process {program}")},"kind":1', attributes)
+
+    def _form(self, trace_id: str, parent_id: str | None, named: str, attributes: str) -> EgressForm:
         parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
         return EgressForm(
             f'{self._head}"{trace_id}","spanId":"',
-            f'"{parent},"name":"egress connect","kind":3,"startTimeUnixNano":"',
+            f'"{parent},"name":{named},"startTimeUnixNano":"',
             f'","attributes":[{attributes}',
         )
 

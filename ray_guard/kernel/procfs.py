@@ -5,45 +5,31 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-_FORKED_NO_EXEC: Final = 0x40
-"""PF_FORKNOEXEC in a process's flags: it has executed nothing since it was forked."""
 
 
-class Image(NamedTuple):
-    """What /proc/PID/stat says of a process and of the program in it.
-
-    ``token`` differs as soon as the process has executed another program, or the same with other arguments or, where
-    addresses are random, at all.
-    """
-
-    state: bytes
-    parent: int
-    start_time: int
-    token: tuple[bytes, ...]
-    exit_code: int
-    """As waitpid gives it; of a zombie alone."""
-
-
-def image(pid: int) -> Image | None:
-    """Of a process, or of a thread's process; None: there is no such process."""
+def _content(path: str, size: int) -> bytes:
+    """What one read gives; empty where it is gone. (A file object would cost as much again.)"""
     try:
-        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return None
+        return b""
     try:
-        data = os.read(descriptor, 4096)
+        return os.read(descriptor, size)
     except OSError:
-        return None
+        return b""
     finally:
         os.close(descriptor)
-    end = data.rindex(b")")
-    fields = data[end + 2 :].split()
-    forked = b"f" if int(fields[6]) & _FORKED_NO_EXEC else b""
-    token = (forked, *fields[23:26], *fields[45:49])
-    return Image(fields[0], int(fields[1]), int(fields[19]), token, int(fields[49]))
+
+
+def program(pid: int) -> bytes:
+    """Differs as soon as a process has executed another program, and where addresses are random, the same one again.
+
+    That is its auxiliary vector, which a child has of its parent. Empty: the process is gone, or unreadable.
+    """
+    return _content(f"/proc/{pid}/auxv", 4096)
 
 
 def children(pid: int, thread: int | None = None) -> list[int]:
@@ -58,11 +44,16 @@ def children(pid: int, thread: int | None = None) -> list[int]:
         return found
     for each in threads:
         try:
-            with open(f"/proc/{pid}/task/{each}/children", "rb", buffering=0) as file:
-                while data := file.read(1 << 16):
-                    found += map(int, data.split())
+            descriptor = os.open(f"/proc/{pid}/task/{each}/children", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             continue
+        try:
+            while data := os.read(descriptor, 1 << 16):  # one reading gives a page of them, in whole numbers
+                found += map(int, data.split())
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
     return found
 
 
@@ -74,11 +65,8 @@ def tells_children() -> bool:
 
 def resident(pid: int) -> int:
     """Bytes of the process's memory that are resident, shared ones included; 0: it is gone."""
-    try:
-        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
-            return int(file.read(256).split()[1]) * _PAGE
-    except (OSError, IndexError):
-        return 0
+    fields = _content(f"/proc/{pid}/statm", 256).split()
+    return int(fields[1]) * _PAGE if fields else 0
 
 
 def resident_share(pid: int) -> int:
@@ -101,12 +89,8 @@ def peak_resident(pid: int) -> int:
 
 def _stat_fields(pid: int) -> list[bytes] | None:
     """Fields of /proc/PID/stat from the state (field 3) on; None: no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            data = file.read(4096)
-    except OSError:
-        return None
-    return data[data.rindex(b")") + 2 :].split()  # the name may hold spaces and parentheses
+    data = _content(f"/proc/{pid}/stat", 4096)
+    return data[data.rindex(b")") + 2 :].split() if data else None  # the name may hold spaces and parentheses
 
 
 def parent(pid: int) -> int | None:
@@ -123,6 +107,12 @@ def start_time(pid: int) -> int | None:
 def is_zombie(pid: int) -> bool:
     fields = _stat_fields(pid)
     return fields is not None and fields[0] == b"Z"
+
+
+def zombie_status(pid: int) -> int | None:
+    """How a process ended that was not waited for yet, as waitpid gives it; None: it runs, or is gone."""
+    fields = _stat_fields(pid)
+    return int(fields[49]) if fields is not None and fields[0] in (b"Z", b"X") else None
 
 
 def thread_group(tid: int) -> int | None:
@@ -144,14 +134,11 @@ def traced_pid(pid: int, pidfd: int) -> int | None:
 
 
 def _status(pid: int, key: bytes, base: int = 10) -> int | None:
-    try:
-        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-            for line in file.read(8192).splitlines():
-                if line.startswith(key):
-                    return int(line.split()[1], base)
-    except (OSError, ValueError):
-        pass
-    return None
+    data = _content(f"/proc/{pid}/status", 8192)
+    at = data.find(b"\n" + key)  # no line of it can be forged: in the name a newline is escaped
+    if at < 0:
+        return None
+    return int(data[at + len(key) + 1 : data.index(b"\n", at + 1)].split()[0], base)
 
 
 def has_capability(pid: int, capability: int) -> bool:

@@ -70,18 +70,14 @@ class Memory:
         if not 0 <= at < len(self._window):  # arguments lie side by side, so one reading serves most of them
             self._base, self._window, at = address, self._read(address, _WINDOW), 0
         end = self._window.find(b"\0", at)
-        if end >= 0:
-            return self._window[at:end]
-        found = self._window[at:]
-        while 0 < len(found) <= limit:
+        found = self._window[at : end if end >= 0 else None]
+        while end < 0 and 0 < len(found) <= limit:
             more = self._read(address + len(found), _WINDOW * 4)
-            end = more.find(b"\0")
-            if end >= 0:
-                return found + more[:end]
             if not more:
                 return None
-            found += more
-        return None
+            end = more.find(b"\0")
+            found += more[: end if end >= 0 else None]
+        return found if end >= 0 and len(found) <= limit else None
 
     def path(self, address: int) -> str | None:
         found = self.string(address, _PATH_LIMIT)

@@ -143,7 +143,9 @@ class Limits:
     def exited(self, entry: Entry, cpu_ns: int | None) -> None:
         """A process has ended, or is about to and has said so. ``cpu_ns`` None: nobody read its clock."""
         if self._clock is None:  # else the tree's own has it
-            self._charge(self.ledger.ended(entry, cpu_ns, now()))
+            charged = self.ledger.ended(entry, cpu_ns, now())
+            if self._times:
+                self._charge(charged)
 
     def measure(self) -> None:
         """Charges what all processes have used so far."""
@@ -197,7 +199,8 @@ class Limits:
     def close(self, cpu_ns: int) -> None:
         """The tree is dead. ``cpu_ns``: what the kernel has counted for those that were waited for."""
         self.measure()
-        self._charge(self.ledger.settle(cpu_ns))
+        charged = self.ledger.settle(cpu_ns)
+        self._charge(charged if self._times else self.ledger.cpu_ns)
         self._closed = True
         self._census.forget(self)
         if self._clock is not None:

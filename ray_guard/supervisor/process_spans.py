@@ -10,7 +10,8 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ray_guard.evidence.journal import JournalError
-from ray_guard.records import AttributeValue, SpanKind, SpanRecord, StatusCode
+from ray_guard.evidence.otlp import EgressForm, fragment, tail
+from ray_guard.records import AttributeValue, StatusCode
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.arguments import Arguments
@@ -20,6 +21,9 @@ log = logging.getLogger("ray_guard.processes")
 
 SPANS_LIMIT: Final = 4096
 _NAME_SHOWN: Final = 128
+_EXITED: Final = "," + fragment({"process.exit.code": 0}).encoded
+_LOST: Final = "," + fragment({"ray_guard.ended_by": "supervisor"}).encoded
+_FAILED: Final = tail((), StatusCode.ERROR)
 
 
 class Image(NamedTuple):
@@ -42,30 +46,47 @@ class Image(NamedTuple):
     cpu_ns: int
 
 
+class OpenImage(NamedTuple):
+    """One whose span has begun."""
+
+    image: Image
+    form: EgressForm
+
+
 class ProcessSpans:
     """The spans of one call; ``origin`` is the call."""
 
     def __init__(self, target: Target, origin: Origin) -> None:
         self._target = target
         self._origin = origin
-        self._written = 0
+        self._begun = 0
         self.left_out = 0
 
     @property
     def full(self) -> bool:
-        return self._written >= SPANS_LIMIT
+        return self._begun >= SPANS_LIMIT
 
-    def begin(self, image: Image) -> bool:
-        """Whether there is a span: False where there are too many. Raises JournalError."""
+    def begin(self, image: Image) -> OpenImage | None:
+        """Journals its beginning; None: there are too many. Raises JournalError."""
         if self.full:
             self.left_out += 1
-            return False
-        self._written += 1
-        self._target.write(_record(self._origin, image), self._origin.identity)
-        return True
+            return None
+        self._begun += 1
+        attributes: dict[str, AttributeValue] = {
+            "process.pid": image.pid,
+            "process.parent_pid": image.parent_pid,
+            "process.executable.path": image.path,
+            "process.command_args": image.arguments.shown,
+        }
+        if image.arguments.digest:
+            attributes["ray_guard.arguments.sha256"] = image.arguments.digest
+        program = image.path.rpartition("/")[2][:_NAME_SHOWN]
+        form = self._target.process_form(self._origin, image.parent, program, attributes)
+        self._target.journal.append(form.begun(image.span, image.began))
+        return OpenImage(image, form)
 
     def end(
-        self, image: Image, at: int, cpu_ns: int | None, *, status: int | None = None, peak: int = 0, lost: str = ""
+        self, begun: OpenImage, at: int, cpu_ns: int | None, *, status: int | None = None, peak: int = 0, lost: str = ""
     ) -> None:
         """Ends it at ``at``.
 
@@ -75,51 +96,22 @@ class ProcessSpans:
             peak: bytes of resident memory it had at most; 0: unknown.
             lost: why the process did not end it itself.
         """
-        more: dict[str, AttributeValue] = {}
+        image = begun.image
+        more = ""
         if cpu_ns is not None:
-            more["ray_guard.process.cpu_seconds"] = max(0, cpu_ns - image.cpu_ns) / 1e9
+            used = max(0, cpu_ns - image.cpu_ns) / 1e9
+            more += f',{{"key":"ray_guard.process.cpu_seconds","value":{{"doubleValue":{used}}}}}'
         if peak:
-            more["ray_guard.process.peak_memory"] = peak
+            more += f',{{"key":"ray_guard.process.peak_memory","value":{{"intValue":"{peak}"}}}}'
         if status is not None:
-            more |= exit_attributes(status)
+            more += _EXITED if status == 0 else f",{fragment(exit_attributes(status)).encoded}"
         if lost:
-            more["ray_guard.ended_by"] = "supervisor"
-        failed = bool(lost) or more.get("process.exit.code", 0) != 0
-        record = _record(self._origin, image, end_ns=at, more=more, failed=failed, message=lost)
+            more += _LOST
+        said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         try:
-            self._target.write(record, self._origin.identity)
+            self._target.journal.append(begun.form.ended(image.span, image.began, max(at, image.began), more, said))
         except JournalError:
             log.exception("the end of a process could not be journaled")
-
-
-def _record(
-    origin: Origin,
-    image: Image,
-    *,
-    end_ns: int | None = None,
-    more: dict[str, AttributeValue] | None = None,
-    failed: bool = False,
-    message: str = "",
-) -> SpanRecord:
-    return SpanRecord(
-        trace_id=origin.trace_id,
-        span_id=image.span,
-        parent_id=image.parent,
-        name=f"process {os.path.basename(image.path)[:_NAME_SHOWN]}",
-        kind=SpanKind.INTERNAL,
-        start_ns=image.began,
-        end_ns=end_ns,
-        attributes={
-            "process.pid": image.pid,
-            "process.parent_pid": image.parent_pid,
-            "process.executable.path": image.path,
-            "process.command_args": image.arguments.shown,
-            **({"ray_guard.arguments.sha256": image.arguments.digest} if image.arguments.digest else {}),
-            **(more or {}),
-        },
-        status=StatusCode.ERROR if failed else StatusCode.UNSET,
-        status_message=message,
-    )
 
 
 def exit_attributes(status: int) -> dict[str, AttributeValue]:

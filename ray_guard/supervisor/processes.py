@@ -26,7 +26,7 @@ from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import pidfd, procfs
 from ray_guard.supervisor.arguments import Memory, runnable
 from ray_guard.supervisor.limits import Limits, now
-from ray_guard.supervisor.process_spans import Image, ProcessSpans
+from ray_guard.supervisor.process_spans import Image, OpenImage, ProcessSpans
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
 if TYPE_CHECKING:
@@ -40,16 +40,15 @@ log = logging.getLogger("ray_guard.processes")
 _KNOWN_LIMIT: Final = 4096
 _WATCHED_LIMIT: Final = 256
 """How many processes of a call are watched by a pidfd: descriptors are for all calls. The others are looked for."""
+_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _AT_FDCWD: Final = -100 & 0xFFFFFFFF
 
 
 class _Attempt(NamedTuple):
-    """An exec that was let through."""
+    """An exec that was let through. ``begun``: its span, where there seemed to be a program to execute."""
 
     image: Image
-    token: tuple[bytes, ...]
-    """The process's before: it is another afterwards if the exec has happened."""
-    recorded: bool
+    begun: OpenImage | None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,16 +56,20 @@ class Process:
     """One process.
 
     Attributes:
-        origin: what its connections are put down to: the call, below the span of the process's own program.
-        image: that program, where it has a span.
+        program: tells it from the next one (see procfs.program). Every exec is notified, so it is known.
+        span: what is put down to it hangs under this one: of its own program, or of the one that forked it.
+        image: its own program, where that has a span.
+        origin: the call, below that span; made when first asked for.
     """
 
     entry: Entry
     parent: Process | None
     parent_pid: int
     pidfd: int
-    origin: Origin
-    image: Image | None = None
+    program: bytes
+    span: str
+    origin: Origin | None = None
+    image: OpenImage | None = None
     attempt: _Attempt | None = None
 
 
@@ -108,22 +111,23 @@ class Processes:
         self._spans = ProcessSpans(target, origin)
         self._executed = 0
         self._peak_memory = 0
+        self._paths: set[str] = set()
         self._told: set[tuple[str, bool]] = set()
         self._closed = False
         self._known: dict[int, Process] = {}
         self._threads: dict[int, Process] = {}
         self._watched = 0
-        self._ended: dict[int, int] = {}
-        """Number and birth of processes that have ended, or have said so: /proc shows them for a while yet."""
+        self._ended: dict[int, float] = {}
+        """When a process has ended, or has said so: /proc shows it for a while yet."""
         self._orphans: dict[int, Process] = {}
         """Whose child a process was that has lost its parent before it was heard of."""
-        image = procfs.image(root)
-        self._birth = () if image is None else image.token
-        """The first process's, before it has executed anything: what it tries until then is the start itself."""
+        self._starting = True
+        """The first process has not executed anything: what it tries until then is the start itself."""
         self._base_ns = pidfd.cpu_ns(root) or 0
-        entry = Entry(root, 0 if image is None else image.start_time, now(), self._base_ns)
-        self._root = self._known[root] = Process(entry, None, target.pid, -1, origin)
-        leader = 0 if image is None else image.parent
+        entry = Entry(root, 0, now(), self._base_ns)
+        program = procfs.program(root)
+        self._root = self._known[root] = Process(entry, None, target.pid, -1, program, origin.parent_id or "", origin)
+        leader = procfs.parent(root) or 0
         self._limits = Limits(
             node.loop,
             node.census,
@@ -149,7 +153,9 @@ class Processes:
         if process is None:
             return self._origin
         if process.attempt is not None:
-            self._settle(process, procfs.image(process.entry.pid))
+            self._settle(process, procfs.program(process.entry.pid))
+        if process.origin is None:
+            process.origin = replace(self._origin, parent_id=process.span)
         return process.origin
 
     # -- who calls -----------------------------------------------------------------------------------------------------
@@ -167,21 +173,24 @@ class Processes:
                     self._threads.clear()
                 self._threads[tid] = process
             return process
-        image = procfs.image(tid)
-        if image is None or self._ended.get(tid) == image.start_time:
+        if tid in self._ended and (procfs.start_time(tid) or 0) * _TICK_S < self._ended[tid]:
             if descriptor >= 0:
                 os.close(descriptor)
             return None
-        return self._add(tid, image, descriptor)
+        return self._add(tid, descriptor)
 
-    def _add(self, pid: int, image: procfs.Image, descriptor: int) -> Process:
-        parent = self._orphans.pop(pid, None) or self._known.get(image.parent)
-        entry = self._limits.ledger.enter(pid, image.start_time)
+    def _add(self, pid: int, descriptor: int) -> Process:
+        parent_pid = pidfd.parent(descriptor) or procfs.parent(pid) or 0
+        parent = self._orphans.pop(pid, None) or self._known.get(parent_pid)
         if self._limits.ledger.bounds:
-            entry.heir = parent is None or procfs.ignores(image.parent, signal.SIGCHLD)
+            entry = self._limits.ledger.enter(pid, procfs.start_time(pid) or 0)
+            entry.heir = parent is None or procfs.ignores(parent_pid, signal.SIGCHLD)
+        else:
+            entry = self._limits.ledger.enter(pid)
         if parent is not None and parent.attempt is not None:
-            self._settle(parent, procfs.image(parent.entry.pid))
-        process = Process(entry, parent, image.parent, -1, self._origin if parent is None else parent.origin)
+            self._settle(parent, procfs.program(parent.entry.pid))
+        above = self._root if parent is None else parent
+        process = Process(entry, parent, parent_pid, -1, above.program, above.span)
         if descriptor >= 0 and self._watched < _WATCHED_LIMIT:
             self._watched += 1
             process.pidfd = descriptor
@@ -199,7 +208,7 @@ class Processes:
         if len(self._ended) >= _KNOWN_LIMIT:
             for old in list(self._ended)[: _KNOWN_LIMIT // 2]:
                 del self._ended[old]
-        self._ended[pid] = process.entry.born
+        self._ended[pid] = now()
         if self._known.get(pid) is process:
             del self._known[pid]
         if self._threads:
@@ -212,7 +221,7 @@ class Processes:
 
     def _forget_dead(self) -> None:
         for process in list(self._known.values()):
-            if process.pidfd < 0 and procfs.start_time(process.entry.pid) != process.entry.born:
+            if process.pidfd < 0 and procfs.parent(process.entry.pid) is None:
                 self._died(process)
 
     def _living(self, pids: list[int]) -> Iterable[Entry]:
@@ -232,10 +241,9 @@ class Processes:
     def _execute(self, gate: Gate, call: Notification, path: int, array: int, folder: str) -> None:
         tid = call.pid
         process = self._find(tid)
-        image = None if process is None else procfs.image(process.entry.pid)
-        if process is not None and image is not None and not (process is self._root and image.token == self._birth):
+        if process is not None and not self._is_starting(process):
             if process.attempt is not None:
-                self._settle(process, image)
+                self._settle(process, procfs.program(process.entry.pid))
             with Memory(tid) as memory:
                 name = memory.path(path)
                 arguments = None if name is None else memory.arguments(array)
@@ -248,42 +256,56 @@ class Processes:
                     name,
                     arguments,
                     new_span_id(),
-                    self._parent_span(process),
+                    self._root.span if process.parent is None else process.parent.span,
                     time.time_ns(),
                     pidfd.cpu_ns(process.entry.pid) or process.entry.cpu_ns,
                 )
-                there = not self._spans.full and runnable(tid, name, folder)
-                process.attempt = _Attempt(tried, image.token, there and self._spans.begin(tried))
+                there = not self._spans.full and self._is_there(tid, name, folder)
+                process.attempt = _Attempt(tried, self._spans.begin(tried) if there else None)
         gate.listener.proceed(call.id)
 
-    def _parent_span(self, process: Process) -> str:
-        """The span of the process that forked this one, else of the call's first."""
-        above = process.parent
-        return (above.origin.parent_id if above is not None else None) or self._origin.parent_id or ""
+    def _is_there(self, tid: int, path: str, folder: str) -> bool:
+        """Whether there is a program at ``path``: one that was there before, most often."""
+        if path in self._paths:
+            return True
+        there = runnable(tid, path, folder)
+        if there and path[:1] == "/" and len(self._paths) < _KNOWN_LIMIT:
+            self._paths.add(path)
+        return there
 
-    def _settle(self, process: Process, image: procfs.Image | None) -> None:
-        """Whether the process's last exec has happened. ``image`` None: the process is gone, so nobody can tell."""
+    def _is_starting(self, process: Process) -> bool:
+        if self._starting and process is self._root:
+            program = procfs.program(process.entry.pid)
+            self._starting = program == process.program
+            process.program = program
+            return self._starting
+        return False
+
+    def _settle(self, process: Process, program: bytes) -> None:
+        """Whether the process's last exec has happened. ``program`` empty: nobody can tell."""
         attempt = process.attempt
         if attempt is None:
             return
         process.attempt = None
-        if not attempt.recorded if image is None else image.token == attempt.token:
-            if attempt.recorded:  # there was a program, and the kernel would not run it
-                self._spans.end(attempt.image, time.time_ns(), None, lost="it was not executed")
+        if program == process.program or (not program and attempt.begun is None):
+            if attempt.begun is not None:  # there was a program, and the kernel would not run it
+                self._spans.end(attempt.begun, time.time_ns(), None, lost="it was not executed")
             return
         self._executed += 1
+        process.program = program
         if process.image is not None:
             self._spans.end(process.image, attempt.image.began, attempt.image.cpu_ns)
-        process.image = attempt.image if attempt.recorded or self._began(attempt.image) else None
+        process.image = attempt.begun or self._began(attempt.image)
         if process.image is not None:
-            process.origin = replace(self._origin, parent_id=process.image.span)
+            process.span = attempt.image.span
+            process.origin = None
 
-    def _began(self, image: Image) -> bool:
+    def _began(self, image: Image) -> OpenImage | None:
         try:
             return self._spans.begin(image)
         except JournalError:
             log.exception("a process could not be journaled")
-            return False
+            return None
 
     # -- exit ----------------------------------------------------------------------------------------------------------
 
@@ -293,19 +315,19 @@ class Processes:
             gate.listener.proceed(call.id)
             return
         pid = process.entry.pid
-        if process.attempt is not None:
-            self._settle(process, procfs.image(pid))
         cpu = pidfd.cpu_ns(pid)
-        if process.image is not None:
-            peak = procfs.peak_resident(pid)
-            self._peak_memory = max(self._peak_memory, peak)
-            status = (call.arg0 & 0xFF) << 8
-            self._spans.end(process.image, time.time_ns(), cpu, status=status, peak=peak)
+        program = b"" if process.attempt is None else procfs.program(pid)
+        peak = procfs.peak_resident(pid) if process.image is not None or process.attempt is not None else 0
         for child in procfs.children(pid, pid):
             if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
                 self._orphans[child] = process
-        self._forget(process)
         gate.listener.proceed(call.id)
+        self._forget(process)
+        self._settle(process, program)
+        if process.image is not None:
+            self._peak_memory = max(self._peak_memory, peak)
+            status = (call.arg0 & 0xFF) << 8
+            self._spans.end(process.image, time.time_ns(), cpu, status=status, peak=peak)
         self._limits.exited(process.entry, cpu)
         if process is self._root:  # what is left is killed next: the later it is measured, the less is a bound
             self._limits.measure()
@@ -313,8 +335,8 @@ class Processes:
     def _died(self, process: Process) -> None:
         """It has ended without saying so: by a signal, for the most part."""
         pid, ended = process.entry.pid, time.time_ns()
-        cpu = pidfd.cpu_ns(pid) if procfs.start_time(pid) == process.entry.born else None
-        self._settle(process, None)
+        cpu = pidfd.cpu_ns(pid) if process.pidfd >= 0 else None
+        self._settle(process, b"")
         if process.image is not None:
             status = pidfd.exit_status(process.pidfd, pid) if process.pidfd >= 0 else None
             lost = "its end was not seen" if status is None else "it was ended from outside"

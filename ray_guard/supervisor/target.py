@@ -158,6 +158,13 @@ class Target:
         whole = f"{origin.identity.encoded},{attributes}"
         return self._encoder.egress_form(origin.trace_id, origin.parent_id, whole)
 
+    def process_form(
+        self, origin: Origin, parent: str, program: str, attributes: Mapping[str, AttributeValue]
+    ) -> EgressForm:
+        """The lines of a ``process`` span below ``parent``."""
+        whole = f"{origin.identity.encoded},{fragment(attributes).encoded}"
+        return self._encoder.process_form(origin.trace_id, parent, program, whole)
+
     def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue], source: Source) -> None:
         key = repr(sorted(identity.items()))
         fixed = self._fragments.get(key)

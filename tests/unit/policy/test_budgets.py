@@ -285,3 +285,47 @@ def test_seconds_do_not_drift_below_zero(amounts: list[float]) -> None:
 
 def test_every_limit_has_a_scope() -> None:
     assert all(scopes for scopes in KINDS.values())
+
+
+def test_a_level_is_held_in_every_scope_and_replaced() -> None:
+    actor = Account(Scope.ACTOR, "a", {"memory": 100})
+    one, two = (Account(Scope.CALL, name, {"memory": 80}, parent=actor) for name in "ab")
+    assert one.level("memory", 0, 70) is None
+    exceeded = two.level("memory", 0, 60)
+    assert exceeded is not None
+    assert (exceeded.scope, exceeded.value, exceeded.limit) == (Scope.ACTOR, 130, 100)
+    assert actor.held("memory") == 130, "it is there, whether there is room or not"
+    assert two.level("memory", 60, 30) is None
+    exceeded = one.level("memory", 70, 90)
+    assert exceeded is not None
+    assert exceeded.scope is Scope.CALL
+    assert one.level("memory", 90, 0) is None
+    assert (actor.held("memory"), one.held("memory"), two.held("memory")) == (30, 0, 30)
+
+
+def test_a_retained_scope_is_charged_until_it_is_let_go() -> None:
+    episode = Account(Scope.EPISODE, "e", {"cpu_seconds": 5})
+    call = Account(Scope.CALL, "c", {"processes": 3}, parent=episode)
+    call.retain()
+    call.retain()
+    call.close()
+    episode.close()
+    assert not call.closed
+    assert call.reserve("processes", 1) is None
+    call.let_go()
+    assert not call.closed
+    exceeded = call.charge("cpu_seconds", 6)
+    assert exceeded is not None
+    assert exceeded.scope is Scope.EPISODE
+    call.let_go()
+    assert call.closed
+    assert episode.held("processes") == 0
+
+
+def test_letting_go_does_not_end_a_scope() -> None:
+    call = Account(Scope.CALL, "c")
+    call.retain()
+    call.let_go()
+    assert not call.closed
+    call.close()
+    assert call.closed
