@@ -355,9 +355,10 @@ class Gate:
 
     def _handle(self, notification: Notification) -> None:
         try:
-            if notification.nr == _CONNECT and self._connect_again(notification):
+            number = notification.nr
+            if number == _CONNECT and self._connect_again(notification):
                 return
-            handler = self._handlers.get(notification.nr)
+            handler = self._handlers.get(number)
             if handler is None:
                 self.refuse(notification, errno.EPERM)
             else:
