@@ -328,8 +328,8 @@ class Listener:
         """
         return self._send(notification_id, 0, 0, _FLAG_CONTINUE)
 
-    def _send(self, notification_id: int, value: int, error: int, flags: int) -> bool:
-        _RESPONSE.pack_into(self._response, 0, notification_id, value, error, flags)
+    def _send(self, notification_id: int, value: int, negated: int, flags: int) -> bool:
+        _RESPONSE.pack_into(self._response, 0, notification_id, value, negated, flags)
         try:
             _ioctl(self.fd, _IOCTL_SEND, self._response)
         except OSError as error:
