@@ -68,7 +68,8 @@ _PARKED: Final = -1
 """Outcome of a call that is waited for: the duplicate is kept until then."""
 _UNANSWERED: Final = -2
 """Outcome of a call that needs no answer here: it has one, or will be asked again."""
-_BEGUN: Final = frozenset({0, -errno.EINPROGRESS, -errno.EINTR})
+_INTERRUPTED: Final = -errno.EINTR
+_BEGUN: Final = frozenset({0, -errno.EINPROGRESS, _INTERRUPTED})
 _STANDING: Final = _BEGUN | {-errno.EALREADY, -errno.EISCONN}
 _PATIENCE_S: Final = 0.002
 """How long a blocking call may hold up the supervisor before it is interrupted and awaited."""
@@ -318,6 +319,7 @@ class Gate:
         self._judge = judge
         self._loop = means.loop
         self._threads = means.threads()
+        self._known_thread = self._threads.known()
         self._made = self._threads if isinstance(self._threads, MadeSockets) else None
         self._impatience = means.impatience
         self._relay = means.relay
@@ -353,9 +355,10 @@ class Gate:
 
     def _handle(self, notification: Notification) -> None:
         try:
-            if notification.nr == _CONNECT and self._connect_again(notification):
+            number = notification.nr
+            if number == _CONNECT and self._connect_again(notification):
                 return
-            handler = self._handlers.get(notification.nr)
+            handler = self._handlers.get(number)
             if handler is None:
                 self.refuse(notification, errno.EPERM)
             else:
@@ -452,7 +455,7 @@ class Gate:
         Most connects of a training job repeat one that was granted, and each step costs all of them.
         """
         call, tid, _, _, _, _, number, pointer, length, _, _, _ = notification
-        thread = self._threads.known(tid)
+        thread = self._known_thread(tid)
         if thread is None or not 0 < length <= sockaddr.STORAGE:
             return False
         try:
@@ -483,15 +486,15 @@ class Gate:
                 return False
             self._impatience.begin()
             result = libc.connect(duplicate, raw)
-            if result == -errno.EINTR:  # mostly by a tick that was meant for another: then it is made by now
+            if result == _INTERRUPTED:  # mostly by a tick that was meant for another: then it is made by now
                 result = libc.connect(duplicate, raw)
                 if result == -errno.EALREADY:
-                    result = -errno.EINTR
+                    result = _INTERRUPTED
             if result in _BEGUN:
                 attempt.connected(cookie, (tid, number))
             else:
                 attempt.failed(-result)
-            outcome = -result if result != -errno.EINTR else self._await_connect(notification, sock, raw, attempt)
+            outcome = -result if result != _INTERRUPTED else self._await_connect(notification, sock, raw, attempt)
         finally:
             if outcome != _PARKED:
                 os.close(duplicate)  # first: while it is held, the target's close would send no FIN

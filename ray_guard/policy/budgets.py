@@ -158,6 +158,8 @@ class Account:
         self._watched = dict(watched)
         self._parent = parent
         self._used: dict[str, Amount] = {}
+        self._books: tuple[dict[str, Amount], ...] = (self._used, *(() if parent is None else parent._books))
+        """What was used here and in each scope around."""
         self._held: dict[str, Amount] = {}
         self._refused = 0
         self._closed = False
@@ -235,11 +237,8 @@ class Account:
     def count(self, kind: str, amount: int = 1) -> None:
         """:meth:`charge` where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
         for each in _CHARGED[kind]:
-            node: Account | None = self
-            while node is not None:
-                used = node._used
+            for used in self._books:
                 used[each] = used.get(each, 0) + amount
-                node = node._parent
 
     # Booking ---------------------------------------------------------------------------------------------------------
 
@@ -271,12 +270,9 @@ class Account:
         if reserved and not self._closed:
             self._release(charged, _amount(reserved))
         if actual:
-            node: Account | None = self
-            while node is not None:
-                used = node._used
+            for used in self._books:
                 for each in charged:
                     used[each] = used.get(each, 0) + actual
-                node = node._parent
         return self._find([(each, 0) for each in charged])
 
     def charge(self, kind: str, actual: Amount) -> Exceeded | None:

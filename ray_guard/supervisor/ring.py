@@ -139,8 +139,9 @@ class Ring:
                 self.target.intents[tid] = origin.call
             return None
         connection = Connection(self, origin, known.request)
+        form = known.form if known.origin is origin else known.form_for(self.target, origin)
         try:
-            connection.granted_again(known.form if known.origin is origin else known.form_for(self.target, origin))
+            connection.granted_again(form)
         except JournalError:
             return None  # asked in full it is refused, and logged
         account.count(CONNECTIONS)
