@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 from typing import Final
 
 from ray_guard.kernel.seccomp import ALLOW as RUN
@@ -58,6 +59,12 @@ settimeofday clock_settime vhangup syslog migrate_pages move_pages
 
 #: reading, writing or borrowing from another process; a policy actor may, within its own tree (torch, NCCL)
 _FOREIGN_PROCESS = ("pidfd_getfd", "process_vm_readv", "process_vm_writev")
+
+
+#: System V IPC and message queues reach every process of the user
+_SHARED_IPC = """
+shmget shmat shmctl semget semop semtimedop semctl msgget msgsnd msgrcv msgctl mq_open mq_unlink
+""".split()
 
 
 def _protocol(family: int, kind: int, protocol: int) -> tuple[When, When, When]:
@@ -143,7 +150,42 @@ def _common() -> list[Rule]:
     return rules + _options() + _ioctls()
 
 
-def actor_ring(role: Role, machine: str, *, datagrams: bool, borrows: bool = True) -> tuple[Instruction, ...]:
+_F_SETOWN, _F_SETOWN_EX = 8, 15
+_PRIO_USER, _IOPRIO_WHO_USER = 2, 3
+
+
+def _keepers(pids: Sequence[int]) -> list[Rule]:
+    """Who judges and ends this ring can be neither signalled nor rescheduled nor limited from within it.
+
+    A supervisor that is stopped counts nothing and cuts nothing, while what is connected already flows on. Landlock
+    does the same for tools, but an actor has threads, and before its eighth version it applies to one at a time.
+    """
+    rules = [
+        # by descriptor: of whom cannot be seen, and /proc/PID is as good as a pidfd. Callers fall back to kill
+        Rule("pidfd_send_signal", _ABSENT),
+        Rule("fcntl", refuse(errno.EINVAL), (equals(1, _F_SETOWN_EX),)),
+        # all processes, or all of this user
+        Rule("kill", _REFUSE, (equals(0, -1 & 0xFFFFFFFF),)),
+        Rule("setpriority", _REFUSE, (equals(0, _PRIO_USER),)),
+        Rule("ioprio_set", _REFUSE, (equals(0, _IOPRIO_WHO_USER),)),
+    ]
+    for pid in pids:
+        for who in (pid, -pid & 0xFFFFFFFF):  # the process, its group
+            rules.append(Rule("kill", _REFUSE, (equals(0, who),)))
+            rules.append(Rule("fcntl", _REFUSE, (equals(1, _F_SETOWN), equals(2, who))))  # SIGIO, or what F_SETSIG says
+        for name in ("tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
+            rules.append(Rule(name, _REFUSE, (equals(0, pid),)))
+        rules += pointer_given("prlimit64", _REFUSE, 2, equals(0, pid))
+        for name in ("sched_setaffinity", "sched_setparam", "sched_setscheduler", "sched_setattr"):
+            rules.append(Rule(name, _REFUSE, (equals(0, pid),)))
+        for name in ("setpriority", "ioprio_set"):
+            rules.append(Rule(name, _REFUSE, (equals(1, pid),)))
+    return rules
+
+
+def actor_ring(
+    role: Role, machine: str, *, datagrams: bool, borrows: bool = True, keepers: Sequence[int] = ()
+) -> tuple[Instruction, ...]:
     """The filter of a whole actor process (role ``env`` or ``policy``).
 
     Args:
@@ -152,6 +194,7 @@ def actor_ring(role: Role, machine: str, *, datagrams: bool, borrows: bool = Tru
             sendmsg is notified, at the cost stated above.
         borrows: the supervisor can take descriptors of its targets; else it makes all their sockets itself
             (:mod:`ray_guard.egress.made`), and ``datagrams`` cannot be.
+        keepers: the processes that judge and end this ring.
 
     Raises:
         ValueError: datagram sockets that can send are wanted where their messages could not be judged.
@@ -165,6 +208,7 @@ def actor_ring(role: Role, machine: str, *, datagrams: bool, borrows: bool = Tru
     rules += _socket_pairs((STREAM, SEQPACKET))
     rules += [Rule(name, foreign) for name in _FOREIGN_PROCESS]
     rules.append(Rule("ptrace", _REFUSE, (differs(0, 0),)))
+    rules += _keepers(keepers)
     if datagrams:
         rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
     else:
@@ -180,8 +224,22 @@ def _streams_only() -> list[Rule]:
     ]
 
 
-def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
-    """The filter of a tool process and all it will ever start. ``borrows``: see :func:`actor_ring`."""
+def _bystanders() -> list[Rule]:
+    """Who is rescheduled or limited is judged (supervisor/bystanders.py); most are about oneself, by number 0."""
+    rules = [Rule("setpriority", _REFUSE, (equals(0, 2),)), Rule("ioprio_set", _REFUSE, (equals(0, 3),))]  # by user
+    rules += [Rule(name, NOTIFY, (differs(1, 0),)) for name in ("setpriority", "ioprio_set")]
+    rules += pointer_given("prlimit64", NOTIFY, 2, differs(0, 0))
+    rules += [Rule(f"sched_set{what}", NOTIFY, (differs(0, 0),)) for what in ("affinity", "param", "scheduler", "attr")]
+    return rules
+
+
+def call_ring(machine: str, *, borrows: bool = True, own_ipc: bool = True) -> tuple[Instruction, ...]:
+    """The filter of a tool process and all it will ever start.
+
+    Args:
+        borrows: see :func:`actor_ring`.
+        own_ipc: each has System V IPC and message queues of its own; else there are none.
+    """
     if borrows:
         rules = _common() + _sockets(stream=RUN, datagram=RUN, netlink=NOTIFY)
         rules.insert(0, Rule("socket", RUN, (equals(0, AF_UNIX), equals(1, DGRAM, mask=_TYPE), equals(2, 0))))
@@ -192,6 +250,9 @@ def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
         rules = _common() + _sockets(stream=NOTIFY, datagram=NOTIFY, netlink=NOTIFY)
         rules += _socket_pairs((STREAM, SEQPACKET)) + _streams_only()
     rules += [Rule(name, _REFUSE) for name in _FOREIGN_PROCESS]
-    # Limits of another process, whichever: a tool that set the supervisor's could end it. One's own go by pid 0.
-    rules += [*pointer_given("prlimit64", _REFUSE, 2, differs(0, 0))]
+    rules += _bystanders()
+    if not own_ipc:
+        rules += [Rule(name, _ABSENT) for name in _SHARED_IPC]
+    # Observed and let through: what is executed, and how it ends. Not fork: interrupted by a signal it would fail.
+    rules += [Rule(name, NOTIFY) for name in ("execve", "execveat", "exit_group")]
     return assemble(rules, machine)

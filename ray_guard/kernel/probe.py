@@ -14,11 +14,14 @@ import signal
 import socket
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
 
-from ray_guard.kernel import borrowing, landlock, libc, procfs, seccomp, sock_diag
+from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, sock_diag
+from ray_guard.kernel.perf import TreeClock
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
 
@@ -33,6 +36,9 @@ class Status(StrEnum):
     MISSING = "missing"
 
 
+NOTHING_MORE: Final[Mapping[str, Callable[[], str]]] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
     name: str
@@ -40,8 +46,12 @@ class Feature:
     detail: str
 
 
-def probe() -> list[Feature]:
-    """Tries everything. Takes a fraction of a second, changes nothing, sends nothing beyond loopback."""
+def probe(more: Mapping[str, Callable[[], str]] = NOTHING_MORE) -> list[Feature]:
+    """Tries everything. Takes a fraction of a second, changes nothing, sends nothing beyond loopback.
+
+    Args:
+        more: trials by feature, of what is not the kernel's. Each says what was found, or raises OSError or ValueError.
+    """
     return [
         _tried("seccomp.architecture", _architecture),
         _tried("seccomp.user_notification", _notification),
@@ -53,9 +63,12 @@ def probe() -> list[Feature]:
         _tried("udp.mute", _mute),
         _tried("subreaper", _subreaper),
         _tried("landlock.signal_scope", _landlock),
+        _tried("ipc.own", _own_ipc),
         _tried("unix_diag", _unix_diag),
         _tried("yama", _yama),
+        _tried("perf.tree_clock", _tree_clock),
         _tried("cgroup.kill", _cgroup),
+        *(_tried(name, trial) for name, trial in more.items()),
     ]
 
 
@@ -228,6 +241,12 @@ def _ignore(_result: int) -> None:
     """For a trial that succeeds by not failing."""
 
 
+def _own_ipc() -> Feature | str:
+    if ipc.can_be_own():
+        return "System V IPC and message queues of a tool are its own"
+    return Feature("ipc.own", Status.PARTLY, "no CAP_SYS_ADMIN: tools have no System V IPC and no message queues")
+
+
 def _landlock() -> str:
     abi = landlock.abi()
     if abi < landlock.SIGNAL_SCOPE_ABI:
@@ -260,6 +279,24 @@ def _yama() -> str:
     if scope >= 2 and not procfs.has_capability(os.getpid(), 19):
         raise OSError(errno.EPERM, f"ptrace_scope {scope}: only an administrator may look into processes")
     return f"ptrace_scope {scope}"
+
+
+def _tree_clock() -> Feature | str:
+    try:
+        clock = TreeClock(os.getpid())
+    except OSError as error:
+        return Feature(
+            "perf.tree_clock",
+            Status.PARTLY,
+            f"{error.strerror}: CPU time of processes that a signal ends is charged as an upper bound",
+        )
+    try:
+        _in_child(lambda: _ignore(sum(range(200_000))))
+        if clock.read_ns() == 0:
+            raise ValueError("the CPU time of a child was not counted")
+    finally:
+        clock.close()
+    return "CPU time of all a call's processes is exact, waited for or not"
 
 
 def _cgroup() -> Feature:

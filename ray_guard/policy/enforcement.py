@@ -19,19 +19,25 @@ SUPPORTED: Final = frozenset(
         "egress.allow.address",
         "egress.allow.cluster",
         "egress.allow.collectives",
+        "egress.allow.name",
         "egress.allow.unix",
         "egress.listen",
         "egress.proxy",
+        "egress.verify_names",
         *(
             f"budgets.{scope}.{kind}"
             for scope in ("call", "episode", "actor", "job")
-            for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections")
+            for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections", "cpu_seconds")
         ),
+        # of tool processes, as cpu_seconds is
+        *(f"budgets.{scope}.{kind}" for scope in ("call", "episode", "actor") for kind in ("memory", "processes")),
         "budgets.call.wall_seconds",
+        "budgets.episode.wall_seconds",
         "on_violation.deny",
         "subprocess.confine",
         "subprocess.plain",
         "survivors.kill",
+        "survivors.keep",
         "require.egress",
         "require.processes",
     }

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import resource
 import signal
 import socket
-from collections.abc import Iterable, Sequence
+import termios
+from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
-from ray_guard.kernel import borrowing, landlock, libc, seccomp, seqpacket
+from ray_guard.kernel import borrowing, ipc, landlock, libc, seccomp, seqpacket
 from ray_guard.supervisor.start import Start, read_start
 
 _FIRST_FREE: Final = 255
@@ -28,13 +30,14 @@ class Embryo:
 
     Attributes:
         pid: the tool's, from the beginning.
-        listener: where its notifications arrive, to be closed by the caller; ``-errno`` where it could not be taken.
+        listener: where its notifications arrive; ``-errno`` where it could not be taken.
     """
 
     def __init__(self, program: tuple[seccomp.Instruction, ...]) -> None:
         armed_read, armed_write = os.pipe()
         self._failed, failed_write = os.pipe()
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _altered_signals()
         self.pid = os.fork()
         if self.pid == 0:
             _live(program, theirs.detach(), armed_write, failed_write)
@@ -54,26 +57,30 @@ class Embryo:
         finally:
             os.close(pidfd)
 
-    def prepare(self, descriptors: Sequence[int]) -> None:
-        """Tells it what it will be: [memory file of the start, working folder, the tool's own descriptors …]."""
-        self._tell({"op": "prepare"}, descriptors)
-
-    def go(self) -> None:
-        """Lets it become the tool."""
-        self._tell({"op": "go"})
-
-    def _tell(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+    def announce(self, line: socket.socket) -> None:
+        """Gives the supervisor what it needs of this process: its own line and its listener."""
         try:
-            seqpacket.send(self._line, message, descriptors)
+            seqpacket.send(line, {"op": "ready", "pid": self.pid}, [self._line.fileno(), self.listener])
         except OSError:
-            pass  # it has ended: failure() and its status tell
-
-    def failure(self) -> bytes:
-        """Waits until it is the tool (then empty) or has said why it cannot be. Without :meth:`go` it ends here."""
+            pass  # the supervisor is gone: the line says so
         self._line.close()
+        os.close(self.listener)
+
+    def failure(self) -> dict[str, Any]:
+        """Waits until it is the tool (then empty) or has said why it cannot be."""
         found = os.read(self._failed, 4096)
         os.close(self._failed)
-        return found
+        failure: dict[str, Any] = json.loads(found) if found else {}
+        return failure
+
+    def fault(self) -> dict[str, Any] | None:
+        """Why no listener came; None: the process was killed, and another one may live."""
+        self._line.close()
+        failure = self.failure()
+        if failure or self.listener == -errno.ECHILD:
+            return failure or None
+        error = f"the listener cannot be taken: {os.strerror(-self.listener)}"
+        return {"stage": "filter", "errno": -self.listener, "text": error}
 
 
 def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, failed: int) -> NoReturn:
@@ -85,6 +92,8 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)  # a tool without its leader would be nobody's
         _reset_signals()
         bound_capabilities()
+        if ipc.can_be_own():
+            ipc.enter_own_namespace()
         stage = "scope"
         # Within the leader's own domain, so that the tool cannot stop, kill or take over its leader.
         landlock.enter_process_scope()
@@ -96,7 +105,7 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         os.write(armed, b"%d" % listener)
         os.close(armed)
         stage = "setup"
-        memory, folder, *given = _told(line)
+        told, (memory, folder, *given) = _told(line)
         os.close(listener)  # the leader has it, else there would be no start
         start = read_start(memory)
         os.fchdir(folder)
@@ -107,7 +116,10 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         for number, descriptor in zip(start.descriptors, parked, strict=True):
             os.dup2(descriptor, number, inheritable=True)
         close_all_but((*start.descriptors, line, failed))
+        if start.terminal is not None:
+            fcntl.ioctl(start.terminal, termios.TIOCSCTTY, 0)
         _inherit(start)
+        _limit_data(told.get("memory"))
         libc.capset(0, 0, 0)
         _told(line)
         stage = "exec"
@@ -116,7 +128,7 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         code = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
         report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         os.write(failed, json.dumps(report).encode()[:4000])
-    os._exit(127)
+    _end()
 
 
 def _hand_over(line: int, listener: int) -> None:
@@ -138,16 +150,22 @@ def _handed_over(line: socket.socket) -> int:
     return received[1][0]
 
 
-def _told(line: int) -> list[int]:
-    """The descriptors of the leader's next message. Without one there will be no tool: this process ends."""
-    sock = socket.socket(fileno=line)
+def _told(line: int) -> tuple[dict[str, Any], list[int]]:
+    """The supervisor's next message with its descriptors. Without one there will be no tool: this process ends."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
     try:
         received = seqpacket.receive(sock)
     finally:
         sock.detach()
     if received is None:
-        os._exit(125)
-    return received[1]
+        _end()
+    return received
+
+
+def _end() -> NoReturn:
+    """Not by exit: that is notified, and there may be nobody to answer."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(127)
 
 
 def close_all_but(kept: Iterable[int]) -> None:
@@ -162,10 +180,17 @@ def _park(descriptor: int, at_least: int) -> int:
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, at_least)
 
 
+@functools.cache
+def _altered_signals() -> tuple[int, ...]:
+    """Those that this process, a leader, does not leave at their default. Asked once: it costs more than to reset."""
+    numbers = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    # None: the C library keeps it for itself
+    return tuple(int(number) for number in numbers if signal.getsignal(number) not in (signal.SIG_DFL, None))
+
+
 def _reset_signals() -> None:
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        if signal.getsignal(number) not in (signal.SIG_DFL, None):  # None: the C library keeps it for itself
-            signal.signal(number, signal.SIG_DFL)
+    for number in _altered_signals():
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
@@ -205,8 +230,21 @@ def _inherit(start: Start) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as it is in Python, and so in what it starts
 
 
+def _limit_data(limit: int | None) -> None:
+    """So that no single process outgrows the call's memory by far between two samples. Its children inherit it.
+
+    Twice the limit: what counts here is reserved, and threads reserve stacks that they never touch.
+    """
+    if limit is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        data = 2 * limit if hard == resource.RLIM_INFINITY else min(2 * limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+
+
 def _execute(start: Start) -> NoReturn:
     program = start.executable if start.executable is not None else start.argv[0]
+    if not program:  # a folder of PATH itself
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     if "/" in program:
         os.execve(program, start.argv, start.environment)
     os.execvpe(program, start.argv, start.environment)

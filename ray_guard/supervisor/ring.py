@@ -11,7 +11,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,6 +38,7 @@ from ray_guard.policy.decide import (
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
+from ray_guard.supervisor.names import Names
 from ray_guard.supervisor.proxies import Standing
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
@@ -64,12 +65,14 @@ class Ring:
     def __init__(
         self, node: Node, target: Target, policy: CompiledPolicy, root: int, origin: Origin | None = None
     ) -> None:
-        self._node = node
+        self.node = self._node = node
         self._meter: Meter = node.meter
         self.target = target
         self.policy = policy
         self.root = root
         self._origin = origin
+        self.origin_of: Callable[[int], Origin] = target.origin_of_thread if origin is None else lambda _tid: origin
+        """Whose doing a thread's calls are; within a call a process of its own may be known (see processes)."""
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
@@ -79,9 +82,10 @@ class Ring:
         self._seen: set[int] = set()
         self._faults = 0
         self._known: dict[tuple[str, int], _Known] = {}
-        """TCP destinations that a rule has granted."""
+        """Destinations of connects that :meth:`again` may grant, see :meth:`_is_repeatable`."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
+        self._names: Names | None = Names(self) if policy.names else None
         self._missed: dict[tuple[str, int], float] = {}
         node.surroundings_changed.append(self._forget_surroundings)
 
@@ -99,7 +103,9 @@ class Ring:
         inode: tuple[int, int] | None = None,
         size: int = 0,
     ) -> Ruling:
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
+        if self._names is not None and self._names.changed():
+            self._surroundings = None
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
                           self._process(tid), inode)  # fmt: skip
@@ -112,6 +118,11 @@ class Ring:
             return _WAIT
         if decision.reason in _OF_THE_ACTOR and origin.candidates:
             origin = self.target.own_origin()  # Ray's own threads: no call has caused it
+        if self._names is not None:
+            if decision.route is Route.RESOLVER:
+                return self._names.lead(request, decision, origin)
+            if not decision.allowed and self._names.sorts(request):
+                return self._names.sort(request, origin)
         if operation is Operation.SEND and decision.allowed:
             return self._send(request, decision, origin, size)
         if operation in (Operation.BIND, Operation.LISTEN):
@@ -120,27 +131,28 @@ class Ring:
 
     def again(self, address: tuple[str, int], cookie: int, tid: int) -> Connection | None:
         known = self._known.get(address)
-        if known is None or self._meter.find(cookie) is not None:
+        if known is None or cookie in self._meter.flows:
             return None
-        origin = self._origin or self.target.origin_of_thread(tid)
-        if not origin.account.free:
+        origin = self.origin_of(tid)
+        account = origin.account
+        if not account.free:
             if origin.call is not None:
                 self.target.intents[tid] = origin.call
             return None
         connection = Connection(self, origin, known.request)
         try:
-            connection.granted_again(known)
+            connection.granted_again(known.form if known.origin is origin else known.form_for(self.target, origin))
         except JournalError:
             return None  # asked in full it is refused, and logged
-        origin.account.count(CONNECTIONS)
+        account.count(CONNECTIONS)
         return connection
 
     def known_flow(self, cookie: int, address: str, port: int) -> bool:
-        flow = self._meter.find(cookie)
+        flow = self._meter.flows.get(cookie)
         return flow is not None and (flow.address, flow.port) == (address, port)
 
     def dissolved(self, cookie: int, info: bytes) -> None:
-        if self._meter.find(cookie) is not None and len(info) >= 216:
+        if cookie in self._meter.flows and len(info) >= 216:
             (received,) = struct.unpack_from("=Q", info, 128)
             sent, again = struct.unpack_from("=QQ", info, 200)
             self._meter.settle(cookie, sent - again, received)
@@ -158,6 +170,9 @@ class Ring:
         if self.policy.role is Role.POLICY:
             self._node.announce(self.target, address, port)
 
+    def hears(self) -> bool:
+        return grants_datagrams(self.policy) or self.policy.names
+
     def may_borrow(self, pid: int) -> bool:
         return self.policy.role is Role.POLICY and procfs.is_in_tree(pid, self.root)
 
@@ -171,6 +186,8 @@ class Ring:
     def close(self) -> None:
         """Nobody is left behind the listener: what flows on is cut and settled."""
         self._node.surroundings_changed.remove(self._forget_surroundings)
+        if self._names is not None:
+            self._names.close()
         self._meter.finish(list(self._flows.values()))
         for crossing in list(self._crossings):
             self._node.means.relay.finish(crossing)
@@ -188,12 +205,31 @@ class Ring:
     def tighten(self, policy: CompiledPolicy) -> None:
         """Replaces the policy by a stricter one."""
         self.policy = policy
+        if self._names is not None:
+            self._names.policy_changed()
+        elif policy.names:
+            self._names = Names(self)
         self._forget_surroundings()
+
+    @property
+    def call(self) -> str | None:
+        """The call that everything here belongs to; None: it is an actor's ring."""
+        return None if self._origin is None else self._origin.call
+
+    def note(self, request: Request, decision: Decision, origin: Origin, *, mute: bool = False) -> None:
+        """Journals a decision about a name, or about a socket that asks for names. Raises JournalError."""
+        connection = Connection(self, origin, request)
+        if decision.allowed:
+            connection.noted(decision, mute=mute)
+        else:
+            origin.account.count_refused()
+            connection.refused(decision)
 
     def _around(self) -> Surroundings:
         if self._surroundings is None:
             base = self._node.surroundings(self.target)
-            self._surroundings = replace(base, own_unix=frozenset(self._own_unix))
+            names = self._names.by_address() if self._names is not None else base.names
+            self._surroundings = replace(base, own_unix=frozenset(self._own_unix), names=names)
         return self._surroundings
 
     def _process(self, tid: int) -> Process:
@@ -236,19 +272,21 @@ class Ring:
 
     # -- flows ---------------------------------------------------------------------------------------------------------
 
-    def _held_by(self, tid: int) -> None:
-        if self._origin is None and tid != self.root and tid not in self._seen:
-            self._remember(tid)
-
     def relayed(self, crossing: Crossing) -> None:
-        self._held_by(crossing.holder[0])
+        if self._origin is None:
+            self._held_by(crossing.holder[0])
         self._crossings.add(crossing)
 
     def relay_left(self, crossing: Crossing) -> None:
         self._crossings.discard(crossing)
 
+    def _held_by(self, tid: int) -> None:
+        if tid != self.root and tid not in self._seen:
+            self._remember(tid)
+
     def began(self, flow: Flow) -> None:
-        self._held_by(flow.holder[0])
+        if self._origin is None:
+            self._held_by(flow.holder[0])
         self._flows[flow.cookie] = flow
         self._meter.begin(flow)
 
@@ -274,7 +312,7 @@ class Ring:
 
     def decision_text(self, request: Request, decision: Decision) -> str:
         """The attributes that say what was decided, encoded; the same for every connect to the same place."""
-        key = (*request[1:5], decision.verdict, decision.reason, decision.rule, decision.report_only)
+        key = (*request[1:5], decision.verdict, decision.reason, decision.rule, decision.report_only, decision.name)
         text = self._texts.get(key)
         if text is None:
             if len(self._texts) >= _TEXTS_KEPT:
@@ -299,7 +337,7 @@ class Ring:
                         address = self._node.proxies.address(decision.proxy)
                         connection.proxied = Proxied(address, decision.name, request.port)
                     return Ruling(0, relayed=connection)
-                if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
+                if len(self._known) < _TEXTS_KEPT and self._is_repeatable(request, decision, origin.account):
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
                 return Ruling(0, connection)
             if self.mute and request.transport is Transport.UDP and request.operation is Operation.CONNECT:
@@ -313,6 +351,23 @@ class Ring:
             log.exception("a decision could not be journaled")
             return Ruling(errno.EPERM)
         return Ruling(errno.EACCES)
+
+    def _is_repeatable(self, request: Request, decision: Decision, account: Account) -> bool:
+        """Whether the same would be said, as long as policy and surroundings stand, to whoever here asks the same.
+
+        So it is of a rule that names the address, for TCP, by the direct way; but of several policies another may have
+        agreed because it was the actor's own process that asked. Budgets are no part of it: :meth:`again` looks.
+        """
+        if (
+            decision.reason is not Reason.RULE
+            or decision.route is not Route.DIRECT
+            or decision.report_only
+            or request.operation is not Operation.CONNECT
+            or request.transport is not Transport.TCP
+        ):
+            return False
+        others = request._replace(process=Process.OTHER)
+        return request.process is Process.OTHER or decide(self.policy, self._around(), account, others) == decision
 
     def _send(self, request: Request, decision: Decision, origin: Origin, size: int) -> Ruling:
         """A datagram. Its flow is journaled once per destination and call; its bytes are reserved before it goes."""
@@ -361,7 +416,7 @@ def _decided(request: Request, decision: Decision) -> dict[str, AttributeValue]:
     else:
         attributes["network.peer.address"] = request.address
         attributes["network.peer.port"] = request.port
-    attributes["server.address"] = attributes["network.peer.address"]
+    attributes["server.address"] = decision.name or attributes["network.peer.address"]
     attributes.update(decision.attributes())
     if decision.rule is not None:
         attributes["ray_guard.egress.rule"] = decision.rule
@@ -387,20 +442,24 @@ def _spelled(request: Request) -> str:
 class _Known:
     """A destination that a rule has granted, and the words that say so, by who asked."""
 
-    __slots__ = ("_forms", "_text", "request")
+    __slots__ = ("_forms", "_text", "form", "origin", "request")
+    form: EgressForm
+    """Of the last that asked, :attr:`origin`."""
 
     def __init__(self, request: Request, text: str) -> None:
         self.request = request
         self._text = text
         self._forms: dict[int, tuple[Origin, EgressForm]] = {}
+        self.origin: Origin | None = None
 
-    def form(self, target: Target, origin: Origin) -> EgressForm:
+    def form_for(self, target: Target, origin: Origin) -> EgressForm:
         found = self._forms.get(id(origin))
         if found is None or found[0] is not origin:
             if len(self._forms) >= _FORMS_KEPT:
                 self._forms.clear()
             found = self._forms[id(origin)] = (origin, _form(target, origin, self._text))
-        return found[1]
+        self.origin, self.form = found
+        return self.form
 
 
 def _form(target: Target, origin: Origin, decided: str) -> EgressForm:
@@ -451,16 +510,15 @@ class Connection:
         self._describe(decision)
         self._ring.target.journal.append(self._form.begun(self._span, self._start))
 
-    def granted_again(self, known: _Known) -> None:
-        """:meth:`granted`, in the words that were used of the same destination before. Raises JournalError."""
-        target = self._ring.target
-        self._form = known.form(target, self.origin)
-        target.journal.append(self._form.begun(self._span, self._start))
+    def granted_again(self, form: EgressForm) -> None:
+        """:meth:`granted`, in words that were used before. Raises JournalError."""
+        self._form = form
+        self._ring.target.journal.append(form.begun(self._span, self._start))
 
     def refused(self, decision: Decision) -> None:
         """Journals the refusal, complete. Raises JournalError."""
         self._describe(decision)
-        where = _spelled(self.request)
+        where = decision.name or _spelled(self.request)
         if decision.exceeded is not None:
             event = self._ring.target.exceeded(self.origin, self._span, decision.exceeded, where)
         else:
@@ -492,8 +550,9 @@ class Connection:
     # -- Attempt -------------------------------------------------------------------------------------------------------
 
     def connected(self, cookie: int, holder: tuple[int, int]) -> None:
-        self.flow = Flow(cookie, self.request.address, self.request.port, holder, self, self._ring.root)
-        self._ring.began(self.flow)
+        request = self.request
+        flow = self.flow = Flow(cookie, request.address, request.port, holder, self, self._ring.root)
+        self._ring.began(flow)
 
     @property
     def account(self) -> Account:
@@ -515,7 +574,8 @@ class Connection:
                 self._ring.target.violation(self.origin, self._span, "egress", reason=end.why, destination=where)
             except JournalError:
                 log.exception("a violation could not be journaled")
-        self._counted(crossing.local, end.sent, end.received, exact=end.exact, why=end.why)
+        line = self._counted(crossing.local, end.sent, end.received, exact=end.exact, why=end.why)
+        self._journaled(self._ring.target.journal.append, line)
 
     def associated(self, local: tuple[str, int] | None) -> None:
         if local is not None:
@@ -526,12 +586,17 @@ class Connection:
         self._add({"error.type": errno.errorcode.get(error, str(error))})
         if self.flow is not None:
             self._ring.failed(self.flow)
+            self.flow = None
         self._end(StatusCode.ERROR, os.strerror(error))
 
     # -- FlowOwner -----------------------------------------------------------------------------------------------------
 
     def progressed(self, sent: int, received: int) -> bool:
         account = self.origin.account
+        if account.free:
+            account.count(SENT, sent)
+            account.count(RECEIVED, received)
+            return True
         over = account.charge(SENT, sent) if sent else None
         over = (account.charge(RECEIVED, received) if received else None) or over
         if over is None or over.report_only:
@@ -550,25 +615,35 @@ class Connection:
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
         self._ring.left(flow)
-        self._counted(flow.local, flow.sent, flow.received, exact=exact)
+        self.flow = None  # they name each other: both would wait for the garbage collector
+        line = self._counted(flow.local, flow.sent, flow.received, exact=exact)
+        # Until all that have ended with it are told of: the meter flushes.
+        self._journaled(self._ring.target.journal.postpone, line)
 
-    def _counted(self, local: tuple[str, int] | None, sent: int, received: int, *, exact: bool, why: str = "") -> None:
-        if local is not None:
-            self._more += _local(local)
+    def _counted(self, local: tuple[str, int] | None, sent: int, received: int, *, exact: bool, why: str = "") -> bytes:
+        """The line of its end."""
+        own = "" if local is None else _local(local)
         self._more += (
-            f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{sent}"}}}}'
+            f'{own},{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{sent}"}}}}'
             f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{received}"}}}}'
         )
+        end = ""
         if not exact:
             self._add({"ray_guard.egress.bytes_exact": False})
         if self._over:
             self._add({"error.type": "budget"})
-            self._end(StatusCode.ERROR, "cut: a budget was reached")
+            end = tail((), StatusCode.ERROR, "cut: a budget was reached")
         elif why:
             self._add({"error.type": why})
-            self._end(StatusCode.ERROR, f"cut: {why}")
-        else:
-            self._end()
+            end = tail((), StatusCode.ERROR, f"cut: {why}")
+        return self._form.ended(self._span, self._start, time.time_ns(), self._more, end)
+
+    @staticmethod
+    def _journaled(write: Callable[[bytes], None], line: bytes) -> None:
+        try:
+            write(line)
+        except JournalError:
+            log.exception("the end of a flow could not be journaled")
 
     def finish(self) -> None:
         """A datagram destination is done with: its call has ended."""

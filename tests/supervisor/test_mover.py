@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from peers import Peer, echo, swallow
+from far_ends import Peer, echo, swallow
 
 from ray_guard.egress.relay.mover import Mover
 from ray_guard.kernel import seqpacket

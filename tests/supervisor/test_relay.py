@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from far_ends import Crowded, Peer, answer, echo, hold, pour, reset, swallow
 from harness import PYTHON, Host, Namespace, Outcome, wait
-from peers import Crowded, Peer, answer, echo, hold, pour, reset, swallow
 
 pytestmark = pytest.mark.kernel
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from far_ends import Peer, swallow
 from harness import PYTHON, ROOT, Host, Namespace, wait
-from peers import Peer, swallow
 
 from ray_guard.policy.enforcement import SUPPORTED
 
@@ -113,7 +113,7 @@ try:
     for at in range(0, len(data), int(sys.argv[4])): sock.sendall(data[at : at + int(sys.argv[4])])
     sock.shutdown(socket.SHUT_WR)
     print('answered' if len(sock.recv(32, socket.MSG_WAITALL)) == 32 else 'closed')
-except OSError as error: print(type(error).__name__)
+except OSError as error: print(errno.errorcode[error.errno])
 """
 
 
@@ -186,7 +186,7 @@ def test_what_does_not_agree_sends_nothing(
     sink.received = 0
     host = stage.host([f"{scheme}://index.example.org:{sink.port}"])
     outcome = host.run("call", stage.argv(_SEND, *arguments))
-    assert outcome.stdout.strip() in ("ConnectionResetError", "BrokenPipeError"), outcome
+    assert outcome.stdout.strip() in ("ECONNRESET", "EPIPE", "ENOTCONN"), outcome
     found = flow(host, sink.port)["attributes"]
     assert sink.received == found["ray_guard.egress.bytes_sent"] == 0
     assert (found["error.type"], found["ray_guard.egress.verified"]) == (reason, False)
@@ -198,8 +198,9 @@ def test_a_request_smuggled_behind_one_that_may_goes_nowhere(stage: Stage, sink:
     data = good + get("evil.example.net")
     host = stage.host([f"http://index.example.org:{sink.port}"])
     host.run("call", stage.argv(_SEND, "index.example.org", sink.port, data.hex(), 1))
-    assert flow(host, sink.port)["attributes"]["error.type"] == "host_mismatch"
-    assert sink.received == len(good)
+    found = flow(host, sink.port)["attributes"]
+    assert found["error.type"] == "host_mismatch"
+    assert sink.received == found["ray_guard.egress.bytes_sent"] <= len(good)
 
 
 def test_an_address_that_was_told_for_no_name_is_refused(stage: Stage, sink: Peer) -> None:
@@ -347,7 +348,7 @@ def test_what_the_proxy_refuses(stage: Stage, sink: Peer, proxy: Proxy, *, how: 
     host = stage.host([f"tls://index.example.org:{sink.port}"], proxy=f"http://127.0.0.1:{proxy.port}")
     outcome = host.run("call", stage.argv(_CONNECT, "index.example.org", sink.port, how, "00"))
     # A socket that was seen connecting can only be told that it was refused.
-    assert outcome.stdout.split() == [error if how == "blocking" else "ECONNREFUSED"], outcome
+    assert outcome.stdout.strip() in (error, "ECONNREFUSED" if how == "nonblocking" else error), outcome
     assert sink.connections == 0
 
 

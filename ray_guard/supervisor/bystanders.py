@@ -1,0 +1,77 @@
+"""Scheduling and limits of processes: a tool may change them within its call, not outside. Runs in the supervisor.
+
+Neither Landlock nor the user's own rights keep a tool from renicing, pinning or limiting a process of the same user,
+and lowering the supervisor's limits would end it. Whom such a call is about stands in a register, so what is checked is
+what is executed; a call about oneself by number 0 is not notified at all (:func:`ray_guard.egress.rings.call_ring`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
+
+from ray_guard.kernel import procfs
+
+if TYPE_CHECKING:
+    from ray_guard.egress.gate import Gate, Handler
+    from ray_guard.kernel.seccomp import Notification
+
+_BY_PID: Final = ("prlimit64", "sched_setaffinity", "sched_setparam", "sched_setscheduler", "sched_setattr")
+_BY_KIND: Final = {"setpriority": 0, "ioprio_set": 1}
+"""Calls whose first argument says whom the second one names: this number a process, the next one a process group."""
+
+
+def handlers(root: int) -> Mapping[str, Handler]:
+    """For the gate of the call whose first process is ``root``."""
+    leader = procfs.parent(root)
+
+    def is_within(tid: int) -> bool:
+        # All that a call starts descends from its leader, which adopts what has lost its parents.
+        pid = procfs.thread_group(tid)
+        return pid is not None and leader is not None and pid != leader and procfs.is_in_tree(pid, leader)
+
+    by_pid = _answering(lambda call: _judged(is_within, call.arg0))
+    found: dict[str, Handler] = dict.fromkeys(_BY_PID, by_pid)
+    for name, process in _BY_KIND.items():
+        found[name] = _answering(_judging_kind(is_within, process))
+    return found
+
+
+def _answering(judge: Callable[[Notification], int]) -> Handler:
+    def handle(gate: Gate, call: Notification) -> None:
+        error = judge(call)
+        if error:
+            gate.refuse(call, error)
+        else:
+            gate.listener.proceed(call.id)
+
+    return handle
+
+
+def _judging_kind(is_within: Callable[[int], bool], process: int) -> Callable[[Notification], int]:
+    def judge(call: Notification) -> int:
+        kind, who = call.arg0 & 0xFFFFFFFF, call.arg1 & 0xFFFFFFFF
+        if kind == process:
+            return 0 if who == 0 else _judged(is_within, who)
+        if kind == process + 1:  # a group lies within one session, and a call's processes lead theirs
+            return 0 if who == 0 else _judged(is_within, _member(who))
+        return errno.EPERM  # a user's processes are not the call's alone
+
+    return judge
+
+
+def _judged(is_within: Callable[[int], bool], who: int) -> int:
+    return 0 if is_within(who & 0xFFFFFFFF) else errno.EPERM
+
+
+def _member(group: int) -> int:
+    """A process of the group; 0, which is none, where there is no such group."""
+    for pid in procfs.processes():
+        try:
+            if os.getpgid(pid) == group:
+                return pid
+        except OSError:
+            continue
+    return 0
