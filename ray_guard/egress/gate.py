@@ -36,7 +36,8 @@ from weakref import WeakSet
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.made import MadeSockets
-from ray_guard.egress.relay.front import STEPS, Owner, Relay
+from ray_guard.egress.relay.crossing import Owner
+from ray_guard.egress.relay.front import STEPS, Relay
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import borrowing, libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
@@ -284,7 +285,7 @@ class Means:
         self.views = _Views()
         self.borrows = borrowing.works()
         self.made: WeakSet[MadeSockets] = WeakSet()
-        self.relay = Relay(loop)
+        self.relay = Relay(loop, _PARKED)
 
     def threads(self) -> Threads:
         """For one ring: how its descriptors are come by on this host."""
@@ -564,26 +565,31 @@ class Gate:
         self._impatience.begin()
         return libc.connect(descriptor, raw)
 
-    def retake(self, tid: int, number: int) -> int:
-        """A duplicate of a descriptor that was seen before, or ``-errno``; whose it is now is the caller's to check."""
-        return self._threads.descriptor(tid, number) if self.listener.fd >= 0 else -errno.EBADF
+    @property
+    def closed(self) -> bool:
+        return self.listener.fd < 0
 
     def park(
         self,
         notification: Notification,
-        upstream: int,
-        duplicate: int,
+        descriptors: tuple[int, int],
         step: Callable[[], int],
         release: Callable[[], None],
     ) -> int:
-        """Parks a connect until ``upstream`` is ready; see :meth:`_wait`. Both descriptors are closed in the end."""
-        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        """Parks a connect until the upstream is ready; see :meth:`_wait`. ``descriptors``: that, and the duplicate."""
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, descriptors[1])
         timeout = _timeout(sock, socket.SO_SNDTIMEO)
         sock.detach()
-        descriptors, late = (upstream, duplicate), errno.EINPROGRESS
+        late = errno.EINPROGRESS
         return self._wait(
             notification, descriptors, step, events=STEPS, timeout=timeout, late_error=late, release=release
         )
+
+    def nudge(self, notification: Notification) -> None:
+        """Tries a parked call again now."""
+        pending = self._pending.get(notification.id)
+        if pending is not None:
+            self._retry(pending)
 
     def _connect_resolver(
         self, notification: Notification, sock: _Socket, raw: bytes, resolver: NameServer, *, stream: bool

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
-from ray_guard.egress.relay.front import MOVER_LOST, Crossing, End
+from ray_guard.egress.relay.crossing import Crossing, End
+from ray_guard.egress.relay.desk import MOVER_LOST
 from ray_guard.egress.relay.proxy import Proxied
 from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError

@@ -76,6 +76,9 @@ def test_every_key_that_asks_for_something_is_named_when_nothing_is_supported() 
 
 
 def test_a_host_that_offers_less_takes_away() -> None:
+    named_ones = {"egress": {"verify_names": True, "allow": ["a.b:443"]}}
+    without_names = SUPPORTED - {"egress.allow.name", "egress.verify_names"}
+    assert named(named_ones, without_names) == ("egress.allow[0]", "egress.verify_names")
     less = SUPPORTED - {"egress.allow.unix", "egress.listen", "subprocess.confine"}
     data = {"egress": {"allow": ["unix:///a"], "listen": [80]}, "subprocess": "confine"}
     assert named(data) == ()
