@@ -98,6 +98,8 @@ class Node:
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
+        self._evidence_folders: list[str] = []
+        """The journals', resolved."""
         self._syncer = Syncer()
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
@@ -124,6 +126,7 @@ class Node:
         """
         if folder not in self._journals:
             self._journals[folder] = Journal(folder)
+            self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
                 whole = {**os.environ, **environment}
@@ -215,7 +218,7 @@ class Node:
             self.means.relay.endpoints(),
             self.proxies.endpoints(),
         )
-        own = (*self._own_folders, *map(os.path.realpath, self._journals))
+        own = (*self._own_folders, *self._evidence_folders)
         folders = {folder for m in self._memberships.values() for folder in m.folders}
         return Surroundings(
             cluster=directory.endpoints if directory is not None else frozenset(),

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray_guard.ring")
 
 _OWN_SOCKETS_LIMIT: Final = 1024
+_SWEPT_EVERY: Final = 256
 _DATAGRAM_FLOWS_LIMIT: Final = 4096
 
 
@@ -76,6 +77,7 @@ class Ring:
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
+        self._too_many = 0
         self._surroundings: Surroundings | None = None
         self._flows: dict[int, Flow] = {}
         self._crossings: set[Crossing] = set()
@@ -161,10 +163,21 @@ class Ring:
     def bound(self, pinned: int) -> None:
         found = os.fstat(pinned)
         key = (found.st_dev, found.st_ino)
+        if len(self._own_unix) >= _OWN_SOCKETS_LIMIT:
+            if self._too_many % _SWEPT_EVERY == 0:  # not each time: who binds by the thousand must not hold up others
+                self._forget_deleted()
+            self._too_many = 0 if len(self._own_unix) < _OWN_SOCKETS_LIMIT else self._too_many + 1
         if key in self._own_unix or len(self._own_unix) >= _OWN_SOCKETS_LIMIT:
             os.close(pinned)
             return
         self._own_unix[key] = pinned
+        self._surroundings = None
+
+    def _forget_deleted(self) -> None:
+        """Sockets whose file is gone are reached by nobody any more: an actor may make and delete many in its life."""
+        for key, pinned in list(self._own_unix.items()):
+            if os.fstat(pinned).st_nlink == 0:
+                os.close(self._own_unix.pop(key))
         self._surroundings = None
 
     def listening(self, address: str, port: int) -> None:
