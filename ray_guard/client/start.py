@@ -61,6 +61,8 @@ def start_message(
             "executable": program,
             "environment": variables,
             "umask": _own_umask() if umask < 0 else umask,
+            "group": os.getegid(),
+            "groups": sorted(os.getgroups()),
             "nice": os.getpriority(os.PRIO_PROCESS, 0),
             "limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
             "affinity": sorted(os.sched_getaffinity(0)),
