@@ -22,7 +22,7 @@ from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import seqpacket
+from ray_guard.kernel import cgroup, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
@@ -101,6 +101,7 @@ class Tool:
         self._origin = self._find_origin(call)
         self._clocks = [*target.clocks(self._origin), *self._own_clock()]
         self._descriptors = descriptors
+        self._strays: list[str] = []
         self._leader: Leader | None = None
         exceeded = self._enter()
         if exceeded is not None:
@@ -209,6 +210,7 @@ class Tool:
         self._leader = leader
         leader.heard = self._from_leader
         listener, leader.listener = leader.listener, -1
+        self._strays = _follow(leader.pid, self._target.pid)
         self._armed(leader.pid, listener)
         if self.running:
             # The requester waits for the start, so its leader says so itself; all else comes from here.
@@ -338,6 +340,8 @@ class Tool:
             "process.command_args": arguments.shown(self._start.argv),
             "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
         }
+        if self._strays:
+            attributes["ray_guard.process.cgroups_left"] = tuple(self._strays)
         status, text = StatusCode.UNSET, ""
         if ended is not None:
             if "status" in ended:
@@ -404,6 +408,20 @@ class Tool:
             self._leader.tell({"op": "end"})
         elif self.running:
             self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
+
+
+def _follow(pid: int, requester: int) -> list[str]:
+    """Moves a process into the control groups of its requester; the hierarchies in which it has to stay where it is."""
+    try:
+        there, here = cgroup.read(requester), cgroup.read(pid)
+    except OSError:
+        return []
+    if there == here:
+        return []
+    left = cgroup.move(pid, cgroup.paths(there), cgroup.paths(here))
+    if left:
+        log.warning("a tool of %d stays in the supervisor's control groups: %s", requester, left)
+    return [name or "unified" for name in left]
 
 
 def _executable(start: Start) -> str:
