@@ -162,10 +162,12 @@ class Account:
         self._refused = 0
         self._closed = False
         self._retained = 0
+        self.barred: bool = parent is not None and parent.barred
+        """Nothing more is granted to this scope (:meth:`bar`)."""
         self.free: bool = not any(kind in self._limits or kind in self._watched for kind in NETWORK_KINDS) and (
             parent is None or parent.free
         )
-        """Neither this scope nor one around it limits connections or bytes. Limits are set once, so it stays true."""
+        """Neither this scope nor one around it limits connections or bytes, and none is barred."""
         self._children: dict[Account, None] = {}
         if parent is not None:
             if parent.closed:
@@ -321,6 +323,12 @@ class Account:
     def retain(self) -> None:
         """Somebody else goes on charging this scope after its end, and closes it once more when done."""
         self._retained += 1
+
+    def bar(self) -> None:
+        """Nothing more is granted to this scope and those within it, limits or not; what it has is still counted."""
+        self.barred, self.free = True, False
+        for child in self._children:
+            child.bar()
 
     def close(self) -> None:
         """The scope has ended, and those within it: what they had reserved is given back. Idempotent.

@@ -27,7 +27,7 @@ SUPPORTED: Final = frozenset(
             for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections")
         ),
         "budgets.call.wall_seconds",
-        "on_violation.deny",
+        *(f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")),
         "subprocess.confine",
         "subprocess.plain",
         "survivors.kill",

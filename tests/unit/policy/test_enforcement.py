@@ -45,7 +45,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"budgets": {"episode": {"wall_seconds": 1, "connections": 0}}}, ("budgets.episode.wall_seconds",)),
         ({"budgets": {"call": {"memory": None}}}, ()),
         ({"subprocess": "plain", "survivors": "kill", "on_violation": "deny"}, ()),
-        ({"survivors": "keep", "on_violation": "kill_call"}, ("survivors", "on_violation")),
+        ({"survivors": "keep", "on_violation": "kill_call"}, ("survivors",)),
         ({"require": ["egress", "files"]}, ("require.files",)),
         ({"require": []}, ()),
     ],
@@ -96,7 +96,8 @@ def test_every_supported_name_can_come_up() -> None:
     }
     keys = set(Policy.model_validate(data).to_wire()["set"])
     keys |= {f"egress.allow.{kind}" for kind in ("address", "unix", "cluster", "collectives")}
-    keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "on_violation.deny"}
+    keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill"}
+    keys |= {f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")}
     keys |= {"require.egress", "require.processes"}
     assert keys == SUPPORTED
 
