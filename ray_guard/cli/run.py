@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     while ended is None:
         ended = control.wait(1.0)
     code = os.waitstatus_to_exitcode(int(ended["status"]))
-    if ended.get("passed"):
-        _say(f"ended: {ended['passed']}")
+    if ended.get("why"):
+        _say(f"ended: {ended['why']}")
     if ended.get("unkillable"):
         _say(f"unkillable (uninterruptible sleep): {', '.join(map(str, ended['unkillable']))}")
     return 128 - code if code < 0 else code

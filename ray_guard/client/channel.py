@@ -52,6 +52,8 @@ class Channel:
     def __init__(self, sock: socket.socket, identity: Mapping[str, str | int] | None = None) -> None:
         self._sock = sock
         self.lost = False
+        self.acts = False
+        """A violation ends more than the call that was refused (``on_violation``)."""
         self.identity: dict[str, str | int] = dict(identity or {})
 
     def fileno(self) -> int:

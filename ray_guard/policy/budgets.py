@@ -167,10 +167,12 @@ class Account:
         """:meth:`close` was called."""
         self._ended = False
         self._retained = 0
+        self.barred: bool = parent is not None and parent.barred
+        """Nothing more is granted to this scope (:meth:`bar`)."""
         self.free: bool = not any(kind in self._limits or kind in self._watched for kind in NETWORK_KINDS) and (
             parent is None or parent.free
         )
-        """Neither this scope nor one around it limits connections or bytes. Limits are set once, so it stays true."""
+        """Neither this scope nor one around it limits connections or bytes, and none is barred."""
         self._children: dict[Account, None] = {}
         self._closing: list[Callable[[], None]] = []
         if parent is not None:
@@ -332,6 +334,12 @@ class Account:
         self._retained -= 1
         if self._ended:
             self.close()
+
+    def bar(self) -> None:
+        """Nothing more is granted to this scope and those within it, limits or not; what it has is still counted."""
+        self.barred, self.free = True, False
+        for child in self._children:
+            child.bar()
 
     def close(self) -> None:
         """The scope has ended, and those within it: what they had reserved is given back. Idempotent."""

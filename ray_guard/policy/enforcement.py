@@ -33,7 +33,7 @@ SUPPORTED: Final = frozenset(
         *(f"budgets.{scope}.{kind}" for scope in ("call", "episode", "actor") for kind in ("memory", "processes")),
         "budgets.call.wall_seconds",
         "budgets.episode.wall_seconds",
-        "on_violation.deny",
+        *(f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")),
         "subprocess.confine",
         "subprocess.plain",
         "survivors.kill",

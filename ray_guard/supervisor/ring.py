@@ -316,6 +316,15 @@ class Ring:
         if pid is not None and pid != self.root:
             self._node.ward(pid)
 
+    def cut_barred(self) -> None:
+        """Cuts the flows of scopes to which nothing more is granted."""
+        owned = ((flow, flow.owner) for flow in self._flows.values())
+        barred = [flow for flow, owner in owned if isinstance(owner, Connection) and owner.origin.account.barred]
+        if barred:
+            self._meter.finish(barred)
+        for crossing in [crossing for crossing in self._crossings if crossing.owner.account.barred]:
+            self._node.means.relay.finish(crossing)
+
     def left(self, flow: Flow) -> None:
         self._flows.pop(flow.cookie, None)
 

@@ -32,6 +32,7 @@ from ray_guard.policy.destination import Group, Transport, canonical_address
 from ray_guard.policy.enforcement import unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
+from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.start import read_start
@@ -84,6 +85,7 @@ class Session:
             "armed": self._armed,
             "start": self._start,
             "violations": self._violations,
+            "ended": self._ended_for,
             "tighten": self._tighten,
         }
         node.loop.watch(sock.fileno(), select.EPOLLIN, self._ready)
@@ -210,6 +212,7 @@ class Session:
                 raise
         self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
         self._target = target
+        Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
         self._lifeline, stops = socket.socketpair()
         with stops, self._ward(pid) as kills:
             welcome = {
@@ -220,6 +223,7 @@ class Session:
                 "datagrams": grants_datagrams(policy),
                 "borrows": self._node.means.borrows,
                 "names": policy.names,
+                "acts": acts(policy),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
@@ -318,7 +322,7 @@ class Session:
         target.policy = target.policy.intersect(added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
-        self._reply(descriptors[0], {"ok": True})
+        self._reply(descriptors[0], {"ok": True, "acts": acts(target.policy)})
 
     # -- the target's reports ------------------------------------------------------------------------------------------
 
@@ -350,6 +354,15 @@ class Session:
         episode = message.get("episode")
         found = self._known().violations_of(None if episode is None else str(episode))
         self._reply(descriptors[0], {"violations": found})
+
+    def _cut_barred(self) -> None:
+        if self._ring is not None:
+            self._ring.cut_barred()
+
+    def _ended_for(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        """Whether one of these scopes was ended for a violation."""
+        found = self._known().ended_for(str(span) for span in message["spans"])
+        self._reply(descriptors[0], {"ended": None if found is None else found.as_message()})
 
     # -- tools ---------------------------------------------------------------------------------------------------------
 

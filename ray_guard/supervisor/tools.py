@@ -68,6 +68,7 @@ class Tool:
 
     Raises:
         BudgetExceeded: there is no room for it; that is in the journal.
+        RayGuardError: what its call or episode was ended for (``on_violation``).
     """
 
     def __init__(
@@ -96,9 +97,13 @@ class Tool:
         self._implicit: SpanRecord | None = None
         self._account: Account | None = None
         self._processes: Processes | None = None
-        self._passed: Exceeded | None = None
+        self._why: str | None = None
         self._left = False
         self._origin = self._find_origin(call)
+        ended = target.ended_for((self._origin.call or "", self._origin.episode or ""))
+        if ended is not None:
+            seqpacket.close_all(descriptors)
+            raise errors.of_violation(ended.as_message())
         self._clocks = [*target.clocks(self._origin), *self._own_clock()]
         self._descriptors = descriptors
         self._strays: list[str] = []
@@ -178,15 +183,14 @@ class Tool:
 
     def _over(self, exceeded: Exceeded) -> None:
         """The tree has passed a limit that ends it."""
-        self._passed = exceeded
-        self.end()
+        self.end(str(exceeded.error()))
 
     def _judge_time(self, *, timed_out: bool) -> None:
         for account, began in self._clocks:
             exceeded = account.measured(WALL, time.monotonic() - began)
             if exceeded is not None and (timed_out or exceeded.report_only):
                 self._target.exceeded(self._origin, self._span, exceeded)
-                self._passed = self._passed or exceeded
+                self._why = self._why or str(exceeded.error())
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 
@@ -327,8 +331,8 @@ class Tool:
         if "status" in message:
             keys = ("status", "timed_out", "unkillable")
             ended: dict[str, Any] = {key: message[key] for key in keys if key in message}
-            if self._passed is not None:
-                ended["passed"] = str(self._passed.error())
+            if self._why is not None:
+                ended["why"] = self._why
             self._answer({"op": "exited", "pid": self._pid, **ended})
         self._hang_up()
 
@@ -348,8 +352,8 @@ class Tool:
                 attributes |= exit_attributes(int(ended["status"]))
                 if attributes["process.exit.code"] != 0:
                     status = StatusCode.ERROR
-            if "error" in ended or self._passed is not None:
-                status, text = StatusCode.ERROR, str(ended.get("error") or (self._passed and self._passed.error()))
+            if "error" in ended or self._why is not None:
+                status, text = StatusCode.ERROR, str(ended.get("error") or self._why)
             if ended.get("unkillable"):
                 attributes["ray_guard.process.unkillable"] = tuple(str(pid) for pid in ended["unkillable"])
             if "usage" in ended:
@@ -402,8 +406,17 @@ class Tool:
     def call(self) -> str | None:
         return self._origin.call
 
-    def end(self) -> None:
-        """Its call has ended, or its actor: the leader kills what is left, and says so."""
+    @property
+    def episode(self) -> str | None:
+        return self._origin.episode
+
+    def end(self, why: str | None = None) -> None:
+        """Its call has ended, or its actor: the leader kills what is left, and says so.
+
+        Args:
+            why: it is ended before its time; the requester is told.
+        """
+        self._why = self._why or why
         if self._leader is not None:
             self._leader.tell({"op": "end"})
         elif self.running:

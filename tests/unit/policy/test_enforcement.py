@@ -44,7 +44,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"budgets": {"job": {"cpu_seconds": 1}, "episode": {"wall_seconds": 1}}}, ()),
         ({"budgets": {"call": {"memory": None}}}, ()),
         ({"subprocess": "plain", "survivors": "kill", "on_violation": "deny"}, ()),
-        ({"survivors": "keep", "on_violation": "kill_call"}, ("on_violation",)),
+        ({"survivors": "keep", "on_violation": "kill_call"}, ()),
         ({"require": ["egress", "files"]}, ("require.files",)),
         ({"require": []}, ()),
     ],
@@ -98,7 +98,8 @@ def test_every_supported_name_can_come_up() -> None:
     }
     keys = set(Policy.model_validate(data).to_wire()["set"])
     keys |= {f"egress.allow.{kind}" for kind in ("address", "name", "unix", "cluster", "collectives")}
-    keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "survivors.keep", "on_violation.deny"}
+    keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "survivors.keep"}
+    keys |= {f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")}
     keys |= {"require.egress", "require.processes"}
     assert keys == SUPPORTED
 
