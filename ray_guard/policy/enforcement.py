@@ -27,11 +27,17 @@ SUPPORTED: Final = frozenset(
             for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections")
         ),
         "budgets.call.wall_seconds",
+        "budgets.actor.gpu_memory",
+        "budgets.actor.gpu_seconds",
+        "budgets.job.gpu_seconds",
+        "gpu.engine",
+        "gpu.none",
         "on_violation.deny",
         "subprocess.confine",
         "subprocess.plain",
         "survivors.kill",
         "require.egress",
+        "require.gpu",
         "require.processes",
     }
 )

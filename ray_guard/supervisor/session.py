@@ -82,6 +82,8 @@ class Session:
             "armed": self._armed,
             "start": self._start,
             "violations": self._violations,
+            "engine": self._engine,
+            "engine_state": self._engine_state,
             "tighten": self._tighten,
         }
         node.loop.watch(sock.fileno(), select.EPOLLIN, self._ready)
@@ -174,6 +176,10 @@ class Session:
         if kind != "observer":
             borrows = self._node.means.borrows
             policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
+            if self._node.gpus.must_wait(policy):
+                self._node.gpus.when_known(self._later(message, descriptors))
+                return
+            self._node.gpus.admit(policy)
         target = Target(
             pid=pid,
             kind=str(kind),
@@ -203,6 +209,8 @@ class Session:
                 raise
         self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
         self._target = target
+        if kind == "run":
+            self._node.gpus.join(target)
         self._lifeline, stops = socket.socketpair()
         with stops, self._ward(pid) as kills:
             welcome = {
@@ -213,6 +221,18 @@ class Session:
                 "borrows": self._node.means.borrows,
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _later(self, message: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
+        """Handles ``message`` once more, when what it needs is known; its descriptors are kept until then."""
+        kept = [os.dup(descriptor) for descriptor in descriptors]
+
+        def again() -> None:
+            if self._connected:
+                self._handle(message, kept)
+            else:
+                seqpacket.close_all(kept)
+
+        return again
 
     def _try_to_judge(self, pid: int, descriptor: int) -> None:
         """Whether calls of this process could be judged: its memory read, its sockets taken. Raises NotEnforced."""
@@ -291,6 +311,7 @@ class Session:
             self._node.means,
             self._unfiltered,
         )
+        self._node.gpus.join(target)
         self._reply(self._way_back(descriptors), {"ok": True})
 
     def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
@@ -333,6 +354,19 @@ class Session:
         episode = message.get("episode")
         found = self._known().violations_of(None if episode is None else str(episode))
         self._reply(descriptors[0], {"violations": found})
+
+    def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        self._node.gpus.register(self._known(), int(message["pid"]), str(message.get("phase")))
+        self._reply(descriptors[0], {"ok": True})
+
+    def _engine_state(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        phase, in_flight = message.get("phase"), message.get("in_flight")
+        self._node.gpus.declare(
+            self._known(),
+            int(message["pid"]),
+            None if phase is None else str(phase),
+            None if in_flight is None else int(in_flight),
+        )
 
     # -- tools ---------------------------------------------------------------------------------------------------------
 

@@ -176,6 +176,7 @@ class Tool:
             self._unfiltered,
             bystanders.handlers(pid),
         )
+        self._node.gpus.began(pid, self._target, self._origin)
         seqpacket.send(self._link, {"op": "go"})
 
     def _unfiltered(self) -> None:
@@ -194,6 +195,7 @@ class Tool:
 
     def _finished(self, message: dict[str, Any]) -> None:
         """The tool's tree is dead: settle, record, tell."""
+        self._node.gpus.ended(self._pid, self._target)
         self._node.loop.forget(self._link.fileno())
         self._link.close()
         if self._gate is not None:
