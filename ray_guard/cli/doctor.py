@@ -22,8 +22,9 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
         "yama",
     ),
     "processes": ("seccomp.user_notification", "pidfd_getfd", "subreaper", "landlock.signal_scope"),
+    "gpu": ("seccomp.user_notification", "gpu.census", "gpu.meter"),
 }
-_NOT_IN_THIS_VERSION: Final = ("files", "gpu", "names", "compute")
+_NOT_IN_THIS_VERSION: Final = ("files", "names", "compute")
 
 _SAID: Final = f"""\
 Two promises:

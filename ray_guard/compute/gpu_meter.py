@@ -29,6 +29,7 @@ SAMPLE_PERIOD_S: Final = 1.0
 _RESOLUTION: Final = 0.01 / 2
 """Percent are rounded: what a reading is wrong by, as a share."""
 _CLOCK_SLACK_US: Final = 2_000_000
+_SMOOTHING: Final = 0.05
 _MOST_BYTES: Final = 1 << 50
 
 HIDDEN_BYTES: Final = 512 << 20
@@ -135,6 +136,8 @@ class GpuMeter:
         self._counted_us = 0
         self._residents: frozenset[int] = frozenset()
         self._unexplained = 0
+        self._usual: dict[int, float] = {}
+        """By process its share, smoothed: a reading of one sample says all or nothing, and knows no variance."""
 
     def take(self, reading: Reading) -> Tick:
         """The next reading; the first one only says where counting begins, and who is there."""
@@ -146,6 +149,7 @@ class GpuMeter:
         resident = _residents(reading.processes, faults)
         passed = 0.0 if last is None else max(0.0, reading.monotonic - last.monotonic)
         loads, method = self._loads(reading, resident, passed, faults)
+        self._remember(resident, loads)
         memory = _memory(resident, reading.memory_used)
         energy = None if last is None else _energy(last, reading)
         shares = tuple(
@@ -154,6 +158,7 @@ class GpuMeter:
                 loads.get(pid, _Load(0.0, 1)),
                 method=method,
                 passed=passed,
+                usual=self._usual.get(pid, 0.0),
                 memory=memory.get(pid, (0, True)),
                 energy=_apportioned(energy, pid, loads),
             )
@@ -185,6 +190,14 @@ class GpuMeter:
             faults.append(str(samples))
         # Whoever is here now, or was at the last reading, may have computed all the time.
         return {pid: _Load(1.0, 1) for pid in {*resident, *self._residents}}, Method.RESIDENCY
+
+    def _remember(self, resident: Iterable[int], loads: Mapping[int, _Load]) -> None:
+        """What is usual of each process that is here. On a GPU that was idle nothing was missed of anybody."""
+        before, self._usual = self._usual, {}
+        for pid in {*resident, *loads}:
+            share = loads[pid].share if pid in loads else 0.0
+            usual = before.get(pid, (share + 0.5) / 2) if loads else 0.0
+            self._usual[pid] = usual + _SMOOTHING * (share - usual)
 
     def _hidden(
         self, reading: Reading, resident: Mapping[int, int | None], loads: Mapping[int, _Load], method: Method
@@ -273,6 +286,7 @@ def _share(
     *,
     method: Method,
     passed: float,
+    usual: float,
     memory: tuple[int | None, bool],
     energy: float | None,
 ) -> Share:
@@ -281,7 +295,7 @@ def _share(
         bias, variance = seconds, 0.0
     else:
         bias = _RESOLUTION * passed
-        variance = passed * passed * load.share * (1 - load.share) / min(load.samples, _count(passed))
+        variance = passed * passed * usual * (1 - usual) / min(load.samples, _count(passed))
     return Share(pid, seconds, method, bias, variance, *memory, energy)
 
 

@@ -286,7 +286,11 @@ def main() -> None:
     try:
         path = find_library()
         nvml = Nvml(path)
-        told = {"library": path, "driver": nvml.driver, "devices": [to_wire(reading) for reading in nvml.read()]}
+        told: dict[str, Any] = {
+            "library": path,
+            "driver": nvml.driver,
+            "devices": [to_wire(reading) for reading in nvml.read()],
+        }
     except NotLoaded as error:
         told = {"error": str(error)}
     json.dump(told, sys.stdout)

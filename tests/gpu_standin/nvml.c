@@ -49,10 +49,9 @@ static int device(const char *call, void *handle, Device *found) {
     int code = begin(call), known = 0;
     FILE *file = state();
     if (!file) return UNKNOWN;
-    while (fgets(line, sizeof line, file))
-        if (sscanf(line, "device %ld %lld %lld %lld %lld %lld %lld", &index, &found->mig, &found->total, &found->used,
-                   &found->reserved, &found->utilization, &found->energy) == 7 && index == wanted)
-            known = 1;
+    while (!known && fgets(line, sizeof line, file))
+        known = sscanf(line, "device %ld %lld %lld %lld %lld %lld %lld", &index, &found->mig, &found->total,
+                       &found->used, &found->reserved, &found->utilization, &found->energy) == 7 && index == wanted;
     fclose(file);
     return code ? code : known ? SUCCESS : INVALID_ARGUMENT;
 }

@@ -99,14 +99,14 @@ def test_every_supported_name_can_come_up() -> None:
     keys = set(Policy.model_validate(data).to_wire()["set"])
     keys |= {f"egress.allow.{kind}" for kind in ("address", "unix", "cluster", "collectives")}
     keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "on_violation.deny"}
-    keys |= {"require.egress", "require.processes"}
+    keys |= {"require.egress", "require.processes", "require.gpu", "gpu.none", "gpu.engine"}
     assert keys == SUPPORTED
 
 
 def test_an_intersection_names_each_once() -> None:
-    one = Policy.model_validate({"gpu": "none", "survivors": "keep"}).to_wire()
-    two = Policy.model_validate({"gpu": "engine"}).to_wire()
-    assert unenforced(intersect(one, two)) == ("gpu", "survivors")
+    one = Policy.model_validate({"model_endpoint": "engine:8000", "survivors": "keep"}).to_wire()
+    two = Policy.model_validate({"model_endpoint": "engine:8000"}).to_wire()
+    assert unenforced(intersect(one, two)) == ("model_endpoint", "survivors")
 
 
 def test_a_message_that_does_not_say_what_was_set_is_refused() -> None:
