@@ -69,7 +69,8 @@ def test_samples_of_others_count_as_nothing_of_mine() -> None:
     """One process per engine and sample: seen in one of four, it computed in a quarter of the time."""
     meter = GpuMeter()
     meter.take(at(0, processes=[(1, 0), (2, 0)]))
-    tick = meter.take(at(1, processes=[(1, 0), (2, 0)], samples=[(1, 0.8, 100), (2, 0.6, 100), (2, 0.4, 100), (2, 0.2, 100)]))  # fmt: skip
+    samples = [(1, 0.8, 100), (2, 0.6, 100), (2, 0.4, 100), (2, 0.2, 100)]
+    tick = meter.take(at(1, processes=[(1, 0), (2, 0)], samples=samples))
     assert {share.pid: share.seconds for share in tick.shares} == {1: 0.25, 2: 0.75}
 
 

@@ -128,7 +128,9 @@ def test_mig_instances_are_kept_apart(reader: Reader) -> None:
         ("nvmlDeviceGetTotalEnergyConsumption", "energy_mj"),
     ],
 )
-@pytest.mark.parametrize(("code", "error"), [(3, "NOT_SUPPORTED"), (4, "NO_PERMISSION"), (15, "GPU_IS_LOST"), (999, "UNKNOWN")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "error"), [(3, "NOT_SUPPORTED"), (4, "NO_PERMISSION"), (15, "GPU_IS_LOST"), (999, "UNKNOWN")]
+)
 def test_a_failure_is_a_missing_reading_and_no_zero(
     reader: Reader, call: str, name: str, code: int, error: str
 ) -> None:
@@ -163,7 +165,9 @@ def test_two_gpus_are_two_readings(reader: Reader) -> None:
         other.close()
 
 
-@pytest.mark.parametrize(("code", "error"), [(9, "DRIVER_NOT_LOADED"), (18, "LIB_RM_VERSION_MISMATCH"), (4, "NO_PERMISSION")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "error"), [(9, "DRIVER_NOT_LOADED"), (18, "LIB_RM_VERSION_MISMATCH"), (4, "NO_PERMISSION")]
+)
 def test_a_library_that_does_not_fit_its_driver_says_so(tmp_path: Path, code: int, error: str) -> None:
     made = Standin(tmp_path)
     made.errors = {"nvmlInit": code}
