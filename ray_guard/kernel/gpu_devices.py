@@ -148,18 +148,23 @@ class Descriptors:
 
     Args:
         known: the majors to look for.
+        turns: in how many scans every process that runs has its turn, so that one scan costs a part of all; a process
+            that is new is looked at whenever it is found.
         uid: whose processes matter if they cannot be read.
     """
 
-    def __init__(self, known: Majors, uid: int | None = None) -> None:
+    def __init__(self, known: Majors, *, turns: int = 1, uid: int | None = None) -> None:
         self.majors = dict(known)
+        self._turns = turns
+        self._turn = 0
         self._uid = os.getuid() if uid is None else uid
         self._seen: dict[int, _Seen] = {}
 
     def scan(self) -> tuple[dict[int, frozenset[int]], list[int]]:
         """Holders (pid → device numbers), and processes of this user whose descriptors are not to be read."""
         seen, before = {}, self._seen
-        clock = time.clock_gettime_ns
+        clock, turns = time.clock_gettime_ns, self._turns
+        self._turn = turn = (self._turn + 1) % turns
         for name in os.listdir("/proc"):
             if not name.isdigit():
                 continue
@@ -169,7 +174,7 @@ class Descriptors:
             except OSError:
                 continue  # gone, or waiting to be reaped: it holds nothing any more
             known = before.get(pid)
-            if known is None or known.cpu_ns != cpu:
+            if known is None or (pid % turns == turn and known.cpu_ns != cpu):
                 known = _Seen(cpu, self._held(name))
             seen[pid] = known
         self._seen = seen

@@ -155,6 +155,7 @@ class Gpus:
         if Kind.NVIDIA not in gpu_devices.known_majors().values():
             return False
         poller = self._started()
+        self._loop.later(2 * LOAD_S, self._stop_unused)
         return poller is not None and poller.missing == ""
 
     def when_known(self, again: Callable[[], None]) -> None:
@@ -314,6 +315,11 @@ class Gpus:
         held += [Held(pid, start, None) for pid, start in starts if start is not None]
         self._judge(Census(time.monotonic(), tuple(held)))
 
+    def _stop_unused(self) -> None:
+        """Whoever it was started for may have been refused, or gone."""
+        if not self._watched and not self._waiting:
+            self._stop()
+
     def _stop(self) -> None:
         if self._poller is not None:
             self._poller.close()
@@ -453,7 +459,7 @@ class Gpus:
             self._ticks[reading.device] = tick
             self._note(reading, tick)
             if tick.hidden is not None:
-                self._hidden(reading, tick.hidden)
+                self._hidden(reading, tick, tick.hidden)
             for share in tick.shares:
                 start = procfs.start_time(share.pid)
                 if start is not None and share.pid in tick.residents:
@@ -510,18 +516,20 @@ class Gpus:
                     where = f"pid {pid} ({procfs.command_name(pid)}), phase {engine.phase.value}"
                     self._violation(watched, watched.target.own_origin(), IDLE_USE, "no_request", destination=where)
 
-    def _hidden(self, reading: Reading, hidden: Hidden) -> None:
+    def _hidden(self, reading: Reading, tick: Tick, hidden: Hidden) -> None:
+        """It is told to whoever uses that GPU; where nobody does, to all who must not let it be used."""
+        there = [known[1].watched for pid in tick.residents if (known := self._owners.get(pid)) is not None]
+        told = {id(watched.target): watched for watched in there or self._watched.values() if watched.word != "any"}
         reason = "unexplained_memory" if hidden.memory else "unexplained_utilization"
-        for watched in list(self._watched.values()):
-            if watched.word != "any":
-                self._violation(
-                    watched,
-                    watched.target.own_origin(),
-                    HIDDEN_TENANT,
-                    reason,
-                    destination=f"GPU {reading.device} ({reading.uuid})",
-                    value=hidden.memory or hidden.utilization,
-                )
+        for watched in told.values():
+            self._violation(
+                watched,
+                watched.target.own_origin(),
+                HIDDEN_TENANT,
+                reason,
+                destination=f"GPU {reading.device} ({reading.uuid})",
+                value=hidden.memory or hidden.utilization,
+            )
 
     def _note(self, reading: Reading, tick: Tick) -> None:
         for fault in (*tick.faults, *([tick.unmeasured] if tick.unmeasured else ())):

@@ -22,7 +22,9 @@ from typing import Any, Final
 
 from ray_guard.kernel import gpu_devices, nvml, procfs
 
-CENSUS_S: Final = 0.5
+CENSUS_S: Final = 0.2
+TURNS: Final = 4
+"""Every process that runs is looked at each 0.8 s, whatever it does; a violation is to be told within a second."""
 READING_S: Final = 0.5
 """Twice a second at most: asking NVML stalls whoever allocates on the GPU meanwhile."""
 
@@ -77,14 +79,14 @@ def main() -> None:
     """Until stdin closes."""
     line = _Line()
     threading.Thread(target=_poll_nvml, args=(line,), name="nvml", daemon=True).start()
-    descriptors = gpu_devices.Descriptors(gpu_devices.known_majors())
+    descriptors = gpu_devices.Descriptors(gpu_devices.known_majors(), turns=TURNS)
     waiting = select.poll()
     waiting.register(0, select.POLLIN)
     while True:
         began = time.monotonic()
         known = gpu_devices.known_majors()
         if known != descriptors.majors:  # a driver was loaded, or unloaded: what was looked at before counts no more
-            descriptors = gpu_devices.Descriptors(known)
+            descriptors = gpu_devices.Descriptors(known, turns=TURNS)
         line.tell({"census": census(descriptors)})
         left = max(0.0, began + CENSUS_S - time.monotonic())
         if waiting.poll(1000 * left) and not os.read(0, 4096):

@@ -125,6 +125,23 @@ def test_the_call_ring(gpus: GpuHost, tmp_path: Path) -> None:
         assert spans[told["parent"]]["name"].startswith("process python")
 
 
+def test_a_grandchild_of_a_tool_whose_parent_is_gone(gpus: GpuHost, tmp_path: Path) -> None:
+    program = """
+import os, sys, time
+if not os.fork():
+    if os.fork(): os._exit(0)
+    os.setsid(); os.open(sys.argv[1], os.O_RDONLY); time.sleep(8)
+os.wait(); time.sleep(2.5)
+"""
+    with confined(gpus, tmp_path) as host:
+        outcome = host.run("call", [PYTHON, "-I", "-S", "-c", program, str(gpus.gpu)])
+        assert outcome.status == 0, "the tool itself holds nothing"
+        (told,) = violations(host, "gpu_process")
+        assert told["attributes"]["error.type"] == "tool"
+        (call,) = [span for span in host.journal() if span["name"].startswith("process python")]
+        assert told["start"] - call["start"] < 1.5e9
+
+
 def test_an_engine_may_and_its_neighbour_may_not(gpus: GpuHost, tmp_path: Path) -> None:
     code = """
 import os, subprocess

@@ -139,6 +139,20 @@ def test_what_is_opened_and_closed_between_scans_is_seen() -> None:
             assert pid not in descriptors.scan()[0]
 
 
+def test_every_process_has_its_turn() -> None:
+    descriptors = Descriptors(_STAND_IN, turns=4)
+    with Child() as child:
+        descriptors.scan()
+        child.tell("open")
+        seen = [child.process.pid in descriptors.scan()[0] for _ in range(8)]
+        assert any(seen[:4])
+        assert seen == sorted(seen), "found once, it stays found"
+        with Child("held0 = os.open('/dev/full', os.O_RDONLY); print(flush=True)") as new:
+            assert new.process.stdout is not None
+            new.process.stdout.readline()
+            assert new.process.pid in descriptors.scan()[0], "whoever is new has no turn to wait for"
+
+
 def test_a_descriptor_that_is_handed_over_is_seen() -> None:
     ours, theirs = socket.socketpair()
     program = (
