@@ -190,9 +190,10 @@ class Gpus:
         limits = [limit for s in (Scope.ACTOR, Scope.JOB) for limit in _limits(target.policy, s).values()]
         watched.exhausted = 0 in limits  # zero grants nothing, not even a context
         self._watched[id(target)] = watched
+        self._attend()
         if not self._looking:
             self._looking = True
-            self._look()
+            self._loop.later(LOOK_S, self._look)
 
     def leave(self, target: Target) -> None:
         watched = self._watched.pop(id(target), None)
@@ -260,17 +261,23 @@ class Gpus:
             self._looking = False
             return
         self._loop.later(LOOK_S, self._look)
-        if not any(watched.asks for watched in self._watched.values()):
+        if not self._attend():
             return
-        self._majors = gpu_devices.known_majors()
-        if not self._majors:
-            return  # no driver is loaded: there is nothing that could be opened
-        self._started()
         if self._census is not None and time.monotonic() - self._census > STALE_S:
             self._blind()
         for watched in self._watched.values():
             if watched.usage.methods and time.monotonic() - watched.recorded > RECORD_S:
                 self._record(watched, ended=False)
+
+    def _attend(self) -> bool:
+        """Whether there is anything to look for; sees to it that the helper runs then."""
+        if not any(watched.asks for watched in self._watched.values()):
+            return False
+        self._majors = gpu_devices.known_majors()
+        if not self._majors:
+            return False  # no driver is loaded: there is nothing that could be opened
+        self._started()
+        return True
 
     def _started(self) -> Poller | None:
         """The helper, started where there is none and it is not too soon; None: there is none now."""
