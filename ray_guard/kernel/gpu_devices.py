@@ -183,19 +183,26 @@ class Descriptors:
 
     def _held(self, name: str) -> frozenset[int] | None:
         """The GPU devices of process ``name``. None: ours to read, and unreadable."""
-        path = f"/proc/{name}/fd"
         try:
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                names = os.listdir(folder)
-                return self._devices(folder, names) if names else _NOTHING
-            finally:
-                os.close(folder)
+            found = self._devices(f"/proc/{name}/fd")
+            if found is None:  # or its first thread has ended, and those that go on hold what there is
+                threads = (self._devices(f"/proc/{name}/task/{tid}/fd") for tid in os.listdir(f"/proc/{name}/task"))
+                found = next((devices for devices in threads if devices is not None), _NOTHING)
+            return found
         except OSError as error:
             unreadable = error.errno in (errno.EACCES, errno.EPERM) and self._is_ours(name)
             return None if unreadable else _NOTHING
 
-    def _devices(self, folder: int, names: list[str]) -> frozenset[int]:
+    def _devices(self, path: str) -> frozenset[int] | None:
+        """The GPU devices among the descriptors listed at ``path``. None: there are no descriptors."""
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            names = os.listdir(folder)
+            return self._among(folder, names) if names else None
+        finally:
+            os.close(folder)
+
+    def _among(self, folder: int, names: list[str]) -> frozenset[int]:
         found = set()
         for name in names:
             try:

@@ -142,6 +142,32 @@ os.wait(); time.sleep(2.5)
         assert told["start"] - call["start"] < 1.5e9
 
 
+_THREAD = """
+import ctypes, os, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+def hide():
+    alone = libc.unshare(0x400) == 0 or libc.close_range(100, 101, 2) == 0
+    print(os.getpid(), alone, flush=True)
+    os.open(sys.argv[1], os.O_RDONLY); time.sleep(4)
+thread = threading.Thread(target=hide); thread.start(); thread.join()
+"""
+
+
+def test_a_thread_cannot_hide_what_it_holds(gpus: GpuHost, tmp_path: Path) -> None:
+    """With descriptors of its own it would be absent from /proc/PID/fd."""
+    free = gpus.python(_THREAD, str(gpus.gpu))
+    assert free.stdout is not None
+    assert free.stdout.readline().split() == [str(free.pid), "True"], "the attack does not even work"
+    time.sleep(0.1)
+    assert all(os.readlink(f"/proc/{free.pid}/fd/{n}") != str(gpus.gpu) for n in os.listdir(f"/proc/{free.pid}/fd"))
+    free.kill()
+    free.communicate()
+    with confined(gpus, tmp_path) as host:
+        for ring in ("actor", "call"):
+            outcome = host.run(ring, [PYTHON, "-I", "-S", "-c", _THREAD, str(gpus.gpu)])
+            assert (outcome.stdout.split()[1], outcome.status) == ("False", -signal.SIGKILL)
+
+
 def test_an_engine_may_and_its_neighbour_may_not(gpus: GpuHost, tmp_path: Path) -> None:
     code = """
 import os, subprocess

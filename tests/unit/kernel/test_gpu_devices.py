@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Self
 
@@ -172,6 +173,26 @@ def test_a_descriptor_that_is_handed_over_is_seen() -> None:
         finally:
             process.send_signal(signal.SIGKILL)
             process.communicate()
+
+
+def test_a_process_whose_first_thread_has_ended_still_holds() -> None:
+    program = (
+        "import ctypes, os, threading, time\n"
+        "def hold(): os.open('/dev/full', os.O_RDONLY); print(flush=True); time.sleep(9)\n"
+        "threading.Thread(target=hold).start(); time.sleep(0.2); ctypes.CDLL(None).syscall(60, 0)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        stat = Path(f"/proc/{process.pid}/stat")
+        while stat.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            time.sleep(0.01)
+        assert os.listdir(f"/proc/{process.pid}/fd") == [], "this is what there is to see of it"
+        assert _FULL in Descriptors(_STAND_IN).scan()[0][process.pid]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_other_majors_are_passed_over() -> None:
