@@ -45,6 +45,7 @@ def main() -> None:
         listener, other = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
         port = listener.getsockname()[1]
         environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(folder / "evidence")}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled, as sandlock's is
 
         policy = folder / "policy.yaml"
         policy.write_text("version: 1\negress: {allow: []}\n")

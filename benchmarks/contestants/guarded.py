@@ -1,10 +1,11 @@
 """Runs a command as ray_guard runs it: in the actor ring of a confined process, or in a call ring of its own.
 
-    python guarded.py actor|capped|inside|tool|call PORT COMMAND [ARGUMENT ...]
+    python guarded.py actor|capped|inside|tool|call|relayed PORT[,PORT] COMMAND [ARGUMENT ...]
 
 ``actor``: a plain child of a confined process; ``capped``: the same, under a byte budget that is far away. ``inside``:
 COMMAND, a Python script, in the confined process itself; ``tool``: the same in an open tool call. ``call``: what
-ray_guard.Popen starts. Only 127.0.0.1:PORT is granted.
+ray_guard.Popen starts; ``relayed``: the same, under a byte budget of the call that is far away. Only 127.0.0.1:PORT is
+granted.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import ray_guard
 
 def main() -> int:
     kind, port, *command = sys.argv[1:]
-    policy = {"egress": {"allow": [f"127.0.0.1:{port}"]}}
+    policy = {"egress": {"allow": [f"127.0.0.1:{each}" for each in port.split(",")]}}
     if kind == "capped":
         policy["budgets"] = {"actor": {"egress_bytes": "1000GiB"}}
+    if kind == "relayed":
+        policy["budgets"] = {"call": {"egress_bytes": "1000GiB"}}
     ray_guard.confine(policy)
     if kind in ("actor", "capped"):
         return subprocess.run(command, check=False).returncode

@@ -17,6 +17,7 @@ from typing import Any
 
 from ray_guard.actors import documents
 from ray_guard.client import carry, confine
+from ray_guard.client.identity import Identity
 from ray_guard.errors import NotEnforced
 from ray_guard.records import Mode
 
@@ -77,7 +78,7 @@ def _outside(name: str, texts: tuple[str, ...]) -> None:
         policy = documents.read(text, documents.identify(text))
         if confine.policies():
             # A confined program: what both allow. Who it is was said when it was confined first.
-            confine.enter(policy, confine.Identity(evidence=""))
+            confine.enter(policy, Identity(evidence=""))
         elif policy.mode is Mode.ENFORCE:
             raise NotEnforced(
                 ("guard",),

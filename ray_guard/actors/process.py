@@ -12,6 +12,7 @@ import psutil
 from ray_guard.actors import environment, internals
 from ray_guard.actors.documents import Wired
 from ray_guard.client import channel, confine
+from ray_guard.client.identity import Identity
 
 _HELPERS_ENVIRONMENT = ("RAY_", "PATH", "PYTHONPATH", "HOME", "LANG", "LC_", "LD_LIBRARY_PATH", "SSL_CERT_")
 
@@ -74,8 +75,8 @@ def run_id() -> str:
     return os.environ.get("RAY_GUARD_RUN_ID") or f"{internals.session_name()}.{internals.job()}"
 
 
-def identity() -> confine.Identity:
-    return confine.Identity(
+def identity() -> Identity:
+    return Identity(
         run_id=run_id(),
         job_id=internals.job(),
         node_id=internals.node(),

@@ -32,9 +32,10 @@ Two promises:
   the actor's own process          egress and accounting hold for all its tree does by system call; files, signals and
                                    GPU opens are not prevented, and code that speaks Ray's wire protocol itself is not
                                    contained
-Direct flows: bytes are exact at a flow's end (off by one where a tool closes while its peer still sends). Under a byte
-cap they are read every {1000 * TICK_S:g} ms and cut late: by the flow's rate times that, and what its socket had queued
-by then (0.3 to 1.4 MB past a cap of 4 MiB were measured at 65 MB/s).
+Byte caps of calls and episodes hold on the byte: such flows are relayed, and getpeername() shows the relay. Others go
+direct: their bytes are exact at the flow's end (off by one where a tool closes while its peer still sends). Under a cap
+of actor or job alone they are read every {1000 * TICK_S:g} ms and cut late: by the flow's rate times that, and what its
+socket had queued by then.
 Datagrams: an actor's own sockets are mute unless the policy lists udp:// destinations (sendmsg is then judged too,
 which costs every Ray call about 15 %)."""
 

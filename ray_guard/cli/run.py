@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_guard.client import channel as channels
-from ray_guard.client.confine import Identity, default_evidence
-from ray_guard.client.process import (
-    Control,
-    checked_descriptor,
-    own_variables,
-    standard_descriptor,
-    start_message,
-    tool_environment,
-)
 from ray_guard.errors import RayGuardError
-from ray_guard.policy.model import Policy
+
+if TYPE_CHECKING:
+    from ray_guard.client.channel import Channel
+    from ray_guard.client.start import Control
 
 NOTHING_STARTED = 125
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -43,15 +38,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    gc.disable()  # this process starts and waits: collecting garbage would only delay it
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         return _nothing("no command: ray-guard run --policy FILE -- CMD …")
     try:
-        control = _start(Policy.load(arguments.policy), arguments.evidence, command, arguments.pass_fd)
+        summons = channels.Summons(starts=1)
+        # Loaded only now: where a supervisor must be started it does the same meanwhile.
+        from ray_guard.policy.plain import wire_of
+
+        channel = _introduce(summons, wire_of(arguments.policy), arguments.evidence)
+        control = _start(channel, command, arguments.pass_fd)
     except OSError as error:
         if isinstance(error, RayGuardError):
             return _nothing(str(error))
-        return _nothing(f"{command[0]}: {error.strerror}")
+        return _nothing(f"{error.filename or command[0]}: {error.strerror}")
     except (RayGuardError, ValueError) as error:
         return _nothing(str(error))
     for number in _FORWARDED:
@@ -67,38 +68,43 @@ def run(arguments: argparse.Namespace) -> int:
     return 128 - code if code < 0 else code
 
 
-def _start(policy: Policy, evidence: str | None, command: list[str], passed: list[int]) -> Control:
-    folder = evidence or os.environ.get("RAY_GUARD_EVIDENCE") or default_evidence()
-    run_id = os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}"
-    identity = Identity(
-        evidence=folder, run_id=run_id, service_name=os.environ.get("OTEL_SERVICE_NAME", "ray-guard run")
-    )
-    channel = channels.connect()
+def _introduce(summons: channels.Summons, policy: dict[str, Any], evidence: str | None) -> Channel:
+    from ray_guard.client.identity import from_environment
+
+    identity = from_environment("ray-guard run", evidence)
+    channel = summons.connect()
     channel.request(
         {
             "op": "hello",
             "kind": "run",
             "pid": os.getpid(),
-            "policy": policy.to_wire(),
+            "policy": policy,
             "identity": identity.as_message(),
-            "evidence": os.path.abspath(folder),
+            "evidence": os.path.abspath(identity.evidence),
             "export": channels.export_environment(),
         }
     )
+    return channel
+
+
+def _start(channel: Channel, command: list[str], passed: list[int]) -> Control:
+    from ray_guard.client import environment, start
+
     numbers = [0, 1, 2, *sorted({number for number in passed if number > 2})]
-    payload = start_message(
+    variables = {**environment.inherited(os.environ), start.CALL_VARIABLE: "1"}
+    payload = start.start_message(
         command,
         executable=None,
-        environment={**tool_environment(dict(os.environ)), **own_variables()},
+        environment=variables,
         umask=-1,
         numbers=numbers,
         restore_signals=True,
     )
     opened: list[int] = []  # for the life of this process
-    standard = [standard_descriptor(number, opened) for number in numbers[:3]]
-    more = [checked_descriptor(number) for number in numbers[3:]]
+    standard = [start.standard_descriptor(number, opened) for number in numbers[:3]]
+    more = [start.checked_descriptor(number) for number in numbers[3:]]
     working_folder = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    return Control(channel, payload, working_folder, [*standard, *more])
+    return start.Control(channel, payload, working_folder, [*standard, *more], {})
 
 
 def _nothing(reason: str) -> int:

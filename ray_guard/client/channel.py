@@ -6,15 +6,13 @@ end that travels with the question, so that threads never share an answer and no
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from ray_guard import errors
@@ -22,15 +20,18 @@ from ray_guard.errors import NotEnforced, SupervisorLost
 from ray_guard.kernel import rendezvous, seqpacket
 
 ANSWER_TIMEOUT_S: Final = 30.0
-_START_ATTEMPTS: Final = 5
 
+_LISTENER: Final = 3
+"""The number at which a new supervisor finds its listening socket."""
 _BOOT: Final = (
     "import os,sys\n"
     "if os.fork(): os._exit(0)\n"  # the starter reaps this; the supervisor belongs to nobody
     "os.setsid()\n"
+    "os.chdir('/')\n"
+    "os.closerange({socket} + 1, 1 << 30)\n"
     "sys.path[:] = {path!r}\n"
     "from ray_guard.supervisor.__main__ import main\n"
-    "main({socket})\n"
+    "main({socket}, {prepared})\n"
 )
 
 #: what a supervisor may know of the environment of whoever happened to start it
@@ -148,37 +149,74 @@ def connect() -> Channel:
     Raises:
         NotEnforced: it cannot be started here.
     """
-    path = rendezvous.socket_path()
-    for _ in range(_START_ATTEMPTS):
-        sock = rendezvous.connect(path)
+    return Summons().connect()
+
+
+class Summons:
+    """A supervisor is there, or has been started: connecting waits for it, and much can be done meanwhile.
+
+    Args:
+        starts: how many tools are going to be started at once; a new supervisor prepares for them.
+
+    Raises:
+        NotEnforced: it cannot be started here.
+    """
+
+    def __init__(self, *, starts: int = 0) -> None:
+        self._path = rendezvous.socket_path()
+        self._starter: int | None = None
+        self._sock = rendezvous.connect(self._path)
+        if self._sock is None:
+            with rendezvous.start_lock(self._path):
+                self._sock = rendezvous.connect(self._path)  # somebody else may have been quicker
+                if self._sock is None:
+                    self._starter = _start_supervisor(self._path, starts)
+                    self._sock = rendezvous.connect(self._path)
+
+    def connect(self) -> Channel:
+        """The channel. Call once. Raises NotEnforced: the supervisor could not be started."""
+        sock = self._sock
+        if self._starter is not None:
+            _, status = os.waitpid(self._starter, 0)
+            if status != 0:
+                sock = None
         if sock is None:
-            with rendezvous.start_lock(path):
-                sock = rendezvous.connect(path)  # somebody else may have been quicker
-                if sock is None:
-                    _start_supervisor(path)
-                    sock = rendezvous.connect(path)
-        if sock is not None:
-            return Channel(sock)
-        time.sleep(0.05)
-    raise NotEnforced(["supervisor"], f"no supervisor can be started; its log is {path.with_suffix('.log')}")
+            log = rendezvous.log_path(self._path)
+            raise NotEnforced(["supervisor"], f"no supervisor can be started; its log is {log}")
+        return Channel(sock)
 
 
-def _start_supervisor(path: Path) -> None:
-    with rendezvous.bind(path) as listener:
-        descriptor = listener.fileno()
-        with open(path.with_suffix(".log"), "ab", buffering=0) as log:
-            code = _BOOT.format(path=[entry or os.getcwd() for entry in sys.path], socket=descriptor)
-            # -S -E: no site-packages start-up files and no PYTHON* variables of whoever starts it
-            subprocess.run(
-                [sys.executable, "-S", "-E", "-c", code],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[descriptor],
-                env={key: value for key, value in os.environ.items() if key.startswith(_KEPT_ENVIRONMENT)},
-                cwd="/",
-                check=True,
-            )
+def _start_supervisor(path: str, prepared: int) -> int:
+    """Binds its socket and starts it; the pid of the process in between, which ends as soon as that stands alone."""
+    opened: list[int] = []
+    try:
+        with rendezvous.bind(path) as listener:
+            opened.append(fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1))
+        log = os.open(rendezvous.log_path(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            opened.append(fcntl.fcntl(log, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1))
+        finally:
+            os.close(log)
+        code = _BOOT.format(path=[entry or os.getcwd() for entry in sys.path], socket=_LISTENER, prepared=prepared)
+        # Not by subprocess, which takes longer to load than the rest of this module. -S -E: no site-packages start-up
+        # files and no PYTHON* variables of whoever starts it.
+        return os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-S", "-E", "-c", code],
+            {key: value for key, value in os.environ.items() if key.startswith(_KEPT_ENVIRONMENT)},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, opened[1], 1),
+                (os.POSIX_SPAWN_DUP2, opened[1], 2),
+                (os.POSIX_SPAWN_DUP2, opened[0], _LISTENER),
+            ],
+            setsigmask=(),
+        )
+    except OSError as error:
+        raise NotEnforced(["supervisor"], f"it cannot be started: {error}") from error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 class _Lines:

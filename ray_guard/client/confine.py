@@ -21,6 +21,7 @@ from ray_guard.client import channel as channels
 from ray_guard.client.audit import install_audit
 from ray_guard.client.carry import install_carriers
 from ray_guard.client.channel import Channel
+from ray_guard.client.identity import Identity, from_environment
 from ray_guard.egress import rings
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import libc, procfs, seccomp, syscalls
@@ -31,23 +32,6 @@ if TYPE_CHECKING:
 
 _INET = (socket.AF_INET, socket.AF_INET6)
 _FREE_FAMILIES = (socket.AF_UNIX, socket.AF_NETLINK)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who the target is. Empty fields are unknown; ``evidence`` names a folder and is never empty."""
-
-    evidence: str
-    run_id: str = ""
-    service_name: str = "ray_guard"
-    job_id: str = ""
-    node_id: str = ""
-    actor_id: str = ""
-    actor_name: str = ""
-
-    def as_message(self) -> dict[str, str]:
-        names = ("run_id", "service_name", "job_id", "node_id", "actor_id", "actor_name")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +93,10 @@ def confine(policy: Policy | Mapping[str, Any] | str | os.PathLike[str]) -> None
         PolicyError: the policy cannot be meant.
         NotEnforced: something it asks for cannot be enforced here; nothing has changed.
     """
-    evidence = os.environ.get("RAY_GUARD_EVIDENCE") or default_evidence()
-    identity = Identity(
-        evidence=evidence,
-        run_id=os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}",
-        service_name=os.environ.get("OTEL_SERVICE_NAME", "ray_guard"),
-    )
-    # Loaded only here: a worker that takes its policy from the job's registry starts without the models.
-    from ray_guard.policy.model import Policy
+    # Loaded only here: a worker that takes its policy from the job's registry starts without its reader.
+    from ray_guard.policy.plain import wire_of
 
-    enter(Policy.of(policy), identity)
-
-
-def default_evidence() -> str:
-    """Where evidence goes when nobody named a folder: the user's state folder."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return os.path.join(state, "ray_guard", "evidence")
+    _enter_as(wire_of(policy), from_environment("ray_guard"), None)
 
 
 def policies() -> tuple[dict[str, Any], ...]:
@@ -138,7 +110,10 @@ def enter(policy: Wired, identity: Identity, *, cluster: ClusterAccess | None = 
     Raises:
         NotEnforced: see :func:`confine`.
     """
-    wire = policy.to_wire()
+    return _enter_as(policy.to_wire(), identity, cluster)
+
+
+def _enter_as(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | None) -> Channel:
     with _lock:
         known = channels.current()
         if known is not None:
@@ -185,7 +160,10 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
             platform.machine(),
             datagrams=bool(answer["datagrams"]),
             borrows=bool(answer["borrows"]),
+            keepers=[int(pid) for pid in answer["keepers"]],
         )
+        if answer["names"]:
+            _ask_names_by_stream()
         stops, kills = passed
     except BaseException:
         channel.close()
@@ -314,6 +292,16 @@ def _mute_datagram_sockets() -> None:
                 except OSError as error:
                     if error.errno != errno.ENOTCONN:  # said of an unconnected socket, but it is shut all the same
                         raise
+
+
+def _ask_names_by_stream() -> None:
+    """Resolvers that read RES_OPTIONS (glibc, c-ares) ask by TCP from now on, here and in what is started.
+
+    The guard answers datagrams too, but from an address of its own, which some take for a forgery (c-ares does).
+    """
+    options = os.environ.get("RES_OPTIONS", "").split()
+    if "use-vc" not in options:
+        os.environ["RES_OPTIONS"] = " ".join([*options, "use-vc"])
 
 
 def _listening() -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import errno
 import functools
 import logging
@@ -25,6 +26,7 @@ import signal
 import socket
 import stat
 import struct
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from weakref import WeakSet
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.made import MadeSockets
+from ray_guard.egress.relay.front import Owner, Relay
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import borrowing, libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
@@ -58,6 +61,9 @@ _AF_INET, _SOCK_STREAM, _SOL_SOCKET, _SO_TYPE = (
     socket.SOL_SOCKET,
     socket.SO_TYPE,
 )
+_EPOLLIN: Final = int(select.EPOLLIN)
+_CONNECT: Final = NUMBERS["connect"]
+_SO_ATTACH_FILTER, _SO_LOCK_FILTER = 26, 44
 _PARKED: Final = -1
 """Outcome of a call that is waited for: the duplicate is kept until then."""
 _UNANSWERED: Final = -2
@@ -85,11 +91,32 @@ class Attempt(Protocol):
     def failed(self, error: int) -> None: ...
 
 
+class NameServer(Protocol):
+    """The guard's own, to which one socket is led in place of the name server it asked for."""
+
+    def address(self, raw: bytes, *, stream: bool) -> bytes:
+        """The ``sockaddr`` to use in place of ``raw``. Raises BadAddress."""
+
+    def expect(self, source: tuple[str, int], *, stream: bool) -> None:
+        """The socket's own address, from which its queries will come."""
+
+    def line(self) -> socket.socket | None:
+        """What is put in the place of a datagram socket that cannot send; None: it can. Raises OSError."""
+
+
 class Ruling(NamedTuple):
-    """The judge's word. ``error`` is 0 where the call is granted, else what the target gets; negative: ask again."""
+    """The judge's word. ``error`` is 0 where the call is granted, else what the target gets; negative: ask again.
+
+    ``resolver``: not there, but to the guard's own name server. ``mute``: a datagram socket is connected, to learn its
+    own address, and never sends again.
+    """
 
     error: int
     attempt: Attempt | None = None
+    relayed: Owner | None = None
+    """Set where it does not go direct: the connect is made by :class:`~ray_guard.egress.relay.front.Relay`."""
+    resolver: NameServer | None = None
+    mute: bool = False
 
 
 class Judge(Protocol):
@@ -123,6 +150,9 @@ class Judge(Protocol):
 
     def listening(self, address: str, port: int) -> None:
         """A TCP socket of the target now listens."""
+
+    def hears(self) -> bool:
+        """Whether datagrams may come in at all: the policy grants some to be sent, which are answered."""
 
     def may_borrow(self, pid: int) -> bool:
         """Whether its processes may read, or take descriptors of, process ``pid`` (policy actors, in their tree)."""
@@ -174,8 +204,19 @@ class Impatience:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def deafen(sock: _Socket) -> None:
+    """Nothing that is sent to this socket is ever received: a port to send from is free, one to be called on is not.
+
+    Raises:
+        OSError: it could not be done.
+    """
+    nothing = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)  # BPF_RET, of 0 bytes
+    sock.setsockopt(_SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(nothing)))
+    sock.setsockopt(_SOL_SOCKET, _SO_LOCK_FILTER, 1)  # for good: its owner cannot take it off
+
+
 def mute_datagram_socket(family: int, protocol: int) -> socket.socket:
-    """A datagram socket that can be connected and asked for its address, but can never send.
+    """A datagram socket that can be connected and asked for its address, but can never send, nor receive.
 
     SEND_SHUTDOWN is checked where the kernel allocates the first fragment of any datagram (``sock_alloc_send_pskb``),
     whatever call, option or address it comes with, and nothing takes it off a UDP socket again: measured for sendto,
@@ -183,12 +224,42 @@ def mute_datagram_socket(family: int, protocol: int) -> socket.socket:
     """
     muted = socket.socket(family, socket.SOCK_DGRAM, protocol)
     try:
-        muted.shutdown(socket.SHUT_WR)
+        deafen(muted)
+        _mute(muted)
+    except OSError:
+        muted.close()
+        raise
+    return muted
+
+
+def _mute(sock: _Socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_WR)
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # said of an unconnected socket, but the flag is set all the same
-            muted.close()
             raise
-    return muted
+
+
+class _Views:
+    """Socket methods for the duplicate of the moment, which is closed by its number.
+
+    To make a socket object costs a system call; one duplicate after the other gets the same number.
+    """
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._sock: _Socket | None = None
+
+    def of(self, descriptor: int) -> _Socket:
+        """Good until the next call, never to be closed. It, or a method of it, raises OSError where it is no socket."""
+        sock = self._sock
+        if sock is None or descriptor != self._number:
+            if sock is not None:
+                sock.detach()
+            self._sock = None
+            sock = self._sock = _Socket(_AF_INET, _SOCK_STREAM, 0, descriptor)
+            self._number = descriptor
+        return sock
 
 
 @dataclass(slots=True)
@@ -209,8 +280,10 @@ class Means:
     def __init__(self, loop: Waiting) -> None:
         self.loop = loop
         self.impatience = Impatience(loop)
+        self.views = _Views()
         self.borrows = borrowing.works()
         self.made: WeakSet[MadeSockets] = WeakSet()
+        self.relay = Relay(loop)
 
     def threads(self) -> Threads:
         """For one ring: how its descriptors are come by on this host."""
@@ -247,6 +320,8 @@ class Gate:
         self._threads = means.threads()
         self._made = self._threads if isinstance(self._threads, MadeSockets) else None
         self._impatience = means.impatience
+        self._relay = means.relay
+        self._views = means.views
         self._gone = gone
         self._pending: dict[int, _Pending] = {}
         self._sweeping = False
@@ -268,18 +343,19 @@ class Gate:
 
     def ready(self, events: int) -> None:
         """The loop's callback: one notification, or the end."""
-        if not events & select.EPOLLIN:
+        if not events & _EPOLLIN:
             self.close()
             self._gone()
             return
         notification = self.listener.receive()
-        if notification is None:
-            return
-        self._handle(notification)
+        if notification is not None:
+            self._handle(notification)
 
     def _handle(self, notification: Notification) -> None:
-        handler = self._handlers.get(notification.nr)
         try:
+            if notification.nr == _CONNECT and self._connect_again(notification):
+                return
+            handler = self._handlers.get(notification.nr)
             if handler is None:
                 self.refuse(notification, errno.EPERM)
             else:
@@ -344,8 +420,6 @@ class Gate:
     # connect
 
     def _connect(self, notification: Notification) -> None:
-        if self._connect_again(notification):
-            return
         if self._made is not None and self._made.asked_again(notification.pid, notification.arg0 & 0xFFFFFFFF):
             self.listener.answer(notification.id)
             return
@@ -377,46 +451,52 @@ class Gate:
 
         Most connects of a training job repeat one that was granted, and each step costs all of them.
         """
-        thread = self._threads.known(notification.pid)
-        length = notification.arg2
+        call, tid, _, _, _, _, number, pointer, length, _, _, _ = notification
+        thread = self._threads.known(tid)
         if thread is None or not 0 < length <= sockaddr.STORAGE:
             return False
         try:
-            raw = os.pread(thread.memory, length, notification.arg1)
+            raw = os.pread(thread.memory, length, pointer)
             address = sockaddr.decode(raw)
         except (OSError, OverflowError, sockaddr.BadAddress):
             return False
         if len(raw) != length or not isinstance(address, sockaddr.Inet):
             return False
-        if not self.listener.is_valid(notification.id):
+        if not self.listener.is_valid(call):
             return True  # the caller is gone
-        duplicate = libc.pidfd_getfd(thread.pidfd, notification.arg0 & 0xFFFFFFFF)
+        number &= 0xFFFFFFFF
+        duplicate = libc.pidfd_getfd(thread.pidfd, number)
         if duplicate < 0:
             return False
         outcome = _UNANSWERED
         try:
-            sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
-        except OSError:  # not a socket
-            os.close(duplicate)
-            return False
-        try:
-            cookie = _stream_cookie(sock)
-            attempt = None if cookie is None else self._judge.again(address, cookie, notification.pid)
-            if cookie is None or attempt is None:
+            try:
+                sock = self._views.of(duplicate)
+                kind = sock.getsockopt(_SOL_SOCKET, _SO_TYPE)
+                cookie = int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+            except OSError:  # no socket
+                return False
+            if kind != _STREAM:
+                return False
+            attempt = self._judge.again(address, cookie, tid)
+            if attempt is None:
                 return False
             self._impatience.begin()
             result = libc.connect(duplicate, raw)
+            if result == -errno.EINTR:  # mostly by a tick that was meant for another: then it is made by now
+                result = libc.connect(duplicate, raw)
+                if result == -errno.EALREADY:
+                    result = -errno.EINTR
             if result in _BEGUN:
-                attempt.connected(cookie, (notification.pid, notification.arg0 & 0xFFFFFFFF))
+                attempt.connected(cookie, (tid, number))
             else:
                 attempt.failed(-result)
             outcome = -result if result != -errno.EINTR else self._await_connect(notification, sock, raw, attempt)
         finally:
-            sock.detach()
             if outcome != _PARKED:
                 os.close(duplicate)  # first: while it is held, the target's close would send no FIN
         if outcome != _PARKED:
-            self.listener.answer(notification.id, error=outcome)
+            self.listener.answer(call, error=outcome)
         return True
 
     def _connect_socket(self, notification: Notification, sock: _Socket, raw: bytes, address: sockaddr.Address) -> int:
@@ -428,6 +508,9 @@ class Gate:
         attempt: Attempt | None = None
         if kind == _STREAM:
             cookie = int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
+            again = self._relay.asked_again(sock, cookie)
+            if again is not None:
+                return again
         if cookie is None or not self._judge.known_flow(cookie, address.address, address.port):
             transport = Transport.UDP if cookie is None else Transport.TCP
             ruling = self._judge.rule(
@@ -438,6 +521,9 @@ class Gate:
                     return ruling.error
                 self._loop.later(_ASK_AGAIN_S, lambda: self._ask_again(notification))
                 return _UNANSWERED
+            elsewhere = self._connect_elsewhere(notification, sock, raw, ruling, cookie)
+            if elsewhere is not None:
+                return elsewhere
             attempt = ruling.attempt
         # else: a nonblocking connect asks again how it went
         self._impatience.begin()
@@ -455,6 +541,63 @@ class Gate:
         if result == -errno.EINTR:
             return self._await_connect(notification, sock, raw, attempt)
         return -result
+
+    def _connect_elsewhere(
+        self, notification: Notification, sock: _Socket, raw: bytes, ruling: Ruling, cookie: int | None
+    ) -> int | None:
+        """The outcome where the target is connected to the relay or the resolver instead; None: it goes direct."""
+        if ruling.relayed is not None and cookie is not None:
+            return self._relay.connect(self, notification, sock, raw, cookie=cookie, owner=ruling.relayed)
+        if ruling.resolver is not None:
+            return self._connect_resolver(notification, sock, raw, ruling.resolver, stream=cookie is not None)
+        if ruling.mute:
+            _mute(sock)
+        return None
+
+    # what the relay needs of a gate
+
+    def connect(self, descriptor: int, raw: bytes) -> int:
+        """connect(2) that is interrupted where it blocks: 0 or ``-errno``."""
+        self._impatience.begin()
+        return libc.connect(descriptor, raw)
+
+    def retake(self, tid: int, number: int) -> int:
+        """A duplicate of a descriptor that was seen before, or ``-errno``; whose it is now is the caller's to check."""
+        return self._threads.descriptor(tid, number) if self.listener.fd >= 0 else -errno.EBADF
+
+    def park(
+        self,
+        notification: Notification,
+        upstream: int,
+        duplicate: int,
+        step: Callable[[], int],
+        release: Callable[[], None],
+    ) -> int:
+        """Parks a connect until ``upstream`` is ready; see :meth:`_wait`. Both descriptors are closed in the end."""
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        timeout = _timeout(sock, socket.SO_SNDTIMEO)
+        sock.detach()
+        descriptors, late = (upstream, duplicate), errno.EINPROGRESS
+        return self._wait(
+            notification, descriptors, step, events=select.EPOLLOUT, timeout=timeout, late_error=late, release=release
+        )
+
+    def _connect_resolver(
+        self, notification: Notification, sock: _Socket, raw: bytes, resolver: NameServer, *, stream: bool
+    ) -> int:
+        """A connect to a name server, whichever: it reaches the guard's own."""
+        line = None if stream else resolver.line()
+        if line is not None:
+            with line:
+                line.setblocking(os.get_blocking(sock.fileno()))
+                self.listener.replace_descriptor(notification.id, line.fileno(), notification.arg0 & 0xFFFFFFFF)
+            return 0
+        there = resolver.address(raw, stream=stream)
+        self._impatience.begin()
+        result = libc.connect(sock.fileno(), there)
+        if result in _BEGUN and (own := _name(sock)) is not None:
+            resolver.expect(own, stream=stream)
+        return -result if result != -errno.EINTR else self._await_connect(notification, sock, there, None)
 
     def _await_connect(self, notification: Notification, sock: _Socket, raw: bytes, attempt: Attempt | None) -> int:
         """A blocking connect that takes its time: it goes on in the background, and is asked again when it is done."""
@@ -484,6 +627,7 @@ class Gate:
             with contextlib.suppress(OSError):  # never connected
                 sock.shutdown(socket.SHUT_RDWR)
             self._judge.dissolved(cookie, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+            self._relay.dissolve(cookie)
         return -libc.connect(sock.fileno(), raw)
 
     def _ask_again(self, notification: Notification) -> None:
@@ -527,10 +671,7 @@ class Gate:
         if address.path is None:
             self._judge.rule(Operation.CONNECT, Transport.UNIX, notification.pid)
             raise sockaddr.BadAddress(errno.EACCES)
-        path = address.path
-        for own in (b"/proc/self/", b"/proc/thread-self/"):  # would mean the supervisor
-            if path.startswith(own):
-                path = b"/proc/%d/" % notification.pid + path[len(own) :]
+        path = _as_the_target(address.path, notification.pid)
         folder = None
         try:
             if not path.startswith(b"/"):
@@ -645,6 +786,15 @@ class Gate:
             )
             if ruling.error:
                 return -ruling.error
+        elif _type(duplicate) != _STREAM and not self._judge.hears():
+            sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+            try:
+                deafen(sock)
+            except OSError as error:
+                if error.errno != errno.EPERM:  # EPERM: it is deaf already, and locked
+                    return -(error.errno or errno.EPERM)
+            finally:
+                sock.detach()
         result = libc.bind(duplicate, raw)
         if result == -errno.EADDRINUSE and self._made is not None:
             self._made.sweep()  # by one, perhaps, that a target has closed and is still held here
@@ -655,14 +805,21 @@ class Gate:
         if address.path is None:
             self._judge.rule(Operation.BIND, Transport.UNIX, notification.pid)
             return -errno.EACCES
+        path = _as_the_target(address.path, notification.pid)
         # The name is made by this process, so it must be made where, and with the mode, the target would.
         home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         mask = os.umask(procfs.umask(notification.pid))
         try:
             os.chdir(f"/proc/{notification.pid}/cwd")
-            result = libc.bind(duplicate, raw)
+            folder, name = os.path.split(path)
+            if name not in (b"", b".", b".."):  # none of which can be made: the kernel says so
+                where = os.fsdecode(os.path.join(os.path.realpath(folder or b"."), name))
+                ruling = self._judge.rule(Operation.BIND, Transport.UNIX, notification.pid, path=where)
+                if ruling.error:
+                    return -ruling.error
+            result = libc.bind(duplicate, raw if path == address.path else sockaddr.encode_path(path))
             if result == 0:
-                self._claim(duplicate, os.open(address.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+                self._claim(duplicate, os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
             return result
         except OSError as error:
             return -(error.errno or errno.EACCES)
@@ -886,7 +1043,7 @@ class Gate:
                 message = messages[len(sent)]
                 if not message.granted:
                     try:
-                        error = self._judge_message(notification, message)
+                        error = self._judge_message(notification, duplicate, message)
                     except sockaddr.BadAddress as bad:  # after earlier ones were sent it only ends the series
                         error = bad.errno
                     if error:
@@ -895,6 +1052,8 @@ class Gate:
                 result = message.send(duplicate, flags)
                 if result == -errno.EAGAIN and blocking:
                     return _PARKED
+                if message.resolver is not None and result >= 0:
+                    _expect(message.resolver, duplicate)
                 if result < 0 and result != -errno.EINTR:
                     return finish(-result)
                 if result >= 0:
@@ -918,20 +1077,23 @@ class Gate:
         )
         return outcome if outcome == _PARKED else finish(outcome)
 
-    def _judge_message(self, notification: Notification, message: _Message) -> int:
+    def _judge_message(self, notification: Notification, duplicate: int, message: _Message) -> int:
         """Judges where one message goes; pins a unix destination so that it goes nowhere else."""
         if not message.address:
             return 0
         address = sockaddr.decode(message.address)
         if isinstance(address, sockaddr.Inet):
-            return self._judge.rule(
+            ruling = self._judge.rule(
                 Operation.SEND,
                 Transport.UDP,
                 notification.pid,
                 address=address.address,
                 port=address.port,
                 size=len(message.data),
-            ).error
+            )
+            if ruling.resolver is not None:
+                self._send_to_resolver(notification, duplicate, message, ruling.resolver)
+            return ruling.error
         if isinstance(address, sockaddr.Netlink):
             return 0 if address.port_id == 0 and address.groups == 0 else errno.EPERM
         if isinstance(address, sockaddr.Unix):
@@ -939,6 +1101,25 @@ class Gate:
             message.pin(pinned)
             return self._judge_unix(notification, pinned, size=len(message.data))
         return errno.EAFNOSUPPORT
+
+    def _send_to_resolver(
+        self, notification: Notification, duplicate: int, message: _Message, resolver: NameServer
+    ) -> None:
+        """A message to a name server, whichever: it goes to the guard's own.
+
+        Raises:
+            BadAddress: there is none for that socket.
+        """
+        line = resolver.line()
+        if line is None:
+            message.address = resolver.address(message.address, stream=False)
+            message.resolver = resolver
+            return
+        with line:
+            line.setblocking(os.get_blocking(duplicate))
+            self.listener.replace_descriptor(notification.id, line.fileno(), notification.arg0 & 0xFFFFFFFF)
+            os.dup2(line.fileno(), duplicate, inheritable=False)
+        message.address = b""
 
     # ------------------------------------------------------------------------------------------------------------------
     # descriptors made or borrowed
@@ -1008,12 +1189,13 @@ _HARMLESS_CONTROL = frozenset(
 class _Message:
     """One message, read whole from the target. ``address`` is empty where none was given or the socket ignores it."""
 
-    __slots__ = ("_control", "_to_close", "address", "data", "granted")
+    __slots__ = ("_control", "_to_close", "address", "data", "granted", "resolver")
 
     def __init__(self, data: bytes, address: bytes, control: bytes, descriptors: list[int]) -> None:
         self.data = data
         self.address = address
         self.granted = False
+        self.resolver: NameServer | None = None
         self._to_close = list(descriptors)
         self._control = control
         if descriptors:
@@ -1045,14 +1227,12 @@ def _sends_anywhere(descriptor: int) -> bool:
     return _type(descriptor) not in _CONNECTION_ORIENTED
 
 
-def _stream_cookie(sock: _Socket) -> int | None:
-    """The socket's cookie; None where it is no stream socket, or no socket at all."""
-    try:
-        if sock.getsockopt(_SOL_SOCKET, _SO_TYPE) != _STREAM:
-            return None
-        return int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
-    except OSError:
-        return None
+def _as_the_target(path: bytes, tid: int) -> bytes:
+    """``path``, where looked up by this process, as thread ``tid`` means it."""
+    for own in (b"/proc/self/", b"/proc/thread-self/"):
+        if path.startswith(own):
+            return b"/proc/%d/" % tid + path[len(own) :]
+    return path
 
 
 def _type(descriptor: int) -> int:
@@ -1069,10 +1249,28 @@ def _type(descriptor: int) -> int:
 def _name(sock: _Socket) -> tuple[str, int] | None:
     """The socket's own address, whatever family it was said to have."""
     try:
-        name = sock.getsockname()
+        family = sock.getsockopt(_SOL_SOCKET, socket.SO_DOMAIN)
+        itself = _Socket(family, _SOCK_STREAM, 0, sock.fileno())  # else an IPv6 address would be cut short
     except OSError:
         return None
+    try:
+        name = itself.getsockname()
+    except OSError:
+        return None
+    finally:
+        itself.detach()
     return (name[0], name[1]) if isinstance(name, tuple) and len(name) in (2, 4) else None
+
+
+def _expect(resolver: NameServer, duplicate: int) -> None:
+    """Tells where a query has come from that was sent without a connect; a wildcard address sends from loopback."""
+    sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+    try:
+        own = _name(sock)
+    finally:
+        sock.detach()
+    if own is not None:
+        resolver.expect(own, stream=False)
 
 
 def _timeout(sock: _Socket, option: int) -> float | None:

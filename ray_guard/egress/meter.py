@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -29,6 +29,8 @@ _SETTLE_S: Final = 1.0
 _CUT_AGAIN_S: Final = 0.02
 _COLLECT_S: Final = 0.001
 """Delay of reading what has ended; more would blur whose FIN came first (:mod:`ray_guard.kernel.sock_diag`)."""
+_TELL_S: Final = 0.004
+"""Delay of telling the owners after that: the fewer calls meet with it, the more are told at once."""
 
 
 class FlowOwner(Protocol):
@@ -70,18 +72,23 @@ class Meter:
     Args:
         diag: the kernel's counters.
         loop: the supervisor's event loop.
+        told: called when the owners of all flows that have ended together were told.
     """
 
-    def __init__(self, diag: SockDiag, loop: Waiting) -> None:
+    def __init__(self, diag: SockDiag, loop: Waiting, told: Callable[[], None]) -> None:
         self._diag = diag
         self._loop = loop
+        self._all_told = told
         self._threads = Threads()
-        self._flows: dict[int, Flow] = {}
+        self._ended: list[Flow] = []
+        """What the kernel has told of and the owners do not know yet."""
+        self.flows: dict[int, Flow] = {}
+        """Those that have not ended, by cookie. To be looked into, not changed."""
         self._ticking = False
         loop.watch(diag.fileno(), select.EPOLLIN, lambda _events: self._told())
 
     def begin(self, flow: Flow) -> None:
-        self._flows[flow.cookie] = flow
+        self.flows[flow.cookie] = flow
         if flow.owner.capped and not self._ticking:
             self._ticking = True
             self._loop.later(TICK_S, self._tick)
@@ -92,42 +99,54 @@ class Meter:
         self._loop.later(_COLLECT_S, self._collect_late)
 
     def _collect_late(self) -> None:
-        self.collect()
+        waited_for = bool(self._ended)
+        self._read_ended()
+        if self._ended and not waited_for:
+            self._loop.later(_TELL_S, self._tell)
         self._loop.watch(self._diag.fileno(), select.EPOLLIN, lambda _events: self._told())
-
-    def find(self, cookie: int) -> Flow | None:
-        return self._flows.get(cookie)
 
     def collect(self) -> None:
         """Settles every flow whose end the kernel has told."""
+        self._read_ended()
+        self._tell()
+
+    def _read_ended(self) -> None:
         try:
-            ended = self._diag.events(self._flows)
-        except LostEvents:  # what is left in the queue makes it readable again
+            ended = self._diag.events(self.flows)
+        except LostEvents as lost:  # what is left in the queue makes it readable again
             log.warning("destroy events were lost; flows that are gone will be marked inexact")
             self._loop.later(_SETTLE_S, self._audit)
-            return
+            ended = lost.ended
         for counted in ended:
-            flow = self._flows.pop(counted.cookie, None)
+            flow = self.flows.pop(counted.cookie, None)
             if flow is not None:
                 flow.local = counted.local()
                 self._advance(flow, counted.sent, counted.received)
-                flow.owner.ended(flow, exact=True)
+                self._ended.append(flow)
+
+    def _tell(self) -> None:
+        ended, self._ended = self._ended, []
+        for flow in ended:
+            flow.owner.ended(flow, exact=True)
+        if ended:
+            self._all_told()
 
     def settle(self, cookie: int, sent: int, received: int) -> None:
         """Ends a flow by counts read elsewhere (its socket goes on without it)."""
-        flow = self._flows.pop(cookie, None)
+        flow = self.flows.pop(cookie, None)
         if flow is not None:
             self._advance(flow, sent, received)
             flow.owner.ended(flow, exact=True)
+            self._all_told()
 
     def discard(self, cookie: int) -> None:
         """Forgets a flow that was never established."""
-        self._flows.pop(cookie, None)
+        self.flows.pop(cookie, None)
 
     def finish(self, flows: Iterable[Flow]) -> None:
         """Cuts flows whose scope has ended; their ends are told by the kernel as any other's."""
         self.collect()
-        open_still = [flow for flow in flows if flow.cookie in self._flows]
+        open_still = [flow for flow in flows if flow.cookie in self.flows]
         if open_still:
             live = self._diag.live()
             for flow in open_still:
@@ -140,7 +159,7 @@ class Meter:
         return flow.owner.progressed(more_sent, more_received) if more_sent or more_received else True
 
     def _tick(self) -> None:
-        if not any(flow.owner.capped for flow in self._flows.values()):
+        if not any(flow.owner.capped for flow in self.flows.values()):
             self._ticking = False
             return
         self._read_live()
@@ -148,7 +167,7 @@ class Meter:
 
     def _read_live(self) -> None:
         live = self._diag.live()
-        for flow in list(self._flows.values()):
+        for flow in list(self.flows.values()):
             counted = live.get(flow.cookie)
             if counted is None:
                 continue
@@ -160,10 +179,11 @@ class Meter:
     def _audit(self) -> None:
         """After lost events: what is neither live nor ended is charged what was last seen, and marked."""
         live = self._diag.live()
-        for flow in list(self._flows.values()):
+        for flow in list(self.flows.values()):
             if flow.cookie not in live:
-                del self._flows[flow.cookie]
+                del self.flows[flow.cookie]
                 flow.owner.ended(flow, exact=False)
+        self._all_told()
 
     # -- cutting -------------------------------------------------------------------------------------------------------
 
@@ -182,12 +202,12 @@ class Meter:
                     return True
         log.warning("flow %d to %s:%d was not found (%.1f ms)", flow.cookie, flow.address, flow.port,
                     1e3 * (time.monotonic() - started))  # fmt: skip
-        if inode and flow.cookie in self._flows:  # on its way from one process to another
+        if inode and flow.cookie in self.flows:  # on its way from one process to another
             self._loop.later(_CUT_AGAIN_S, lambda: self._cut_again(flow))
         return False
 
     def _cut_again(self, flow: Flow) -> None:
-        if flow.cookie in self._flows:
+        if flow.cookie in self.flows:
             self.cut(flow)
 
     def _shut_down(self, flow: Flow, pid: int, number: int) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 from typing import Final
 
 from ray_guard.kernel.seccomp import ALLOW as RUN
@@ -153,7 +154,42 @@ def _common() -> list[Rule]:
     return rules + _options() + _ioctls()
 
 
-def actor_ring(role: Role, machine: str, *, datagrams: bool, borrows: bool = True) -> tuple[Instruction, ...]:
+_F_SETOWN, _F_SETOWN_EX = 8, 15
+_PRIO_USER, _IOPRIO_WHO_USER = 2, 3
+
+
+def _keepers(pids: Sequence[int]) -> list[Rule]:
+    """Who judges and ends this ring can be neither signalled nor rescheduled nor limited from within it.
+
+    A supervisor that is stopped counts nothing and cuts nothing, while what is connected already flows on. Landlock
+    does the same for tools, but an actor has threads, and before its eighth version it applies to one at a time.
+    """
+    rules = [
+        # by descriptor: of whom cannot be seen, and /proc/PID is as good as a pidfd. Callers fall back to kill
+        Rule("pidfd_send_signal", _ABSENT),
+        Rule("fcntl", refuse(errno.EINVAL), (equals(1, _F_SETOWN_EX),)),
+        # all processes, or all of this user
+        Rule("kill", _REFUSE, (equals(0, -1 & 0xFFFFFFFF),)),
+        Rule("setpriority", _REFUSE, (equals(0, _PRIO_USER),)),
+        Rule("ioprio_set", _REFUSE, (equals(0, _IOPRIO_WHO_USER),)),
+    ]
+    for pid in pids:
+        for who in (pid, -pid & 0xFFFFFFFF):  # the process, its group
+            rules.append(Rule("kill", _REFUSE, (equals(0, who),)))
+            rules.append(Rule("fcntl", _REFUSE, (equals(1, _F_SETOWN), equals(2, who))))  # SIGIO, or what F_SETSIG says
+        for name in ("tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
+            rules.append(Rule(name, _REFUSE, (equals(0, pid),)))
+        rules += pointer_given("prlimit64", _REFUSE, 2, equals(0, pid))
+        for name in ("sched_setaffinity", "sched_setparam", "sched_setscheduler", "sched_setattr"):
+            rules.append(Rule(name, _REFUSE, (equals(0, pid),)))
+        for name in ("setpriority", "ioprio_set"):
+            rules.append(Rule(name, _REFUSE, (equals(1, pid),)))
+    return rules
+
+
+def actor_ring(
+    role: Role, machine: str, *, datagrams: bool, borrows: bool = True, keepers: Sequence[int] = ()
+) -> tuple[Instruction, ...]:
     """The filter of a whole actor process (role ``env`` or ``policy``).
 
     Args:
@@ -162,6 +198,7 @@ def actor_ring(role: Role, machine: str, *, datagrams: bool, borrows: bool = Tru
             sendmsg is notified, at the cost stated above.
         borrows: the supervisor can take descriptors of its targets; else it makes all their sockets itself
             (:mod:`ray_guard.egress.made`), and ``datagrams`` cannot be.
+        keepers: the processes that judge and end this ring.
 
     Raises:
         ValueError: datagram sockets that can send are wanted where their messages could not be judged.
@@ -175,6 +212,7 @@ def actor_ring(role: Role, machine: str, *, datagrams: bool, borrows: bool = Tru
     rules += _socket_pairs((STREAM, SEQPACKET))
     rules += [Rule(name, foreign) for name in _FOREIGN_PROCESS]
     rules.append(Rule("ptrace", _REFUSE, (differs(0, 0),)))
+    rules += _keepers(keepers)
     if datagrams:
         rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
     else:

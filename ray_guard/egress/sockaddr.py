@@ -83,6 +83,11 @@ def decode(raw: bytes) -> Address:
     raise BadAddress(errno.EAFNOSUPPORT)
 
 
+def encode_path(path: bytes) -> bytes:
+    """The unix address of ``path``. Where it is too long the kernel says so."""
+    return struct.pack("=H", AF_UNIX) + path + b"\0"
+
+
 def through_descriptor(descriptor: int) -> bytes:
     """The unix address that reaches the pinned socket ``descriptor``, whatever happens to its path meanwhile."""
-    return struct.pack("=H", AF_UNIX) + os.fsencode(f"/proc/self/fd/{descriptor}") + b"\0"
+    return encode_path(os.fsencode(f"/proc/self/fd/{descriptor}"))

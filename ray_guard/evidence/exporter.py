@@ -20,7 +20,8 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from ray_guard import __version__, records
-from ray_guard.evidence.forward import ForwardError, endpoint
+from ray_guard.evidence.forward import ForwardError
+from ray_guard.evidence.forwarder import endpoint
 
 _SCOPE: Final = InstrumentationScope("ray_guard", __version__)
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)

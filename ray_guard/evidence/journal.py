@@ -23,6 +23,7 @@ from ray_guard.evidence.otlp import LINE_LIMIT
 
 SUFFIX: Final = ".otlp.jsonl"
 _FEATURE: Final = "evidence"
+_POSTPONED_LIMIT: Final = 1024
 
 
 class JournalError(RayGuardError, OSError):
@@ -53,6 +54,7 @@ class Journal:
         #: Bytes in the segment.
         self.size = 0
         self._torn = False
+        self._postponed: list[bytes] = []
 
     def append(self, line: bytes) -> None:
         """Appends whole lines with one ``write(2)``; on return the kernel has them (they survive our death).
@@ -64,6 +66,29 @@ class Journal:
         """
         if line[-1:] != b"\n" or len(line) > LINE_LIMIT:
             raise ValueError(f"a journal takes whole lines of at most {LINE_LIMIT} bytes, got {len(line)} bytes")
+        if self._postponed:
+            self.flush()
+        self._write(line)
+
+    def postpone(self, line: bytes) -> None:
+        """Appends a whole line at the next :meth:`flush`, or before the next append; until then it can be lost.
+
+        For what answers for nothing and comes in numbers: one ``write(2)`` takes many.
+
+        Raises:
+            JournalError: too many wait already and cannot be written; this one is not taken.
+        """
+        if len(self._postponed) >= _POSTPONED_LIMIT:
+            self.flush()
+        self._postponed.append(line)
+
+    def flush(self) -> None:
+        """Writes what was postponed. Raises JournalError: it waits on."""
+        if self._postponed:
+            self._write(b"".join(self._postponed))
+            self._postponed.clear()
+
+    def _write(self, line: bytes) -> None:
         if self._torn:
             line = b"\n" + line
         try:
@@ -102,7 +127,10 @@ class Journal:
             raise self._failed("synced", error) from error
 
     def close(self) -> None:
-        """Closes the segment; later appends raise. Closing twice is harmless."""
+        """Closes the segment, with what is postponed if it can be; later appends raise. Closing twice is harmless."""
+        if self._fd >= 0:
+            with contextlib.suppress(JournalError):
+                self.flush()
         for descriptor in (self._fd, self._folder_fd):
             if descriptor >= 0:
                 os.close(descriptor)

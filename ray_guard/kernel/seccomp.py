@@ -12,6 +12,7 @@ import fcntl
 import functools
 import signal
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -94,7 +95,7 @@ class Instruction(NamedTuple):
     k: int
 
 
-_LD_ABS, _ALU_AND, _JEQ, _JGT, _JSET, _RET = 0x20, 0x54, 0x15, 0x25, 0x45, 0x06
+_LD_ABS, _ALU_AND, _JA, _JEQ, _JGT, _JGE, _RET = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x06
 _OFFSET_NR, _OFFSET_ARCH, _OFFSET_ARGS = 0, 4, 16
 _X32_BIT = 0x40000000
 
@@ -122,30 +123,46 @@ def assemble(rules: Sequence[Rule], machine: str, *, default: int = ALLOW) -> tu
         Instruction(_JGT, 0, 1, LAST_KNOWN),  # the x32 bit is above it too
         Instruction(_RET, 0, 0, nosys),
     ]
+    by_number: dict[int, list[Rule]] = {}
     for rule in rules:
         number = numbers.get(rule.name)
         if number is not None:
-            program += _assemble_rule(rule, number)
-    program.append(Instruction(_RET, 0, 0, default))
+            by_number.setdefault(number, []).append(rule)
+    program += _search(sorted(by_number.items()), default)
     return tuple(program)
 
 
-def _assemble_rule(rule: Rule, number: int) -> list[Instruction]:
-    tests: list[tuple[list[Instruction], Test, int]] = [([], Test.EQUAL, number)]
-    for when in rule.conditions:
+def _search(rules: Sequence[tuple[int, Sequence[Rule]]], default: int) -> list[Instruction]:
+    """Finds the rules of the number in the accumulator by halving: the kernel walks the program for every number there
+    is when it is installed, and for every call afterwards whose answer depends on an argument."""
+    if len(rules) > 1:
+        half = len(rules) // 2
+        below, above = _search(rules[:half], default), _search(rules[half:], default)
+        # Conditional jumps reach 255 instructions, others any.
+        return [Instruction(_JGE, 0, 1, rules[half][0]), Instruction(_JA, 0, 0, len(below)), *below, *above]
+    program = [Instruction(_RET, 0, 0, default)]
+    for number, its_rules in rules:
+        body = program
+        for rule in reversed(its_rules):
+            body = [*_assemble_rule(rule), *body]
+        program = [Instruction(_JEQ, 1, 0, number), Instruction(_RET, 0, 0, default), *body]
+    return program
+
+
+def _assemble_rule(rule: Rule) -> list[Instruction]:
+    """Where all conditions hold it returns, else it goes on behind itself."""
+    body: list[Instruction] = [Instruction(_RET, 0, 0, rule.action)]
+    for when in reversed(rule.conditions):
         load = [Instruction(_LD_ABS, 0, 0, _OFFSET_ARGS + 8 * when.argument + (4 if when.high else 0))]
         if when.mask != 0xFFFFFFFF:
             load.append(Instruction(_ALU_AND, 0, 0, when.mask))
-        tests.append((load, when.test, when.value))
-    body: list[Instruction] = [Instruction(_RET, 0, 0, rule.action)]
-    for load, test, value in reversed(tests):
         over = len(body)  # a failed test jumps behind the rule's return
         if over > 250:
             raise ValueError(f"rule for {rule.name} has too many conditions")
-        jump = Instruction(_JEQ, 0, over, value) if test is Test.EQUAL else Instruction(_JEQ, over, 0, value)
+        equal = when.test is Test.EQUAL
+        jump = Instruction(_JEQ, 0, over, when.value) if equal else Instruction(_JEQ, over, 0, when.value)
         body = [*load, jump, *body]
-    # The accumulator holds an argument after a failed test: every rule loads the number again.
-    return [Instruction(_LD_ABS, 0, 0, _OFFSET_NR), *body]
+    return body
 
 
 class _SockFprog(ctypes.Structure):
@@ -206,10 +223,12 @@ _RESPONSE = struct.Struct("=QqiI")
 _ADDFD = struct.Struct("=QIIII")
 _SYNC_WAKE_UP = 1
 _FLAG_CONTINUE = 1
-_ADDFD_FLAG_SEND = 2
+_ADDFD_FLAG_SETFD, _ADDFD_FLAG_SEND = 1, 2
 _O_CLOEXEC = 0o2000000
 _ZERO = bytes(80)
 _TICK = frozenset({signal.SIGALRM})
+_CROWD: Final = 16
+_ioctl = fcntl.ioctl
 
 
 class Notification(NamedTuple):
@@ -230,53 +249,88 @@ class Notification(NamedTuple):
 
 
 class Listener:
-    """The supervisor's end of a filter: one per actor or tool call."""
+    """The supervisor's end of a filter: one per actor or tool call.
 
-    __slots__ = ("_buffer", "fd", "sync_wake_up")
+    Its buffers are kept: fcntl.ioctl takes a bytearray in half the time of bytes.
+    """
+
+    __slots__ = ("_buffer", "_caller", "_crowd", "_id", "_response", "_whole", "fd", "sync_wake_up")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._buffer = bytearray(80)
-        self.sync_wake_up = True
-        try:  # Linux 6.6: the woken side runs at once on the waker's CPU, which shortens the round trip
-            fcntl.ioctl(fd, _IOCTL_SET_FLAGS, _SYNC_WAKE_UP)
+        self._whole = memoryview(self._buffer)
+        self._id = bytearray(8)
+        self._response = bytearray(24)
+        self._caller = 0
+        self._crowd = 0
+        self.sync_wake_up = self._wake_up_here(here=True)
+        """Whether the kernel has the flag (Linux 6.6)."""
+
+    def _wake_up_here(self, *, here: bool) -> bool:
+        """Has the woken side run at once on the waker's CPU. That halves the round trip of a caller that comes alone.
+
+        Of callers that come together each would stand in the way of the next one's answer: they run elsewhere.
+        """
+        try:
+            _ioctl(self.fd, _IOCTL_SET_FLAGS, _SYNC_WAKE_UP if here else 0)
         except OSError:
-            self.sync_wake_up = False
+            return False
+        return True
+
+    def _met(self, tid: int) -> None:
+        """Tells one caller from many by whether the next one is another."""
+        if tid == self._caller:
+            if self._crowd:
+                self._crowd -= 1
+                if self._crowd == 0:
+                    self._wake_up_here(here=True)
+        else:
+            self._caller = tid
+            if self._crowd < _CROWD:
+                self._crowd += 1
+                if self._crowd == _CROWD:
+                    self._wake_up_here(here=False)
 
     def receive(self) -> Notification | None:
         """The next notification; None where the caller has gone meanwhile. Poll first: this call can block."""
         buffer = self._buffer
-        buffer[:] = _ZERO
+        self._whole[:] = _ZERO
         try:
-            fcntl.ioctl(self.fd, _IOCTL_RECV, buffer, True)
+            _ioctl(self.fd, _IOCTL_RECV, buffer)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                 return None
             raise
-        return Notification._make(_NOTIFICATION.unpack(buffer))
+        notification = Notification._make(_NOTIFICATION.unpack(buffer))
+        if self.sync_wake_up and (self._crowd or notification.pid != self._caller):
+            self._met(notification.pid)
+        return notification
 
     def is_valid(self, notification_id: int) -> bool:
         """Whether the caller still waits: only then is what was read of it by pid certainly its own."""
+        self._id[:] = notification_id.to_bytes(8, sys.byteorder)
         try:
-            fcntl.ioctl(self.fd, _IOCTL_ID_VALID, notification_id.to_bytes(8, "little"))
+            _ioctl(self.fd, _IOCTL_ID_VALID, self._id)
         except OSError:
             return False
         return True
 
     def answer(self, notification_id: int, value: int = 0, error: int = 0) -> bool:
         """Completes the call: ``value`` is returned, or the call fails with ``error`` (> 0). False: caller gone."""
-        return self._send(_RESPONSE.pack(notification_id, value, -error, 0))
+        return self._send(notification_id, value, -error, 0)
 
     def proceed(self, notification_id: int) -> bool:
         """Lets the kernel execute the call as it stands.
 
         Only for calls whose decisive arguments are in registers: memory can change after it was checked.
         """
-        return self._send(_RESPONSE.pack(notification_id, 0, 0, _FLAG_CONTINUE))
+        return self._send(notification_id, 0, 0, _FLAG_CONTINUE)
 
-    def _send(self, response: bytes) -> bool:
+    def _send(self, *response: int) -> bool:
+        _RESPONSE.pack_into(self._response, 0, *response)
         try:
-            fcntl.ioctl(self.fd, _IOCTL_SEND, response)
+            _ioctl(self.fd, _IOCTL_SEND, self._response)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EINPROGRESS):
                 return False
@@ -287,6 +341,23 @@ class Listener:
         """Installs a duplicate of ``descriptor`` in the caller and completes the call with its number there."""
         request = _ADDFD.pack(notification_id, _ADDFD_FLAG_SEND, descriptor, 0, _O_CLOEXEC if close_on_exec else 0)
         # Interrupted, the kernel has answered already, without the descriptor: the caller would take 0 for its number.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _TICK)
+        try:
+            fcntl.ioctl(self.fd, _IOCTL_ADDFD, request)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        return True
+
+    def replace_descriptor(self, notification_id: int, descriptor: int, number: int) -> bool:
+        """Puts a duplicate of ``descriptor``, close-on-exec, in the place of the caller's ``number``.
+
+        The call itself is still to be answered. False: the caller is gone.
+        """
+        request = _ADDFD.pack(notification_id, _ADDFD_FLAG_SETFD, descriptor, number, _O_CLOEXEC)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _TICK)
         try:
             fcntl.ioctl(self.fd, _IOCTL_ADDFD, request)

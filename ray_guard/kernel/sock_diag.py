@@ -6,11 +6,14 @@ Source: sock_diag(7), ``include/uapi/linux/{sock_diag,inet_diag,tcp}.h``.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
 from collections.abc import Container, Iterator
 from typing import Final, NamedTuple
+
+from ray_guard.kernel import libc
 
 SO_COOKIE: Final = 57
 NETLINK_SOCK_DIAG: Final = 4
@@ -22,7 +25,8 @@ _INET_DIAG_INFO = 2
 _HEADER = struct.Struct("=IHHII")
 _MESSAGE = 72  # sizeof(struct inet_diag_msg)
 _COOKIE = struct.Struct("=Q")
-_TWO = struct.Struct("=QQ")
+_COUNTS = struct.Struct("=QQ64xQQ")
+"""bytes_acked, bytes_received, bytes_sent, bytes_retrans, from offset 120 of ``struct tcp_info`` on."""
 _ATTRIBUTE = struct.Struct("=HH")
 _SO_RCVBUFFORCE = 33
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -43,27 +47,37 @@ class Counted(NamedTuple):
 
     def local(self) -> tuple[str, int]:
         """The socket's own address, an IPv4-mapped one as IPv4, and port."""
-        port = int.from_bytes(self.connection[4:6], "big")
-        packed = self.connection[8:24]
-        if self.connection[0] == socket.AF_INET:
-            return socket.inet_ntop(socket.AF_INET, packed[:4]), port
-        if packed.startswith(_MAPPED):
-            return socket.inet_ntop(socket.AF_INET, packed[12:]), port
-        return socket.inet_ntop(socket.AF_INET6, packed), port
+        found = self.connection
+        return _address(found[0], found[8:24]), found[4] << 8 | found[5]
+
+
+@functools.lru_cache(maxsize=256)
+def _address(family: int, packed: bytes) -> str:
+    if family == socket.AF_INET:
+        return socket.inet_ntop(socket.AF_INET, packed[:4])
+    if packed.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(socket.AF_INET6, packed)
 
 
 class LostEvents(Exception):
-    """The node closed sockets faster than the events were read: what was lost must be charged by an upper bound."""
+    """The node closed sockets faster than the events were read: what was lost must be charged by an upper bound.
+
+    ``ended``: those that were not.
+    """
+
+    def __init__(self, ended: list[Counted]) -> None:
+        super().__init__()
+        self.ended = ended
 
 
 def _parse(data: memoryview) -> Counted | None:
     """The counts in a ``struct inet_diag_msg`` with its attributes; None: it carries none."""
-    at = _MESSAGE
-    while at + 4 <= len(data):
+    at, end = _MESSAGE, len(data)
+    while at + 4 <= end:
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         if kind == _INET_DIAG_INFO and length >= 4 + 216:
-            acked, received = _TWO.unpack_from(data, at + 4 + 120)
-            sent, retransmitted = _TWO.unpack_from(data, at + 4 + 200)
+            acked, received, sent, retransmitted = _COUNTS.unpack_from(data, at + 4 + 120)
             payload = sent - retransmitted  # bytes_acked counts SYN and FIN, bytes_sent counts neither
             (cookie,) = _COOKIE.unpack_from(data, 44)
             return Counted(cookie, payload, received, acked - payload >= 2, data[:44].tobytes())
@@ -106,7 +120,7 @@ class SockDiag:
         self._events.bind((0, 0))
         for group in (_GROUP_TCP_DESTROY, _GROUP_TCP6_DESTROY):
             self._events.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
-        self._buffer = bytearray(1 << 14)
+        self._inbox = libc.Inbox(64, 1024)
         self._questions = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
         self._questions.settimeout(1.0)
         self._questions.bind((0, 0))
@@ -122,22 +136,25 @@ class SockDiag:
             LostEvents: some were dropped by the kernel; the rest is delivered by the next call.
         """
         ended: list[Counted] = []
-        buffer, view = self._buffer, memoryview(self._buffer)
+        inbox, cookie_in = self._inbox, _COOKIE.unpack_from
+        view, lengths, size = memoryview(inbox.data), inbox.lengths, inbox.size
         while True:
-            try:
-                length = self._events.recv_into(buffer)
-            except BlockingIOError:
+            received = inbox.receive(self._events.fileno())
+            if received == -errno.ENOBUFS:
+                raise LostEvents(ended)
+            if received < 0 and received != -errno.EAGAIN:
+                raise OSError(-received, os.strerror(-received))
+            for number in range(received):
+                # Every socket of the node passes here: look at the cookie before anything else.
+                at = number * size
+                length = lengths[number]
+                if length < 16 + _MESSAGE or cookie_in(view, at + 60)[0] not in wanted:
+                    continue
+                counted = _parse(view[at + 16 : at + length])
+                if counted is not None:
+                    ended.append(self._without_fin(counted))
+            if received < inbox.count:
                 return ended
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    raise LostEvents from error
-                raise
-            # Every socket of the node passes here: look at the cookie before anything else.
-            if length < 16 + _MESSAGE or _COOKIE.unpack_from(buffer, 60)[0] not in wanted:
-                continue
-            counted = _parse(view[16:length])
-            if counted is not None:
-                ended.append(self._without_fin(counted))
 
     def _without_fin(self, ended: Counted) -> Counted:
         """``bytes_received`` counts the peer's FIN, where the full socket still saw it: take it out again.
@@ -191,6 +208,22 @@ class SockDiag:
     def close(self) -> None:
         self._events.close()
         self._questions.close()
+
+
+def connection_cookie(family: int, local: tuple[str, int], remote: tuple[str, int]) -> int:
+    """Cookie of the TCP socket with these ends, as itself sees them; 0: there is none."""
+    ends = struct.pack(">HH", local[1], remote[1])
+    for host, _ in (local, remote):
+        ends += socket.inet_pton(family, host).ljust(16, b"\0")
+    body = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ends + struct.pack("=I", 0) + b"\xff" * 8
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(1.0)
+        sock.send(_HEADER.pack(16 + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
+        for kind, data in _messages(sock.recv(1 << 14)):
+            if kind == _SOCK_DIAG_BY_FAMILY and len(data) >= _MESSAGE:
+                cookie: int = _COOKIE.unpack_from(data, 44)[0]
+                return cookie
+    return 0
 
 
 _UDIAG_SHOW_VFS, _UNIX_DIAG_VFS, _UNIX_MESSAGE = 2, 1, 16

@@ -6,7 +6,7 @@ A name that an architecture lacks is absent: the filter skips it there.
 
 from __future__ import annotations
 
-import platform
+import os
 from typing import Final
 
 _X86_64 = """
@@ -20,7 +20,7 @@ mq_unlink 241 kexec_load 246 add_key 248 request_key 249 keyctl 250 ioprio_set 2
 unshare 272 move_pages 279 rt_sigqueueinfo 129 rt_tgsigqueueinfo 297 perf_event_open 298 fanotify_init 300 prlimit64
 302 name_to_handle_at 303 open_by_handle_at 304 clock_adjtime 305 sendmmsg 307 setns 308 process_vm_readv 310
 process_vm_writev 311 kcmp 312 finit_module 313 sched_setattr 314 seccomp 317 kexec_file_load 320 bpf 321 execveat 322
-userfaultfd 323
+userfaultfd 323 fcntl 72
 """
 _AARCH64 = """
 socket 198 socketpair 199 bind 200 listen 201 connect 203 sendto 206 setsockopt 208 sendmsg 211 clone 220 execve 221
@@ -32,13 +32,13 @@ migrate_pages 238 mknodat 33 unshare 97 move_pages 239 rt_sigqueueinfo 138 rt_tg
 fanotify_init 262 prlimit64 261 name_to_handle_at 264 open_by_handle_at 265 mq_open 180 mq_unlink 181 msgget 186
 msgctl 187 msgrcv 188 msgsnd 189 semget 190 semctl 191 semtimedop 192 semop 193 shmget 194 shmctl 195 shmat 196
 clock_adjtime 266 sendmmsg 269 setns 268 process_vm_readv 270 process_vm_writev 271 kcmp 272 finit_module 273
-sched_setattr 274 seccomp 277 kexec_file_load 294 bpf 280 execveat 281 userfaultfd 282
+sched_setattr 274 seccomp 277 kexec_file_load 294 bpf 280 execveat 281 userfaultfd 282 fcntl 25
 """
 _EVERYWHERE = """
 pidfd_send_signal 424 io_uring_setup 425 io_uring_enter 426 io_uring_register 427 open_tree 428 move_mount 429 fsopen
 430 fsconfig 431 fsmount 432 fspick 433 pidfd_open 434 clone3 435 close_range 436 pidfd_getfd 438 process_madvise 440
-mount_setattr 442 quotactl_fd 443 landlock_create_ruleset 444 landlock_add_rule 445 landlock_restrict_self 446 process_mrelease 448
-open_tree_attr 467
+mount_setattr 442 quotactl_fd 443 landlock_create_ruleset 444 landlock_add_rule 445 landlock_restrict_self 446
+process_mrelease 448 open_tree_attr 467
 """
 
 
@@ -51,6 +51,6 @@ AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 TABLES: Final = {"x86_64": _table(_X86_64, _EVERYWHERE), "aarch64": _table(_AARCH64, _EVERYWHERE)}
 LAST_KNOWN: Final = 470
 """Highest number of Linux 6.18; anything above is unknown to this version and therefore denied."""
-MACHINE: Final = platform.machine()
+MACHINE: Final = os.uname().machine
 NUMBERS: Final = TABLES.get(MACHINE, {})
 """This machine's numbers; empty where the architecture is not supported."""

@@ -21,7 +21,7 @@ thread-safe: one loop owns the tree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, StrEnum
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
@@ -161,11 +161,14 @@ class Account:
         self._held: dict[str, Amount] = {}
         self._refused = 0
         self._closed = False
+        self.closing = False
+        """:meth:`close` was called."""
         self.free: bool = not any(kind in self._limits or kind in self._watched for kind in NETWORK_KINDS) and (
             parent is None or parent.free
         )
         """Neither this scope nor one around it limits connections or bytes. Limits are set once, so it stays true."""
         self._children: dict[Account, None] = {}
+        self._closing: list[Callable[[], None]] = []
         if parent is not None:
             if parent.closed:
                 raise ValueError(f"{parent.scope.value} {parent.source} is closed")
@@ -227,12 +230,14 @@ class Account:
         """Whether this scope or one around it limits (or watches) any of ``kinds``."""
         return any(kind in node._limits or kind in node._watched for node in self._upwards() for kind in kinds)
 
-    def count(self, kind: str) -> None:
-        """:meth:`charge` of one unit where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
-        node: Account | None = self
-        while node is not None:
-            node._used[kind] = node._used.get(kind, 0) + 1
-            node = node._parent
+    def count(self, kind: str, amount: int = 1) -> None:
+        """:meth:`charge` where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
+        for each in _CHARGED[kind]:
+            node: Account | None = self
+            while node is not None:
+                used = node._used
+                used[each] = used.get(each, 0) + amount
+                node = node._parent
 
     # Booking ---------------------------------------------------------------------------------------------------------
 
@@ -301,12 +306,19 @@ class Account:
         for node in self._upwards():
             node._refused += 1
 
+    def on_close(self, told: Callable[[], None]) -> None:
+        """``told`` is called once, when the scope ends: after those within it, before what it holds is given back."""
+        self._closing.append(told)
+
     def close(self) -> None:
         """The scope has ended, and those within it: what they had reserved is given back. Idempotent."""
         if self._closed:
             return
+        self.closing = True
         for child in list(self._children):
             child.close()
+        while self._closing:
+            self._closing.pop()()
         for kind, amount in list(self._held.items()):
             self._release((kind,), amount)
         self._closed = True

@@ -38,7 +38,7 @@ would have denied is allowed, with its reason and ``report_only``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
@@ -157,7 +157,8 @@ class Decision(NamedTuple):
     """What was decided and why.
 
     ``rule`` is the entry of ``egress.allow`` (or ``egress.listen``) that matched. ``report_only``: a policy in mode
-    ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``.
+    ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``. ``name``: the
+    listed name that the address was told for, or that may be resolved.
     """
 
     verdict: Verdict = Verdict.DENY
@@ -166,6 +167,7 @@ class Decision(NamedTuple):
     route: Route = Route.NONE
     report_only: bool = False
     exceeded: Exceeded | None = None
+    name: str | None = None
 
     @property
     def allowed(self) -> bool:
@@ -183,7 +185,7 @@ class Decision(NamedTuple):
 
 
 Endpoint = tuple[str, int]
-_NO_NAMES: Final[Mapping[str, frozenset[str]]] = MappingProxyType({})
+_NO_NAMES: Final[Mapping[str, Collection[str]]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +208,15 @@ class Surroundings:
     """Ray's session sockets (raylet, plasma) by resolved path."""
     control_folders: tuple[str, ...] = ()
     """Resolved folders whose sockets tools never reach: Ray's session, the evidence, the supervisor's."""
+    guard_folders: tuple[str, ...] = ()
+    """Resolved folders of the guard's own, where nobody binds a socket: it would be taken for the supervisor's."""
     own_unix: frozenset[tuple[int, int]] = frozenset()
     """(device, inode) of unix sockets that this call or actor bound. By inode, because a path can be made to mean
     another socket later; hold an O_PATH descriptor of each, because a freed inode number is given out again."""
     ray_listen: frozenset[int] = frozenset()
     """Ports that Ray itself listens on in this actor's process."""
-    names: Mapping[str, frozenset[str]] = field(default_factory=lambda: _NO_NAMES)
-    """For each address the canonical names that the guard's resolver gave it for, to this target."""
+    names: Mapping[str, Collection[str]] = field(default_factory=lambda: _NO_NAMES)
+    """For each address the canonical names that the guard's resolver gave it for, to this target; the latest first."""
     _control: frozenset[Endpoint] = field(init=False, repr=False, compare=False)
     _local_control_ports: frozenset[int] = field(init=False, repr=False, compare=False)
 
@@ -237,6 +241,9 @@ class Surroundings:
 
     def is_control_path(self, path: str) -> bool:
         return path in self.cluster_unix or any(path.startswith(folder + "/") for folder in self.control_folders)
+
+    def is_guard_path(self, path: str) -> bool:
+        return any(path.startswith(folder + "/") for folder in self.guard_folders)
 
 
 class _Answer(NamedTuple):
@@ -338,8 +345,9 @@ class Layer:
         told = surroundings.names.get(address)
         if told:
             for rule in self.names:
-                if port in rule.ports and any(rule.matches(name) for name in told):
-                    return Decision(Verdict.ALLOW, Reason.NAME, rule.text, Route.RELAY)
+                name = next((name for name in told if rule.matches(name)), None) if port in rule.ports else None
+                if name is not None:
+                    return Decision(Verdict.ALLOW, Reason.NAME, rule.text, Route.RELAY, name=name)
         return None
 
     def _ask(self, transport: Transport, text: str, port: int) -> _Answer:
@@ -384,6 +392,8 @@ class Layer:
             if request.operation is Operation.LISTEN:
                 return _UNIX_BIND  # its address was decided when it was bound
             refused = _unusable_path(request.path)
+            if refused is None and surroundings.is_guard_path(request.path):
+                refused = _CONTROL
             return _UNIX_BIND if refused is None else refused
         port = request.port
         if request.transport not in (Transport.TCP, Transport.UDP) or not 0 <= port <= ANY_PORT.last:
@@ -461,10 +471,23 @@ class CompiledPolicy:
 
     def allows_name(self, name: str) -> bool:
         """Whether the resolver answers for ``name`` (canonical): every enforcing policy lists it."""
-        enforcing = [layer for layer in self.layers if layer.mode is Mode.ENFORCE]
-        if not enforcing:
-            return bool(self.layers)
-        return all(any(rule.matches(name) for rule in layer.names) for layer in enforcing)
+        return self.decide_name(name).allowed
+
+    def decide_name(self, name: str) -> Decision:
+        """Whether the resolver looks ``name`` (canonical) up: every enforcing policy lists it, at whatever port."""
+        granted: Decision | None = None
+        noticed = False
+        for layer in self.layers:
+            rule = next((rule for rule in layer.names if rule.matches(name)), None)
+            if rule is not None:
+                granted = granted or Decision(Verdict.ALLOW, Reason.RESOLVER, rule.text, Route.RESOLVER, name=name)
+            elif layer.mode is Mode.ENFORCE:
+                return _NOT_LISTED
+            else:
+                noticed = True
+        if noticed:
+            return Decision(Verdict.ALLOW, Reason.NOT_LISTED, None, Route.RESOLVER, report_only=True, name=name)
+        return granted or _NOT_LISTED
 
     def with_role(self, role: Role) -> CompiledPolicy:
         """The same policy for the processes of another role: a call's tools get ``tool``."""

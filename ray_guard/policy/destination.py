@@ -23,7 +23,6 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -237,8 +236,7 @@ class PortRange(NamedTuple):
 ANY_PORT: Final = PortRange(1, 65535)
 
 
-@dataclass(frozen=True, slots=True)
-class AddressRule:
+class AddressRule(NamedTuple):
     text: str
     transport: Transport
     range: AddressRange
@@ -254,30 +252,33 @@ class AddressRule:
         return self.range.contains(address) and all(self.range.within(special.range) for special in specials)
 
 
-@dataclass(frozen=True, slots=True)
-class NameRule:
+class NameRule(NamedTuple):
     text: str
     name: str
     """Lower case, without the ``*.`` of a wildcard."""
     wildcard: bool
     ports: PortRange
     protocol: Protocol
-    transport: Transport = field(default=Transport.TCP, init=False)
+
+    @property
+    def transport(self) -> Transport:
+        return Transport.TCP
 
     def matches(self, name: str) -> bool:
         """Whether the rule grants ``name``, given in canonical form (:func:`canonical_name`)."""
         return name.endswith("." + self.name) if self.wildcard else name == self.name
 
 
-@dataclass(frozen=True, slots=True)
-class UnixRule:
+class UnixRule(NamedTuple):
     text: str
     path: str
-    transport: Transport = field(default=Transport.UNIX, init=False)
+
+    @property
+    def transport(self) -> Transport:
+        return Transport.UNIX
 
 
-@dataclass(frozen=True, slots=True)
-class GroupRule:
+class GroupRule(NamedTuple):
     text: str
     group: Group
 
@@ -335,6 +336,8 @@ def parse_ports(text: str) -> PortRange:
 
 def parse_endpoint(text: str) -> tuple[str, int]:
     """``host:port`` with one port: the host as a canonical name or address, and the port. Raises ValueError."""
+    if not text.isprintable():
+        raise ValueError("it has no control characters")
     try:
         host, ports = _split(text)
         if ports.first != ports.last:

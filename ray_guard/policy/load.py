@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable
-from pathlib import Path
 from typing import Any, Final
-
-import yaml
 
 from ray_guard.errors import PolicyError
 
 _MOST_BYTES: Final = 1 << 20
-_QUOTES: Final = '; put what begins with * or [ in quotes, as in "*.example.org:443"'
 _SMALLEST: Final = 'the smallest policy is "version: 1", which lets nothing out'
 
 
@@ -47,7 +42,7 @@ class _FaultError(Exception):
 def _text(path: str | os.PathLike[str]) -> str:
     shown = os.fspath(path)
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             raw = file.read(_MOST_BYTES + 1)
     except FileNotFoundError:
         raise PolicyError("policy", shown, "there is no such file") from None
@@ -70,15 +65,12 @@ def _parse(text: str) -> object:
             return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             pass  # a YAML flow mapping, or broken: YAML's message says where
+    from ray_guard.policy import strict_yaml  # not for JSON: the parser takes longer to load than the policy to read
+
     try:
-        # A loader derived from SafeLoader builds plain data only.
-        return yaml.load(text, Loader=_Loader)  # noqa: S506
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        raise _FaultError(f"it is neither YAML nor JSON: {error.problem or error.context}{where}{_QUOTES}") from None
-    except yaml.YAMLError as error:
-        raise _FaultError(f"it is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+        return strict_yaml.load(text)
+    except strict_yaml.NotYaml as error:
+        raise _FaultError(f"it is neither YAML nor JSON: {error}") from None
     except RecursionError:
         raise _FaultError("it is nested too deeply") from None
     except ValueError as error:  # a date or number that YAML recognises and Python cannot hold
@@ -96,25 +88,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(word: str) -> object:
     raise _FaultError(f"{word} is no limit: leave the key out for no limit")
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader, stricter: a key given twice is refused, and so are aliases, whose expansion has no bound."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "write it out: aliases are not read here", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # SafeLoader refuses it below, and says where
-            if key in seen:
-                problem = f"the key {key!r} is given twice; the second would hide the first"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)

@@ -6,8 +6,6 @@ Runs in the driver, and in the target before it is confined. The supervisor neve
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,169 +15,28 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, Validat
 from pydantic_core import ErrorDetails
 
 from ray_guard.errors import PolicyError
+from ray_guard.policy import values
 from ray_guard.policy.budgets import KINDS, Amount, Scope
-from ray_guard.policy.destination import Rule, parse_endpoint, parse_ports, parse_rule
+from ray_guard.policy.destination import Rule, parse_rule
 from ray_guard.policy.load import read_policy
+from ray_guard.policy.values import meant
 from ray_guard.records import Mode, Role
 
 # Values ------------------------------------------------------------------------------------------------------------
-
-_UNITS: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)[ ]?([A-Za-z]*)\Z")
-_NUMBER: Final = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?\Z")
-_MOST_BYTES: Final = 1 << 60
-_MOST_COUNT: Final = 1 << 53
-_MOST_SECONDS: Final = 1e12
-_MOST_FLOPS: Final = 1e36
-_LONGEST_NUMBER: Final = 40
-
-
-def parse_size(value: object) -> int:
-    """A number of bytes: ``5MiB``, ``0.5 GiB``, ``1048576``. Raises PolicyError for what is none."""
-    size = value
-    if isinstance(value, str):
-        match = _SIZE.match(value) if len(value) <= _LONGEST_NUMBER else None
-        if match is None:
-            raise _problem(value, "a size is a number of bytes, plain or with KiB, MiB or GiB: 5MiB")
-        number, unit = match.groups()
-        if unit and unit not in _UNITS:
-            raise _problem(value, f"the units are KiB, MiB and GiB: write {number}{_nearest_unit(unit)}")
-        size = float(number) * _UNITS.get(unit, 1) if "." in number else int(number) * _UNITS.get(unit, 1)
-    number_of_bytes = _whole(value, size, "bytes")
-    if number_of_bytes > _MOST_BYTES:
-        raise _problem(value, "more than any network or memory holds: leave the key out for no limit")
-    return number_of_bytes
-
-
-def parse_count(value: object) -> int:
-    """A whole number: connections, processes, tokens. Raises PolicyError."""
-    number = _whole(value, _from_text(value), "things")
-    if number > _MOST_COUNT:
-        raise _problem(value, "too large to be counted exactly: leave the key out for no limit")
-    return number
-
-
-def parse_seconds(value: object) -> float:
-    """A number of seconds. Raises PolicyError."""
-    if isinstance(value, str) and not _NUMBER.match(value):
-        raise _problem(value, "a plain number of seconds: write 600 for ten minutes")
-    return _real(value, _MOST_SECONDS, "a number of seconds")
-
-
-def parse_flops(value: object) -> float:
-    """A number of floating-point operations, such as 1e18. Raises PolicyError."""
-    return _real(value, _MOST_FLOPS, "a number of floating-point operations, such as 1e18")
-
-
-def _problem(value: object, remedy: str) -> PolicyError:
-    return PolicyError("", value, remedy)  # the key is filled in where it is known
-
-
-def _from_text(value: object) -> object:
-    # YAML 1.1 reads 1e18, which has no dot, as text; so numbers may be text.
-    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and _NUMBER.match(value):
-        return int(value) if value.isdigit() else float(value)
-    return value
-
-
-def _whole(value: object, number: object, what: str) -> int:
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise _problem(value, f"a whole number of {what}")
-    if number < 0:
-        raise _problem(value, "a limit is not negative; 0 grants nothing, and no key at all is no limit")
-    if isinstance(number, float) and not math.isfinite(number):
-        raise _problem(value, "no number that can be reached: leave the key out for no limit")
-    if number != int(number):
-        raise _problem(value, f"a whole number of {what}")
-    return int(number)
-
-
-def _real(value: object, most: float, what: str) -> float:
-    number = _from_text(value)
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise _problem(value, what)
-    if number < 0:
-        raise _problem(value, "a limit is not negative; 0 grants nothing, and no key at all is no limit")
-    if not number <= most:
-        raise _problem(value, "no number that can be reached: leave the key out for no limit")
-    return number
-
-
-def _nearest_unit(unit: str) -> str:
-    return {"k": "KiB", "m": "MiB"}.get(unit[0].lower(), "GiB")
 
 
 def _optional(parse: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: None if value is None else parse(value))
 
 
-Size = Annotated[int | None, _optional(parse_size)]
-Count = Annotated[int | None, _optional(parse_count)]
-Seconds = Annotated[float | None, _optional(parse_seconds)]
-Flops = Annotated[float | None, _optional(parse_flops)]
-
-
-def _destination(value: object) -> object:
-    parse_rule(value, key="")  # where it stands is known further out
-    return value
-
-
-def _port(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    try:
-        if isinstance(value, str):
-            return str(parse_ports(value))
-    except ValueError:
-        pass
-    raise _problem(value, 'a port from 1 to 65535, or a range in quotes, "6000-6010"; port 0 is free to send from')
-
-
-def _proxy(value: object) -> object:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value.startswith("http://"):
-        raise _problem(value, "a proxy is http://host:port")
-    try:
-        parse_endpoint(value.removeprefix("http://"))
-    except ValueError as error:
-        raise _problem(value, f"a proxy is http://host:port: {error}") from None
-    return value
-
-
-def _endpoint(value: object) -> object:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise _problem(value, "the engine's server as host:port")
-    try:
-        parse_endpoint(value)
-    except ValueError as error:
-        raise _problem(value, f"the engine's server as host:port: {error}") from None
-    return value
-
-
-def _version(value: object) -> object:
-    if isinstance(value, bool) or value != 1:
-        raise _problem(value, "this release reads version 1")
-    return 1
+Size = Annotated[int | None, _optional(values.parse_size)]
+Count = Annotated[int | None, _optional(values.parse_count)]
+Seconds = Annotated[float | None, _optional(values.parse_seconds)]
+Flops = Annotated[float | None, _optional(values.parse_flops)]
 
 
 def _place(*words: str) -> BeforeValidator:
-    def check(value: object) -> object:
-        if not isinstance(value, str) or "\0" in value:
-            raise _problem(value, "a path is text")
-        if value in words or value == "~" or value.startswith(("/", "~/")):
-            return value
-        named = f"one of {', '.join(words)}, or " if words else ""
-        raise _problem(value, f"{named}an absolute path, or one that begins with ~/{_meant(value, words)}")
-
-    return BeforeValidator(check)
-
-
-def _meant(word: object, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(words), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return BeforeValidator(lambda value: values.place(value, words))
 
 
 # Models ------------------------------------------------------------------------------------------------------------
@@ -230,9 +87,9 @@ class _Model(BaseModel):
 class Egress(_Model):
     """What may be reached, and what may be listened on."""
 
-    allow: tuple[Annotated[str, BeforeValidator(_destination)], ...] = ()
-    proxy: Annotated[str | None, BeforeValidator(_proxy)] = None
-    listen: tuple[Annotated[str, BeforeValidator(_port)], ...] = ()
+    allow: tuple[Annotated[str, BeforeValidator(values.destination)], ...] = ()
+    proxy: Annotated[str | None, BeforeValidator(values.proxy)] = None
+    listen: tuple[Annotated[str, BeforeValidator(values.port)], ...] = ()
     """Ports or ranges as text, however they were given."""
     verify_names: StrictBool = True
 
@@ -299,11 +156,11 @@ class Policy(_Model):
     ``role`` None: not said; ``guard`` then takes ``env``, and ``run`` takes ``tool``.
     """
 
-    version: Annotated[Literal[1], BeforeValidator(_version)] = 1
+    version: Annotated[Literal[1], BeforeValidator(values.version)] = 1
     mode: Mode = Mode.ENFORCE
     role: Role | None = None
     egress: Egress = Egress()
-    model_endpoint: Annotated[str | None, BeforeValidator(_endpoint)] = None
+    model_endpoint: Annotated[str | None, BeforeValidator(values.endpoint)] = None
     gpu: Gpu = "none"
     files: Files = Files()
     budgets: Budgets = Budgets()
@@ -355,7 +212,7 @@ class Policy(_Model):
             path = _SHORTHAND.get(name)
             if path is None:
                 known = [*cls.model_fields, *_SHORTHAND]
-                raise PolicyError(name, value, f"no key of a policy{_meant(name, known)}")
+                raise PolicyError(name, value, f"no key of a policy{meant(name, known)}")
             if path[0] == "budgets" and len(path) == 3 and Scope.ACTOR not in KINDS[name]:
                 remedy = f"it limits {_scopes_of(name)}: write call={{{name!r}: {value!r}}}"
                 raise PolicyError(name, value, remedy)
@@ -441,12 +298,12 @@ def _fault(model: type[BaseModel], details: ErrorDetails) -> PolicyError:
     match details["type"]:
         case "extra_forbidden":
             remedy = f"no such key; the keys here are {', '.join(part.model_fields)}" if part else "no such key"
-            remedy += _meant(details["loc"][-1], _known_keys(part))
+            remedy += meant(details["loc"][-1], _known_keys(part))
         case "invalid_key":
             return PolicyError(_dotted(details["loc"][:-1]) or "policy", value, "a key is text; put it in quotes")
         case "enum" | "literal_error":
             expected = str(details.get("ctx", {}).get("expected", ""))
-            remedy = "one of " + expected.replace("'", "") + _meant(value, re.findall(r"'([^']*)'", expected))
+            remedy = "one of " + expected.replace("'", "") + meant(value, re.findall(r"'([^']*)'", expected))
         case "bool_type" | "bool_parsing":
             remedy = "true or false"
         case "tuple_type":

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import resource
 import signal
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
 from ray_guard.kernel import borrowing, ipc, landlock, libc, seccomp, seqpacket
@@ -28,13 +29,14 @@ class Embryo:
 
     Attributes:
         pid: the tool's, from the beginning.
-        listener: where its notifications arrive, to be closed by the caller; ``-errno`` where it could not be taken.
+        listener: where its notifications arrive; ``-errno`` where it could not be taken.
     """
 
     def __init__(self, program: tuple[seccomp.Instruction, ...]) -> None:
         armed_read, armed_write = os.pipe()
         self._failed, failed_write = os.pipe()
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _altered_signals()
         self.pid = os.fork()
         if self.pid == 0:
             _live(program, theirs.detach(), armed_write, failed_write)
@@ -54,26 +56,30 @@ class Embryo:
         finally:
             os.close(pidfd)
 
-    def prepare(self, descriptors: Sequence[int]) -> None:
-        """Tells it what it will be: [memory file of the start, working folder, the tool's own descriptors …]."""
-        self._tell({"op": "prepare"}, descriptors)
-
-    def go(self) -> None:
-        """Lets it become the tool."""
-        self._tell({"op": "go"})
-
-    def _tell(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+    def announce(self, line: socket.socket) -> None:
+        """Gives the supervisor what it needs of this process: its own line and its listener."""
         try:
-            seqpacket.send(self._line, message, descriptors)
+            seqpacket.send(line, {"op": "ready", "pid": self.pid}, [self._line.fileno(), self.listener])
         except OSError:
-            pass  # it has ended: failure() and its status tell
-
-    def failure(self) -> bytes:
-        """Waits until it is the tool (then empty) or has said why it cannot be. Without :meth:`go` it ends here."""
+            pass  # the supervisor is gone: the line says so
         self._line.close()
+        os.close(self.listener)
+
+    def failure(self) -> dict[str, Any]:
+        """Waits until it is the tool (then empty) or has said why it cannot be."""
         found = os.read(self._failed, 4096)
         os.close(self._failed)
-        return found
+        failure: dict[str, Any] = json.loads(found) if found else {}
+        return failure
+
+    def fault(self) -> dict[str, Any] | None:
+        """Why no listener came; None: the process was killed, and another one may live."""
+        self._line.close()
+        failure = self.failure()
+        if failure or self.listener == -errno.ECHILD:
+            return failure or None
+        error = f"the listener cannot be taken: {os.strerror(-self.listener)}"
+        return {"stage": "filter", "errno": -self.listener, "text": error}
 
 
 def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, failed: int) -> NoReturn:
@@ -142,7 +148,7 @@ def _handed_over(line: socket.socket) -> int:
 
 def _told(line: int) -> list[int]:
     """The descriptors of the leader's next message. Without one there will be no tool: this process ends."""
-    sock = socket.socket(fileno=line)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
     try:
         received = seqpacket.receive(sock)
     finally:
@@ -164,10 +170,17 @@ def _park(descriptor: int, at_least: int) -> int:
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, at_least)
 
 
+@functools.cache
+def _altered_signals() -> tuple[int, ...]:
+    """Those that this process, a leader, does not leave at their default. Asked once: it costs more than to reset."""
+    numbers = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    # None: the C library keeps it for itself
+    return tuple(int(number) for number in numbers if signal.getsignal(number) not in (signal.SIG_DFL, None))
+
+
 def _reset_signals() -> None:
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        if signal.getsignal(number) not in (signal.SIG_DFL, None):  # None: the C library keeps it for itself
-            signal.signal(number, signal.SIG_DFL)
+    for number in _altered_signals():
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -119,7 +119,12 @@ class _Owner:
 
     watched: _Watched
     place: Place
-    origin: Origin
+    call: Origin | None = None
+    """The tool's; whatever else the actor started is put down to the calls that are open when it is told."""
+
+    @property
+    def origin(self) -> Origin:
+        return self.call or self.watched.target.origin_unknown()
 
 
 class Gpus:
@@ -447,11 +452,11 @@ class Gpus:
                     return _Owner(watched, Place.CALL, watched.roots[at])
             if at in own:
                 place = Place.OWN if at == pid else Place.ACTOR
-                return _Owner(own[at], place, own[at].target.origin_unknown())
+                return _Owner(own[at], place)
             at = procfs.parent(at)
         for watched in self._watched.values():
             if watched.mark is not None and orphans.carries(pid, start, watched.mark):
-                return _Owner(watched, Place.ACTOR, watched.target.origin_unknown())
+                return _Owner(watched, Place.ACTOR)
         return None
 
     # -- what is used --------------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ when the tool has ended, when it is told to, or when the supervisor is gone. Not
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any, Final, Self
+from contextlib import suppress
+from typing import Any, Final
 
 from ray_guard.kernel import landlock, libc, procfs, seccomp, seqpacket
 from ray_guard.supervisor.embryo import Embryo
@@ -21,11 +21,10 @@ from ray_guard.supervisor.embryo import Embryo
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
 TERM_PATIENCE_S: Final = 1.0
-_COURTESY_MS: Final = 20
 
 
 def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
-    """A leader's life: one start after the other from ``line``, until the zygote hangs up; its exit status.
+    """A leader's life: one start after the other from ``line``, until the supervisor hangs up; its exit status.
 
     It ends as well behind a call that it could not end: what a call left must never be taken for the next one's.
     """
@@ -43,54 +42,83 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
         landlock.enter_process_scope()
     except OSError as error:
         scope = error
+    if scope is not None:
+        return _unfit(line, {"stage": "scope", "errno": scope.errno, "text": f"Landlock: {scope.strerror}"})
     while True:
-        embryo = None if scope is not None else Embryo(program)
-        received = seqpacket.receive(line)
-        if received is None:
-            return 0  # with this process the embryo's line closes, and it ends
-        message, (link, supervisor, *own) = received
-        call = _Call(socket.socket(fileno=link), supervisor, wake_read, message.get("wall_seconds"))
-        with call:
-            if embryo is None:
-                call.refuse("scope", scope.errno if scope else None, f"Landlock: {scope.strerror if scope else ''}")
-                seqpacket.close_all(own)
-            elif not call.run(embryo, own):
-                return 0
+        embryo = Embryo(program)
+        if embryo.listener < 0:
+            fault = embryo.fault()
+            if fault is None:
+                continue  # it was killed meanwhile
+            return _unfit(line, fault)
+        embryo.announce(line)
         try:
-            seqpacket.send(line, {"op": "ready"})
-        except OSError:
-            return 0  # the zygote is gone
+            received = seqpacket.receive(line)
+        except (OSError, seqpacket.BadPacket):
+            return 0
+        if received is None:
+            return 0  # the embryo's line is the supervisor's too, and it ends with that, or with this process
+        message, asking = received
+        call = _Call(line, wake_read, message.get("wall_seconds"))
+        if not call.run(embryo, asking) or not call.await_release():
+            return 0
+
+
+def _unfit(line: socket.socket, fault: dict[str, Any]) -> int:
+    """Nothing can be started here: says why, and waits until that has been taken in."""
+    try:
+        seqpacket.send(line, {**fault, "op": "unfit"})
+        seqpacket.receive(line)
+    except (OSError, seqpacket.BadPacket):
+        pass
+    return 0
 
 
 class _Call:
     """One start, from its request to the death of its tree."""
 
-    def __init__(self, link: socket.socket, supervisor: int, wake: int, wall_seconds: float | None) -> None:
-        self._link = link
-        self._supervisor = supervisor
+    def __init__(self, line: socket.socket, wake: int, wall_seconds: float | None) -> None:
+        self._line = line
         self._wake = wake
         self._wall = None if wall_seconds is None else float(wall_seconds)
         self._pid = 0
         self._status: int | None = None
+        self._released = False
         self._cpu_seconds = 0.0
         self._peak_memory = 0
 
-    def __enter__(self) -> Self:
-        return self
+    def await_release(self) -> bool:
+        """Waits until the supervisor has taken the end in; False: it is gone.
 
-    def __exit__(self, *_: object) -> None:
-        # The next fork can wait until the supervisor has taken the end in: it may share this core, and somebody waits.
-        poll = select.poll()
-        poll.register(self._link, select.POLLIN)
-        poll.poll(_COURTESY_MS)
-        self._link.close()
-        os.close(self._supervisor)
+        The next fork can wait that long: the supervisor may share this core, and somebody waits for it.
+        """
+        while not self._released:
+            try:
+                received = seqpacket.receive(self._line)
+            except (OSError, seqpacket.BadPacket):
+                return False
+            if received is None:
+                return False
+            self._released = received[0].get("op") == "again"  # else it was for the tool, and crossed with its end
+        return True
 
-    def run(self, embryo: Embryo, own: Sequence[int]) -> bool:
-        """Starts the tool, waits for its end, ends what is left; False: something could not be ended."""
+    def run(self, embryo: Embryo, asking: Sequence[int]) -> bool:
+        """Waits until the tool has started and ended, ends what is left; False: something could not be ended.
+
+        Args:
+            asking: the line to whoever asked for it, if there still is one.
+        """
         self._pid = embryo.pid
-        if not self._launch(embryo, own):
+        failure = embryo.failure()
+        if failure:
+            seqpacket.close_all(asking)
+            self._tell(failure)
             return not self._end_all()
+        started = {"op": "started", "pid": self._pid}
+        self._tell(started)
+        for descriptor in asking:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor) as line, suppress(OSError):
+                seqpacket.send(line, started)
         timed_out = self._attend()
         survivors = self._end_all()
         self._tell(
@@ -105,46 +133,16 @@ class _Call:
         )
         return not survivors
 
-    def _tell(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    def _tell(self, message: dict[str, Any]) -> None:
         try:
-            seqpacket.send(self._link, message, descriptors)
+            seqpacket.send(self._line, message)
         except OSError:
-            pass  # the supervisor is gone: its pidfd says so too, and everything ends
-
-    def refuse(self, stage: str, error: int | None, text: str) -> None:
-        self._tell({"op": "failed", "stage": stage, "errno": error, "text": text})
-
-    def _launch(self, embryo: Embryo, own: Sequence[int]) -> bool:
-        """Starts the tool; False: it could not be, and that was told."""
-        armed = embryo.listener >= 0
-        if armed:
-            embryo.prepare(own)  # while the supervisor writes its record and opens the gate
-            self._tell({"op": "armed", "pid": embryo.pid}, (embryo.listener,))
-            os.close(embryo.listener)
-            if self._await_go():
-                embryo.go()
-        seqpacket.close_all(own)
-        failure = embryo.failure()
-        if armed and not failure:
-            self._tell({"op": "started", "pid": self._pid})
-            return True
-        if failure:
-            self._tell(json.loads(failure))
-        else:
-            self.refuse("filter", -embryo.listener, "the listener cannot be taken")
-        return False
-
-    def _await_go(self) -> bool:
-        try:
-            answer = seqpacket.receive(self._link)
-        except (OSError, seqpacket.BadPacket):
-            return False
-        return answer is not None and answer[0].get("op") == "go"
+            pass  # the supervisor is gone: its end of the line says so too, and everything ends
 
     def _attend(self) -> bool:
         """Waits for the tool's end, passing on signals; whether its time ran out."""
         poll = select.poll()
-        for descriptor in (self._link.fileno(), self._supervisor, self._wake):
+        for descriptor in (self._line.fileno(), self._wake):
             poll.register(descriptor, select.POLLIN)
         limit = None if self._wall is None else time.monotonic() + self._wall
         timed_out = False
@@ -154,7 +152,7 @@ class _Call:
             for descriptor, _ in poll.poll(None if timeout is None else timeout * 1000 + 1):
                 if descriptor == self._wake:
                     os.read(self._wake, 512)
-                elif descriptor == self._supervisor or not self._obey():
+                elif not self._obey():
                     return timed_out
             self._reap()
             if limit is not None and time.monotonic() >= limit and self._status is None:
@@ -168,10 +166,11 @@ class _Call:
     def _obey(self) -> bool:
         """One message from the supervisor; False: end everything."""
         try:
-            received = seqpacket.receive(self._link)
+            received = seqpacket.receive(self._line)
         except (OSError, seqpacket.BadPacket):
             return False
         if received is None or received[0].get("op") != "signal":
+            self._released = received is not None and received[0].get("op") == "again"
             return False
         try:
             os.kill(self._pid, int(received[0]["number"]))  # not reaped yet, so the pid is still the tool's

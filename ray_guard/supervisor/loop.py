@@ -11,8 +11,12 @@ import logging
 import select
 import time
 from collections.abc import Callable
+from typing import Final
 
 log = logging.getLogger("ray_guard.loop")
+
+_EVENTS: Final = 64
+"""Taken from the kernel at one go."""
 
 
 class Loop:
@@ -41,22 +45,31 @@ class Loop:
     def run(self) -> None:
         """Until :meth:`stop`."""
         self._running = True
-        poll, callbacks, timers = self._epoll.poll, self._callbacks, self._timers
+        poll, callbacks, timers, clock = self._epoll.poll, self._callbacks, self._timers, time.monotonic
         while self._running:
-            timeout = -1.0 if not timers else max(0.0, timers[0][0] - time.monotonic())
-            for descriptor, events in poll(timeout):
+            timeout: float | None = None
+            if timers:
+                timeout = timers[0][0] - clock()
+                if timeout <= 0:
+                    self._fire()
+                    timeout = 0  # and not on: timers that are late must not keep descriptors waiting
+            for descriptor, events in poll(timeout, _EVENTS):
                 callback = callbacks.get(descriptor)
                 if callback is not None:  # an earlier callback of this round may have forgotten it
                     try:
                         callback(events)
                     except Exception:
                         log.exception("descriptor %d", descriptor)
-            while timers and timers[0][0] <= time.monotonic():
-                due = heapq.heappop(timers)[2]
-                try:
-                    due()
-                except Exception:
-                    log.exception("timer")
+
+    def _fire(self) -> None:
+        """Calls what is due."""
+        timers = self._timers
+        while timers and timers[0][0] <= time.monotonic():
+            due = heapq.heappop(timers)[2]
+            try:
+                due()
+            except Exception:
+                log.exception("timer")
 
     def stop(self) -> None:
         self._running = False

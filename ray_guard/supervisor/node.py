@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Means
 from ray_guard.egress.meter import Meter
-from ray_guard.evidence.forward import forwarder_argv
+from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
@@ -21,7 +24,9 @@ from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
+from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
+from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.target import Target
@@ -49,27 +54,58 @@ class Membership:
         self.environment = {str(key): str(value) for key, value in told.get("environment", {}).items()}
 
 
+class Syncer:
+    """Forces journals to disk beside the loop: that can take a fifth of a second, and calls wait for the loop.
+
+    Its thread does nothing else and takes no signal: the ticks that interrupt a slow connect are the loop's.
+    """
+
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[tuple[Journal, ...]] = SimpleQueue()
+        threading.Thread(target=self._work, name="sync", daemon=True).start()
+
+    def ask(self, journals: tuple[Journal, ...]) -> None:
+        """Soon; nothing where the last request has not been begun: a slow disk must not pile them up."""
+        if self._asked.empty():
+            self._asked.put(journals)
+
+    def _work(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            for journal in self._asked.get():
+                try:
+                    journal.sync()
+                except OSError as error:
+                    log.warning("%s: %s", journal.folder, error)
+
+
 class Node:
     """See the module."""
 
-    def __init__(self, loop: Loop, own_folders: tuple[str, ...]) -> None:
+    def __init__(self, loop: Loop, own_folders: tuple[str, ...], leaders: Leaders) -> None:
         self.loop = loop
+        self.leaders = leaders
         self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop)
+        self.meter = Meter(SockDiag(), loop, self._flush)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.surroundings_changed: list[Callable[[], None]] = []
+        self.zygote = os.getpid()
+        """Its pid; set by whoever has one."""
         self.ward: Callable[[int], None] = lambda _pid: None
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self.gpus = Gpus(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
+        self._syncer = Syncer()
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
         self._actors: dict[str, Account] = {}
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
+        self.means.relay.opened = self._changed
         self._announced: dict[str, set[Endpoint]] = {}
+        self.resolver = Resolver(loop, self._changed)
         loop.later(SYNC_S, self._sync)
 
     # -- evidence ------------------------------------------------------------------------------------------------------
@@ -92,21 +128,26 @@ class Node:
                 self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/", env=whole))
         return self._journals[folder]
 
-    def _sync(self) -> None:
+    def _flush(self) -> None:
         for journal in self._journals.values():
             try:
-                journal.sync()
+                journal.flush()
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
+
+    def _sync(self) -> None:
+        self._syncer.ask(tuple(self._journals.values()))
         self.loop.later(SYNC_S, self._sync)
 
     def close(self) -> None:
         self.means.impatience.end()
         self.gpus.close()
+        self.means.relay.close()
         for journal in self._journals.values():
             journal.close()
         for directory in self._directories.values():
             directory.close()
+        self.resolver.close()
         for forwarder in self._forwarders:  # each flushes once this process is gone; none is waited for
             forwarder.returncode = 0
 
@@ -168,10 +209,12 @@ class Node:
         directory = self.directory(target)
         announced = self._announced.get(target.run_id, set()) if target.policy.role is Role.POLICY else set()
         # Every cluster of this node is control plane to every tool, whichever job it belongs to.
-        control = frozenset[Endpoint]().union(
+        control = self.resolver.endpoints.union(
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
+            self.means.relay.endpoints(),
         )
+        own = (*self._own_folders, *map(os.path.realpath, self._journals))
         folders = {folder for m in self._memberships.values() for folder in m.folders}
         return Surroundings(
             cluster=directory.endpoints if directory is not None else frozenset(),
@@ -179,7 +222,8 @@ class Node:
             collectives=frozenset(announced),
             own_addresses=self.addresses,
             cluster_unix=membership.unix if membership is not None else frozenset(),
-            control_folders=(*self._own_folders, *self._journals, *sorted(folders)),
+            control_folders=(*own, *sorted(folders)),
+            guard_folders=own,
             ray_listen=membership.listening if membership is not None else frozenset(),
         )
 

@@ -11,16 +11,17 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
+from ray_guard.egress.relay.front import Crossing
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.kernel import procfs
-from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Exceeded
+from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Account, Exceeded
 from ray_guard.policy.decide import (
     CompiledPolicy,
     Decision,
@@ -28,11 +29,13 @@ from ray_guard.policy.decide import (
     Process,
     Reason,
     Request,
+    Route,
     Surroundings,
     decide,
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
+from ray_guard.supervisor.names import Names
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class Ring:
     def __init__(
         self, node: Node, target: Target, policy: CompiledPolicy, root: int, origin: Origin | None = None
     ) -> None:
-        self._node = node
+        self.node = self._node = node
         self._meter: Meter = node.meter
         self.target = target
         self.policy = policy
@@ -69,12 +72,14 @@ class Ring:
         self._own_unix: dict[tuple[int, int], int] = {}
         self._surroundings: Surroundings | None = None
         self._flows: dict[int, Flow] = {}
+        self._crossings: set[Crossing] = set()
         self._seen: set[int] = set()
         self._faults = 0
         self._known: dict[tuple[str, int], _Known] = {}
         """TCP destinations that a rule has granted."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
+        self._names: Names | None = Names(self) if policy.names else None
         self._missed: dict[tuple[str, int], float] = {}
         node.surroundings_changed.append(self._forget_surroundings)
 
@@ -93,6 +98,8 @@ class Ring:
         size: int = 0,
     ) -> Ruling:
         origin = self._origin or self.target.origin_of_thread(tid)
+        if self._names is not None and self._names.changed():
+            self._surroundings = None
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
                           self._process(tid), inode)  # fmt: skip
@@ -103,6 +110,11 @@ class Ring:
             return _WAIT
         if decision.reason in _OF_THE_ACTOR and origin.candidates:
             origin = self.target.own_origin()  # Ray's own threads: no call has caused it
+        if self._names is not None:
+            if decision.route is Route.RESOLVER:
+                return self._names.lead(request, decision, origin)
+            if not decision.allowed and self._names.sorts(request):
+                return self._names.sort(request, origin)
         if operation is Operation.SEND and decision.allowed:
             return self._send(request, decision, origin, size)
         if operation in (Operation.BIND, Operation.LISTEN):
@@ -111,27 +123,28 @@ class Ring:
 
     def again(self, address: tuple[str, int], cookie: int, tid: int) -> Connection | None:
         known = self._known.get(address)
-        if known is None or self._meter.find(cookie) is not None:
+        if known is None or cookie in self._meter.flows:
             return None
         origin = self._origin or self.target.origin_of_thread(tid)
-        if not origin.account.free:
+        account = origin.account
+        if not account.free:
             if origin.call is not None:
                 self.target.intents[tid] = origin.call
             return None
         connection = Connection(self, origin, known.request)
         try:
-            connection.granted_again(known)
+            connection.granted_again(known.form if known.origin is origin else known.form_for(self.target, origin))
         except JournalError:
             return None  # asked in full it is refused, and logged
-        origin.account.count(CONNECTIONS)
+        account.count(CONNECTIONS)
         return connection
 
     def known_flow(self, cookie: int, address: str, port: int) -> bool:
-        flow = self._meter.find(cookie)
+        flow = self._meter.flows.get(cookie)
         return flow is not None and (flow.address, flow.port) == (address, port)
 
     def dissolved(self, cookie: int, info: bytes) -> None:
-        if self._meter.find(cookie) is not None and len(info) >= 216:
+        if cookie in self._meter.flows and len(info) >= 216:
             (received,) = struct.unpack_from("=Q", info, 128)
             sent, again = struct.unpack_from("=QQ", info, 200)
             self._meter.settle(cookie, sent - again, received)
@@ -149,6 +162,9 @@ class Ring:
         if self.policy.role is Role.POLICY:
             self._node.announce(self.target, address, port)
 
+    def hears(self) -> bool:
+        return grants_datagrams(self.policy) or self.policy.names
+
     def may_borrow(self, pid: int) -> bool:
         return self.policy.role is Role.POLICY and procfs.is_in_tree(pid, self.root)
 
@@ -162,7 +178,11 @@ class Ring:
     def close(self) -> None:
         """Nobody is left behind the listener: what flows on is cut and settled."""
         self._node.surroundings_changed.remove(self._forget_surroundings)
+        if self._names is not None:
+            self._names.close()
         self._meter.finish(list(self._flows.values()))
+        for crossing in list(self._crossings):
+            self._node.means.relay.finish(crossing)
         for connection in list(self._datagrams.values()):
             connection.finish()
         self._datagrams.clear()
@@ -177,12 +197,31 @@ class Ring:
     def tighten(self, policy: CompiledPolicy) -> None:
         """Replaces the policy by a stricter one."""
         self.policy = policy
+        if self._names is not None:
+            self._names.policy_changed()
+        elif policy.names:
+            self._names = Names(self)
         self._forget_surroundings()
+
+    @property
+    def call(self) -> str | None:
+        """The call that everything here belongs to; None: it is an actor's ring."""
+        return None if self._origin is None else self._origin.call
+
+    def note(self, request: Request, decision: Decision, origin: Origin, *, mute: bool = False) -> None:
+        """Journals a decision about a name, or about a socket that asks for names. Raises JournalError."""
+        connection = Connection(self, origin, request)
+        if decision.allowed:
+            connection.noted(decision, mute=mute)
+        else:
+            origin.account.count_refused()
+            connection.refused(decision)
 
     def _around(self) -> Surroundings:
         if self._surroundings is None:
             base = self._node.surroundings(self.target)
-            self._surroundings = replace(base, own_unix=frozenset(self._own_unix))
+            names = self._names.by_address() if self._names is not None else base.names
+            self._surroundings = replace(base, own_unix=frozenset(self._own_unix), names=names)
         return self._surroundings
 
     def _process(self, tid: int) -> Process:
@@ -212,10 +251,21 @@ class Ring:
 
     # -- flows ---------------------------------------------------------------------------------------------------------
 
-    def began(self, flow: Flow) -> None:
-        tid = flow.holder[0]
-        if self._origin is None and tid != self.root and tid not in self._seen:
+    def relayed(self, crossing: Crossing) -> None:
+        if self._origin is None:
+            self._held_by(crossing.holder[0])
+        self._crossings.add(crossing)
+
+    def relay_left(self, crossing: Crossing) -> None:
+        self._crossings.discard(crossing)
+
+    def _held_by(self, tid: int) -> None:
+        if tid != self.root and tid not in self._seen:
             self._remember(tid)
+
+    def began(self, flow: Flow) -> None:
+        if self._origin is None:
+            self._held_by(flow.holder[0])
         self._flows[flow.cookie] = flow
         self._meter.begin(flow)
 
@@ -241,7 +291,7 @@ class Ring:
 
     def decision_text(self, request: Request, decision: Decision) -> str:
         """The attributes that say what was decided, encoded; the same for every connect to the same place."""
-        key = (*request[1:5], decision.verdict, decision.reason, decision.rule, decision.report_only)
+        key = (*request[1:5], decision.verdict, decision.reason, decision.rule, decision.report_only, decision.name)
         text = self._texts.get(key)
         if text is None:
             if len(self._texts) >= _TEXTS_KEPT:
@@ -260,6 +310,8 @@ class Ring:
             if decision.allowed:
                 connection.granted(decision)
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
+                if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
+                    return Ruling(0, relayed=connection)
                 if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
                 return Ruling(0, connection)
@@ -322,7 +374,7 @@ def _decided(request: Request, decision: Decision) -> dict[str, AttributeValue]:
     else:
         attributes["network.peer.address"] = request.address
         attributes["network.peer.port"] = request.port
-    attributes["server.address"] = attributes["network.peer.address"]
+    attributes["server.address"] = decision.name or attributes["network.peer.address"]
     attributes.update(decision.attributes())
     if decision.rule is not None:
         attributes["ray_guard.egress.rule"] = decision.rule
@@ -339,20 +391,24 @@ def _spelled(request: Request) -> str:
 class _Known:
     """A destination that a rule has granted, and the words that say so, by who asked."""
 
-    __slots__ = ("_forms", "_text", "request")
+    __slots__ = ("_forms", "_text", "form", "origin", "request")
+    form: EgressForm
+    """Of the last that asked, :attr:`origin`."""
 
     def __init__(self, request: Request, text: str) -> None:
         self.request = request
         self._text = text
         self._forms: dict[int, tuple[Origin, EgressForm]] = {}
+        self.origin: Origin | None = None
 
-    def form(self, target: Target, origin: Origin) -> EgressForm:
+    def form_for(self, target: Target, origin: Origin) -> EgressForm:
         found = self._forms.get(id(origin))
         if found is None or found[0] is not origin:
             if len(self._forms) >= _FORMS_KEPT:
                 self._forms.clear()
             found = self._forms[id(origin)] = (origin, _form(target, origin, self._text))
-        return found[1]
+        self.origin, self.form = found
+        return self.form
 
 
 def _form(target: Target, origin: Origin, decided: str) -> EgressForm:
@@ -386,16 +442,15 @@ class Connection:
         self._describe(decision)
         self._ring.target.journal.append(self._form.begun(self._span, self._start))
 
-    def granted_again(self, known: _Known) -> None:
-        """:meth:`granted`, in the words that were used of the same destination before. Raises JournalError."""
-        target = self._ring.target
-        self._form = known.form(target, self.origin)
-        target.journal.append(self._form.begun(self._span, self._start))
+    def granted_again(self, form: EgressForm) -> None:
+        """:meth:`granted`, in words that were used before. Raises JournalError."""
+        self._form = form
+        self._ring.target.journal.append(form.begun(self._span, self._start))
 
     def refused(self, decision: Decision) -> None:
         """Journals the refusal, complete. Raises JournalError."""
         self._describe(decision)
-        where = _spelled(self.request)
+        where = decision.name or _spelled(self.request)
         if decision.exceeded is not None:
             event = self._ring.target.exceeded(self.origin, self._span, decision.exceeded, where)
         else:
@@ -427,8 +482,22 @@ class Connection:
     # -- Attempt -------------------------------------------------------------------------------------------------------
 
     def connected(self, cookie: int, holder: tuple[int, int]) -> None:
-        self.flow = Flow(cookie, self.request.address, self.request.port, holder, self, self._ring.root)
-        self._ring.began(self.flow)
+        request = self.request
+        flow = self.flow = Flow(cookie, request.address, request.port, holder, self, self._ring.root)
+        self._ring.began(flow)
+
+    @property
+    def account(self) -> Account:
+        return self.origin.account
+
+    def relayed(self, crossing: Crossing) -> None:
+        self._ring.relayed(crossing)
+
+    def left(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
+        self._ring.relay_left(crossing)
+        self._more += _RELAY
+        line = self._counted(crossing.local, sent, received, exact=exact, why="" if why == "ended" else why)
+        self._journaled(self._ring.target.journal.append, line)
 
     def associated(self, local: tuple[str, int] | None) -> None:
         if local is not None:
@@ -439,12 +508,17 @@ class Connection:
         self._add({"error.type": errno.errorcode.get(error, str(error))})
         if self.flow is not None:
             self._ring.failed(self.flow)
+            self.flow = None
         self._end(StatusCode.ERROR, os.strerror(error))
 
     # -- FlowOwner -----------------------------------------------------------------------------------------------------
 
     def progressed(self, sent: int, received: int) -> bool:
         account = self.origin.account
+        if account.free:
+            account.count(SENT, sent)
+            account.count(RECEIVED, received)
+            return True
         over = account.charge(SENT, sent) if sent else None
         over = (account.charge(RECEIVED, received) if received else None) or over
         if over is None or over.report_only:
@@ -463,19 +537,35 @@ class Connection:
 
     def ended(self, flow: Flow, *, exact: bool) -> None:
         self._ring.left(flow)
-        if flow.local is not None:
-            self._more += _local(flow.local)
+        self.flow = None  # they name each other: both would wait for the garbage collector
+        line = self._counted(flow.local, flow.sent, flow.received, exact=exact)
+        # Until all that have ended with it are told of: the meter flushes.
+        self._journaled(self._ring.target.journal.postpone, line)
+
+    def _counted(self, local: tuple[str, int] | None, sent: int, received: int, *, exact: bool, why: str = "") -> bytes:
+        """The line of its end."""
+        own = "" if local is None else _local(local)
         self._more += (
-            f',{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{flow.sent}"}}}}'
-            f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{flow.received}"}}}}'
+            f'{own},{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{sent}"}}}}'
+            f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{received}"}}}}'
         )
+        end = ""
         if not exact:
             self._add({"ray_guard.egress.bytes_exact": False})
         if self._over:
             self._add({"error.type": "budget"})
-            self._end(StatusCode.ERROR, "cut: a budget was reached")
-        else:
-            self._end()
+            end = tail((), StatusCode.ERROR, "cut: a budget was reached")
+        elif why:
+            self._add({"error.type": why})
+            end = tail((), StatusCode.ERROR, f"cut: {why}")
+        return self._form.ended(self._span, self._start, time.time_ns(), self._more, end)
+
+    @staticmethod
+    def _journaled(write: Callable[[bytes], None], line: bytes) -> None:
+        try:
+            write(line)
+        except JournalError:
+            log.exception("the end of a flow could not be journaled")
 
     def finish(self) -> None:
         """A datagram destination is done with: its call has ended."""
@@ -506,6 +596,7 @@ def _ambiguous(candidates: tuple[str, ...]) -> str:
 
 _BYTES: Final = (EGRESS, SENT, RECEIVED)
 _EXACT: Final = "," + fragment({"ray_guard.egress.scope": "exact"}).encoded
+_RELAY: Final = "," + fragment({"ray_guard.egress.route": "relay"}).encoded
 _OF_THE_ACTOR: Final = (Reason.CLUSTER, Reason.COLLECTIVES)
 _TEXTS_KEPT: Final = 4096
 _FORMS_KEPT: Final = 64

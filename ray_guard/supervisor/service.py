@@ -8,11 +8,13 @@ import os
 import resource
 import select
 import socket
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
 from ray_guard.supervisor import zygote
+from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.session import Session
@@ -23,24 +25,29 @@ LINGER_S: Final = 2.0
 """How long a supervisor without targets waits for the next one."""
 
 
-def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
+def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequence[socket.socket]) -> None:
     """Runs the supervisor on the listening socket ``descriptor`` until its last target has gone.
 
     Args:
         starts: where the zygote takes starts.
         zygote_pid: the zygote itself: without it there is nothing to supervise.
+        leaders: lines to those that were asked for already.
     """
     libc.prctl(libc.PR_SET_DUMPABLE, 0)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = Loop()
-    node = Node(loop, (str(rendezvous.folder()),))
+    pool = Leaders(loop, partial(zygote.ask_for_leader, starts), leaders)
+    node = Node(loop, (rendezvous.folder(),), pool)
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
+    node.zygote = zygote_pid
     node.ward = partial(zygote.ward, starts)
+    node.means.relay.start = partial(zygote.start_mover, starts)
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
     gc.freeze()  # what is here now stays; what comes and goes is few and small
+    gc.enable()
     gc.set_threshold(50_000, 20, 100)
     loop.run()
     node.close()
@@ -93,7 +100,7 @@ class Supervisor:
         with rendezvous.start_lock(path):
             try:
                 if os.path.samestat(os.stat(path), os.stat(self._listener.getsockname())):
-                    path.unlink()
+                    os.unlink(path)
             except OSError:
                 pass
         self._accept()

@@ -61,6 +61,8 @@ class Session:
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._descriptor = sock.fileno()
+        self._unread = bytearray(_NO_BYTES)  # what is waiting, in bytes, as the kernel writes it
         self._node = node
         self._zygote = zygote
         self._ended = ended
@@ -96,8 +98,10 @@ class Session:
     def pump(self) -> None:
         """Takes in all that the target has sent so far."""
         # Asked before every connect of an actor, and mostly in vain: a receive that fails costs ten times as much.
-        if self._connected and fcntl.ioctl(self._sock, termios.FIONREAD, _NO_BYTES) != _NO_BYTES:
-            self._read(1 << 16)
+        if self._connected:
+            fcntl.ioctl(self._descriptor, termios.FIONREAD, self._unread)
+            if self._unread != _NO_BYTES:
+                self._read(1 << 16)
 
     def _read(self, count: int) -> None:
         for _ in range(count):
@@ -180,6 +184,8 @@ class Session:
                 self._node.gpus.when_known(self._later(message, descriptors))
                 return
             self._node.gpus.admit(policy)
+            if policy.names:
+                self._node.resolver.require()
         target = Target(
             pid=pid,
             kind=str(kind),
@@ -216,9 +222,11 @@ class Session:
             welcome = {
                 "ok": True,
                 "supervisor": os.getpid(),
+                "keepers": (os.getpid(), self._node.zygote),
                 "role": policy.role.value,
                 "datagrams": grants_datagrams(policy),
                 "borrows": self._node.means.borrows,
+                "names": policy.names,
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
@@ -319,6 +327,8 @@ class Session:
         target = self._known()
         clustered = self._node.directory(target) is not None
         added = _policy(message["policy"], target.kind, clustered=clustered, borrows=self._node.means.borrows)
+        if added.names:
+            self._node.resolver.require()
         target.policy = target.policy.intersect(added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
@@ -386,6 +396,8 @@ class Session:
         if not self._node.means.borrows and any(_sends_anywhere(descriptor) for descriptor in descriptors[3:]):
             raise NotEnforced(["pass_fds"], "messages on a datagram socket cannot be judged: pidfd_getfd is refused")
         control = _line(descriptors[0])
+        given = descriptors[1:]
+        del descriptors[1:]  # the tool's now
         tool = Tool(
             self._node,
             target,
@@ -393,8 +405,7 @@ class Session:
             start,
             _call(message),
             control=control,
-            zygote=self._zygote,
-            descriptors=[os.dup(descriptor) for descriptor in descriptors[1:]],
+            descriptors=given,
         )
         self._tools = [known for known in self._tools if known.running]
         self._tools.append(tool)

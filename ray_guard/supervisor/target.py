@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal
 from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
@@ -56,6 +57,8 @@ class OpenSpan:
     violations: int = 0
     origin: Origin | None = None
     """As :meth:`Target.origin_of_call` gives it; made when first asked for."""
+    told: Told = field(default_factory=Told)
+    """Names told to the tools of a call, whichever of them asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,8 @@ class Target:
     """Reads what the target has sent so far; set by its session."""
     _encoder: LineEncoder = field(init=False)
     _own: Origin = field(init=False)
+    _unknown: Origin | None = None
+    """As :meth:`origin_unknown` gives it, until a span begins or ends."""
     _fragments: dict[str, Fragment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -137,6 +142,7 @@ class Target:
         self.resource = Resource({**self.resource.attributes, **attributes})
         self._encoder = LineEncoder(self.resource)
         self._own = self._own_origin()  # anew: what a ring keeps in its words names the old resource
+        self._unknown = None
         for span in self.open.values():
             span.origin = None
 
@@ -196,6 +202,7 @@ class Target:
             account = self.call_account(span_id, episode)
         self._write_reported(record, identity, Source.TARGET)
         self.open[span_id] = OpenSpan(record, scope, identity, episode, account)
+        self._unknown = None
 
     def call_account(self, span_id: str, episode: str | None) -> Account:
         around = self.open.get(episode) if episode is not None else None
@@ -242,6 +249,7 @@ class Target:
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
         self._write_reported(record, span.identity, Source.TARGET)
         self.open.pop(record.span_id, None)
+        self._unknown = None
         if span.account is not None:
             span.account.close()
 
@@ -269,9 +277,12 @@ class Target:
         call = self.intents.pop(tid, None)
         if call is not None and call in self.open:
             return self.origin_of_call(call)
-        return self.origin_unknown()
+        if self._unknown is None:
+            self._unknown = self.origin_unknown()
+        return self._unknown
 
     def origin_unknown(self) -> Origin:
+        """Whatever in the actor ring nobody has put down to a call: every open call is a candidate."""
         calls = tuple(span_id for span_id, span in self.open.items() if span.scope == "tool")
         if not calls:
             return self._own

@@ -1,8 +1,8 @@
 """Tool processes: from a target's request to the record of their end. Runs in the supervisor.
 
 For each start there are two lines: *control*, to whoever asked (started, failed, exited; signals come back on it), and
-*link*, to the leader that owns the tool's tree. The ring between them stands from the moment the filter is armed until
-the last filtered process is gone.
+that of the leader which owns the tool's tree. The ring between them stands from before the tool is one until the last
+filtered process is gone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import select
-import shutil
 import signal
 import socket
 import time
@@ -30,6 +29,7 @@ from ray_guard.policy.budgets import Account, Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import bystanders
+from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.ring import Ring
 from ray_guard.supervisor.start import Start
@@ -40,6 +40,7 @@ log = logging.getLogger("ray_guard.tools")
 _ARGUMENT_SHOWN: Final = 256
 _ARGUMENTS_SHOWN: Final = 64
 _LOST: Final = "the process that led it was lost"
+_NONE: Final = "no process can be made to lead it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,6 @@ class Tool:
         start: what was asked for.
         call: the tool call that asked, or where a call of the tool's own belongs.
         control: to the requester.
-        zygote: to the process that forks leaders.
         descriptors: [memory file, working folder, the tool's own descriptors …], consumed.
     """
 
@@ -76,7 +76,6 @@ class Tool:
         call: Call,
         *,
         control: socket.socket,
-        zygote: socket.socket,
         descriptors: list[int],
     ) -> None:
         self._node = node
@@ -94,18 +93,11 @@ class Tool:
         self._implicit: SpanRecord | None = None
         self._account: Account | None = None
         self._origin = self._find_origin(call)
-        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        own = os.pidfd_open(os.getpid())
-        try:
-            wall = policy.limits(Scope.CALL).get("wall_seconds")
-            request = {"op": "start", "wall_seconds": wall}
-            seqpacket.send(zygote, request, [theirs.fileno(), own, *descriptors])
-        finally:
-            os.close(own)
-            theirs.close()
-            seqpacket.close_all(descriptors)
-        node.loop.watch(self._link.fileno(), select.EPOLLIN, lambda _events: self._from_leader())
+        self._descriptors = descriptors
+        self._leader: Leader | None = None
+        self.running = True
         node.loop.watch(control.fileno(), select.EPOLLIN, lambda _events: self._from_requester())
+        node.leaders.take(self._begin)
 
     def _find_origin(self, call: Call) -> Origin:
         if call.span is not None and call.span in self._target.open:
@@ -130,29 +122,53 @@ class Tool:
         )
         identity = fragment({"rl.run.id": self._target.run_id, **call.identity, "ray_guard.source": "supervisor"})
         self._target.write(self._implicit, identity)
-        self._account = self._target.call_account(span_id, None)
-        return Origin(self._implicit.trace_id, self._span, identity, self._account, None, span_id)
+        around = self._target.open.get(call.parent) if call.parent is not None else None
+        episode = None if around is None else around.episode  # its budgets hold for this call too
+        self._account = self._target.call_account(span_id, episode)
+        return Origin(self._implicit.trace_id, self._span, identity, self._account, episode, span_id)
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 
-    def _from_leader(self) -> None:
-        try:
-            received = seqpacket.receive(self._link)
-        except (OSError, seqpacket.BadPacket):
-            received = None
-        if received is None:
+    def _begin(self, leader: Leader | None) -> None:
+        """A leader is there, with a process that will be the tool; None: there can be none."""
+        if not self.running:  # it came too late
+            if leader is not None:
+                self._node.leaders.ready(leader)
+            return
+        if leader is None or leader.fault:
+            if leader is not None:
+                leader.drop()
+            self._failed({"stage": "leader", "text": _NONE} if leader is None else leader.fault)
+            return
+        if not leader.prepare({"op": "prepare"}, self._descriptors):
+            leader.drop()  # what it held ready has died
+            self._node.leaders.take(self._begin)
+            return
+        self._close_descriptors()
+        self._leader = leader
+        leader.heard = self._from_leader
+        listener, leader.listener = leader.listener, -1
+        self._armed(leader.pid, listener)
+        if self.running:
+            # The requester waits for the start, so its leader says so itself; all else comes from here.
+            asking = () if self._control is None else (self._control.fileno(),)
+            leader.start({"wall_seconds": self._policy.limits(Scope.CALL).get("wall_seconds")}, asking)
+
+    def _close_descriptors(self) -> None:
+        seqpacket.close_all(self._descriptors)
+        self._descriptors = []
+
+    def _from_leader(self, message: dict[str, Any] | None, descriptors: list[int]) -> None:
+        if message is None:
+            self._leader = None
             if self._started:
                 self._finished({"status": int(signal.SIGKILL), "error": _LOST})
             else:
                 self._failed({"stage": "leader", "text": _LOST})
             return
-        message, descriptors = received
         operation = message.get("op")
-        if operation == "armed" and descriptors:
-            self._armed(int(message["pid"]), descriptors.pop(0))
-        elif operation == "started":
+        if operation == "started":
             self._started = True
-            self._answer({"op": "started", "pid": self._pid})
         elif operation == "failed":
             self._failed(message)
         elif operation == "exited":
@@ -166,7 +182,7 @@ class Tool:
         except JournalError as error:
             os.close(listener)
             log.warning("a tool was not started: %s", error)
-            self._link.shutdown(socket.SHUT_RDWR)  # its leader ends it
+            self._failed({"stage": "journal", "text": str(error)})
             return
         self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin)
         self._gate = Gate(
@@ -177,7 +193,8 @@ class Tool:
             bystanders.handlers(pid),
         )
         self._node.gpus.began(pid, self._target, self._origin)
-        seqpacket.send(self._link, {"op": "go"})
+        if self._leader is not None:
+            self._leader.go()
 
     def _unfiltered(self) -> None:
         """The last process of the tool's tree is gone."""
@@ -196,8 +213,8 @@ class Tool:
     def _finished(self, message: dict[str, Any]) -> None:
         """The tool's tree is dead: settle, record, tell."""
         self._node.gpus.ended(self._pid, self._target)
-        self._node.loop.forget(self._link.fileno())
-        self._link.close()
+        self.running = False
+        self._close_descriptors()
         if self._gate is not None:
             self._gate.close()
             self._gate = None
@@ -219,8 +236,12 @@ class Tool:
             self._account.close()
         if "status" in message:
             keys = ("status", "timed_out", "unkillable", "cpu_seconds", "peak_memory")
-            self._answer({"op": "exited", **{key: message[key] for key in keys if key in message}})
+            ended = {key: message[key] for key in keys if key in message}
+            self._answer({"op": "exited", "pid": self._pid, **ended})
         self._hang_up()
+        leader, self._leader = self._leader, None
+        if leader is not None:
+            leader.release()
 
     def _wall_violation(self) -> None:
         limit = self._policy.limits(Scope.CALL)["wall_seconds"]
@@ -291,11 +312,8 @@ class Tool:
             return
         message, descriptors = received
         seqpacket.close_all(descriptors)
-        if message.get("op") == "signal" and isinstance(message.get("number"), int):
-            try:
-                seqpacket.send(self._link, {"op": "signal", "number": message["number"]})
-            except OSError:
-                pass  # it has just ended
+        if message.get("op") == "signal" and isinstance(message.get("number"), int) and self._leader is not None:
+            self._leader.tell({"op": "signal", "number": message["number"]})
 
     def _answer(self, message: dict[str, Any]) -> None:
         if self._control is not None:
@@ -314,25 +332,23 @@ class Tool:
     def call(self) -> str | None:
         return self._origin.call
 
-    @property
-    def running(self) -> bool:
-        return self._link.fileno() >= 0
-
     def end(self) -> None:
         """Its call has ended, or its actor: the leader kills what is left, and says so."""
-        if self._link.fileno() >= 0:
-            try:
-                self._link.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass
+        if self._leader is not None:
+            self._leader.tell({"op": "end"})
+        elif self.running:
+            self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
 
 
 def _executable(start: Start) -> str:
     """The program as exec will find it. (What /proc says later may be another: a shell execs its last command.)"""
     program = start.executable or start.argv[0]
-    if "/" in program:
-        return program
-    return shutil.which(program, path=start.environment.get("PATH", os.defpath)) or program
+    if "/" not in program:
+        for folder in start.environment.get("PATH", os.defpath).split(os.pathsep):
+            path = os.path.join(folder, program)
+            if os.access(path, os.X_OK) and os.path.isfile(path):
+                return path
+    return program
 
 
 def _hash(argv: tuple[str, ...]) -> str:

@@ -1,11 +1,14 @@
 """The zygote: starts tool processes outside any actor's filter, each with a listener of its own.
 
 Runs in the zygote: a single-threaded child of the supervisor, forked before that grew, since what is small is forked
-fast. It forks *leaders*, each with a process that is already filtered and waits to become a tool, and hands the starts
-out to them.
+fast. It forks *leaders*, each with a process that is already filtered and waits to become a tool; from then on they
+talk to the supervisor alone.
 
-    supervisor ──start──▶ zygote ──start──▶ leader ──fork──▶ tool (filter … start, exec)
-         ◀── armed (listener) · started · failed · exited ── link ──┘
+    supervisor ──leader──▶ zygote ──fork──▶ leader ──fork──▶ the next tool (filter …
+         ◀── ready (its listener, its line) ── line ─┘             │
+         ──── prepare (what it will be) · go ─────────────────────▶│ … exec)
+         ──── start ── line ─▶ leader
+         ◀─── started · failed · exited ─┘
 """
 
 from __future__ import annotations
@@ -13,21 +16,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import platform
 import resource
-import select
 import signal
 import socket
 import time
 from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
-from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket
+from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, syscalls
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
-
-SPARE: Final = 8
-"""How many idle leaders are kept. There are as many as there were calls at once, and none before the first start."""
 
 
 def run(requests: socket.socket) -> NoReturn:
@@ -40,6 +38,7 @@ def run(requests: socket.socket) -> NoReturn:
         bound_capabilities()
     zygote = _Zygote(requests)
     gc.freeze()  # a collection in a child would copy every page
+    gc.enable()
     while zygote.step():
         pass
     zygote.end_wards()
@@ -66,25 +65,16 @@ _WARDS_SWEPT: Final = 256
 class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._program = rings.call_ring(platform.machine(), borrows=borrowing.works(), own_ipc=ipc.can_be_own())
+        self._program = rings.call_ring(syscalls.MACHINE, borrows=borrowing.works(), own_ipc=ipc.can_be_own())
         seccomp.encode(self._program)
         self._wards: dict[int, _Ward] = {}
-        self._leaders: dict[int, socket.socket] = {}
-        self._idle: list[socket.socket] = []
-        self._poll = select.poll()
-        self._poll.register(requests, select.POLLIN)
 
     def step(self) -> bool:
         """Handles what has come; False: the supervisor is gone."""
-        came = {descriptor for descriptor, _ in self._poll.poll()}
-        for descriptor in came - {self._requests.fileno()}:  # first: who is idle again can take a start
-            self._hear(self._leaders[descriptor])
-        if self._requests.fileno() not in came:
-            return True
         try:
             received = seqpacket.receive(self._requests)
         except seqpacket.BadPacket:
-            return True  # one start is lost, and says so: its link is closed with the packet
+            return True  # one leader is not made, and says so: its line is closed with the packet
         except OSError:
             return False
         if received is None:
@@ -105,60 +95,48 @@ class _Zygote:
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
-        else:
+        elif operation == "mover":
+            self._fork_mover(descriptors)
+        elif operation == "leader":
+            (line,) = descriptors
             try:
-                while not self._assign(self._idle.pop() if self._idle else self._fork_leader(), message, descriptors):
-                    pass  # that one died while it was idle
-            except OSError:  # no more processes: this start is lost, and says so, for its link closes here
+                self._fork_leader(line)
+            except OSError:  # no more processes: this leader is lost, and says so, for its line closes here
                 import traceback
 
                 traceback.print_exc()
-            seqpacket.close_all(descriptors)
+            os.close(line)
 
-    def _assign(self, leader: socket.socket, message: dict[str, Any], descriptors: list[int]) -> bool:
-        try:
-            seqpacket.send(leader, message, descriptors)
-        except OSError:
-            self._forget(leader)
-            return False
-        return True
-
-    def _hear(self, leader: socket.socket) -> None:
-        """A leader is idle again, or has ended."""
-        try:
-            received = seqpacket.receive(leader)
-        except (OSError, seqpacket.BadPacket):
-            received = None
-        if received is None or len(self._idle) >= SPARE:
-            self._forget(leader)  # one too many ends when its line closes
-        else:
-            self._idle.append(leader)
-
-    def _forget(self, leader: socket.socket) -> None:
-        self._poll.unregister(leader)
-        del self._leaders[leader.fileno()]
-        if leader in self._idle:
-            self._idle.remove(leader)
-        leader.close()
-
-    def _fork_leader(self) -> socket.socket:
-        line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _fork_leader(self, line: int) -> None:
         if os.fork() != 0:
-            theirs.close()
-            self._leaders[line.fileno()] = line
-            self._poll.register(line, select.POLLIN)
-            return line
+            return
         code = 1
         try:
-            # A leader's copies would keep alive the lines of others, and the pipes of the start that is waiting.
-            close_all_but((0, 1, 2, theirs.fileno()))
-            code = lead(theirs, self._program)
+            # A leader's copies would keep alive the lines of targets that are the zygote's wards.
+            close_all_but((0, 1, 2, line))
+            code = lead(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line), self._program)
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
             traceback.print_exc()
         finally:
             os._exit(code)
+
+    def _fork_mover(self, descriptors: list[int]) -> None:
+        if os.fork() != 0:
+            seqpacket.close_all(descriptors)
+            return
+        try:
+            close_all_but((0, 1, 2, *descriptors))
+            from ray_guard.egress.relay import mover  # here alone: what every tool is forked from stays small
+
+            mover.run(socket.socket(fileno=descriptors[0]))
+        except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(1)
 
     def end_wards(self) -> None:
         """The supervisor is gone, and its lifelines have stopped the targets: ends all below them.
@@ -183,6 +161,22 @@ def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None)
         return  # it has ended already
     passed = [] if lifeline is None else [lifeline.fileno()]
     seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time}, passed)
+
+
+def start_mover(starts: socket.socket, line: socket.socket) -> None:
+    """Starts a mover of relayed bytes at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "mover"}, [line.fileno()])
+
+
+def ask_for_leader(starts: socket.socket) -> socket.socket:
+    """The line to a new leader; called by the supervisor. Where it cannot be forked the line ends at once."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            seqpacket.send(starts, {"op": "leader"}, [theirs.fileno()])
+        except OSError:
+            pass  # the zygote is gone, and the supervisor about to end
+    return ours
 
 
 def fork(close: list[int]) -> tuple[socket.socket, int]:

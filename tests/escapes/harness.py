@@ -1,26 +1,29 @@
 """The escape suite's stage: sinks that count what arrives, confined hosts that attacks run in, and the verdict.
 
-An attack is a small program. It is run three times: unconfined, where it must succeed (else the test proves nothing),
-then in the actor ring (a child of a process that called ``confine``) and in the call ring (``ray_guard.run``), where
-it must fail. The judge stands outside: what the sinks saw, whether the victim lives; the attacker's own word counts
-for nothing but the error it was given.
+An attack is a small program. It is run unconfined first, where it must succeed (else the test proves nothing), then in
+the actor ring (a child of a process that called ``confine``) and in the call ring (``ray_guard.run``), where it must
+fail; with ``--peers`` in other sandboxes too, where whatever happens is only told. The judge stands outside: what the
+sinks saw, whether the victim lives; the attacker's own word counts for nothing but the error it was given.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import select
 import selectors
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,11 @@ import pytest
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent / "hosts"))
 
+sys.path.insert(0, str(FOLDER))
+
 import launcher  # noqa: E402 - tests are no package
+import peers  # noqa: E402
+from table import PEERS, TABLE, Cell, Column, Verdict, column  # noqa: E402
 
 PRELUDE = (FOLDER / "prelude.py").read_text()
 ROOT = os.geteuid() == 0
@@ -302,9 +309,9 @@ class Outcome:
         return cls(answer["status"], answer["stdout"], answer["stderr"], answer["seconds"], said)
 
 
-def run_unconfined(argv: list[str], timeout: float = 20.0) -> Outcome:
+def run_unconfined(argv: list[str], timeout: float = 20.0, folder: str | None = None) -> Outcome:
     began = time.monotonic()
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, cwd=folder)
     return Outcome.of(
         {
             "status": done.returncode,
@@ -354,9 +361,15 @@ class Attack:
         sink: where the token would arrive; ``""``: ``judge`` tells.
         refused: the errors (by name) of which the confined program must report one; empty: whatever it says, the sink
             decides alone.
-        rings: where it applies.
+        rings: where it applies: ``actor``, ``call``; with ``_udp``, ``_wide`` or ``_nothing`` under another policy.
         judge: for what no sink can see: called with what the program was told, says what harm was done, or "".
         sends: whether data must arrive; False: that a connection was made is the harm.
+        beside: what happens outside while it runs: called with what the program was told.
+        surface: what is judged is that a mechanism is within reach, not that something got out by it.
+        privileged: it needs root even unconfined.
+        elsewhere: why it cannot be tried in other sandboxes; "": it can.
+        flags: for the compiler, where the program is C.
+        family: its part of the table; "": what :func:`cases` is told.
     """
 
     name: str
@@ -366,10 +379,19 @@ class Attack:
     rings: tuple[str, ...] = ("actor", "call", "actor_udp")
     judge: Callable[[dict[str, Any]], str] | None = None
     sends: bool = True
+    beside: Callable[[dict[str, Any]], AbstractContextManager[object]] = nullcontext
+    surface: bool = False
     privileged: bool = False
+    elsewhere: str = ""
+    flags: tuple[str, ...] = ()
+    family: str = ""
 
     def __str__(self) -> str:
         return self.name
+
+
+class CannotBuild(Exception):
+    """A program in C that this host has no compiler, or no library, for."""
 
 
 class Stage:
@@ -381,20 +403,28 @@ class Stage:
         self.namespace = Namespace()
         self._hosts: dict[str, Host] = {}
         self._compiled: dict[str, str] = {}
+        self._peers: dict[Column, str] = {}
+        self.programs = folder / "programs"
+        self.programs.mkdir()
 
-    def policy(self, *, udp: bool = False) -> dict[str, Any]:
+    def policy(self, name: str = "plain") -> dict[str, Any]:
+        """``plain``: TCP and a unix socket; ``udp``: UDP too; ``wide``: every address, TCP; ``nothing``."""
+        if name == "nothing":
+            return {"egress": {"allow": []}}
         port = self.sinks.address("granted")
         allow = [f"127.0.0.1:{port}", f"[::1]:{port}", f"unix://{self.sinks.address('unix_granted')}"]
-        if udp:
+        if name == "udp":
             allow.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
+        if name == "wide":
+            allow += [f"{network}:{self.sinks.address('tcp')}" for network in ("0.0.0.0/0", "[::/0]")]
         return {"egress": {"allow": allow}}
 
     def host(self, name: str = "plain") -> Host:
-        """The confined process ``plain`` (no UDP granted) or ``udp``; a new one where an attack has ended the last."""
+        """A confined process under the policy of that name (:meth:`policy`); a new one where the last has ended."""
         host = self._hosts.get(name)
         if host is None or not host.alive:
             try:
-                host = Host(self.policy(udp=name == "udp"), self.folder / f"evidence_{name}", self.namespace)
+                host = Host(self.policy(name), self.folder / f"evidence_{name}", self.namespace)
             except RuntimeError as error:
                 if not launcher.prefix() or "NotEnforced" not in str(error):
                     raise
@@ -402,19 +432,43 @@ class Stage:
             self._hosts[name] = host
         return host
 
+    def peer_command(self, peer: Column, attack: Attack, argv: list[str], arguments: dict[str, Any]) -> list[str]:
+        """The attack as a command within another sandbox. Skips where there is none, and the table says so."""
+        if peer not in self._peers:
+            grant = peers.Grant(peers.programs(), str(arguments["folder"]), ["tcp://127.0.0.1:1"])
+            self._peers[peer] = peers.missing(peer, grant)
+        if self._peers[peer]:
+            TABLE.missing[peer] = self._peers[peer]
+            pytest.skip(f"{peer}: {self._peers[peer]}")
+        port = self.sinks.address("granted")
+        destinations = [f"tcp://127.0.0.1:{port}", f"tcp://[::1]:{port}"]
+        if all(ring.endswith("_nothing") for ring in attack.rings):
+            destinations = []
+        if any(ring.endswith("_udp") for ring in attack.rings):
+            destinations.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
+        readable = [*peers.programs(), str(self.programs)]
+        return peers.command(peer, argv, peers.Grant(readable, str(arguments["folder"]), destinations))
+
     def argv(self, attack: Attack, arguments: dict[str, Any]) -> list[str]:
         """The attack as a command."""
         told = json.dumps(arguments)
         if attack.program.lstrip().startswith("#include"):
-            return [self.compile(attack.name, attack.program), told, *_flat(arguments)]
+            return [self.compile(attack.name, attack.program, attack.flags), told, *_flat(arguments)]
         return [PYTHON, "-I", "-S", "-c", PRELUDE + attack.program + EPILOGUE, told]
 
-    def compile(self, name: str, source: str) -> str:
+    def compile(self, name: str, source: str, flags: tuple[str, ...] = ()) -> str:
+        """The program's path. Raises CannotBuild where this host has not what is needed for it."""
         if name not in self._compiled:
-            binary = self.folder / name.replace(" ", "_")
-            command = ["gcc", "-O1", "-pthread", "-Wall", "-x", "c", "-o", str(binary), "-"]
-            done = subprocess.run(command, input=source, text=True, capture_output=True)
-            assert done.returncode == 0, done.stderr
+            binary = self.programs / re.sub(r"\W+", "_", name)
+            command = ["gcc", "-O1", "-D_GNU_SOURCE", "-pthread", *flags, "-x", "c", "-o", str(binary), "-"]
+            try:
+                done = subprocess.run(command, input=source, text=True, capture_output=True)
+            except FileNotFoundError as error:
+                raise CannotBuild("no gcc") from error
+            if done.returncode != 0:
+                if not flags:
+                    raise AssertionError(done.stderr)
+                raise CannotBuild(f"gcc {' '.join(flags)}: {done.stderr.strip().splitlines()[-1]}")
             self._compiled[name] = str(binary)
         return self._compiled[name]
 
@@ -438,29 +492,52 @@ def _flat(arguments: dict[str, Any]) -> list[str]:
     return [str(arguments[name]) for name in ("token", "folder", "tcp", "udp", "granted", "unix", "unix_dgram")]
 
 
+_POLICIES = ("udp", "wide", "nothing")
+_RINGS = {ring: (ring, "plain") for ring in ("actor", "call")}
+_RINGS |= {f"{ring}_{policy}": (ring, policy) for ring in ("actor", "call") for policy in _POLICIES}
+"""Each ring as (where Host.run runs it, under which of the stage's policies)."""
+
+
 def escape(stage: Stage, attack: Attack, ring: str) -> None:
-    """Runs ``attack`` unconfined and in ``ring``, and judges both. The one assertion of the suite."""
+    """Runs ``attack`` unconfined and in ``ring``, judges both, and notes them. The one assertion of the suite.
+
+    ``ring`` may be another sandbox's name: what happens there is noted, and fails nothing.
+    """
+    where = column(ring)
+    note = partial(TABLE.note, attack.family, attack.name)
     if attack.privileged and not ROOT:
+        for each in (Column.UNCONFINED, where):
+            note(each, Cell(Verdict.INAPPLICABLE, "needs root even unconfined"))
         pytest.skip(f"{attack.name}: needs root even unconfined")
-    if ring not in attack.rings:
-        pytest.skip(f"{attack.name}: does not apply to the {ring} ring")
-    missing = _must_succeed(stage, attack)
-    arguments = stage.arguments()
-    if attack.sink:  # what the unconfined run sent may still be queued
-        stage.sinks.flush(attack.sink)
-    stage.sinks.clear()
-    host = stage.host("udp" if ring == "actor_udp" else "plain")
-    outcome = host.run("call" if ring == "call" else "actor", stage.argv(attack, arguments))
+    try:
+        missing = _must_succeed(stage, attack)
+    except AssertionError as error:
+        note(Column.UNCONFINED, Cell(Verdict.INAPPLICABLE, f"does not work unconfined: {error}"))
+        raise
+    except CannotBuild as error:
+        for each in (Column.UNCONFINED, where):
+            note(each, Cell(Verdict.INAPPLICABLE, f"cannot be built here: {error}"))
+        pytest.skip(f"{attack.name}: cannot be built here: {error}")
+    unproved = Cell(Verdict.INAPPLICABLE, f"unconfined: {missing}")
+    note(Column.UNCONFINED, unproved if missing else Cell(Verdict.WORKS))
+    if where in PEERS and (missing or attack.elsewhere):
+        note(where, unproved if missing else Cell(Verdict.INAPPLICABLE, attack.elsewhere))
+        return
+    outcome, harm = _attempt(stage, attack, ring)
     shown = f"{ring}: {outcome.said or outcome.stderr[-2000:] or outcome.status}"
-    if attack.sink:
-        stage.sinks.flush(attack.sink)
-        connections, data = stage.sinks.seen(attack.sink)
-        assert (connections, data) == (0, b""), (
-            f"ESCAPED: {attack.sink} saw {connections} connections, {data!r}; {shown}"
-        )
-    if attack.judge is not None:
-        harm = attack.judge(arguments)
-        assert not harm, f"ESCAPED: {harm}; {shown}"
+    ran = bool(outcome.said) or outcome.status is None or _killed_by(outcome.status) > 0
+    if harm:
+        note(where, Cell(Verdict.OPEN if attack.surface else Verdict.ESCAPED, harm))
+    elif missing:
+        note(where, unproved)
+    elif ran:
+        note(where, Cell(Verdict.BLOCKED, _how(outcome)))
+    else:
+        note(where, Cell(Verdict.INAPPLICABLE, f"did not run in {where}: {outcome.stderr.strip()[-200:]}"))
+    if where in PEERS:
+        return
+    assert not harm, f"ESCAPED: {harm}; {shown}"
+    assert ran, f"the attack did not even start: {shown}"
     if attack.refused:
         connected = ("EISCONN",) if launcher.prefix() else ()  # all that is said there of a socket that is connected
         assert outcome.said.get("errno") in (*attack.refused, *connected), f"not refused as it should be: {shown}"
@@ -468,16 +545,58 @@ def escape(stage: Stage, attack: Attack, ring: str) -> None:
         pytest.skip(f"{attack.name}: refused, but proves nothing here: unconfined it says {missing}")
 
 
-_succeeded: dict[str, str] = {}
+def _attempt(stage: Stage, attack: Attack, ring: str) -> tuple[Outcome, str]:
+    """How the attack ended in ``ring``, and what harm it did there; "": none."""
+    arguments = stage.arguments()
+    if attack.sink:  # what the unconfined run sent may still be queued
+        stage.sinks.flush(attack.sink)
+    stage.sinks.clear()
+    argv = stage.argv(attack, arguments)
+    inside, host = _RINGS.get(ring, ("", ""))
+    confined = stage.host(host) if host else None
+    if confined is None:
+        argv = stage.peer_command(column(ring), attack, argv, arguments)
+    with attack.beside(arguments):
+        outcome = run_unconfined(argv, folder=arguments["folder"]) if confined is None else confined.run(inside, argv)
+    if attack.sink:
+        stage.sinks.flush(attack.sink)
+        connections, data = stage.sinks.seen(attack.sink)
+        if connections or data:
+            return outcome, f"{attack.sink} saw {connections} connections, {data[:64]!r}"
+    return outcome, attack.judge(arguments) if attack.judge is not None else ""
+
+
+def _how(outcome: Outcome) -> str:
+    """What the attack was told, in a word."""
+    if "errno" in outcome.said:
+        return str(outcome.said["errno"])
+    if "killed" in outcome.said:
+        return "killed"
+    if outcome.status is None:
+        return "waits for ever"
+    number = _killed_by(outcome.status)
+    return f"killed by signal {number}" if number else ""
+
+
+def _killed_by(status: int) -> int:
+    """The signal that ended a program, as subprocess or a shell says it; 0: none."""
+    if status < 0:
+        return -status
+    return status - 128 if 128 < status < 128 + signal.NSIG else 0
+
+
+_succeeded: dict[tuple[str, str], str] = {}
 
 
 def _must_succeed(stage: Stage, attack: Attack) -> str:
     """The positive control. Says what this host lacks for it; raises where the attack just does not work."""
-    if attack.name in _succeeded:
-        return _succeeded[attack.name]
+    key = (attack.family, attack.name)
+    if key in _succeeded:
+        return _succeeded[key]
     arguments = stage.arguments()
     stage.sinks.clear()
-    outcome = run_unconfined(stage.argv(attack, arguments))
+    with attack.beside(arguments):
+        outcome = run_unconfined(stage.argv(attack, arguments))
     missing = str(outcome.said.get("missing", ""))
     if not missing:
         shown = f"unconfined: {outcome.said or outcome.stderr[-2000:] or outcome.status}"
@@ -491,16 +610,32 @@ def _must_succeed(stage: Stage, attack: Attack) -> str:
             wait(arrived, f"the attack does not even work {shown}")
         if attack.judge is not None:
             assert attack.judge(arguments), f"the attack does not even work {shown}"
-    _succeeded[attack.name] = missing
+    _succeeded[key] = missing
     return missing
 
 
-def cases(attacks: list[Attack]) -> pytest.MarkDecorator:
-    """One test per attack and ring it applies to."""
+def cases(attacks: list[Attack], family: str = "") -> pytest.MarkDecorator:
+    """One test per attack and ring it applies to, and per other sandbox (left out but with ``--peers``).
+
+    Args:
+        family: the part of the table; by default the module's name.
+    """
+    family = family or str(sys._getframe(1).f_globals["__name__"]).rpartition(".")[2].removeprefix("test_").replace(
+        "_", " "
+    )
     return pytest.mark.parametrize(
         ("attack", "ring"),
-        [pytest.param(attack, ring, id=f"{attack.name}-{ring}") for attack in attacks for ring in attack.rings],
+        [
+            pytest.param(replace(attack, family=attack.family or family), str(ring), id=f"{attack.name}-{ring}")
+            for attack in attacks
+            for ring in (*attack.rings, *PEERS)
+        ],
     )
+
+
+def row(family: str, name: str) -> pytest.MarkDecorator:
+    """A test that is no :class:`Attack` as a row of the table, in the column of its ``ring``, by default the call's."""
+    return pytest.mark.escape_row(family, name)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+print('{"started": true}', flush=True)  # from here on it is the sandbox that stops it, not a missing interpreter
 A = json.loads(sys.argv[1])
 TOKEN = A["token"].encode()
 AF_INET, AF_INET6, AF_UNIX = socket.AF_INET, socket.AF_INET6, socket.AF_UNIX
@@ -88,4 +89,7 @@ def finish(main):
         main()
         say(done=True)
     except OSError as error:
-        say(errno=errno.errorcode.get(error.errno, str(error.errno)), text=str(error))
+        number = (
+            errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno
+        )  # a socket's own limit has no number
+        say(errno=errno.errorcode.get(number, str(number)), text=str(error))

@@ -76,7 +76,7 @@ RESCHEDULED = [
 ]
 
 
-@cases(RESCHEDULED)
+@cases(RESCHEDULED, "other processes")
 def test_a_bystander_is_left_alone(stage: Stage, attack: Attack, ring: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = stage.arguments
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,6 +304,204 @@ def main():
 ]
 
 
+UDP += [
+    Attack(
+        "UDP IPV6_ADDRFORM",
+        """
+def main():
+    # A socket that becomes another family's after it was looked at.
+    sock = socket.socket(AF_INET6, DGRAM)
+    try: sock.connect(('::ffff:127.0.0.1', A['granted_udp']))
+    except OSError: sock.connect(('::ffff:127.0.0.1', 9))
+    sock.setsockopt(41, 1, AF_INET)
+    call(46, sock.fileno(), ctypes.byref(message(TOKEN, sockaddr('127.0.0.1', A['udp']))), 0)
+""",
+        sink="udp",
+    ),
+    Attack(
+        "UDP corked, then sent elsewhere",
+        """
+def main():
+    sock = socket.socket(AF_INET, DGRAM)
+    sock.setsockopt(17, 1, 1)
+    for port in (A['granted_udp'], A['udp']):
+        try: sock.sendto(TOKEN, ('127.0.0.1', port))
+        except OSError: pass
+    sock.setsockopt(17, 1, 0)
+    sock = socket.socket(AF_INET, DGRAM)
+    sock.setsockopt(17, 1, 1)
+    sock.sendto(TOKEN, ('127.0.0.1', A['udp']))
+    sock.setsockopt(17, 1, 0)
+""",
+        sink="udp",
+        refused=("EACCES", "EPIPE"),
+    ),
+    Attack(
+        "UDP MSG_MORE, then a plain write",
+        """
+def main():
+    sock = socket.socket(AF_INET, DGRAM)
+    sock.sendto(TOKEN, 0x8000, ('127.0.0.1', A['udp']))
+    os.write(sock.fileno(), b'')
+""",
+        sink="udp",
+        refused=("EACCES", "EPIPE"),
+    ),
+    Attack(
+        "UDP splice after connect",
+        """
+def main():
+    sock = socket.socket(AF_INET, DGRAM)
+    try: sock.connect(('127.0.0.1', A['udp']))
+    except OSError as error: say(connect=error.errno)
+    read, write = os.pipe()
+    os.write(write, TOKEN)
+    os.splice(read, sock.fileno(), len(TOKEN))
+""",
+        sink="udp",
+        refused=("EPIPE", "EDESTADDRREQ", "ENOTCONN"),
+    ),
+    Attack(
+        "UDP sendfile after connect",
+        """
+def main():
+    sock = socket.socket(AF_INET, DGRAM)
+    try: sock.connect(('127.0.0.1', A['udp']))
+    except OSError as error: say(connect=error.errno)
+    with open(A['folder'] + '/data', 'wb') as file: file.write(TOKEN)
+    with open(A['folder'] + '/data', 'rb') as file: os.sendfile(sock.fileno(), file.fileno(), 0, len(TOKEN))
+""",
+        sink="udp",
+        refused=("EPIPE", "EDESTADDRREQ", "ENOTCONN"),
+    ),
+    Attack(
+        "UDP IPV6_PKTINFO",
+        """
+def main():
+    sock = socket.socket(AF_INET6, DGRAM)
+    info = socket.inet_pton(AF_INET6, '::1') + struct.pack('=I', 1)
+    sock.sendmsg([TOKEN], [(41, 50, info)], 0, ('::1', A['udp']))
+""",
+        sink="udp",
+        refused=("EACCES", "EPIPE"),
+    ),
+    Attack(
+        "UDP segments",
+        """
+def main():
+    sock = socket.socket(AF_INET, DGRAM)
+    sock.sendmsg([TOKEN * 4], [(17, 103, struct.pack('=H', len(TOKEN)))], 0, ('127.0.0.1', A['udp']))
+""",
+        sink="udp",
+        refused=("EACCES", "EPIPE"),
+    ),
+    Attack(
+        "UDP MSG_ZEROCOPY",
+        """
+def main():
+    sock = socket.socket(AF_INET, DGRAM)
+    sock.setsockopt(1, 60, 1)
+    sock.sendmsg([TOKEN], [], 0x4000000, ('127.0.0.1', A['udp']))
+""",
+        sink="udp",
+        refused=("EACCES", "EPIPE", "ENOPROTOOPT"),
+    ),
+    Attack(
+        "UDP broadcast",
+        """
+def main():
+    sock = socket.socket(AF_INET, DGRAM)
+    sock.setsockopt(1, 6, 1)
+    sock.sendto(TOKEN, ('127.255.255.255', A['udp']))
+""",
+        sink="udp",
+        refused=("EACCES", "EPIPE"),
+    ),
+    Attack(
+        "UDP dissolved, then a name",
+        """
+def main():
+    sock = socket.socket(AF_INET, DGRAM)
+    try: sock.connect(('127.0.0.1', A['granted_udp']))
+    except OSError: pass
+    try: call(42, sock.fileno(), struct.pack('=H14x', 0), 16)
+    except OSError: pass
+    sock.sendmsg([TOKEN], [], 0, ('127.0.0.1', A['udp']))
+""",
+        sink="udp",
+        refused=("EACCES", "EPIPE"),
+    ),
+]
+UDP = [replace(attack, rings=("actor", "call", "actor_udp", "call_udp")) for attack in UDP]
+
+
+def _elsewhere(name: str, address: str) -> Attack:
+    """An address that needs its own rule, where a rule grants all there are."""
+    program = f"""
+def main():
+    family = AF_INET6 if ':' in '{address}' else AF_INET
+    try: connect(family, STREAM, ('{address}', A['tcp']))
+    except OSError as error:
+        say(missing='this host has no such address: %s' % error)
+        raise
+"""
+    return Attack(
+        name,
+        program,
+        refused=("EACCES",),
+        rings=("actor_wide", "call_wide"),
+        elsewhere="a rule for all addresses means these too there",
+    )
+
+
+SPECIAL = [
+    _elsewhere("cloud metadata (169.254.169.254)", "169.254.169.254"),
+    _elsewhere("cloud metadata by IPv6 (fd00:ec2::254)", "fd00:ec2::254"),
+    _elsewhere("cloud metadata, IPv4-mapped", "::ffff:169.254.169.254"),
+    _elsewhere("link-local", "169.254.7.7"),
+    _elsewhere("IPv4-compatible (::127.0.0.1)", "::127.0.0.1"),
+    _elsewhere("NAT64 (64:ff9b::/96)", "64:ff9b::7f00:1"),
+    _elsewhere("6to4 (2002::/16)", "2002:7f00:1::1"),
+    _elsewhere("Teredo (2001::/32)", "2001:0:7f00:1::1"),
+]
+
+
+@pytest.fixture(scope="module")
+def special_addresses() -> Iterator[None]:
+    """Gives loopback the special addresses, where this process may: what is refused must be reachable otherwise."""
+    found = [attack.program.split("('", 1)[1].split("'", 1)[0] for attack in SPECIAL]
+    made = [address for address in found if "ffff" not in address and _ip("add", address)]
+    yield
+    for address in made:
+        _ip("del", address)
+
+
+def _ip(verb: str, address: str) -> bool:
+    try:
+        command = ["ip", "address", verb, f"{address}/{128 if ':' in address else 32}", "dev", "lo"]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+NOTHING = [
+    Attack(
+        "an empty list of destinations",  # which means everything in some
+        "def main(): connect(AF_INET, STREAM, ('127.0.0.1', A['granted']))",
+        sink="granted",
+        refused=("EACCES",),
+        rings=("actor_nothing", "call_nothing"),
+    ),
+    Attack(
+        "an empty list of destinations, unix socket",
+        "def main(): connect(AF_UNIX, STREAM, A['unix_granted'])",
+        sink="unix_granted",
+        refused=("EACCES",),
+        rings=("actor_nothing", "call_nothing"),
+    ),
+]
+
+
 def _family(name: str, body: str, error: str = "EAFNOSUPPORT", *, privileged: bool = False) -> Attack:
     """A socket that must not even come into being: judged by a file the attack leaves once it has it."""
     program = f"""
@@ -319,6 +520,7 @@ def main():
         refused=(error,),
         judge=lambda told: f"a {name}" if Path(told["folder"], "made").exists() else "",
         privileged=privileged,
+        surface=True,
     )
 
 
@@ -350,16 +552,27 @@ FAMILIES = [
 ]
 
 
-@cases(TCP)
+@cases(TCP, "TCP: addresses and calls")
 def test_tcp(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)
 
 
-@cases(UDP)
+@cases(SPECIAL, "TCP: addresses and calls")
+@pytest.mark.usefixtures("special_addresses")
+def test_special(stage: Stage, attack: Attack, ring: str) -> None:
+    escape(stage, attack, ring)
+
+
+@cases(NOTHING, "configuration")
+def test_nothing(stage: Stage, attack: Attack, ring: str) -> None:
+    escape(stage, attack, ring)
+
+
+@cases(UDP, "UDP")
 def test_udp(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)
 
 
-@cases(FAMILIES)
+@cases(FAMILIES, "socket families and protocols")
 def test_family(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)

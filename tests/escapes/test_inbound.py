@@ -1,33 +1,86 @@
-"""Ways to be reached: bind, listen, listen without bind, and sending from a bound port, which is free."""
+"""Ways to be reached: bind, listen, listen without bind, datagrams nobody asked for; sending from a bound port is free."""
 
 # ruff: noqa: E501 - programs within strings
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import secrets
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import Attack, Stage, cases, escape
+from harness import PYTHON, Attack, Stage, cases, escape
 
 pytestmark = pytest.mark.kernel
 
+_words: dict[str, str] = {}
+"""What each attack would have been told from outside, by its token: who knows the word was reached."""
 
-def _listening(name: str, body: str, refused: tuple[str, ...]) -> Attack:
-    """The harm is a socket that others can reach: the attack leaves its number where the judge finds it."""
-    lines = "\n".join("    " + line for line in body.strip().splitlines())
-    program = f"""
-def main():
-{lines}
-    with open(os.path.join(A['folder'], 'port'), 'w') as file:
-        file.write(str(sock.getsockname()))
+
+@contextlib.contextmanager
+def _caller(told: dict[str, Any]) -> Iterator[None]:
+    """Outside: as soon as the attack says where it can be reached, somebody calls there and tells it a word."""
+    word = _words[told["token"]] = secrets.token_hex(8)
+    where = Path(told["folder"], "where")
+    over = threading.Event()
+
+    def call() -> None:
+        while not over.wait(0.005):
+            try:
+                kind, address = json.loads(where.read_text())
+            except (OSError, ValueError):
+                continue
+            family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+            with contextlib.suppress(OSError), socket.socket(family, kind) as sock:
+                sock.settimeout(1)
+                sock.connect(address if isinstance(address, str) else ("127.0.0.1", address))
+                sock.send(word.encode())
+                if kind == socket.SOCK_STREAM:
+                    sock.recv(1)  # until it is closed there
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5)
+
+
+def _reached(told: dict[str, Any]) -> str:
+    try:
+        got = Path(told["folder"], "got").read_text()
+    except FileNotFoundError:
+        return ""
+    return "it was reached from outside" if got == _words[told["token"]] else ""
+
+
+_RECEIVE = """
+where = sock.getsockname()
+where = where[1] if isinstance(where, tuple) else where.decode() if isinstance(where, bytes) else where
+with open(os.path.join(A['folder'], 'part'), 'w') as file:
+    json.dump([sock.type & 0xf, where], file)
+os.rename(file.name, os.path.join(A['folder'], 'where'))
+sock.settimeout(0.6)
+got = sock.recv(99) if sock.type & 0xf == DGRAM else sock.accept()[0].recv(99)
+with open(os.path.join(A['folder'], 'got'), 'wb') as file:
+    file.write(got)
 """
+
+
+def _listening(name: str, body: str, *refused: str, **more: Any) -> Attack:
+    """The harm is that somebody outside reached it."""
+    lines = "\n".join("    " + line for line in (body.strip() + _RECEIVE).splitlines())
     return Attack(
-        name,
-        program,
-        sink="",
-        refused=refused,
-        judge=lambda told: "it listens" if Path(told["folder"], "port").exists() else "",
-    )
+        name, f"def main():\n{lines}\n", sink="", refused=refused, judge=_reached, beside=_caller, **more
+    )  # fmt: skip
 
 
 _FREE_PORT = """
@@ -38,44 +91,157 @@ INBOUND = [
     _listening(
         "bind and listen",
         _FREE_PORT + "sock = socket.socket(); sock.bind(('127.0.0.1', port)); sock.listen()",
-        ("EPERM",),
+        "EPERM",
     ),
     _listening(
-        "bind all and listen", _FREE_PORT + "sock = socket.socket(); sock.bind(('', port)); sock.listen()", ("EPERM",)
+        "bind all and listen", _FREE_PORT + "sock = socket.socket(); sock.bind(('', port)); sock.listen()", "EPERM"
     ),
-    _listening("listen without bind", "sock = socket.socket(); sock.listen()", ("EPERM",)),
-    _listening("bind port 0 and listen", "sock = socket.socket(); sock.bind(('', 0)); sock.listen()", ("EPERM",)),
+    _listening("listen without bind", "sock = socket.socket(); sock.listen()", "EPERM"),
+    _listening("bind port 0 and listen", "sock = socket.socket(); sock.bind(('', 0)); sock.listen()", "EPERM"),
     _listening(
-        "IPv6 bind port 0 and listen", "sock = socket.socket(AF_INET6); sock.bind(('::', 0)); sock.listen()", ("EPERM",)
+        "IPv6 bind port 0 and listen", "sock = socket.socket(AF_INET6); sock.bind(('::', 0)); sock.listen()", "EPERM"
     ),
-    _listening("listen by raw system call", "sock = socket.socket(); call(50, sock.fileno(), 1)", ("EPERM",)),
+    _listening("listen by raw system call", "sock = socket.socket(); call(50, sock.fileno(), 1)", "EPERM"),
     _listening(
-        "UDP bind", _FREE_PORT + "sock = socket.socket(AF_INET, DGRAM); sock.bind(('127.0.0.1', port))", ("EPERM",)
+        "listen by a descriptor passed to a child",
+        """
+ours, theirs = socket.socketpair()
+if os.fork() == 0:
+    _, (descriptor,), _, _ = socket.recv_fds(theirs, 1, 1)
+    try: call(50, descriptor, 1)
+    except OSError as error: os._exit(error.errno)
+    os._exit(0)
+sock = socket.socket(); sock.bind(('', 0))
+socket.send_fds(ours, [b'x'], [sock.fileno()])
+status = os.waitstatus_to_exitcode(os.wait()[1])
+if status: raise OSError(status, 'refused')
+""",
+        "EPERM",
     ),
-    _listening("MPTCP listen", "sock = socket.socket(AF_INET, STREAM, 262); sock.listen()", ("EPROTONOSUPPORT",)),
+    _listening("MPTCP listen", "sock = socket.socket(AF_INET, STREAM, 262); sock.listen()", "EPROTONOSUPPORT"),
+    _listening(
+        "UDP bind", _FREE_PORT + "sock = socket.socket(AF_INET, DGRAM); sock.bind(('127.0.0.1', port))", "EPERM"
+    ),
+    _listening(
+        "UDP port shared by SO_REUSEPORT",
+        _FREE_PORT + "sock = socket.socket(AF_INET, DGRAM); sock.setsockopt(1, 15, 1); sock.bind(('127.0.0.1', port))",
+        "EPERM",
+    ),
+    _listening(
+        "UDP datagrams to a port of the kernel's choice",  # free to send from, but not for everybody to send to
+        "sock = socket.socket(AF_INET, DGRAM); sock.bind(('', 0))",
+        "ETIMEDOUT",
+        rings=("actor", "call"),
+    ),
+    _listening(
+        "IPv6 UDP datagrams to a port of the kernel's choice",
+        "sock = socket.socket(AF_INET6, DGRAM); sock.bind(('::', 0))",
+        "ETIMEDOUT",
+        rings=("actor", "call"),
+    ),
+    _listening(
+        "UDP after the filter against datagrams was taken off",
+        """
+sock = socket.socket(AF_INET, DGRAM); sock.bind(('', 0))
+try: sock.setsockopt(1, 27, 0)  # SO_DETACH_FILTER
+except OSError: pass
+try: sock.setsockopt(1, 26, struct.pack('HxxxxxxP', 1, ctypes.addressof(ctypes.create_string_buffer(struct.pack('=HBBI', 6, 0, 0, 0xffff), 8))))
+except OSError: pass
+""",
+        "ETIMEDOUT",
+        rings=("actor", "call"),
+    ),
     _listening(
         "abstract unix bind",
-        "sock = socket.socket(AF_UNIX); sock.bind('\\0ray_guard_' + A['token']); sock.listen()\nsock = socket.socket(); "
-        "sock.bind(('127.0.0.1', 0))",
-        ("EACCES",),
+        "sock = socket.socket(AF_UNIX); sock.bind('\\0ray_guard_' + A['token']); sock.listen()",
+        "EACCES",
     ),
-    _listening(
-        "autobound unix address",
-        "sock = socket.socket(AF_UNIX); sock.bind(''); sock.listen()\nsock = socket.socket(); sock.bind(('127.0.0.1', 0))",
-        ("EACCES",),
-    ),
+    _listening("autobound unix address", "sock = socket.socket(AF_UNIX); sock.bind(''); sock.listen()", "EACCES"),
 ]
 
 
-@cases(INBOUND)
+@cases(INBOUND, "inbound")
 def test_inbound(stage: Stage, attack: Attack, ring: str) -> None:
+    escape(stage, attack, ring)
+
+
+@contextlib.contextmanager
+def _opening_at_once(told: dict[str, Any]) -> Iterator[None]:
+    """Outside: a socket that connects to the attack's port again and again, from a port the attack knows."""
+    _words[told["token"]] = secrets.token_hex(8)
+    over = threading.Event()
+    file = Path(told["folder"], "where")
+
+    def call() -> None:
+        with socket.socket() as first:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+        Path(told["folder"], "peer.part").write_text(str(port))
+        os.rename(Path(told["folder"], "peer.part"), Path(told["folder"], "peer"))
+        while not over.is_set():
+            try:
+                there = int(file.read_text())
+            except (OSError, ValueError):
+                continue
+            with contextlib.suppress(OSError), socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.settimeout(0.5)
+                sock.bind(("127.0.0.1", port))
+                sock.connect(("127.0.0.1", there))
+                sock.send(_words[told["token"]].encode())
+                sock.recv(1)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5)
+
+
+SIMULTANEOUS = Attack(
+    "simultaneous open",
+    """
+def main():
+    # Two that connect to each other at the same moment need no listener.
+    over = time.monotonic() + 4
+    while not os.path.exists(A['folder'] + '/peer'): time.sleep(0.001)
+    peer = int(open(A['folder'] + '/peer').read())
+    first = socket.socket(); first.bind(('127.0.0.1', 0)); port = first.getsockname()[1]; first.close()
+    port = port
+    open(A['folder'] + '/part', 'w').write(str(port)); os.rename(A['folder'] + '/part', A['folder'] + '/where')
+    failed = None
+    while time.monotonic() < over:
+        sock = socket.socket(); sock.setsockopt(1, 2, 1)
+        try:
+            sock.bind(('127.0.0.1', port))
+            sock.connect(('127.0.0.1', peer))
+            sock.settimeout(0.5)
+            got = sock.recv(99)
+            if got:
+                open(A['folder'] + '/got', 'wb').write(got)
+                return
+        except OSError as error:
+            failed = error
+            if error.errno in (errno.EACCES, errno.EPERM): raise
+        sock.close()
+    say(missing='two connects never met: %s' % failed)
+""",
+    sink="",
+    refused=("EACCES", "EPERM"),
+    judge=_reached,
+    beside=_opening_at_once,
+)
+
+
+@cases([SIMULTANEOUS], "inbound")
+def test_simultaneous_open(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)
 
 
 @pytest.mark.parametrize("ring", ["actor", "call"])
 def test_a_port_of_ones_own_to_send_from_is_free(stage: Stage, ring: str) -> None:
-    from harness import PYTHON
-
     program = """
 import socket, sys
 sock = socket.socket()
@@ -91,10 +257,6 @@ print(sock.getsockname() == own and own[1] > 0)
 @pytest.mark.parametrize("ring", ["actor", "call"])
 def test_own_unix_sockets_work(stage: Stage, ring: str) -> None:
     """What a call binds itself it may connect to: multiprocessing, ssh's ControlMaster, language servers."""
-    import tempfile
-
-    from harness import PYTHON
-
     program = """
 import os, socket, sys
 path = os.path.join(sys.argv[1], 's')

@@ -122,6 +122,7 @@ def main():
         sink="",
         refused=(error,),
         judge=_made(name),
+        surface=True,
         privileged=privileged,
         **more,  # type: ignore[arg-type]
     )
@@ -237,7 +238,7 @@ sock.send(struct.pack('=IHHII', 16 + len(body), 21, 0x5, 2, 0) + body)
 ]
 
 
-@cases(CALLS)
+@cases(CALLS, "around the filter")
 def test_system_call(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)
 

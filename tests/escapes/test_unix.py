@@ -236,6 +236,6 @@ def main():
 ]
 
 
-@cases(UNIX)
+@cases(UNIX, "unix sockets")
 def test_unix(stage: Stage, attack: Attack, ring: str) -> None:
     escape(stage, attack, ring)

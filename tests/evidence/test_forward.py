@@ -24,7 +24,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from ray_guard.evidence.forward import STATE, forwarder_argv
+from ray_guard.evidence.forward import STATE
+from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
 from ray_guard.evidence.otlp import LineEncoder
 from ray_guard.records import Resource, SpanEvent, SpanKind, SpanLink, SpanRecord, StatusCode
@@ -292,7 +293,7 @@ def test_when_the_supervisor_dies_the_rest_is_flushed(tmp_path: Path, received: 
 import os, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from ray_guard.evidence.forward import forwarder_argv
+from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
 from ray_guard.evidence.otlp import encode
 from ray_guard.records import *

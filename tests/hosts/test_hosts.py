@@ -45,7 +45,7 @@ def on(name: str, folder: Path, policy: dict[str, Any]) -> Iterator[Host]:
 def granting(sinks: Sinks, **more: Any) -> dict[str, Any]:
     port = sinks.address("granted")
     allow = [f"127.0.0.1:{port}", f"unix://{sinks.address('unix_granted')}"]
-    return {"egress": {"allow": allow}, **more}
+    return {"egress": {"allow": allow, **more}}
 
 
 def python(program: str, *arguments: object) -> list[str]:
@@ -102,7 +102,9 @@ def test_unconfined_it_arrives(sinks: Sinks) -> None:
 
 @pytest.fixture(scope="module")
 def docker(sinks: Sinks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with on("docker", tmp_path_factory.mktemp("docker"), granting(sinks)) as host:
+    # Ports that the kernel hands out may be bound again by number: a common way to find a free one.
+    low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    with on("docker", tmp_path_factory.mktemp("docker"), granting(sinks, listen=[f"{low}-{high}"])) as host:
         yield host
 
 

@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu_standin"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "escapes"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import Stage, staged
 

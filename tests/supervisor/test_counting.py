@@ -227,10 +227,13 @@ print(made)
     closed.close()
 
 
-@pytest.mark.parametrize("scope", ["actor", "call"])
+@pytest.mark.parametrize("scope", ["actor", "job"])
 @pytest.mark.parametrize("how", ["plain", "orphan"])
 def test_egress_bytes_are_cut(server: Server, tmp_path: Path, scope: str, how: str) -> None:
-    """The direct path overshoots by its rate times the tick (eight, on a busy machine) and by what was buffered."""
+    """The direct path overshoots by its rate times the tick (eight, on a busy machine) and by what was buffered.
+
+    It is the path under the caps of actor and job; those of call and episode are in test_relay.py.
+    """
     program = """
 import os, socket, sys, time
 sock = socket.create_connection(('127.0.0.1', int(sys.argv[1])))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -57,8 +58,14 @@ def full_backlog() -> Iterator[int]:
             sock.close()
 
 
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    """Without those of its leaders, a few of which stay: a line, and the line and listener of the next tool of each."""
+    leaders = [leader for zygote in children(pid) for leader in children(zygote)]
+    return len(os.listdir(f"/proc/{pid}/fd")) - 3 * len(leaders)
 
 
 def links(pid: int) -> list[str]:
@@ -259,13 +266,18 @@ def test_descriptors_do_not_leak(stage: Stage, tmp_path: Path) -> None:
     """Calls that fail in every way, many times over."""
     granted = stage.sinks.address("granted")
     program = """
-import array, os, socket, sys
+import array, os, socket, struct, sys
 port, unix, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 file = open('/dev/null')
 import ctypes
-libc = ctypes.CDLL(None)
+libc = ctypes.CDLL(None, use_errno=True)
 ours, theirs = socket.socketpair()
+granted = struct.pack('=HH4s8x', socket.AF_INET, socket.htons(port), socket.inet_aton('127.0.0.1'))
+told = set()
 for n in range(300):
+    for number in (file.fileno(), ours.fileno(), 9999):
+        libc.connect(number, granted, 16)
+        told.add(ctypes.get_errno())
     for number in (42, 49, 50, 44, 46, 307):
         libc.syscall(number, file.fileno(), 0, 16, 0, 8, 16)
         libc.syscall(number, ours.fileno(), 8, 16, 0, 8, 16)
@@ -284,6 +296,7 @@ for n in range(300):
     path = os.path.join(folder, str(n))
     with socket.socket(socket.AF_UNIX) as sock: sock.bind(path)
     os.unlink(path)
+print(sorted(told))
 """
     with hosts(tmp_path, {"egress": {"allow": [f"127.0.0.1:{granted}"]}}) as (host,):
         assert works(host, granted)
@@ -291,6 +304,7 @@ for n in range(300):
         argv = [PYTHON, "-I", "-S", "-c", program, str(granted), str(stage.sinks.address("unix")), str(tmp_path)]
         outcome = host.run("call", argv, timeout=60)
         assert outcome.status == 0, outcome
+        assert outcome.stdout.strip() == str([errno.EBADF, errno.EINVAL, errno.ENOTSOCK])  # on the short way too
         no_leak(host.supervisor, before)
 
 

@@ -7,9 +7,12 @@ import socket
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ray_guard.egress import rings
-from ray_guard.kernel.seccomp import ALLOW, NOTIFY, Instruction, refuse
+from ray_guard.kernel import seccomp
+from ray_guard.kernel.seccomp import ALLOW, NOTIFY, Instruction, Rule, When, assemble, refuse
 from ray_guard.kernel.syscalls import AUDIT_ARCH, LAST_KNOWN, TABLES
 from ray_guard.records import Role
 
@@ -35,6 +38,10 @@ def run(program: Sequence[Instruction], number: int, arguments: Sequence[int], a
             at += jump_true if accumulator == constant else jump_false
         elif code == 0x25:  # jgt
             at += jump_true if accumulator > constant else jump_false
+        elif code == 0x35:  # jge
+            at += jump_true if accumulator >= constant else jump_false
+        elif code == 0x05:  # ja
+            at += constant
         elif code == 0x06:  # ret
             return constant
         else:
@@ -97,9 +104,9 @@ TABLE = [
     ("prctl", (4, 1), ALLOW, ALLOW),
     ("setpriority", (0, 0, 5), ALLOW, ALLOW),
     ("setpriority", (0, 7, 5), ALLOW, NOTIFY),
-    ("setpriority", (2, 0, 5), ALLOW, EPERM),
+    ("setpriority", (2, 0, 5), EPERM, EPERM),
     ("ioprio_set", (1, 7, 5), ALLOW, NOTIFY),
-    ("ioprio_set", (3, 0, 5), ALLOW, EPERM),
+    ("ioprio_set", (3, 0, 5), EPERM, EPERM),
     ("sched_setaffinity", (0, 8, SOMEWHERE), ALLOW, ALLOW),
     ("sched_setaffinity", (7, 8, SOMEWHERE), ALLOW, NOTIFY),
     ("prlimit64", (0, 7, SOMEWHERE, 0), ALLOW, ALLOW),
@@ -134,6 +141,46 @@ def test_a_policy_actor_is_asked_about_other_processes(machine: str, name: str) 
     assert answer(rings.actor_ring(Role.POLICY, machine, datagrams=False), machine, name, 1) == NOTIFY
 
 
+KEEPER, OTHER = 41, 42
+GROUP = -KEEPER & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(
+    ("name", "arguments", "answered"),
+    [
+        ("kill", (KEEPER, 19), EPERM),
+        ("kill", (GROUP, 19), EPERM),
+        ("kill", (-1 & 0xFFFFFFFF, 19), EPERM),
+        ("kill", (OTHER, 19), ALLOW),
+        ("kill", (-OTHER & 0xFFFFFFFF, 19), ALLOW),
+        ("kill", (0, 19), ALLOW),
+        ("tkill", (KEEPER, 19), EPERM),
+        ("tgkill", (KEEPER, KEEPER, 19), EPERM),
+        ("tgkill", (OTHER, KEEPER, 19), ALLOW),  # ESRCH: it is no thread of that process
+        ("rt_sigqueueinfo", (KEEPER, 19, SOMEWHERE), EPERM),
+        ("rt_tgsigqueueinfo", (KEEPER, KEEPER, 19, SOMEWHERE), EPERM),
+        ("pidfd_send_signal", (3, 19, 0, 0), ENOSYS),
+        ("fcntl", (3, 8, KEEPER), EPERM),
+        ("fcntl", (3, 8, GROUP), EPERM),
+        ("fcntl", (3, 8, OTHER), ALLOW),
+        ("fcntl", (3, 15, SOMEWHERE), refuse(errno.EINVAL)),
+        ("fcntl", (KEEPER, 3), ALLOW),
+        ("prlimit64", (KEEPER, 0, SOMEWHERE, 0), EPERM),
+        ("prlimit64", (KEEPER, 0, 0, SOMEWHERE), ALLOW),
+        ("sched_setaffinity", (KEEPER, 8, SOMEWHERE), EPERM),
+        ("setpriority", (0, KEEPER, 19), EPERM),
+        ("setpriority", (1, KEEPER, 19), EPERM),
+        ("setpriority", (0, OTHER, 19), ALLOW),
+    ],
+)
+def test_an_actor_cannot_hold_up_who_judges_it(
+    machine: str, name: str, arguments: tuple[int, ...], answered: int
+) -> None:
+    program = rings.actor_ring(Role.ENV, machine, datagrams=False, keepers=(7, KEEPER))
+    assert answer(program, machine, name, *arguments) == answered
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_an_actor_with_udp_destinations_has_its_messages_judged(machine: str) -> None:
     program = rings.actor_ring(Role.ENV, machine, datagrams=True)
@@ -153,3 +200,33 @@ def test_numbers_nobody_knows_and_x32_do_not_exist(machine: str, number: int) ->
 def test_another_architecture_does_not_exist(machine: str) -> None:
     i386 = 0x40000003
     assert run(rings.call_ring(machine), 102, (3,), i386) == ENOSYS  # socketcall
+
+
+_CALLS = sorted(TABLES[MACHINES[0]].keys() & TABLES[MACHINES[-1]].keys())[:9]
+_whens = st.builds(
+    When,
+    st.integers(0, 2),
+    st.sampled_from(list(seccomp.Test)),
+    st.integers(0, 3),
+    st.sampled_from([0xFFFFFFFF, 1, 2]),
+    st.booleans(),
+)
+_rules = st.builds(Rule, st.sampled_from(_CALLS), st.integers(1, 9), st.lists(_whens, max_size=3).map(tuple))
+
+
+def holds(when: When, arguments: Sequence[int]) -> bool:
+    word = arguments[when.argument] >> (32 if when.high else 0) & 0xFFFFFFFF
+    return (word & when.mask == when.value) is (when.test is seccomp.Test.EQUAL)
+
+
+@given(
+    st.sampled_from(MACHINES),
+    st.lists(_rules, max_size=40),
+    st.sampled_from(_CALLS),
+    st.lists(st.sampled_from([0, 1, 2, 3, 1 << 32, 3 << 32]), min_size=3, max_size=3),
+)
+def test_the_first_rule_that_holds_decides(machine: str, rules: list[Rule], name: str, arguments: list[int]) -> None:
+    expected = next(
+        (rule.action for rule in rules if rule.name == name and all(holds(w, arguments) for w in rule.conditions)), 7777
+    )
+    assert answer(assemble(rules, machine, default=7777), machine, name, *arguments) == expected

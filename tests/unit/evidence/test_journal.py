@@ -116,6 +116,42 @@ def test_a_full_file_system_is_an_error_and_leaves_whole_lines(tmp_path: Path) -
         assert journal.size == 300
 
 
+def test_what_is_postponed_comes_before_what_is_appended_after_it(tmp_path: Path) -> None:
+    with Journal(tmp_path / "e") as journal:
+        journal.append(b"1\n")
+        journal.postpone(b"2\n")
+        journal.postpone(b"3\n")
+        assert journal.path.read_bytes() == b"1\n"
+        journal.append(b"4\n")
+        assert journal.path.read_bytes() == b"1\n2\n3\n4\n"
+        journal.postpone(b"5\n")
+        journal.flush()
+        assert journal.path.read_bytes() == b"1\n2\n3\n4\n5\n"
+        for number in range(5000):  # they do not pile up
+            journal.postpone(b"%d\n" % number)
+        assert len(journal.path.read_bytes().splitlines()) > 4000
+    assert journal.path.read_bytes().splitlines()[5:] == [b"%d" % number for number in range(5000)]
+
+
+def test_what_is_postponed_outlasts_a_full_file_system(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(tmp_path / "e") as journal:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3, hard))
+        try:
+            journal.postpone(b"first\n")
+            for _ in range(2):
+                with pytest.raises(JournalError, match="cannot be written"):
+                    journal.flush()
+                with pytest.raises(JournalError, match="cannot be written"):
+                    journal.append(b"x\n")  # although it alone would have room: nothing overtakes
+            assert journal.path.read_bytes() == b""
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        journal.append(b"second\n")
+        assert journal.path.read_bytes() == b"first\nsecond\n"
+        assert journal.size == 13
+
+
 def test_what_was_appended_survives_sigkill(tmp_path: Path) -> None:
     program = textwrap.dedent(
         """

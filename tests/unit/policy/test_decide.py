@@ -317,6 +317,16 @@ def test_unix_sockets_may_be_bound_by_path() -> None:
     assert outcome(policy, Request(BIND, UNIX, path="")) == (False, "invalid")
 
 
+@pytest.mark.parametrize("role", list(Role))
+def test_nobody_binds_where_the_guards_own_sockets_are(role: Role) -> None:
+    around = Surroundings(guard_folders=("/run/ray_guard",), control_folders=("/run/ray_guard", "/tmp/ray/session"))
+    policy = compiled(role=role)
+    assert outcome(policy, Request(BIND, UNIX, path="/run/ray_guard/x.sock"), around) == (False, "control_plane")
+    assert outcome(policy, Request(BIND, UNIX, path="/run/ray_guard_not/x.sock"), around) == (True, "unix_bind")
+    # An actor's working folder lies within Ray's session.
+    assert outcome(policy, Request(BIND, UNIX, path="/tmp/ray/session/x.sock"), around) == (True, "unix_bind")
+
+
 # Names --------------------------------------------------------------------------------------------------------------
 
 TOLD = Surroundings(
@@ -359,6 +369,39 @@ def test_without_a_name_rule_there_is_no_resolver() -> None:
     assert compiled(["index.example.org:443"]).allows_name("index.example.org")
     assert not compiled(["index.example.org:443"]).allows_name("example.org")
     assert not CompiledPolicy().allows_name("index.example.org")
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("index.example.org", "index.example.org:443"),
+        ("a.files.example.org", "*.files.example.org:443"),
+        ("a.b.files.example.org", "*.files.example.org:443"),
+        ("files.example.org", None),
+        ("xfiles.example.org", None),
+        ("index.example.org.evil.com", None),
+        ("example.org", None),
+        ("localhost", None),
+    ],
+)
+def test_names_that_may_be_asked_for(name: str, rule: str | None) -> None:
+    decision = compiled(["*.files.example.org:443", "index.example.org:443"]).decide_name(name)
+    if rule is None:
+        assert (decision.allowed, decision.reason, decision.route) == (False, Reason.NOT_LISTED, Route.NONE)
+    else:
+        assert decision == Decision(Verdict.ALLOW, Reason.RESOLVER, rule, Route.RESOLVER, name=name)
+
+
+def test_several_policies_must_all_list_a_name_and_one_that_reports_refuses_none() -> None:
+    one, two = compiled(["a.example.org:443", "b.example.org:443"]), compiled(["b.example.org:22"])
+    assert not one.intersect(two).decide_name("a.example.org").allowed
+    assert one.intersect(two).decide_name("b.example.org").allowed
+    reports = compiled(["b.example.org:443"], mode="report")
+    assert reports.decide_name("b.example.org").report_only is False
+    noticed = reports.decide_name("a.example.org")
+    assert (noticed.allowed, noticed.report_only, noticed.reason) == (True, True, Reason.NOT_LISTED)
+    assert reports.intersect(one).decide_name("a.example.org").report_only
+    assert not reports.intersect(two).decide_name("a.example.org").allowed
 
 
 # Budgets ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"egress": {"proxy": None}}, ()),
         ({"egress": {"verify_names": True}}, ()),
         ({"egress": {"verify_names": True, "allow": ["a.b:443"]}}, ("egress.allow[0]", "egress.verify_names")),
-        ({"egress": {"verify_names": False, "allow": ["a.b:443"]}}, ("egress.allow[0]",)),
+        ({"egress": {"verify_names": False, "allow": ["a.b:443"]}}, ()),
+        ({"egress": {"allow": ["tcp://a.b:5", "tls://a.b:5"]}}, ("egress.allow[1]",)),
+        ({"egress": {"verify_names": True, "allow": ["tcp://a.b:5"]}}, ()),
         ({"model_endpoint": "engine:8000"}, ("model_endpoint",)),
         ({"model_endpoint": None}, ()),
         ({"gpu": "none"}, ()),
@@ -97,7 +99,7 @@ def test_every_supported_name_can_come_up() -> None:
         },
     }
     keys = set(Policy.model_validate(data).to_wire()["set"])
-    keys |= {f"egress.allow.{kind}" for kind in ("address", "unix", "cluster", "collectives")}
+    keys |= {f"egress.allow.{kind}" for kind in ("address", "name.unverified", "unix", "cluster", "collectives")}
     keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "on_violation.deny"}
     keys |= {"require.egress", "require.processes", "require.gpu", "gpu.none", "gpu.engine"}
     assert keys == SUPPORTED

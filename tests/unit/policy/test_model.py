@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from ray_guard.errors import PolicyError
 from ray_guard.policy.budgets import KINDS, Scope
 from ray_guard.policy.decide import CompiledPolicy
-from ray_guard.policy.model import Budget, Budgets, Egress, Files, Policy, parse_size
+from ray_guard.policy.model import Budget, Budgets, Egress, Files, Policy
+from ray_guard.policy.values import parse_size
 from ray_guard.records import Mode, Role
 
 GIB = 1 << 30

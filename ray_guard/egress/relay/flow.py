@@ -1,0 +1,314 @@
+"""One relayed connection: two directions, each moved by splice(2) through a pipe. Runs in the mover.
+
+A direction stops where its allowance stops, where its destination takes no more, and where nothing has come. It goes on
+when the mover is told that this has changed; nothing is held of an idle one but its two sockets.
+
+How it ends: a FIN is passed on and the other direction stays open; an error on one side, or a cut, resets the other,
+*after* what was moved to it before has been taken (a reset right away would throw away bytes that are counted as sent).
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import socket
+import struct
+import termios
+from collections.abc import Callable
+from typing import Final, Protocol
+
+TURN: Final = 1 << 20
+"""Bytes that one direction moves before others have their turn."""
+_STREAM: Final = 1 << 17
+_F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032
+_PIPE: Final = 1 << 20
+_PIPES_KEPT: Final = 64
+_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_SIOCOUTQ: Final = 0x5411
+_RESET: Final = struct.pack("ii", 1, 0)
+
+
+class Allowance(Protocol):
+    """How many bytes a direction may still move."""
+
+    left: float
+
+    def want(self, direction: Direction, need: int) -> None:
+        """``need`` bytes wait and none is left: ask for more; :meth:`Flow.resume` follows, or :meth:`Flow.cut`."""
+
+    def moved(self, count: int) -> None:
+        """``count`` bytes that were taken from :attr:`left` have been moved."""
+
+
+class Pipe:
+    """Read end, write end and capacity in bytes. Empty pipes are kept for the next that needs one."""
+
+    __slots__ = ("capacity", "read", "write")
+    _kept: list[Pipe] = []  # noqa: RUF012 - of this process, which has one thread
+
+    def __init__(self) -> None:
+        self.read, self.write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fcntl.fcntl(self.write, _F_SETPIPE_SZ, _PIPE)
+        except OSError:
+            pass  # the user has many large ones already: what it is will do
+        self.capacity = fcntl.fcntl(self.write, _F_GETPIPE_SZ)
+
+    @classmethod
+    def get(cls) -> Pipe:
+        return cls._kept.pop() if cls._kept else cls()
+
+    def put(self, *, empty: bool) -> None:
+        if empty and len(self._kept) < _PIPES_KEPT:
+            self._kept.append(self)
+        else:
+            os.close(self.read)
+            os.close(self.write)
+
+
+class Direction:
+    """Bytes from one socket to the other. ``readable`` and ``writable`` are true until the kernel says otherwise."""
+
+    __slots__ = (
+        "allowance",
+        "count",
+        "done",
+        "fill",
+        "flow",
+        "pipe",
+        "readable",
+        "sink",
+        "source",
+        "waits",
+        "writable",
+    )
+
+    def __init__(self, flow: Flow, source: socket.socket, sink: socket.socket, allowance: Allowance) -> None:
+        self.flow = flow
+        self.source = source
+        self.sink = sink
+        self.allowance = allowance
+        self.readable = self.writable = True
+        self.waits = False
+        """It has asked for an allowance and not been answered."""
+        self.pipe: Pipe | None = None
+        self.fill = 0
+        self.count = 0
+        """Bytes handed on so far."""
+        self.done = False
+        """The source has ended and the sink has been told."""
+
+    def move(self) -> bool:
+        """Moves up to :data:`TURN` bytes; whether there may be more to move at once. Raises OSError: a side failed."""
+        turn = TURN
+        while not self.done:
+            if self.fill and self.pipe is not None:
+                if not self.writable:
+                    return False
+                if turn <= 0:
+                    return True
+                turn -= self._drain(self.pipe)
+                continue
+            if not self.readable or self.waits:
+                self._let_go()
+                return False
+            if turn <= 0:
+                return True
+            if self.allowance.left <= 0:
+                self._ask()
+            else:
+                self._take()
+        return False
+
+    def _drain(self, pipe: Pipe) -> int:
+        try:
+            moved = os.splice(pipe.read, self.sink.fileno(), self.fill, flags=_FLAGS)
+        except BlockingIOError:
+            self.writable = False
+            return 0
+        self.fill -= moved
+        self.count += moved
+        self.allowance.moved(moved)
+        return moved
+
+    def _take(self) -> None:
+        if self.pipe is None:
+            self.pipe = Pipe.get()
+        count = int(min(self.allowance.left, self.pipe.capacity))
+        try:
+            self.fill = os.splice(self.source.fileno(), self.pipe.write, count, flags=_FLAGS)
+        except BlockingIOError:
+            self.readable = False
+            return
+        self.allowance.left -= self.fill
+        if self.fill == 0:
+            self._end()
+
+    def _ask(self) -> None:
+        waiting = readable_bytes(self.source)
+        if waiting:
+            self.waits = True
+            self.allowance.want(self, waiting)
+            return
+        try:
+            if self.source.recv(1, socket.MSG_PEEK) == b"":
+                self._end()
+        except BlockingIOError:
+            self.readable = False
+
+    def _end(self) -> None:
+        self.done = True
+        self._let_go()
+        try:
+            self.sink.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+
+    def _let_go(self) -> None:
+        if self.pipe is not None:
+            self.pipe.put(empty=self.fill == 0)
+            self.pipe = None
+
+    def stop(self) -> None:
+        """Nothing more goes this way: what was taken and not handed on goes back to the allowance."""
+        self.done = True
+        self._let_go()
+        self.allowance.left += self.fill
+        self.fill = 0
+
+
+class Flow:
+    """See the module.
+
+    Args:
+        number: the supervisor's name for it.
+        tool: our end of the target's connection.
+        upstream: the connection made for it.
+        sent, received: allowances of the two directions, as the target sees them.
+        ended: called once, when both sockets are closed.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        tool: socket.socket,
+        upstream: socket.socket,
+        *,
+        sent: Allowance,
+        received: Allowance,
+        ended: Callable[[Flow], None],
+    ) -> None:
+        self.number = number
+        self.descriptors = (tool.fileno(), upstream.fileno())
+        self.tool = tool
+        self.upstream = upstream
+        self.up = Direction(self, tool, upstream, sent)
+        self.down = Direction(self, upstream, tool, received)
+        self.why = ""
+        """Why it was cut; empty: it ended by itself."""
+        self._closing = False
+        self.finishing = False
+        self.streaming = False
+        """It moved much the last time: soon there will be more."""
+        self._ended = ended
+
+    @property
+    def closing(self) -> bool:
+        """Nothing is moved any more; its sockets are closed as soon as their peers have taken what was."""
+        return self._closing
+
+    def ready(self, sock: socket.socket, *, readable: bool, writable: bool) -> None:
+        """The kernel says that ``sock`` can be read, or takes more."""
+        source, sink = (self.up, self.down) if sock is self.tool else (self.down, self.up)
+        source.readable = source.readable or readable
+        sink.writable = sink.writable or writable
+
+    def move(self) -> bool:
+        """Moves what can be moved; whether there may be more to move at once."""
+        return not self.closing and self._move()
+
+    def _move(self) -> bool:
+        more = False
+        before = self.up.count + self.down.count
+        for direction in (self.up, self.down):
+            try:
+                more = direction.move() or more
+            except OSError:
+                self._break()
+                return False
+            if self.closing:  # it asked, and was cut
+                return False
+        self.streaming = self.up.count + self.down.count - before >= _STREAM
+        if self.up.done and self.down.done:
+            if self.finishing:
+                self._break()  # nobody reads the answer: closed with it unread, what is on its way out would be lost
+            else:
+                self._close()
+            return False
+        if self.finishing and not more and not self.up.fill and not self.up.waits:
+            self.cut("ended")  # nothing was on its way any more, yet the target's end stands open: it outlives its call
+            return False
+        return more
+
+    def finish(self) -> None:
+        """Its call has ended: what its processes had written before still goes out, nothing else does."""
+        self.finishing = True
+        self.down.stop()
+
+    def cut(self, why: str) -> None:
+        """Ends both sides for a reason; nothing more is moved."""
+        if not self.closing:
+            self.why = why
+            self._break()
+
+    def _break(self) -> None:
+        self._closing = True
+        self.up.stop()
+        self.down.stop()
+
+    def linger(self, *, late: bool) -> bool:
+        """While closing: resets the sides whose peer has taken everything (``late``: whose has not, too).
+
+        Whether both are closed now.
+        """
+        for sock in (self.tool, self.upstream):
+            if sock.fileno() >= 0 and (late or unsent_bytes(sock) == 0):
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                except OSError:
+                    pass
+                sock.close()
+        if self.tool.fileno() >= 0 or self.upstream.fileno() >= 0:
+            return False
+        self._ended(self)
+        return True
+
+    def _close(self) -> None:
+        self._closing = True
+        self.up.stop()
+        self.down.stop()
+        self.tool.close()
+        self.upstream.close()
+        self._ended(self)
+
+
+def readable_bytes(sock: socket.socket) -> int:
+    """Payload bytes that have come and wait to be read."""
+    return _ask_count(sock, termios.FIONREAD)
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """Payload bytes that the peer has not acknowledged; 0 for a socket that is dead."""
+    return _ask_count(sock, _SIOCOUTQ)
+
+
+def _ask_count(sock: socket.socket, request: int) -> int:
+    count = array.array("i", [0])
+    try:
+        fcntl.ioctl(sock.fileno(), request, count)
+    except OSError:
+        return 0
+    return count[0]

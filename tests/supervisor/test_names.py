@@ -1,0 +1,418 @@
+"""Names: every way to ask a name server reaches the guard's own, which answers for listed names alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Host, wait
+from names import UPSTREAM, Names, named
+
+pytestmark = pytest.mark.kernel
+
+RINGS = ("call", "actor", "actor_udp")
+Span = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Names]:
+    with named(tmp_path_factory.mktemp("names")) as stage:
+        yield stage
+
+
+def spans(host: Host, name: str = "egress connect", **wanted: Any) -> list[Span]:
+    found = [span for span in host.journal() if span["name"] == name]
+    return [
+        s for s in found if all(s["attributes"].get(key.replace("__", ".")) == value for key, value in wanted.items())
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ways to ask
+
+ASK = [
+    ("getaddrinfo", "[4, sorted({each[4][0] for each in socket.getaddrinfo('both.example.org', A['port'])})]", None),
+    ("gethostbyname", "[0, socket.gethostbyname_ex('both.example.org')[2]]", None),
+    ("connected datagram", "told(datagram(A['upstream'], query('both.example.org')))", None),
+    ("datagram", "told(datagram(A['upstream'], query('both.example.org'), connected=False))", None),
+    ("stream", "told(stream(A['upstream'], query('both.example.org')))", None),
+    ("another name server", "told(datagram('203.0.113.53', query('both.example.org')))", None),
+    ("another name server by stream", "told(stream('203.0.113.53', query('both.example.org')))", None),
+    ("loopback", "told(datagram('127.0.0.53', query('both.example.org')))", None),
+    ("0.0.0.0", "told(datagram('0.0.0.0', query('both.example.org'), connected=False))", None),
+    ("IPv6", "told(datagram('2001:db8::53', query('both.example.org'), AF_INET6))", None),
+    ("IPv6 datagram", "told(datagram('2001:db8::53', query('both.example.org'), AF_INET6, False))", None),
+    ("IPv4-mapped", "told(datagram('::ffff:203.0.113.53', query('both.example.org'), AF_INET6))", None),
+    ("IPv4-mapped datagram", "told(datagram('::ffff:203.0.113.53', query('both.example.org'), AF_INET6, False))", None),
+    ("IPv6 stream", "told(stream('2001:db8::53', query('both.example.org')))", None),
+    (
+        "sendmmsg",
+        """
+def main():
+    with socket.socket(AF_INET, DGRAM) as sock:
+        entries = (MMsgHdr * 2)(*[MMsgHdr(message(query('both.example.org', number=n), ADDRESS), 0) for n in (1, 2)])
+        sent = call(307, sock.fileno(), ctypes.byref(entries), 2, 0)
+        assert (sent, entries[0].length) == (2, len(query('both.example.org'))), (sent, entries[0].length)
+        sock.settimeout(3)
+        first, second = sock.recv(4096), sock.recv(4096)
+        assert {first[:2], second[:2]} == {b"\\0\\1", b"\\0\\2"}
+        return told(first)
+""",
+        ("call", "actor_udp"),
+    ),
+    (
+        "nonblocking stream",
+        """
+def main():
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        result = sock.connect_ex((A['upstream'], 53))
+        assert result in (0, errno.EINPROGRESS), result
+        sock.settimeout(3)
+        assert sock.connect_ex((A['upstream'], 53)) in (0, errno.EISCONN)
+        for part in (struct.pack(">H", len(query('both.example.org'))), query('both.example.org')[:5],
+                     query('both.example.org')[5:]):
+            sock.sendall(part)
+        return told(sock.recv(4096)[2:])
+""",
+        None,
+    ),
+    (
+        "a bound socket, a second question, and another name server",
+        """
+def main():
+    with socket.socket(AF_INET, DGRAM) as sock:
+        sock.settimeout(3)
+        sock.bind(('', 0))
+        for server in (A['upstream'], '203.0.113.1'):
+            sock.connect((server, 53))
+            for _ in range(2):
+                sock.send(query('both.example.org'))
+                reply = sock.recv(4096)
+        return told(reply)
+""",
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize(("program", "rings"), [pytest.param(p, rings, id=name) for name, p, rings in ASK])
+def test_whoever_is_asked_the_guard_answers(
+    names: Names, program: str, rings: tuple[str, ...] | None, ring: str
+) -> None:
+    if rings is not None and ring not in rings:
+        pytest.skip("such a socket cannot send in this ring")
+    if "def main" not in program:
+        program = f"def main(): return {program}"
+    outcome = names.run(ring, "ADDRESS = sockaddr(A['upstream'], 53)\n" + program)
+    assert outcome.said.get("result") in (
+        [0, ["127.0.0.1", "127.0.0.3"]],
+        [0, ["127.0.0.3", "127.0.0.1"]],
+        [4, ["127.0.0.1", "127.0.0.3", "::1"]],
+    ), outcome.said or outcome.stderr
+    assert outcome.seconds < 3
+
+
+@pytest.mark.parametrize("ring", ["call", "actor"])
+@pytest.mark.parametrize("options", ["use-vc", ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["curl", "-sS", "--http0.9", "--max-time", "5", "http://index.example.org:{port}/"],
+        ["node", "-e", "require('net').connect({port},'index.example.org').on('data',d=>process.stdout.write(d))"],
+        ["bash", "-c", "cat < /dev/tcp/index.example.org/{port}"],
+        ["getent", "ahosts", "index.example.org"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_programs_reach_a_listed_name(names: Names, command: list[str], options: str, ring: str) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"missing: {command[0]}")
+    argv = ["env", f"RES_OPTIONS={options}", *(word.replace("{port}", str(names.sink.port)) for word in command)]
+    outcome = names.host().run(ring, argv)
+    assert "hello" in outcome.stdout or "127.0.0.1" in outcome.stdout, outcome
+
+
+@pytest.mark.parametrize("ring", ["call", "actor"])
+def test_c_ares(names: Names, ring: str) -> None:
+    """It takes an answer from another address for forged, so it is told to ask by stream."""
+    if shutil.which("node") is None:
+        pytest.skip("missing: node")
+    program = "require('dns').resolve4('both.example.org',(e,a)=>console.log(JSON.stringify({said:e||a.sort()})))"
+    outcome = names.host().run(ring, ["node", "-e", program])
+    assert outcome.said == {"said": ["127.0.0.1", "127.0.0.3"]}, outcome
+    assert outcome.seconds < 3
+
+
+def test_in_the_actor_itself(names: Names) -> None:
+    code = """
+import socket
+def reach(_=None):
+    with socket.create_connection(('index.example.org', port), 5) as sock: return sock.recv(9).decode()
+from concurrent.futures import ThreadPoolExecutor
+with ray_guard.tool_call('inside', {}):
+    result = [reach(), *ThreadPoolExecutor(4).map(reach, range(8))]
+"""
+    assert names.host().inside(code, port=names.sink.port) == ["hello"] * 9
+
+
+def test_a_program_that_knew_its_name_servers_before_it_was_confined(names: Names, tmp_path: Path) -> None:
+    """The C library has read resolv.conf and RES_OPTIONS by then, and asks by datagram."""
+    program = f"""
+import socket, sys, ray_guard
+assert socket.gethostbyname('evil.example.com') == '127.0.0.6'
+ray_guard.confine({names.policy()!r})
+with socket.create_connection(('index.example.org', {names.sink.port}), 5) as sock: print(sock.recv(9).decode())
+try: print(socket.gethostbyname('evil.example.com'))
+except socket.gaierror: print('no such name')
+"""
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(tmp_path / "e")}
+    done = subprocess.run(
+        [*names.namespace.prefix, sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["hello", "no such name"], done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is answered
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_a_name_that_is_not_listed_does_not_exist_at_once(names: Names, ring: str) -> None:
+    host = names.host("udp" if ring == "actor_udp" else "plain")
+    name = f"{ring.replace('_', '-')}.evil.example.com"
+    outcome = names.run(ring, f"def main(): return socket.getaddrinfo('{name}', 80)")
+    assert (outcome.said["kind"], outcome.said["errno"]) == ("gaierror", "-2"), outcome
+    assert outcome.seconds < 2
+    assert not any(name in asked for _, asked, _ in names.upstream.log)
+    # once, of the name that was meant: the C library has asked for it behind both search domains as well
+    about = {"server__address": name, "ray_guard__egress__decision": "deny", "ray_guard__egress__reason": "not_listed"}
+    (span,) = [s for s in spans(host) if name in str(s["attributes"]["server.address"])]
+    assert span in spans(host, **about)
+    assert (span["attributes"]["network.peer.address"], span["attributes"]["network.peer.port"]) == (UPSTREAM, 53)
+    (violation,) = spans(host, "ray_guard.violation", ray_guard__violation__destination=name)
+    assert violation["parent"] == span["id"]
+
+
+def test_search_domains_behind_a_listed_name_are_no_violation(names: Names) -> None:
+    before = len(spans(names.host(), "ray_guard.violation"))
+    program = "def main(): return [told(datagram(A['upstream'], query('index.example.org' + e)))[0] for e in ENDS]"
+    outcome = names.run("call", "ENDS = ('.corp.example', '.lab.example', '')\n" + program)
+    assert outcome.said["result"] == [3, 3, 0]
+    assert len(spans(names.host(), "ray_guard.violation")) == before
+
+
+KINDS = {
+    "A": (1, [0, ["127.0.0.1"]]),
+    "AAAA": (28, [0, []]),
+    "TXT": (16, [0, []]),
+    "NULL": (10, [0, []]),
+    "MX": (15, [0, []]),
+    "SVCB": (64, [0, []]),
+    "HTTPS": (65, [0, []]),
+    "ANY": (255, [0, []]),
+    "TYPE65400": (65400, [0, []]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_addresses_are_all_that_is_told(names: Names, kind: str) -> None:
+    number, expected = KINDS[kind]
+    names.upstream.log.clear()
+    outcome = names.run(
+        "call", f"def main(): return told(datagram(A['upstream'], query('index.example.org', {number})))"
+    )
+    assert outcome.said["result"] == expected
+    assert {asked for _, _, asked in names.upstream.log} <= {"A", "AAAA"}
+
+
+@pytest.mark.parametrize(
+    ("message", "rcode"),
+    [
+        ("query('', raw=labels(b'index.example.org') + b'')", 0),
+        ("query('INDEX.Example.ORG')", 0),
+        ("query('', raw=b'\\x0dindex.example\\x03org\\0')", 3),
+        ("query('', raw=b'\\x12index.example.org\\0\\x04evil\\x03com\\0')", 3),
+        ("query('', raw=b'\\x05index\\x07example\\x03org\\x01\\0\\0')", 3),
+        ("query('', raw=labels(b'x' * 63 + b'.example.org'))", 3),
+        ("query('under_score.example.org')", 3),
+        ("query('127.0.0.1')", 3),
+        ("query('', raw=b'\\xc0\\x0c')", 1),
+        ("query('index.example.org', cls=3)", 5),
+        ("query('index.example.org')[:-1]", 1),
+        ("query('index.example.org') + b'tail'", 1),
+        ("b'\\0' * 12", 1),
+        ("b'\\0' * 5000", None),
+        ("b'\\0' * 5", None),
+        ("b'\\0\\0\\x80' + b'\\0' * 20", None),
+    ],
+)
+def test_odd_messages(names: Names, message: str, rcode: int | None) -> None:
+    names.upstream.log.clear()
+    program = f"""
+def main():
+    with socket.socket(AF_INET, DGRAM) as sock:
+        sock.settimeout(0.5)
+        sock.connect((A['upstream'], 53))
+        sock.send({message})
+        try: first = sock.recv(4096)[3] & 15
+        except TimeoutError: first = None
+        sock.send(query('index.example.org', number=7))
+        sock.settimeout(3)
+        return [first, told(sock.recv(4096))]
+"""
+    outcome = names.run("call", program)
+    assert outcome.said.get("result") == [rcode, [0, ["127.0.0.1"]]], outcome
+    assert {asked.lower() for _, asked, _ in names.upstream.log} <= {"index.example.org", "x" * 63 + ".example.org"}
+
+
+def test_aliases_are_followed_and_not_told(names: Names) -> None:
+    program = "def main(): return told(datagram(A['upstream'], query('alias.example.org')))"
+    assert names.run("call", program).said["result"] == [0, ["127.0.0.5"]]
+    program = "def main(): return told(datagram(A['upstream'], query('behind.example.net')))"
+    assert names.run("call", program).said["result"] == [3, []]
+
+
+def test_many_addresses_come_by_stream(names: Names) -> None:
+    """From upstream, which cuts its datagram short, and to the target alike."""
+    program = """
+def main():
+    short = datagram(A['upstream'], query('many.example.org'))
+    return [short[2] & 2, told(short)[1], len(told(stream(A['upstream'], query('many.example.org')))[1])]
+"""
+    assert names.run("call", program).said["result"] == [2, [], 64]
+    assert ("tcp", "many.example.org", "A") in names.upstream.log
+    assert (
+        names.run("call", "def main(): return len(socket.gethostbyname_ex('many.example.org')[2])").said["result"] >= 40
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the answers are worth
+
+REACH = "def main(): return socket.create_connection((A['host'], A['port']), 5).recv(9).decode()"
+
+
+def test_the_span_says_the_name_and_the_address(names: Names) -> None:
+    assert names.run("call", REACH, host="four.example.org").said["result"] == "hello"
+    (span,) = wait(
+        lambda: [s for s in spans(names.host(), server__address="four.example.org", ray_guard__egress__reason="name")
+                 if "ray_guard.egress.bytes_received" in s["attributes"]],
+        "the flow did not end",
+    )  # fmt: skip
+    found = span["attributes"]
+    assert (found["network.peer.address"], found["network.peer.port"]) == ("127.0.0.4", names.sink.port)
+    assert (found["ray_guard.egress.decision"], found["ray_guard.egress.bytes_received"]) == ("allow", 5)
+
+
+def test_choosing_among_addresses_is_no_violation_and_sends_nothing(names: Names) -> None:
+    before = len(spans(names.host(), "ray_guard.violation"))
+    assert names.run("call", REACH, host="both.example.org").said["result"] == "hello"
+    program = """
+def main():
+    socket.getaddrinfo('both.example.org', A['port'])
+    with socket.socket(AF_INET, DGRAM) as sock:
+        sock.connect(('127.0.0.1', A['port']))
+        own = sock.getsockname()[0]
+        try: sock.send(b'x')
+        except BrokenPipeError: return own
+"""
+    assert names.run("call", program).said["result"] == "127.0.0.1"
+    assert len(spans(names.host(), "ray_guard.violation")) == before
+
+
+def test_names_of_the_hosts_file_count(names: Names) -> None:
+    assert names.run("call", REACH, host="hosted.example.org").said["result"] == "hello"
+    assert names.run("actor", REACH, host="127.0.0.9").said["result"] == "hello"
+    assert names.run("call", REACH, host="hosted.example.com").said["errno"] == "EACCES"
+    program = "def main(): return told(datagram(A['upstream'], query('hosted.example.org')))"
+    assert names.run("call", program).said["result"] == [0, ["127.0.0.9"]]
+    assert not names.upstream.asked("hosted.example.org")
+
+
+def test_two_tools_of_a_call_are_told_together_and_no_other_call(names: Names) -> None:
+    code = """
+import json
+def run(argv): return json.loads(ray_guard.run(argv, capture_output=True, text=True).stdout.splitlines()[-1])
+with ray_guard.tool_call('one', {}):
+    first = run(raw)
+    named = run(ask)
+    then = run(raw)
+with ray_guard.tool_call('two', {}):
+    other = run(raw)
+result = [first.get('errno'), named.get('result'), then.get('result'), other.get('errno')]
+"""
+    raw = names.argv(REACH, host="127.0.0.4")
+    ask = names.argv("def main(): return socket.gethostbyname('four.example.org')")
+    assert names.host().inside(code, raw=raw, ask=ask) == ["EACCES", "127.0.0.4", "hello", "EACCES"]
+
+
+def test_a_listed_name_leads_to_no_special_address(names: Names) -> None:
+    outcome = names.run("call", REACH, host="rebound.example.org")
+    assert outcome.said["errno"] == "EACCES"
+    assert spans(names.host(), network__peer__address="169.254.169.254", ray_guard__egress__reason="metadata_address")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# budgets, modes, losses
+
+
+def test_queries_and_answers_are_bytes_of_the_call(names: Names) -> None:
+    policy = {**names.policy(), "budgets": {"call": {"egress_sent_bytes": 100}}}
+    host = names.another("capped", policy)
+    program = "def main(): return [told(datagram(A['upstream'], query('index.example.org')))[0] for _ in range(5)]"
+    outcome = host.run("call", names.argv(program))
+    assert outcome.said["result"] == [0, 0, 5, 5, 5], outcome  # 35 bytes each
+    (violation,) = spans(host, "ray_guard.violation")
+    assert violation["attributes"]["ray_guard.violation.kind"] == "egress_sent_bytes"
+
+
+def test_a_policy_that_reports_resolves_everything_and_says_so(names: Names) -> None:
+    host = names.another("reporting", {**names.policy(), "mode": "report"})
+    assert host.run("call", names.argv(REACH, host="evil.example.com")).said["result"] == "hello"
+    found = spans(host, server__address="evil.example.com")
+    assert [s["attributes"]["ray_guard.egress.reason"] for s in found] == ["report_only:not_listed"]
+    assert not spans(host, "ray_guard.violation")
+
+
+def test_without_names_there_is_no_resolver(names: Names) -> None:
+    host = names.another("nameless", {"egress": {"allow": [f"127.0.0.1:{names.sink.port}"]}})
+    program = "def main(): return datagram(A['upstream'], query('index.example.org'))"
+    assert host.run("call", names.argv(program)).said["errno"] == "EACCES"
+    program = "def main(): return stream(A['upstream'], query('index.example.org'))"
+    assert host.run("call", names.argv(program)).said["errno"] == "EACCES"
+
+
+def test_the_helper_dies_and_another_takes_its_place(names: Names) -> None:
+    host = names.host()
+    assert names.run("call", REACH, host="index.example.org").said["result"] == "hello"
+    (helper,) = [
+        pid for pid in _children(host.supervisor) if b"resolver.helper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(helper, signal.SIGKILL)
+
+    def again() -> bool:
+        return names.run("call", REACH, host="index.example.org").said.get("result") == "hello"
+
+    began = time.monotonic()
+    wait(again, "names are not resolved any more", 10)
+    assert time.monotonic() - began < 8
+    assert host.alive
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

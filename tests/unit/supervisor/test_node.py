@@ -1,0 +1,54 @@
+"""Journals are forced to disk beside the loop, whatever the disk takes."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+import time
+from typing import cast
+
+import pytest
+
+from ray_guard.evidence.journal import Journal, JournalError
+from ray_guard.supervisor.node import Syncer
+
+
+class SlowJournal:
+    """A journal whose disk takes as long as the test wants, and says no the first time."""
+
+    folder = "slow"
+
+    def __init__(self) -> None:
+        self.begun = threading.Semaphore(0)
+        self.may_end = threading.Semaphore(0)
+        self.blocked: set[int] = set()
+        self.count = 0
+
+    def sync(self) -> None:
+        self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        self.begun.release()
+        assert self.may_end.acquire(timeout=10)
+        self.count += 1
+        if self.count == 1:
+            raise JournalError(errno.EIO, "the disk says no")
+
+
+def test_a_slow_disk_holds_up_nobody_and_is_not_asked_again_and_again(caplog: pytest.LogCaptureFixture) -> None:
+    journal = SlowJournal()
+    journals = (cast("Journal", journal),)
+    syncer = Syncer()
+    began = time.monotonic()
+    syncer.ask(journals)
+    assert journal.begun.acquire(timeout=10)
+    for _ in range(100):  # while the first one is under way: one more is remembered
+        syncer.ask(journals)
+    assert time.monotonic() - began < 5
+    assert signal.SIGALRM in journal.blocked  # the tick that interrupts a slow connect is not taken there
+    journal.may_end.release(3)
+    assert journal.begun.acquire(timeout=10)
+    assert not journal.begun.acquire(timeout=0.1)
+    assert journal.count == 2  # an error is told, and the next request served
+    assert "the disk says no" in caplog.text
+    syncer.ask(journals)
+    assert journal.begun.acquire(timeout=10)
