@@ -13,34 +13,28 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
-from ray_guard.compute import engines
-from ray_guard.compute.census import Finding, Holder, Place, Reason, judge, word
-from ray_guard.compute.engines import Engines, Phase
-from ray_guard.compute.gpu_meter import MEMORY_S, GpuMeter, Hidden, Method, Share, Tick, Usage
+from ray_guard.compute.census import Finding, Holder, Place, judge
+from ray_guard.compute.engines import Phase
+from ray_guard.compute.gpu_meter import MEMORY_S, GpuMeter, Hidden, Method, Share, Tick
 from ray_guard.egress.gate import Waiting
 from ray_guard.errors import NotEnforced, PolicyError
-from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import gpu_devices, procfs
 from ray_guard.kernel.gpu_devices import Descriptors, Kind
 from ray_guard.kernel.nvml import Reading
-from ray_guard.policy.budgets import Exceeded, Scope
 from ray_guard.policy.decide import CompiledPolicy
-from ray_guard.records import AttributeValue, Mode, SpanKind, SpanRecord
+from ray_guard.records import Mode
 from ray_guard.supervisor import orphans
 from ray_guard.supervisor.gpu_poller import LOAD_S, Census, Held, Poller
-from ray_guard.supervisor.orphans import Mark
-from ray_guard.supervisor.target import Origin, Target, new_span_id
+from ray_guard.supervisor.gpu_target import SCOPES, GpuTarget, granted, has_budget, limits
+from ray_guard.supervisor.target import Origin, Target
 
 log = logging.getLogger("ray_guard.gpu")
 
-SECONDS: Final = "gpu_seconds"
-MEMORY: Final = "gpu_memory"
 PROCESS: Final = "gpu_process"
 HIDDEN_TENANT: Final = "gpu_hidden_tenant"
-IDLE_USE: Final = "gpu_idle_use"
 LOST: Final = "gpu_census"
 
 LOOK_S: Final = 1.0
@@ -49,75 +43,15 @@ STALE_S: Final = 3.0
 """A census older than that is none; the supervisor then makes its own, and starts another helper."""
 RESTART_S: Final = 5.0
 """Between two starts of the helper."""
-RECORD_S: Final = 30.0
-"""How often what a target has used is journaled; at its end in any case."""
 _DEPTH: Final = 4096
 _FAULTS_TOLD: Final = 20
-
-
-@dataclass(slots=True)
-class _Watched:
-    """What is known of one target's GPU use."""
-
-    target: Target
-    span: str = field(default_factory=new_span_id)
-    began_ns: int = field(default_factory=time.time_ns)
-    mark: Mark | None = None
-    engines: Engines = field(default_factory=Engines)
-    usage: Usage = field(default_factory=Usage)
-    told: set[tuple[int, int, Reason]] = field(default_factory=set)
-    passed: set[str] = field(default_factory=set)
-    """Kinds of limits that were passed, and told."""
-    exhausted: bool = False
-    over_memory: bool = False
-    memory_unknown: bool = False
-    recorded: float = 0.0
-    roots: dict[int, Origin] = field(default_factory=dict)
-    """Its tools by the process that each began with, and their leaders."""
-
-    @property
-    def word(self) -> str:
-        return _word(self.target.policy)
-
-    @property
-    def budget(self) -> bool:
-        return has_budget(self.target.policy)
-
-    @property
-    def asks(self) -> bool:
-        """Whether anybody must look."""
-        watched = any(kind in self.target.policy.watched(s) for s in Scope for kind in (SECONDS, MEMORY))
-        return self.word != "any" or self.budget or watched
-
-    @property
-    def strict(self) -> bool:
-        """Whether not to know is a reason to refuse."""
-        return self.budget or "gpu" in self.target.policy.require
-
-    @property
-    def enforces(self) -> bool:
-        return self.target.policy.mode is Mode.ENFORCE
-
-
-def has_budget(policy: CompiledPolicy) -> bool:
-    """Whether a GPU limit of an actor or job is enforced."""
-    return any(_limits(policy, scope) for scope in (Scope.ACTOR, Scope.JOB))
-
-
-def _word(policy: CompiledPolicy) -> str:
-    said = any("gpu" in wire.get("set", ()) for wire in policy.wires)
-    return word(policy.gpu, said=said, actor_limit=any(_limits(policy, Scope.ACTOR).values()))
-
-
-def _limits(policy: CompiledPolicy, scope: Scope) -> dict[str, float]:
-    return {kind: limit for kind, limit in policy.limits(scope).items() if kind in (SECONDS, MEMORY)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
     """Whose a process is, and where in there."""
 
-    watched: _Watched
+    watched: GpuTarget
     place: Place
     call: Origin | None = None
     """The tool's; whatever else the actor started is put down to the calls that are open when it is told."""
@@ -132,7 +66,7 @@ class Gpus:
 
     def __init__(self, loop: Waiting) -> None:
         self._loop = loop
-        self._watched: dict[int, _Watched] = {}
+        self._watched: dict[int, GpuTarget] = {}
         self._poller: Poller | None = None
         self._own: Descriptors | None = None
         self._looking = False
@@ -169,7 +103,7 @@ class Gpus:
 
     def admit(self, policy: CompiledPolicy) -> None:
         """Raises NotEnforced, naming the keys, where GPU use could not be held to ``policy`` on this host."""
-        keys = [f"budgets.{s.value}.{kind}" for s in (Scope.ACTOR, Scope.JOB) for kind in _limits(policy, s)]
+        keys = [f"budgets.{s.value}.{kind}" for s in SCOPES for kind in limits(policy, s)]
         required = ["require.gpu"] if "gpu" in policy.require else []
         if policy.mode is not Mode.ENFORCE or not keys + required:
             return
@@ -181,7 +115,7 @@ class Gpus:
         if Kind.NVIDIA in majors.values() and missing is not None and required:
             raise NotEnforced(required, missing)
         kinds = {node.kind for node in gpu_devices.nodes()}
-        used = _word(policy) != "none"
+        used = granted(policy) != "none"
         if keys and used and Kind.NVIDIA in kinds and missing is not None:
             raise NotEnforced(keys, f"GPUs cannot be measured: {missing}")
         if keys and used and Kind.KFD in kinds and Kind.NVIDIA not in kinds:
@@ -189,11 +123,7 @@ class Gpus:
 
     def join(self, target: Target) -> None:
         """A target has been armed, or (``ray-guard run``) admitted."""
-        watched = _Watched(target)
-        if target.kind != "run":
-            watched.mark = orphans.mark(target.pid)
-        limits = [limit for s in (Scope.ACTOR, Scope.JOB) for limit in _limits(target.policy, s).values()]
-        watched.exhausted = 0 in limits  # zero grants nothing, not even a context
+        watched = GpuTarget(target, None if target.kind == "run" else orphans.mark(target.pid))
         self._watched[id(target)] = watched
         self._attend()
         if not self._looking:
@@ -205,7 +135,7 @@ class Gpus:
         if watched is None:
             return
         self._owners = {pid: known for pid, known in self._owners.items() if known[1].watched is not watched}
-        self._record(watched, ended=True)
+        watched.record(ended=True)
         if not self._watched:
             self._stop()
 
@@ -214,17 +144,17 @@ class Gpus:
         watched = self._watched.get(id(target))
         if watched is not None:
             leader = procfs.parent(pid)
-            watched.roots.update({each: origin for each in (pid, leader) if each})
+            watched.tools.update({each: origin for each in (pid, leader) if each})
 
     def ended(self, pid: int, target: Target) -> None:
         """A tool's tree is dead."""
         watched = self._watched.get(id(target))
-        if watched is not None and (origin := watched.roots.pop(pid, None)) is not None:
-            watched.roots = {each: found for each, found in watched.roots.items() if found is not origin}
+        if watched is not None and (origin := watched.tools.pop(pid, None)) is not None:
+            watched.tools = {each: found for each, found in watched.tools.items() if found is not origin}
 
     def close(self) -> None:
         for watched in self._watched.values():
-            self._record(watched, ended=False)
+            watched.record(ended=True)
         self._stop()
 
     # -- engines -------------------------------------------------------------------------------------------------------
@@ -240,7 +170,7 @@ class Gpus:
         if watched is None or watched.word == "none":
             raise NotEnforced(["gpu"], "gpu: none has no engine processes: the policy must say engine or any")
         start = procfs.start_time(pid)
-        if start is None or not procfs.is_in_tree(pid, target.pid):
+        if start is None or not (pid == target.pid or procfs.is_in_tree(pid, target.pid)):
             raise PolicyError("engine", pid, "a process that the actor has started, and that lives")
         for known in watched.engines.pids():
             if procfs.start_time(known) is None:
@@ -271,8 +201,7 @@ class Gpus:
         if self._census is not None and time.monotonic() - self._census > STALE_S:
             self._blind()
         for watched in self._watched.values():
-            if watched.usage.methods and time.monotonic() - watched.recorded > RECORD_S:
-                self._record(watched, ended=False)
+            watched.record(ended=False)
 
     def _attend(self) -> bool:
         """Whether there is anything to look for; sees to it that the helper runs then."""
@@ -313,7 +242,7 @@ class Gpus:
             self._lost_told = True
             for watched in self._watched.values():
                 if watched.strict:
-                    self._violation(watched, watched.target.own_origin(), LOST, "silent")
+                    watched.violation(watched.target.own_origin(), LOST, "silent")
             if self._poller is not None:
                 self._poller.close()
                 self._poller = None
@@ -385,7 +314,7 @@ class Gpus:
             watched.word,
             holder,
             budget=watched.budget,
-            exhausted=watched.exhausted or watched.over_memory,
+            exhausted=watched.exhausted,
             required=watched.strict,
         )
         if finding is not None:
@@ -398,7 +327,7 @@ class Gpus:
             if len(watched.told) > 10_000:
                 watched.told.clear()
             watched.told.add(key)
-            self._violation(watched, owner.origin, PROCESS, finding.reason.value, destination=self._described(held))
+            watched.violation(owner.origin, PROCESS, finding.reason.value, destination=self._described(held))
         if finding.ends and watched.enforces:
             _end(held)
 
@@ -448,8 +377,8 @@ class Gpus:
             if at is None or at < 1:
                 break
             for watched in self._watched.values():
-                if at in watched.roots:
-                    return _Owner(watched, Place.CALL, watched.roots[at])
+                if at in watched.tools:
+                    return _Owner(watched, Place.CALL, watched.tools[at])
             if at in own:
                 place = Place.OWN if at == pid else Place.ACTOR
                 return _Owner(own[at], place)
@@ -482,51 +411,15 @@ class Gpus:
                     continue
                 if start is not None:
                     self._owners[share.pid] = (start, owner)
-                owner.watched.usage.add(share)
                 shares.setdefault(id(owner.watched.target), []).append(share)
                 if share.method is not Method.RESIDENCY and start is not None:
                     key = (share.pid, start)
                     computed[key] = computed.get(key, 0.0) + share.seconds
         self._contexts = contexts
-        for watched in list(self._watched.values()):
-            self._charge(watched, shares.get(id(watched.target), []))
-            self._idle(watched, computed)
-
-    def _charge(self, watched: _Watched, shares: list[Share]) -> None:
-        account = watched.target.account
-        exceeded = account.charge(SECONDS, sum(share.seconds for share in shares))
-        if exceeded is not None:
-            watched.exhausted |= not exceeded.report_only
-            self._exceeded(watched, exceeded)
-        level = watched.usage.level(shares)
-        limited = account.limits_any((MEMORY,))
-        watched.memory_unknown = level is None and limited
-        exceeded = None if level is None or not limited else account.measured(MEMORY, level)
-        watched.over_memory = exceeded is not None and not exceeded.report_only
-        if exceeded is None:
-            watched.passed.discard(MEMORY)
-        else:
-            self._exceeded(watched, exceeded)
-
-    def _exceeded(self, watched: _Watched, exceeded: Exceeded) -> None:
-        if exceeded.kind in watched.passed:
-            return
-        watched.passed.add(exceeded.kind)
-        try:
-            watched.target.exceeded(watched.target.own_origin(), None, exceeded)
-        except JournalError:
-            log.exception("a violation could not be journaled")
-
-    def _idle(self, watched: _Watched, computed: dict[tuple[int, int], float]) -> None:
-        now = time.monotonic()
         passed = max((tick.seconds for tick in self._ticks.values()), default=0.0)
-        for pid in watched.engines.pids():
-            for key, seconds in computed.items():
-                if key[0] != pid or (engine := watched.engines.find(*key)) is None:
-                    continue
-                if engines.idle_use(engine, seconds, passed, now):
-                    where = f"pid {pid} ({procfs.command_name(pid)}), phase {engine.phase.value}"
-                    self._violation(watched, watched.target.own_origin(), IDLE_USE, "no_request", destination=where)
+        for watched in list(self._watched.values()):
+            watched.charge(shares.get(id(watched.target), []))
+            watched.find_idle_use(computed, passed)
 
     def _hidden(self, reading: Reading, tick: Tick, hidden: Hidden) -> None:
         """It is told to whoever uses that GPU; where nobody does, to all who must not let it be used."""
@@ -534,8 +427,7 @@ class Gpus:
         told = {id(watched.target): watched for watched in there or self._watched.values() if watched.word != "any"}
         reason = "unexplained_memory" if hidden.memory else "unexplained_utilization"
         for watched in told.values():
-            self._violation(
-                watched,
+            watched.violation(
                 watched.target.own_origin(),
                 HIDDEN_TENANT,
                 reason,
@@ -548,53 +440,6 @@ class Gpus:
             self._faults += 1
             if self._faults <= _FAULTS_TOLD:
                 log.warning("GPU %d: %s", reading.device, fault)
-
-    # -- evidence ------------------------------------------------------------------------------------------------------
-
-    def _violation(
-        self,
-        watched: _Watched,
-        origin: Origin,
-        kind: str,
-        reason: str,
-        *,
-        destination: str = "",
-        value: AttributeValue | None = None,
-    ) -> None:
-        try:
-            watched.target.violation(origin, None, kind, reason=reason, destination=destination, value=value)
-        except JournalError:
-            log.exception("a violation could not be journaled")
-
-    def _record(self, watched: _Watched, *, ended: bool) -> None:
-        """What the target has used so far; a later record replaces this one."""
-        usage = watched.usage
-        if not usage.methods:
-            return
-        watched.recorded = time.monotonic()
-        attributes: dict[str, AttributeValue] = {
-            "ray_guard.gpu.seconds": round(usage.seconds, 3),
-            "ray_guard.gpu.seconds_error": round(usage.error_s, 3),
-            "ray_guard.gpu.method": tuple(sorted(method.value for method in usage.methods)),
-            "ray_guard.gpu.memory_peak": usage.memory_peak,
-        }
-        if usage.energy_known:
-            attributes["ray_guard.gpu.energy_joules"] = round(usage.energy_j, 3)
-        origin = watched.target.own_origin()
-        record = SpanRecord(
-            trace_id=origin.trace_id,
-            span_id=watched.span,
-            parent_id=None,
-            name="ray_guard.gpu",
-            kind=SpanKind.INTERNAL,
-            start_ns=watched.began_ns,
-            end_ns=time.time_ns() if ended else None,
-            attributes=attributes,
-        )
-        try:
-            watched.target.write(record, origin.identity)
-        except JournalError:
-            log.exception("GPU usage could not be journaled")
 
 
 def _phase(name: str) -> Phase:
