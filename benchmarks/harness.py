@@ -257,6 +257,10 @@ class Driven:
             [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, line: str, answers: int = 1) -> list[list[int]]:
         """Sends one line; as many lines of integers come back."""
         assert self._process.stdin is not None

@@ -2,8 +2,8 @@
 
     python benchmarks/relay.py [--rounds 15] [--mib 256] [--json OUT]
 
-One loopback connection carries so many bytes, sent and received by the guarded side: plain, guarded direct (no cap),
-guarded and relayed (a cap that is not reached). Then the same for connecting, and for a byte there and back. Each
+One loopback connection carries so many bytes, sent and received by the guarded side: plain, guarded and direct (no
+cap), guarded and relayed (a cap that is not reached). Then the same for connecting, and for a byte there and back. Each
 contestant must first reach the allowed port and be refused at another.
 """
 

@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ray_guard.actors.guard import guard as guard
+    from ray_guard.client.aio import create_subprocess_exec as create_subprocess_exec
+    from ray_guard.client.aio import create_subprocess_shell as create_subprocess_shell
     from ray_guard.client.confine import confine as confine
     from ray_guard.client.decorator import tool as tool
     from ray_guard.client.process import Popen as Popen
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ray_guard.actors.guard": ("guard",),
+    "ray_guard.client.aio": ("create_subprocess_exec", "create_subprocess_shell"),
     "ray_guard.client.confine": ("confine",),
     "ray_guard.client.decorator": ("tool",),
     "ray_guard.client.process": ("Popen", "run"),

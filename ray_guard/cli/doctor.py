@@ -8,23 +8,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ray_guard.egress.meter import TICK_S
+from ray_guard.egress.resolver import start as resolver
 from ray_guard.kernel.probe import Feature, Status, probe
+from ray_guard.policy.enforcement import SUPPORTED
 
+_EGRESS: Final = (
+    "seccomp.architecture",
+    "seccomp.user_notification",
+    "seccomp.thread_sync",
+    "pidfd_getfd",
+    "proc_mem",
+    "sock_diag.destroy_events",
+    "udp.mute",
+    "yama",
+)
 _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "egress": (
-        "seccomp.architecture",
-        "seccomp.user_notification",
-        "seccomp.thread_sync",
-        "pidfd_getfd",
-        "proc_mem",
-        "sock_diag.destroy_events",
-        "udp.mute",
-        "yama",
-    ),
+    "egress": _EGRESS,
+    "names": (*_EGRESS, "resolver"),
     "processes": ("seccomp.user_notification", "pidfd_getfd", "subreaper", "landlock.signal_scope"),
     "gpu": ("seccomp.user_notification", "gpu.census", "gpu.meter"),
 }
-_NOT_IN_THIS_VERSION: Final = ("files", "names", "compute")
+_NOT_IN_THIS_VERSION: Final = (
+    "files",
+    "compute",
+    *(() if "egress.allow.name" in SUPPORTED else ("names",)),  # those that nothing is verified of are
+)
 
 _SAID: Final = f"""\
 Two promises:
@@ -37,7 +45,9 @@ direct: their bytes are exact at the flow's end (off by one where a tool closes 
 of actor or job alone they are read every {1000 * TICK_S:g} ms and cut late: by the flow's rate times that, and what its
 socket had queued by then.
 Datagrams: an actor's own sockets are mute unless the policy lists udp:// destinations (sendmsg is then judged too,
-which costs every Ray call about 15 %)."""
+which costs every Ray call about 15 %).
+Names: whatever name server a process asks, the guard answers. Programs that send without connecting and then want the
+answer to come from that very server (musl, dnspython) get none they believe; RES_OPTIONS=use-vc is set for c-ares."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -52,7 +62,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    features = probe()
+    features = probe({"resolver": resolver.probe})
     enforceable = judge(features)
     if arguments.json:
         rows = [{"name": f.name, "status": f.status.value, "detail": f.detail} for f in features]

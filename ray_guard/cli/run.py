@@ -13,6 +13,7 @@ from ray_guard.client import channel as channels
 from ray_guard.errors import RayGuardError
 
 if TYPE_CHECKING:
+    from ray_guard.cli.terminal import Terminal
     from ray_guard.client.channel import Channel
     from ray_guard.client.start import Control
 
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         from ray_guard.policy.plain import wire_of
 
         channel = _introduce(summons, wire_of(arguments.policy), arguments.evidence)
-        control = _start(channel, command, arguments.pass_fd)
+        terminal = _terminal()
+        control = _start(channel, command, arguments.pass_fd, terminal)
     except OSError as error:
         if isinstance(error, RayGuardError):
             return _nothing(str(error))
@@ -57,12 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
         return _nothing(str(error))
     for number in _FORWARDED:
         signal.signal(number, lambda received, _frame: control.signal(received))
+    if terminal is not None:
+        terminal.attend(control)
     ended = None
     while ended is None:
         ended = control.wait(1.0)
     code = os.waitstatus_to_exitcode(int(ended["status"]))
-    if ended.get("timed_out"):
-        _say("the call's wall_seconds are over: it was ended")
+    if ended.get("passed"):
+        _say(f"ended: {ended['passed']}")
     if ended.get("unkillable"):
         _say(f"unkillable (uninterruptible sleep): {', '.join(map(str, ended['unkillable']))}")
     return 128 - code if code < 0 else code
@@ -87,7 +91,15 @@ def _introduce(summons: channels.Summons, policy: dict[str, Any], evidence: str 
     return channel
 
 
-def _start(channel: Channel, command: list[str], passed: list[int]) -> Control:
+def _terminal() -> Terminal | None:
+    if not any(os.isatty(number) for number in (0, 1, 2)):
+        return None
+    from ray_guard.cli.terminal import Terminal
+
+    return Terminal.of_this_process()
+
+
+def _start(channel: Channel, command: list[str], passed: list[int], terminal: Terminal | None) -> Control:
     from ray_guard.client import environment, start
 
     numbers = [0, 1, 2, *sorted({number for number in passed if number > 2})]
@@ -99,9 +111,14 @@ def _start(channel: Channel, command: list[str], passed: list[int]) -> Control:
         umask=-1,
         numbers=numbers,
         restore_signals=True,
+        terminal=None if terminal is None else terminal.numbers[0],
     )
     opened: list[int] = []  # for the life of this process
-    standard = [start.standard_descriptor(number, opened) for number in numbers[:3]]
+    standard = [
+        terminal.slave if terminal is not None and number in terminal.numbers
+        else start.standard_descriptor(number, opened)
+        for number in numbers[:3]
+    ]  # fmt: skip
     more = [start.checked_descriptor(number) for number in numbers[3:]]
     working_folder = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     return start.Control(channel, payload, working_folder, [*standard, *more], {})

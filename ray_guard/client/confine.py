@@ -22,6 +22,7 @@ from ray_guard.client.audit import install_audit
 from ray_guard.client.carry import install_carriers
 from ray_guard.client.channel import Channel
 from ray_guard.client.identity import Identity, from_environment
+from ray_guard.client.takeover import install_takeover
 from ray_guard.egress import rings
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import libc, procfs, seccomp, syscalls
@@ -119,13 +120,19 @@ def _enter_as(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess |
         if known is not None:
             known.request({"op": "tighten", "policy": wire})
             _policies.append(wire)
+            _take_over(wire)
             return known
         channel = _enter(wire, identity, cluster)
         _policies.append(wire)
         channels.adopt(channel)
     install_carriers()
     install_audit()
+    _take_over(wire)
     return channel
+
+
+def _take_over(wire: Mapping[str, Any]) -> None:
+    install_takeover(confine_plain=wire.get("subprocess") == "confine")
 
 
 def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | None) -> Channel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import subprocess
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
@@ -29,6 +30,15 @@ _DESCRIPTORS_LIMIT: Final = 200
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
+_tools: weakref.WeakValueDictionary[int, Control] = weakref.WeakValueDictionary()
+
+
+def tool(pid: int) -> Control | None:
+    """The line to the tool that was started here, runs under ``pid``, and has not been waited for yet."""
+    control = _tools.get(pid)
+    return control if control is not None and control.exited is None else None
+
+
 def is_inside_call() -> bool:
     """Whether this process is a tool itself: confined, without a line to the supervisor."""
     return channels.current() is None and CALL_VARIABLE in os.environ
@@ -44,9 +54,11 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
     argv = _argv(given["args"])
     executable = given["executable"]
     if given["shell"]:
-        argv = [*(["/bin/sh", "-c"] if executable is None else [executable, "-c"]), *argv]
+        argv = ["/bin/sh" if executable is None else executable, "-c", *argv]
     standard = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
     numbers = [0, 1, 2, *sorted({int(number) for number in given["pass_fds"]} - {0, 1, 2})]
+    if min(numbers) < 0:
+        raise ValueError("bad value(s) in fds_to_keep")  # as subprocess says it; and so below
     if len(numbers) > _DESCRIPTORS_LIMIT:
         raise ValueError(f"pass_fds: at most {_DESCRIPTORS_LIMIT - 3} descriptors travel to a tool")
     opened: list[int] = []
@@ -56,7 +68,7 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
             for own, pipe in enumerate(standard)
         ]
         descriptors += [checked_descriptor(number) for number in numbers[3:]]
-        folder = os.open(given["cwd"] or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open("." if given["cwd"] is None else given["cwd"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         opened.append(folder)
         node = carry.current()
         payload = start_message(
@@ -71,12 +83,13 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
             control = Control(channel, payload, folder, descriptors, _place(node))
         except OSError as error:
             if error.filename is None and error.errno is not None:
-                error.filename = os.fsdecode(argv[0])
+                error.filename = os.fsdecode(argv[0] if executable is None else executable)
             raise
     finally:
         for descriptor in opened:
             os.close(descriptor)
     process.pid = control.pid
+    _tools[control.pid] = control
     process._child_created = True  # type: ignore[attr-defined]  # noqa: SLF001 - as _execute_child does
     close: Callable[..., None] = process._close_pipe_fds  # type: ignore[attr-defined]  # noqa: SLF001
     close(*(given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")))
@@ -100,7 +113,7 @@ def _argv(args: Any) -> list[Any]:
         return [args]
     argv = list(args)
     if not argv:
-        raise IndexError("list index out of range")  # as subprocess says it
+        raise IndexError("list index out of range")
     return argv
 
 
@@ -135,6 +148,14 @@ def collect(process: subprocess.Popen[Any], control: Control, timeout: float | N
     return process.returncode
 
 
+def await_end(process: subprocess.Popen[Any], control: Control, timeout: float | None) -> int:
+    """The return code. Raises TimeoutExpired where the tool has not ended within ``timeout`` seconds (None: never)."""
+    code = collect(process, control, timeout)
+    if code is None:
+        raise subprocess.TimeoutExpired(process.args, timeout or 0.0)
+    return code
+
+
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """``subprocess.Popen`` whose process tree is confined and owned by the current tool call.
 
@@ -165,9 +186,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         return self.returncode if self._control is None else collect(self, self._control, 0.0)
 
     def _wait(self, timeout: float | None) -> int:
-        if self._control is not None and collect(self, self._control, timeout) is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        return cast("int", self.returncode)
+        return cast("int", self.returncode) if self._control is None else await_end(self, self._control, timeout)
 
     def send_signal(self, sig: int) -> None:
         """Sends a signal to the tool. As in subprocess, to one that has ended it does nothing."""

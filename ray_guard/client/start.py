@@ -38,19 +38,34 @@ def start_message(
     umask: int,
     numbers: Sequence[int],
     restore_signals: bool,
+    terminal: int | None = None,
 ) -> bytes:
-    """What the leader needs to know, as the content of a memory file (argv and environment may be long)."""
+    """What the tool is to be, as the content of a memory file (argv and environment may be long).
+
+    Raises:
+        ValueError: what no program can be given, as subprocess says it.
+
+    Args:
+        terminal: one of ``numbers``: it becomes the controlling terminal of the tool's session.
+    """
+    words = [os.fsdecode(word) for word in argv]
+    program = None if executable is None else os.fsdecode(executable)
+    variables = {os.fsdecode(key): os.fsdecode(value) for key, value in environment.items()}
+    if any("\0" in text for text in (*words, program or "", *variables, *variables.values())):
+        raise ValueError("embedded null byte")
+    if any("=" in name for name in variables):
+        raise ValueError("illegal environment variable name")
     return json.dumps(
         {
-            "argv": [os.fsdecode(word) for word in argv],
-            "executable": None if executable is None else os.fsdecode(executable),
-            "environment": {os.fsdecode(key): os.fsdecode(value) for key, value in environment.items()},
+            "argv": words,
+            "executable": program,
+            "environment": variables,
             "umask": _own_umask() if umask < 0 else umask,
             "nice": os.getpriority(os.PRIO_PROCESS, 0),
             "limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
             "affinity": sorted(os.sched_getaffinity(0)),
             "descriptors": list(numbers),
-            "new_group": True,
+            "terminal": terminal,
             "restore_signals": restore_signals,
         }
     ).encode()
@@ -143,6 +158,9 @@ class Control:
             seqpacket.send(self._sock, {"op": "signal", "number": int(number)})
         except OSError:
             pass  # it has ended meanwhile
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
     def close(self) -> None:
         self._sock.close()

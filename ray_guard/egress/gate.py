@@ -36,7 +36,7 @@ from weakref import WeakSet
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.made import MadeSockets
-from ray_guard.egress.relay.front import Owner, Relay
+from ray_guard.egress.relay.front import STEPS, Owner, Relay
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import borrowing, libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
@@ -579,7 +579,7 @@ class Gate:
         sock.detach()
         descriptors, late = (upstream, duplicate), errno.EINPROGRESS
         return self._wait(
-            notification, descriptors, step, events=select.EPOLLOUT, timeout=timeout, late_error=late, release=release
+            notification, descriptors, step, events=STEPS, timeout=timeout, late_error=late, release=release
         )
 
     def _connect_resolver(

@@ -257,4 +257,6 @@ def call_ring(machine: str, *, borrows: bool = True, own_ipc: bool = True) -> tu
     rules += _bystanders()
     if not own_ipc:
         rules += [Rule(name, _ABSENT) for name in _SHARED_IPC]
+    # Observed and let through: what is executed, and how it ends. Not fork: interrupted by a signal it would fail.
+    rules += [Rule(name, NOTIFY) for name in ("execve", "execveat", "exit_group")]
     return assemble(rules, machine)

@@ -17,11 +17,14 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
 
 from ray_guard.kernel import borrowing, gpu_devices, ipc, landlock, libc, nvml, procfs, seccomp, sock_diag
+from ray_guard.kernel.perf import TreeClock
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
 
@@ -36,6 +39,9 @@ class Status(StrEnum):
     MISSING = "missing"
 
 
+NOTHING_MORE: Final[Mapping[str, Callable[[], str]]] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
     name: str
@@ -43,8 +49,12 @@ class Feature:
     detail: str
 
 
-def probe() -> list[Feature]:
-    """Tries everything. Takes a fraction of a second, changes nothing, sends nothing beyond loopback."""
+def probe(more: Mapping[str, Callable[[], str]] = NOTHING_MORE) -> list[Feature]:
+    """Tries everything. Takes a fraction of a second, changes nothing, sends nothing beyond loopback.
+
+    Args:
+        more: trials by feature, of what is not the kernel's. Each says what was found, or raises OSError or ValueError.
+    """
     return [
         _tried("seccomp.architecture", _architecture),
         _tried("seccomp.user_notification", _notification),
@@ -59,9 +69,11 @@ def probe() -> list[Feature]:
         _tried("ipc.own", _own_ipc),
         _tried("unix_diag", _unix_diag),
         _tried("yama", _yama),
+        _tried("perf.tree_clock", _tree_clock),
         _tried("cgroup.kill", _cgroup),
         _tried("gpu.census", _gpu_census),
         _tried("gpu.meter", _gpu_meter),
+        *(_tried(name, trial) for name, trial in more.items()),
     ]
 
 
@@ -305,6 +317,24 @@ def _gpu_meter() -> Feature | str:
     if bounds:
         return Feature("gpu.meter", Status.PARTLY, f"{about}; GPU-seconds are upper bounds: {', '.join(bounds)}")
     return about
+
+
+def _tree_clock() -> Feature | str:
+    try:
+        clock = TreeClock(os.getpid())
+    except OSError as error:
+        return Feature(
+            "perf.tree_clock",
+            Status.PARTLY,
+            f"{error.strerror}: CPU time of processes that a signal ends is charged as an upper bound",
+        )
+    try:
+        _in_child(lambda: _ignore(sum(range(200_000))))
+        if clock.read_ns() == 0:
+            raise ValueError("the CPU time of a child was not counted")
+    finally:
+        clock.close()
+    return "CPU time of all a call's processes is exact, waited for or not"
 
 
 def _cgroup() -> Feature:

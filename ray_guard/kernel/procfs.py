@@ -2,9 +2,102 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+_FORKED_NO_EXEC: Final = 0x40
+"""PF_FORKNOEXEC in a process's flags: it has executed nothing since it was forked."""
+
+
+class Image(NamedTuple):
+    """What /proc/PID/stat says of a process and of the program in it.
+
+    ``token`` differs as soon as the process has executed another program, or the same with other arguments or, where
+    addresses are random, at all.
+    """
+
+    state: bytes
+    parent: int
+    start_time: int
+    token: tuple[bytes, ...]
+    exit_code: int
+    """As waitpid gives it; of a zombie alone."""
+
+
+def image(pid: int) -> Image | None:
+    """Of a process, or of a thread's process; None: there is no such process."""
+    try:
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        data = os.read(descriptor, 4096)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    end = data.rindex(b")")
+    fields = data[end + 2 :].split()
+    forked = b"f" if int(fields[6]) & _FORKED_NO_EXEC else b""
+    token = (forked, *fields[23:26], *fields[45:49])
+    return Image(fields[0], int(fields[1]), int(fields[19]), token, int(fields[49]))
+
+
+def children(pid: int, thread: int | None = None) -> list[int]:
+    """The processes that ``pid`` (or only that thread of it) has started and that are still its own.
+
+    Some may be left out while others end. Empty where the kernel does not tell (CONFIG_PROC_CHILDREN).
+    """
+    found: list[int] = []
+    try:
+        threads = os.listdir(f"/proc/{pid}/task") if thread is None else [str(thread)]
+    except OSError:
+        return found
+    for each in threads:
+        try:
+            with open(f"/proc/{pid}/task/{each}/children", "rb", buffering=0) as file:
+                while data := file.read(1 << 16):
+                    found += map(int, data.split())
+        except OSError:
+            continue
+    return found
+
+
+@functools.cache
+def tells_children() -> bool:
+    """Whether :func:`children` works here."""
+    return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
+
+def resident(pid: int) -> int:
+    """Bytes of the process's memory that are resident, shared ones included; 0: it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
+            return int(file.read(256).split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def resident_share(pid: int) -> int:
+    """Bytes of resident memory with what is shared divided among its users: exact over a tree, and slow to ask for."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb", buffering=0) as file:
+            for line in file.read(4096).splitlines():
+                if line.startswith(b"Pss:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resident(pid)
+
+
+def peak_resident(pid: int) -> int:
+    """The most bytes that were ever resident of it; 0: it is gone."""
+    found = _status(pid, b"VmHWM:")
+    return 0 if found is None else found * 1024
 
 
 def _stat_fields(pid: int) -> list[bytes] | None:
@@ -76,6 +169,12 @@ def filters(pid: int) -> int | None:
 def uptime() -> float:
     """Seconds since boot, on the clock that start times are told in."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def ignores(pid: int, number: int) -> bool:
+    """Whether the process ignores that signal."""
+    mask = _status(pid, b"SigIgn:", 16)
+    return mask is not None and bool(mask >> (number - 1) & 1)
 
 
 def umask(pid: int) -> int:

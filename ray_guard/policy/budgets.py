@@ -163,6 +163,8 @@ class Account:
         self._closed = False
         self.closing = False
         """:meth:`close` was called."""
+        self._ended = False
+        self._retained = 0
         self.free: bool = not any(kind in self._limits or kind in self._watched for kind in NETWORK_KINDS) and (
             parent is None or parent.free
         )
@@ -292,6 +294,22 @@ class Account:
                 return Exceeded(kind, value, limits[kind], self.scope, self.source, report_only)
         return None
 
+    def level(self, kind: str, before: Amount, now: Amount) -> Exceeded | None:
+        """Something that is held (``memory``, ``processes``) has changed, whether there is room or not.
+
+        Args:
+            before: what of it is reserved here already, and given back.
+            now: what is reserved instead; the limit that this passes is returned.
+        """
+        if self._closed:
+            return None
+        self._release((_known(kind),), before)
+        node: Account | None = self
+        while node is not None:
+            node._held[kind] = node._held.get(kind, 0) + now
+            node = node._parent
+        return self._find([(kind, 0)])
+
     def extend(self, kind: str, amount: Amount) -> None:
         """Raises this scope's limit: the job's limit arrives in leased chunks. Absent means unlimited and stays so."""
         if _known(kind) in self._limits:
@@ -310,9 +328,19 @@ class Account:
         """``told`` is called once, when the scope ends: after those within it, before what it holds is given back."""
         self._closing.append(told)
 
+    def retain(self) -> None:
+        """Something goes on charging this scope after its end: it is closed only when all is :meth:`let_go`."""
+        self._retained += 1
+
+    def let_go(self) -> None:
+        self._retained -= 1
+        if self._ended:
+            self.close()
+
     def close(self) -> None:
         """The scope has ended, and those within it: what they had reserved is given back. Idempotent."""
-        if self._closed:
+        self._ended = True
+        if self._closed or self._retained:
             return
         self.closing = True
         for child in list(self._children):

@@ -63,12 +63,14 @@ from ray_guard.policy.destination import (
     GroupRule,
     NameRule,
     PortRange,
+    Protocol,
     SpecialKind,
     Transport,
     UnixRule,
     canonical_address,
     is_loopback,
     parse_address,
+    parse_endpoint,
     parse_ports,
     parse_rule,
     special_ranges,
@@ -153,12 +155,17 @@ class Request(NamedTuple):
     inode: tuple[int, int] | None = None
 
 
+Endpoint = tuple[str, int]
+Expected = tuple[tuple[Protocol, frozenset[str]], ...]
+
+
 class Decision(NamedTuple):
     """What was decided and why.
 
     ``rule`` is the entry of ``egress.allow`` (or ``egress.listen``) that matched. ``report_only``: a policy in mode
     ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``. ``name``: the
-    listed name that the address was told for, or that may be resolved.
+    listed name that the address was told for, or that may be resolved. ``expected``: what must be spoken there, each
+    protocol with the names that may be meant in it; ``tcp``: anything, unverified. ``proxy``: by way of which.
     """
 
     verdict: Verdict = Verdict.DENY
@@ -168,6 +175,8 @@ class Decision(NamedTuple):
     report_only: bool = False
     exceeded: Exceeded | None = None
     name: str | None = None
+    expected: Expected = ()
+    proxy: Endpoint | None = None
 
     @property
     def allowed(self) -> bool:
@@ -184,7 +193,6 @@ class Decision(NamedTuple):
         return {"ray_guard.egress.decision": self.verdict.name.lower(), "ray_guard.egress.reason": reason}
 
 
-Endpoint = tuple[str, int]
 _NO_NAMES: Final[Mapping[str, Collection[str]]] = MappingProxyType({})
 
 
@@ -295,6 +303,8 @@ class Layer:
     unix: Mapping[str, UnixRule]
     listen: tuple[PortRange, ...]
     verify_names: bool
+    proxy: Endpoint | None = None
+    """Host (a name or an address) and port of the proxy that names are reached through."""
     _memory: dict[tuple[str, str, int], _Answer] = field(default_factory=dict, repr=False, compare=False)
 
     def decide(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
@@ -343,12 +353,22 @@ class Layer:
 
     def _named(self, surroundings: Surroundings, address: str, port: int) -> Decision | None:
         told = surroundings.names.get(address)
-        if told:
-            for rule in self.names:
-                name = next((name for name in told if rule.matches(name)), None) if port in rule.ports else None
-                if name is not None:
-                    return Decision(Verdict.ALLOW, Reason.NAME, rule.text, Route.RELAY, name=name)
-        return None
+        if not told:
+            return None
+        first: tuple[str, str] | None = None
+        expected: dict[Protocol, frozenset[str]] = {}
+        verified = self.verify_names and self.mode is Mode.ENFORCE
+        for rule in self.names:
+            names = [name for name in told if rule.matches(name)] if port in rule.ports else []
+            if names:
+                first = first or (rule.text, names[0])
+                protocol = rule.protocol if verified else Protocol.TCP
+                expected[protocol] = expected.get(protocol, frozenset()).union(names)
+        if first is None:
+            return None
+        text, name = first
+        known = Decision(Verdict.ALLOW, Reason.NAME, text, Route.RELAY, name=name, proxy=self.proxy)
+        return known._replace(expected=tuple(expected.items()))
 
     def _ask(self, transport: Transport, text: str, port: int) -> _Answer:
         try:
@@ -661,7 +681,20 @@ def _layer(egress: _Wire, mode: Mode) -> Layer:
         unix=unix,
         listen=tuple(listen),
         verify_names=egress.flag("verify_names"),
+        proxy=_proxy(egress),
     )
+
+
+def _proxy(egress: _Wire) -> Endpoint | None:
+    text = egress.get("proxy")
+    if text is None:
+        return None
+    try:
+        if not isinstance(text, str) or not text.startswith("http://"):
+            raise ValueError("a proxy is http://host:port")
+        return parse_endpoint(text.removeprefix("http://"))
+    except ValueError as error:
+        raise PolicyError(egress.key("proxy"), text, str(error)) from None
 
 
 def _stricter(order: tuple[_T, ...], first: _T, second: _T) -> _T:
@@ -682,9 +715,14 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
     """
     granted: Decision | None = None
     noticed: Decision | None = None
+    named: Decision | None = None
     for layer in policy.layers:
         decision = layer.decide(policy.role, surroundings, request)
         if decision.verdict is Verdict.ALLOW:
+            if decision.reason is Reason.NAME:
+                named = decision if named is None else _agreed(named, decision)
+                if named is None:
+                    return _NOT_LISTED
             if granted is None or decision.route > granted.route:
                 granted = decision
         elif layer.mode is Mode.ENFORCE:
@@ -702,7 +740,34 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
                 noticed = Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
         if granted is not None and granted.reason is Reason.RULE and request.transport is Transport.TCP and usage.exact:
             granted = Decision(Verdict.ALLOW, Reason.RULE, granted.rule, Route.RELAY)
-    if noticed is not None:
-        route = granted.route if granted is not None else Route.DIRECT
-        return Decision(Verdict.ALLOW, noticed.reason, None, route, report_only=True, exceeded=noticed.exceeded)
-    return _NOT_LISTED if granted is None else granted
+    return _concluded(granted if named is None else named, noticed)
+
+
+def _concluded(granted: Decision | None, noticed: Decision | None) -> Decision:
+    if noticed is None:
+        return _NOT_LISTED if granted is None else granted
+    allowed = Decision(Verdict.ALLOW, route=Route.DIRECT) if granted is None else granted
+    return allowed._replace(reason=noticed.reason, rule=None, report_only=True, exceeded=noticed.exceeded)
+
+
+def _agreed(first: Decision, second: Decision) -> Decision | None:
+    """What two policies that list names both grant; None: nothing."""
+    expected = _both(first.expected, second.expected)
+    if not expected or (first.proxy and second.proxy and first.proxy != second.proxy):
+        return None
+    names = frozenset[str]().union(*(names for _, names in expected))
+    name = next((name for name in (first.name, second.name) if name in names), min(names))
+    return first._replace(expected=expected, name=name, proxy=first.proxy or second.proxy)
+
+
+def _both(first: Expected, second: Expected) -> Expected:
+    """What both expect; empty: they cannot agree."""
+    agreed: dict[Protocol, frozenset[str]] = {}
+    for protocol, names in first:
+        for other, others in second:
+            if protocol is other or Protocol.TCP in (protocol, other):
+                common = names & others
+                stricter = other if protocol is Protocol.TCP else protocol
+                if common:
+                    agreed[stricter] = agreed.get(stricter, frozenset()) | common
+    return tuple(agreed.items())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ray_guard.errors import PolicyError
-from ray_guard.policy.destination import AddressRule, GroupRule, NameRule, Protocol, UnixRule, parse_rule
+from ray_guard.policy.destination import AddressRule, GroupRule, NameRule, UnixRule, parse_rule
 
 SUPPORTED: Final = frozenset(
     {
@@ -19,24 +19,30 @@ SUPPORTED: Final = frozenset(
         "egress.allow.address",
         "egress.allow.cluster",
         "egress.allow.collectives",
-        "egress.allow.name.unverified",
+        "egress.allow.name",
         "egress.allow.unix",
         "egress.listen",
+        "egress.proxy",
+        "egress.verify_names",
         *(
             f"budgets.{scope}.{kind}"
             for scope in ("call", "episode", "actor", "job")
-            for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections")
+            for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections", "cpu_seconds")
         ),
+        # of tool processes, as cpu_seconds is
+        *(f"budgets.{scope}.{kind}" for scope in ("call", "episode", "actor") for kind in ("memory", "processes")),
         "budgets.call.wall_seconds",
         "budgets.actor.gpu_memory",
         "budgets.actor.gpu_seconds",
         "budgets.job.gpu_seconds",
         "gpu.engine",
         "gpu.none",
+        "budgets.episode.wall_seconds",
         "on_violation.deny",
         "subprocess.confine",
         "subprocess.plain",
         "survivors.kill",
+        "survivors.keep",
         "require.egress",
         "require.gpu",
         "require.processes",
@@ -45,8 +51,7 @@ SUPPORTED: Final = frozenset(
 """What this version enforces on a host that offers everything. A caller removes what its host does not offer.
 
 Names are dotted keys. Where a key is held for some values only the value follows (``survivors.kill``), and the kind of
-destination follows ``egress.allow``: ``address``, ``name``, ``unix``, ``cluster``, ``collectives``. ``name.unverified``
-is a name of which nothing is to be verified: ``tcp://``, or any with ``verify_names: false``.
+destination follows ``egress.allow``: ``address``, ``name``, ``unix``, ``cluster``, ``collectives``.
 """
 
 _ASKS_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {
@@ -86,9 +91,8 @@ def _unenforced(key: str, value: object, wire: Mapping[str, Any], supported: fro
     if key in supported or _asks_nothing(key, value, wire):
         return
     if key == "egress.allow":
-        verified = _value(wire, "egress.verify_names") is not False
         for index, entry in enumerate(_list(value)):
-            if not any(f"egress.allow.{kind}" in supported for kind in _kinds(entry, verified=verified)):
+            if f"egress.allow.{_kind(entry)}" not in supported:
                 yield f"egress.allow[{index}]"
     elif key == "require":
         for word in _list(value):
@@ -103,16 +107,8 @@ def _asks_nothing(key: str, value: object, wire: Mapping[str, Any]) -> bool:
     if key == "version" or value in _ASKS_NOTHING.get(key, ()):
         return True
     if key == "egress.verify_names":  # it concerns names alone
-        return not value or not any(_kinds(entry, verified=True) == ("name",) for entry in _allowed(wire))
+        return not value or not any(_kind(entry) == "name" for entry in _list(_value(wire, "egress.allow")))
     return key.startswith("budgets.") and value is None
-
-
-def _kinds(entry: object, *, verified: bool) -> tuple[str, ...]:
-    """What a destination is; enforcing any of them will do."""
-    kind = _kind(entry)
-    rule = parse_rule(entry)
-    plain = isinstance(rule, NameRule) and (not verified or rule.protocol is Protocol.TCP)
-    return (kind, f"{kind}.unverified") if plain else (kind,)
 
 
 def _kind(entry: object) -> str:
@@ -131,10 +127,6 @@ def _list(value: object) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise PolicyError("policy", value, "a list")
     return list(value)
-
-
-def _allowed(wire: Mapping[str, Any]) -> list[Any]:
-    return _list(_value(wire, "egress.allow"))
 
 
 def _value(wire: Mapping[str, Any], key: str) -> object:

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import termios
 from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
@@ -104,7 +105,7 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         os.write(armed, b"%d" % listener)
         os.close(armed)
         stage = "setup"
-        memory, folder, *given = _told(line)
+        told, (memory, folder, *given) = _told(line)
         os.close(listener)  # the leader has it, else there would be no start
         start = read_start(memory)
         os.fchdir(folder)
@@ -115,7 +116,10 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         for number, descriptor in zip(start.descriptors, parked, strict=True):
             os.dup2(descriptor, number, inheritable=True)
         close_all_but((*start.descriptors, line, failed))
+        if start.terminal is not None:
+            fcntl.ioctl(start.terminal, termios.TIOCSCTTY, 0)
         _inherit(start)
+        _limit_data(told.get("memory"))
         libc.capset(0, 0, 0)
         _told(line)
         stage = "exec"
@@ -124,7 +128,7 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         code = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
         report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         os.write(failed, json.dumps(report).encode()[:4000])
-    os._exit(127)
+    _end()
 
 
 def _hand_over(line: int, listener: int) -> None:
@@ -146,16 +150,22 @@ def _handed_over(line: socket.socket) -> int:
     return received[1][0]
 
 
-def _told(line: int) -> list[int]:
-    """The descriptors of the leader's next message. Without one there will be no tool: this process ends."""
+def _told(line: int) -> tuple[dict[str, Any], list[int]]:
+    """The supervisor's next message with its descriptors. Without one there will be no tool: this process ends."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
     try:
         received = seqpacket.receive(sock)
     finally:
         sock.detach()
     if received is None:
-        os._exit(125)
-    return received[1]
+        _end()
+    return received
+
+
+def _end() -> NoReturn:
+    """Not by exit: that is notified, and there may be nobody to answer."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(127)
 
 
 def close_all_but(kept: Iterable[int]) -> None:
@@ -220,8 +230,21 @@ def _inherit(start: Start) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as it is in Python, and so in what it starts
 
 
+def _limit_data(limit: int | None) -> None:
+    """So that no single process outgrows the call's memory by far between two samples. Its children inherit it.
+
+    Twice the limit: what counts here is reserved, and threads reserve stacks that they never touch.
+    """
+    if limit is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        data = 2 * limit if hard == resource.RLIM_INFINITY else min(2 * limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+
+
 def _execute(start: Start) -> NoReturn:
     program = start.executable if start.executable is not None else start.argv[0]
+    if not program:  # a folder of PATH itself
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     if "/" in program:
         os.execve(program, start.argv, start.environment)
     os.execvpe(program, start.argv, start.environment)

@@ -59,7 +59,7 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
         if received is None:
             return 0  # the embryo's line is the supervisor's too, and it ends with that, or with this process
         message, asking = received
-        call = _Call(line, wake_read, message.get("wall_seconds"))
+        call = _Call(line, wake_read, message)
         if not call.run(embryo, asking) or not call.await_release():
             return 0
 
@@ -77,11 +77,14 @@ def _unfit(line: socket.socket, fault: dict[str, Any]) -> int:
 class _Call:
     """One start, from its request to the death of its tree."""
 
-    def __init__(self, line: socket.socket, wake: int, wall_seconds: float | None) -> None:
+    def __init__(self, line: socket.socket, wake: int, request: dict[str, Any]) -> None:
         self._line = line
         self._wake = wake
-        self._wall = None if wall_seconds is None else float(wall_seconds)
+        wall = request.get("wall_seconds")
+        self._wall = None if wall is None else float(wall)
+        self._keeps = request.get("survivors") == "keep"
         self._pid = 0
+        self._deadline: float | None = None
         self._status: int | None = None
         self._released = False
         self._cpu_seconds = 0.0
@@ -114,24 +117,34 @@ class _Call:
             seqpacket.close_all(asking)
             self._tell(failure)
             return not self._end_all()
+        self._deadline = None if self._wall is None else time.monotonic() + self._wall
         started = {"op": "started", "pid": self._pid}
         self._tell(started)
         for descriptor in asking:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor) as line, suppress(OSError):
                 seqpacket.send(line, started)
         timed_out = self._attend()
+        kept = self._survivors() if self._keeps and not timed_out and self._status is not None else 0
+        if kept:
+            self._tell({**self._outcome(), "op": "left", "survivors": kept})
+            timed_out = self._attend()
         survivors = self._end_all()
-        self._tell(
-            {
-                "op": "exited",
-                "status": self._status if self._status is not None else signal.SIGKILL,
-                "timed_out": timed_out,
-                "unkillable": survivors,
-                "cpu_seconds": self._cpu_seconds,
-                "peak_memory": self._peak_memory,
-            }
-        )
+        self._tell({**self._outcome(), "timed_out": timed_out, "unkillable": survivors})
         return not survivors
+
+    def _outcome(self) -> dict[str, Any]:
+        return {
+            "op": "exited",
+            "status": self._status if self._status is not None else signal.SIGKILL,
+            "cpu_seconds": self._cpu_seconds,
+            "peak_memory": self._peak_memory,
+        }
+
+    def _survivors(self) -> int:
+        """How many processes the tool has left behind."""
+        if not self._reap():
+            return 0
+        return sum(not procfs.is_zombie(pid) for pid in procfs.descendants(os.getpid()))
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:
@@ -140,22 +153,23 @@ class _Call:
             pass  # the supervisor is gone: its end of the line says so too, and everything ends
 
     def _attend(self) -> bool:
-        """Waits for the tool's end, passing on signals; whether its time ran out."""
+        """Waits for the tool's end, or where that is past for that of all it left; whether the call's time ran out."""
         poll = select.poll()
         for descriptor in (self._line.fileno(), self._wake):
             poll.register(descriptor, select.POLLIN)
-        limit = None if self._wall is None else time.monotonic() + self._wall
+        limit = self._deadline
         timed_out = False
-        self._reap()  # it may have ended before anybody looked
-        while self._status is None:
+        alone = self._status is None
+        left = self._reap()  # it may have ended before anybody looked
+        while self._status is None if alone else left:
             timeout = None if limit is None else max(0.0, limit - time.monotonic())
             for descriptor, _ in poll.poll(None if timeout is None else timeout * 1000 + 1):
                 if descriptor == self._wake:
                     os.read(self._wake, 512)
                 elif not self._obey():
                     return timed_out
-            self._reap()
-            if limit is not None and time.monotonic() >= limit and self._status is None:
+            left = self._reap()
+            if limit is not None and time.monotonic() >= limit and (self._status is None if alone else left):
                 if timed_out:
                     return True
                 timed_out = True
@@ -173,7 +187,8 @@ class _Call:
             self._released = received is not None and received[0].get("op") == "again"
             return False
         try:
-            os.kill(self._pid, int(received[0]["number"]))  # not reaped yet, so the pid is still the tool's
+            if self._status is None:  # not reaped yet, so the pid is still the tool's
+                os.kill(self._pid, int(received[0]["number"]))
         except (OSError, ValueError, KeyError):
             pass
         return True

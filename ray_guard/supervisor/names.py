@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.resolver.door import Reply
-from ray_guard.egress.resolver.told import Told
+from ray_guard.egress.resolver.told import LOOKUPS, Told
 from ray_guard.evidence.journal import JournalError
 from ray_guard.policy.budgets import RECEIVED, SENT, Exceeded
 from ray_guard.policy.decide import Decision, Operation, Reason, Request, Verdict
 from ray_guard.policy.destination import Transport, canonical_name
+from ray_guard.records import Mode
 from ray_guard.supervisor import resolver
-from ray_guard.supervisor.resolver import Answer, Resolve
+from ray_guard.supervisor.resolver import Answer, Forward, Instruction, Resolve
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.ring import Ring
@@ -28,15 +29,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ray_guard.names")
 
-LOOKUPS: Final = 1000
-"""How many questions of one ring (a tool, or an actor's own processes in an hour) are asked upstream."""
-LOOKUP_BYTES: Final = 64 << 10
-"""How many bytes the names of these questions may have together: below a wildcard a name can carry what it likes."""
-_PERIOD_S: Final = 3600.0
-_WAITING: Final = 64
+_WAITING: Final = 512
 """Questions of one ring that may wait for their answer."""
-_SAID: Final = 512
-"""Names of which a ring's journal says that they were asked for; then it says that there were more."""
+_SAID: Final = 2 * LOOKUPS
+"""Names of which the journal says that a call (an actor in an hour) asked for them; then, that there were more."""
 _KINDS: Final = frozenset({"A", "AAAA"})
 _NOTHING: Final = Answer("NOERROR")
 _NO_NAME: Final = Answer("NXDOMAIN")
@@ -51,15 +47,12 @@ class Names:
         self._ring = ring
         self._resolver = ring.node.resolver
         self._call = ring.call
-        self._told = Told()
-        if self._call is not None and (span := ring.target.open.get(self._call)) is not None:
-            self._told = span.told
+        span = None if self._call is None else ring.target.open.get(self._call)
+        self._told = span.told if span is not None else Told(lasting=self._call is None)
         self._by_address: Mapping[str, tuple[str, ...]] | None = None
         self._version = -1
         self._noted: set[tuple[Transport, str, int, str | None]] = set()
-        self._said: set[tuple[str, str | None]] = set()
         self._led = False
-        self._budget = _Budget(renewed=self._call is None)
         self._over = False
         self.waiting = 0
 
@@ -70,11 +63,8 @@ class Names:
         if self._by_address is None or self._version != self._told.version:
             self._version = self._told.version
             found = dict(self._told.names())
-            policy = self._ring.policy
-            for address, names in self._resolver.hosts.names.items():
-                listed = tuple(name for name in names if policy.allows_name(name))
-                if listed:
-                    found[address] = found.get(address, ()) + listed
+            for address, names in self._resolver.listed_hosts(self._ring.policy).items():
+                found[address] = found.get(address, ()) + names
             self._by_address = found
         return self._by_address
 
@@ -134,7 +124,8 @@ class Names:
 
     @property
     def mute(self) -> bool:
-        return self._ring.mute
+        """Whether datagram sockets of this ring cannot send: an actor's, and all that had to be made for a target."""
+        return self._ring.mute or not self._ring.node.means.borrows
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -168,12 +159,16 @@ class Names:
             except JournalError:
                 log.exception("a violation could not be journaled")
 
-    def question(self, text: str, kind: str, asker: _Asker) -> Resolve | Answer:
+    def question(self, text: str, kind: str, asker: _Asker) -> Instruction:
         """What is done about one question. Raises JournalError: then it is not answered."""
         try:
             name = canonical_name(text)
         except ValueError:
-            self._say(text[:_SHOWN], Decision(reason=Reason.INVALID, name=text[:_SHOWN]), asker)
+            refused = Decision(reason=Reason.INVALID, name=text[:_SHOWN])
+            if self._ring.policy.mode is Mode.REPORT:
+                self._say(text[:_SHOWN], refused._replace(verdict=Verdict.ALLOW, report_only=True), asker)
+                return Forward()
+            self._say(text[:_SHOWN], refused, asker)
             return _NO_NAME
         decision = self._ring.policy.decide_name(name)
         if not decision.allowed:
@@ -181,11 +176,13 @@ class Names:
             return _NO_NAME
         self._say(name, decision, asker)
         if kind not in _KINDS:
+            if self._ring.policy.mode is Mode.REPORT:
+                return Forward()
             return _NOTHING  # HTTPS and SVCB would tell of other ports and of keys to hide the name with
         known = self._resolver.hosts.addresses.get(name)
         if known is not None:
             return Answer("NOERROR", known)
-        if not self._budget.spend(len(name), time.monotonic()):
+        if not self._told.spend(len(name), time.monotonic()):
             self._say("", Decision(reason=Reason.BUDGET, name=name), asker)
             return _OVER
         return Resolve(name)
@@ -205,19 +202,20 @@ class Names:
     def _say(self, name: str, decision: Decision, asker: _Asker) -> None:
         """Journals the decision about ``name``, once per call. Raises JournalError."""
         key = (name, asker.origin.call)
-        if key in self._said:
+        said = self._told.said
+        if key in said:
             return
-        if len(self._said) >= _SAID:
-            if ("", None) in self._said:
-                return
+        if len(said) >= _SAID:
             key, decision = ("", None), Decision(reason=Reason.BUDGET, name=f"more than {_SAID} names")
+            if key in said:
+                return
         self._ring.note(asker.request, decision, asker.origin)
-        self._said.add(key)
+        said.add(key)
 
     def answered(self, name: str, addresses: tuple[str, ...], ttl: int, origin: Origin, *, cached: bool) -> None:
         """``addresses`` will be told next: they may be connected to from now on."""
         if cached:
-            self._budget.give_back(len(name))
+            self._told.give_back(len(name))
         if addresses:
             for told in {id(told): told for told in (self._told, self._of_call(origin)) if told is not None}.values():
                 told.tell(name, addresses, now=time.monotonic(), ttl=ttl, call=origin.call)
@@ -226,29 +224,6 @@ class Names:
         """The memory of the tools of the open call ``origin`` is of."""
         span = None if origin.call is None else self._ring.target.open.get(origin.call)
         return None if span is None else span.told
-
-
-class _Budget:
-    """How much may be asked upstream. ``renewed``: anew every hour."""
-
-    def __init__(self, *, renewed: bool) -> None:
-        self._renewed = renewed
-        self._since = time.monotonic()
-        self._count = self._bytes = 0
-
-    def spend(self, size: int, now: float) -> bool:
-        """Takes one question with a name of ``size`` bytes; False: there is no room."""
-        if self._renewed and now - self._since >= _PERIOD_S:
-            self._since, self._count, self._bytes = now, 0, 0
-        if self._count >= LOOKUPS or self._bytes + size > LOOKUP_BYTES:
-            return False
-        self._count += 1
-        self._bytes += size
-        return True
-
-    def give_back(self, size: int) -> None:
-        self._count = max(0, self._count - 1)
-        self._bytes = max(0, self._bytes - size)
 
 
 class _Asker:
@@ -266,7 +241,8 @@ class _Asker:
         return self._resolver.door().address(raw, stream=stream)
 
     def expect(self, source: tuple[str, int], *, stream: bool) -> None:
-        self._resolver.door().expect(source, self, stream=stream)
+        asked = None if self.request.operation is Operation.CONNECT else (self.request.address, self.request.port)
+        self._resolver.door().expect(source, self, stream=stream, asked=asked)
 
     def line(self) -> socket.socket | None:
         return self._resolver.door().line(self) if self._names.mute else None
@@ -291,7 +267,7 @@ class _Question:
         self._reply = reply
         self._name: str | None = None
 
-    def question(self, name: str, kind: str) -> Resolve | Answer:
+    def question(self, name: str, kind: str) -> Instruction:
         what = self._names.question(name, kind, self._asker)
         if isinstance(what, Resolve):
             self._name = what.name

@@ -25,7 +25,9 @@ from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
+from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
+from ray_guard.supervisor.proxies import Proxies
 from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ class Node:
         self.ward: Callable[[int], None] = lambda _pid: None
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self.gpus = Gpus(loop)
+        self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
         self._syncer = Syncer()
@@ -104,6 +107,7 @@ class Node:
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
         self.means.relay.opened = self._changed
+        self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
         loop.later(SYNC_S, self._sync)
@@ -213,6 +217,7 @@ class Node:
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
             self.means.relay.endpoints(),
+            self.proxies.endpoints(),
         )
         own = (*self._own_folders, *map(os.path.realpath, self._journals))
         folders = {folder for m in self._memberships.values() for folder in m.folders}

@@ -15,25 +15,27 @@ import logging
 import select
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 from ray_guard.egress.gate import Waiting
 from ray_guard.egress.resolver.door import Door, Reply
 from ray_guard.egress.resolver.hosts import Hosts
+from ray_guard.egress.resolver.start import start
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import seqpacket
+from ray_guard.policy.decide import CompiledPolicy, Layer
 from ray_guard.policy.destination import canonical_address
 
 log = logging.getLogger("ray_guard.resolver")
 
 PENDING_LIMIT: Final = 4096
+_POLICIES_KEPT: Final = 64
 _FILE_LIMIT: Final = 4 << 20
-_CONF_LIMIT: Final = 1 << 14
 _START_AGAIN_S: Final = 1.0
 _BATCH: Final = 64
+_SWEEP_S: Final = 1.0
 _PATIENCE_S: Final = 8.0
 """Beyond the helper's own: then it has lost the query."""
 SERVFAIL: Final = 2
@@ -53,10 +55,17 @@ class Answer(NamedTuple):
     addresses: tuple[str, ...] = ()
 
 
+class Forward(NamedTuple):
+    """Pass the question on as it is, and the answer too: for policies that report and refuse nothing."""
+
+
+Instruction = Resolve | Answer | Forward
+
+
 class Query(Protocol):
     """One query: whoever asks decides what is done about it. Exactly one of reply, failed and ignored is called."""
 
-    def question(self, name: str, kind: str) -> Resolve | Answer:
+    def question(self, name: str, kind: str) -> Instruction:
         """``name`` as it was asked for, without its trailing dot, odd bytes escaped; ``kind`` is the record's type."""
 
     def answered(self, addresses: tuple[str, ...], ttl: int, *, cached: bool) -> None:
@@ -83,21 +92,21 @@ class Resolver:
     Args:
         loop: the supervisor's event loop.
         opened: called when the door has been opened: its endpoints are known from then on.
-        argv: the helper's command; its line's descriptor is appended.
     """
 
-    def __init__(self, loop: Waiting, opened: Callable[[], None], argv: list[str] | None = None) -> None:
+    def __init__(self, loop: Waiting, opened: Callable[[], None]) -> None:
         self._hosts, self._resolv_conf = (_content(f"/etc/{name}") for name in ("hosts", "resolv.conf"))
         self.search: tuple[str, ...] = ()
         """Domains that programs append to a name before they ask for it."""
         self._loop = loop
         self._opened = opened
-        self._argv = argv if argv is not None else [sys.executable, "-S", "-E", "-c", _BOOT.format(path=sys.path)]
         self._line: socket.socket | None = None
         self._helper: subprocess.Popen[bytes] | None = None
         self._started = float("-inf")
         self._numbers = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
+        self._sweeping = False
+        self._listed: dict[int, tuple[tuple[Layer, ...], Mapping[str, tuple[str, ...]]]] = {}
         self._door: Door | None = None
 
     @functools.cached_property
@@ -108,6 +117,21 @@ class Resolver:
         an allowed name's, or have a server of the target's own asked.
         """
         return Hosts.parse(self._hosts)
+
+    def listed_hosts(self, policy: CompiledPolicy) -> Mapping[str, tuple[str, ...]]:
+        """The names of the hosts file that ``policy`` lists, by address."""
+        known = self._listed.get(id(policy.layers))
+        if known is not None and known[0] is policy.layers:
+            return known[1]  # looked through once: the file may be a long list of names that are blocked
+        found: dict[str, tuple[str, ...]] = {}
+        for address, names in self.hosts.names.items():
+            listed = tuple(name for name in names if policy.allows_name(name))
+            if listed:
+                found[address] = listed
+        if len(self._listed) >= _POLICIES_KEPT:
+            self._listed.clear()
+        self._listed[id(policy.layers)] = (policy.layers, found)
+        return found
 
     def require(self) -> None:
         """Starts the helper, that it is ready when it is needed.
@@ -140,11 +164,12 @@ class Resolver:
     def ask(self, message: bytes, query: Query, *, datagram: bool) -> None:
         """Has ``message`` read, and then answered as ``query`` decides."""
         number = next(self._numbers)
-        if len(self._pending) >= PENDING_LIMIT:
-            self._sweep()
         if len(self._pending) >= PENDING_LIMIT or not self._start():
             query.failed()
             return
+        if not self._sweeping:
+            self._sweeping = True
+            self._loop.later(_SWEEP_S, self._sweep)
         self._pending[number] = _Pending(query, datagram, time.monotonic())
         self._tell({"op": "read", "id": number, "message": base64.b64encode(message).decode()}, number)
 
@@ -163,9 +188,13 @@ class Resolver:
             pending.query.failed()
 
     def _sweep(self) -> None:
+        """Gives up what the helper has lost: whoever asked has only so many questions waiting."""
         late = time.monotonic() - _PATIENCE_S
         for number in [number for number, pending in self._pending.items() if pending.since < late]:
             self._failed(number)
+        self._sweeping = bool(self._pending)
+        if self._sweeping:
+            self._loop.later(_SWEEP_S, self._sweep)
 
     # -- the helper ----------------------------------------------------------------------------------------------------
 
@@ -176,17 +205,11 @@ class Resolver:
         if time.monotonic() - self._started < _START_AGAIN_S:
             return False
         self._started = time.monotonic()
-        line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self._helper = subprocess.Popen(
-                    [*self._argv, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/"
-                )
-            except OSError as error:
-                log.warning("the resolver cannot be started: %s", error)
-                line.close()
-                return False
-        seqpacket.send(line, {"resolv_conf": self._resolv_conf[:_CONF_LIMIT]})
+        try:
+            self._helper, line = start(self._resolv_conf)
+        except OSError as error:
+            log.warning("the resolver cannot be started: %s", error)
+            return False
         line.setblocking(False)
         self._line = line
         self._loop.watch(line.fileno(), select.EPOLLIN, lambda _events: self._ready(line))
@@ -244,6 +267,8 @@ class Resolver:
         message: dict[str, Any] = {"id": number, "datagram": pending.datagram}
         if isinstance(what, Resolve):
             message |= {"op": "resolve", "name": what.name, "type": kind}
+        elif isinstance(what, Forward):
+            message |= {"op": "forward"}
         else:
             message |= {"op": "answer", "rcode": what.rcode, "addresses": what.addresses}
         self._tell(message, number)
@@ -286,7 +311,3 @@ def fail(query: bytes, reply: Reply, rcode: int) -> None:
     """Answers a query that nobody has read: its own bytes, marked as an answer with that code."""
     if len(query) >= 12 and not query[2] & 0x80:
         reply(query[:2] + bytes([0x80 | query[2] & 0x79, 0x80 | rcode]) + query[4:])
-
-
-_BOOT: Final = "import sys\nsys.path[:] = {path!r}\nfrom ray_guard.egress.resolver.helper import main\nmain()\n"
-"""As the supervisor itself is started: no start-up files, no variables, the same packages."""

@@ -13,11 +13,13 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
-from ray_guard.egress.relay.front import Crossing
+from ray_guard.egress.relay.front import MOVER_LOST, Crossing, End
+from ray_guard.egress.relay.proxy import Proxied
+from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.kernel import procfs
@@ -36,6 +38,7 @@ from ray_guard.policy.decide import (
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
 from ray_guard.supervisor.names import Names
+from ray_guard.supervisor.proxies import Standing
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
 if TYPE_CHECKING:
@@ -67,6 +70,8 @@ class Ring:
         self.policy = policy
         self.root = root
         self._origin = origin
+        self.origin_of: Callable[[int], Origin] = target.origin_of_thread if origin is None else lambda _tid: origin
+        """Whose doing a thread's calls are; within a call a process of its own may be known (see processes)."""
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
@@ -76,7 +81,7 @@ class Ring:
         self._seen: set[int] = set()
         self._faults = 0
         self._known: dict[tuple[str, int], _Known] = {}
-        """TCP destinations that a rule has granted."""
+        """Destinations of connects that :meth:`again` may grant, see :meth:`_is_repeatable`."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
         self._names: Names | None = Names(self) if policy.names else None
@@ -97,13 +102,15 @@ class Ring:
         inode: tuple[int, int] | None = None,
         size: int = 0,
     ) -> Ruling:
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
         if self._names is not None and self._names.changed():
             self._surroundings = None
         unix = transport is Transport.UNIX
         request = Request(operation, transport, address, port, ("\0" if path is None else path) if unix else "",
                           self._process(tid), inode)  # fmt: skip
         decision = decide(self.policy, self._surroundings or self._around(), origin.account, request)
+        if self._node.proxies.named and not unix and (error := self._proxy_unknown(request, decision)):
+            return Ruling(error)
         if decision.reason is Reason.NOT_LISTED and self._may_have_missed(request):
             if origin.call is not None:
                 self.target.intents[tid] = origin.call
@@ -125,7 +132,7 @@ class Ring:
         known = self._known.get(address)
         if known is None or cookie in self._meter.flows:
             return None
-        origin = self._origin or self.target.origin_of_thread(tid)
+        origin = self.origin_of(tid)
         account = origin.account
         if not account.free:
             if origin.call is not None:
@@ -230,6 +237,19 @@ class Ring:
         own = tid == self.root or os.path.exists(f"/proc/{self.root}/task/{tid}")
         return Process.OWN if own else Process.OTHER
 
+    def _proxy_unknown(self, request: Request, decision: Decision) -> int:
+        """Non-zero where it is not known yet, or not at all, which address a proxy has that this is about.
+
+        A destination at a proxy's port may be that proxy, which nobody but the relay may reach.
+        """
+        proxies = self._node.proxies
+        if not decision.allowed:
+            return 0
+        standing = proxies.at_port(request.port) if decision.proxy is None else proxies.standing(decision.proxy)
+        if standing is Standing.UNKNOWN and decision.proxy is not None:
+            return errno.ECONNREFUSED
+        return {Standing.KNOWN: 0, Standing.ASKED: _WAIT.error, Standing.UNKNOWN: errno.EACCES}[standing]
+
     def _may_have_missed(self, request: Request) -> bool:
         """Whether the cluster may have grown since its tables were read: then the question waits for a reading."""
         directory = self._node.directory(self.target)
@@ -311,8 +331,12 @@ class Ring:
                 connection.granted(decision)
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
+                    connection.speech = _speech(request, decision)
+                    if decision.proxy is not None and decision.name is not None:
+                        address = self._node.proxies.address(decision.proxy)
+                        connection.proxied = Proxied(address, decision.name, request.port)
                     return Ruling(0, relayed=connection)
-                if decision.reason is Reason.RULE and not decision.report_only and len(self._known) < _TEXTS_KEPT:
+                if len(self._known) < _TEXTS_KEPT and self._is_repeatable(request, decision, origin.account):
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
                 return Ruling(0, connection)
             if self.mute and request.transport is Transport.UDP and request.operation is Operation.CONNECT:
@@ -326,6 +350,23 @@ class Ring:
             log.exception("a decision could not be journaled")
             return Ruling(errno.EPERM)
         return Ruling(errno.EACCES)
+
+    def _is_repeatable(self, request: Request, decision: Decision, account: Account) -> bool:
+        """Whether the same would be said, as long as policy and surroundings stand, to whoever here asks the same.
+
+        So it is of a rule that names the address, for TCP, by the direct way; but of several policies another may have
+        agreed because it was the actor's own process that asked. Budgets are no part of it: :meth:`again` looks.
+        """
+        if (
+            decision.reason is not Reason.RULE
+            or decision.route is not Route.DIRECT
+            or decision.report_only
+            or request.operation is not Operation.CONNECT
+            or request.transport is not Transport.TCP
+        ):
+            return False
+        others = request._replace(process=Process.OTHER)
+        return request.process is Process.OTHER or decide(self.policy, self._around(), account, others) == decision
 
     def _send(self, request: Request, decision: Decision, origin: Origin, size: int) -> Ruling:
         """A datagram. Its flow is journaled once per destination and call; its bytes are reserved before it goes."""
@@ -381,6 +422,15 @@ def _decided(request: Request, decision: Decision) -> dict[str, AttributeValue]:
     return attributes
 
 
+def _speech(request: Request, decision: Decision) -> dict[str, Any]:
+    """See :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
+    denied = foreign(decision.rule, request.port) if decision.reason is Reason.RULE else frozenset()
+    expected = {protocol.value: sorted(names) for protocol, names in decision.expected}
+    if decision.proxy is not None:  # it is asked for one name: no other may be meant
+        expected = {key: [decision.name] for key, names in expected.items() if decision.name in names}
+    return {"expected": expected, "denied": sorted(denied), "port": request.port}
+
+
 def _spelled(request: Request) -> str:
     if request.transport is Transport.UNIX:
         return f"unix:{request.path}" if request.path != "\0" else "unix:(abstract)"
@@ -419,7 +469,21 @@ def _form(target: Target, origin: Origin, decided: str) -> EgressForm:
 class Connection:
     """One connect (or datagram destination) of a target: its record, its share of the budgets, its flow."""
 
-    __slots__ = ("_form", "_more", "_over", "_ring", "_span", "_start", "capped", "flow", "origin", "request", "sent")
+    __slots__ = (
+        "_form",
+        "_more",
+        "_over",
+        "_ring",
+        "_span",
+        "_start",
+        "capped",
+        "flow",
+        "origin",
+        "proxied",
+        "request",
+        "sent",
+        "speech",
+    )  # fmt: skip
     _form: EgressForm
 
     def __init__(self, ring: Ring, origin: Origin, request: Request) -> None:
@@ -428,6 +492,9 @@ class Connection:
         self.request = request
         self.flow: Flow | None = None
         self.sent = 0
+        self.speech: dict[str, Any] = {}
+        """What may be spoken, where it is relayed."""
+        self.proxied: Proxied | None = None
         self.capped = not origin.account.free and origin.account.limits_any(_BYTES)
         self._span = new_span_id()
         self._start = time.time_ns()
@@ -493,10 +560,20 @@ class Connection:
     def relayed(self, crossing: Crossing) -> None:
         self._ring.relayed(crossing)
 
-    def left(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
+    def left(self, crossing: Crossing, end: End) -> None:
         self._ring.relay_left(crossing)
-        self._more += _RELAY
-        line = self._counted(crossing.local, sent, received, exact=exact, why="" if why == "ended" else why)
+        found: dict[str, AttributeValue] = {"ray_guard.egress.route": "relay"}
+        for key, value in (("protocol", end.protocol), ("verified", end.verified), ("server_name", end.name)):
+            if value is not None:
+                found[f"ray_guard.egress.{key}"] = value
+        self._add(found)
+        if end.why and not self._over and end.why != MOVER_LOST:
+            try:
+                where = _spelled(self.request)
+                self._ring.target.violation(self.origin, self._span, "egress", reason=end.why, destination=where)
+            except JournalError:
+                log.exception("a violation could not be journaled")
+        line = self._counted(crossing.local, end.sent, end.received, exact=end.exact, why=end.why)
         self._journaled(self._ring.target.journal.append, line)
 
     def associated(self, local: tuple[str, int] | None) -> None:
@@ -596,7 +673,6 @@ def _ambiguous(candidates: tuple[str, ...]) -> str:
 
 _BYTES: Final = (EGRESS, SENT, RECEIVED)
 _EXACT: Final = "," + fragment({"ray_guard.egress.scope": "exact"}).encoded
-_RELAY: Final = "," + fragment({"ray_guard.egress.route": "relay"}).encoded
 _OF_THE_ACTOR: Final = (Reason.CLUSTER, Reason.COLLECTIVES)
 _TEXTS_KEPT: Final = 4096
 _FORMS_KEPT: Final = 64

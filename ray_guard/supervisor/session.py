@@ -186,6 +186,7 @@ class Session:
             self._node.gpus.admit(policy)
             if policy.names:
                 self._node.resolver.require()
+            self._require_proxies(policy)
         target = Target(
             pid=pid,
             kind=str(kind),
@@ -241,6 +242,11 @@ class Session:
                 seqpacket.close_all(kept)
 
         return again
+
+    def _require_proxies(self, policy: CompiledPolicy) -> None:
+        for layer in policy.layers:
+            if layer.proxy is not None:
+                self._node.proxies.require(layer.proxy)
 
     def _try_to_judge(self, pid: int, descriptor: int) -> None:
         """Whether calls of this process could be judged: its memory read, its sockets taken. Raises NotEnforced."""
@@ -329,6 +335,7 @@ class Session:
         added = _policy(message["policy"], target.kind, clustered=clustered, borrows=self._node.means.borrows)
         if added.names:
             self._node.resolver.require()
+        self._require_proxies(added)
         target.policy = target.policy.intersect(added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
@@ -340,7 +347,7 @@ class Session:
         target = self._known()
         span = message.get("span")
         for tool in self._tools:
-            if tool.call == span and tool.running:
+            if tool.call == span and tool.running and target.policy.survivors != "keep":
                 tool.end()  # what a call started ends with the call
         self._tools = [tool for tool in self._tools if tool.running]
         target.end(message)

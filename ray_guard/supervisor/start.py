@@ -23,7 +23,8 @@ class Start(NamedTuple):
     affinity: tuple[int, ...]
     descriptors: tuple[int, ...]
     """Numbers in the tool, in the order in which the descriptors are passed."""
-    new_group: bool
+    terminal: int | None
+    """The descriptor that is to be the controlling terminal of the tool's session."""
     restore_signals: bool
 
     @classmethod
@@ -40,7 +41,7 @@ class Start(NamedTuple):
                 limits={str(name): (int(soft), int(hard)) for name, (soft, hard) in fields["limits"].items()},
                 affinity=tuple(int(cpu) for cpu in fields["affinity"]),
                 descriptors=tuple(int(number) for number in fields["descriptors"]),
-                new_group=bool(fields["new_group"]),
+                terminal=None if fields["terminal"] is None else int(fields["terminal"]),
                 restore_signals=bool(fields["restore_signals"]),
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -55,6 +55,7 @@ class OpenSpan:
     episode: str | None
     account: Account | None
     violations: int = 0
+    began: float = field(default_factory=time.monotonic)
     origin: Origin | None = None
     """As :meth:`Target.origin_of_call` gives it; made when first asked for."""
     told: Told = field(default_factory=Told)
@@ -303,6 +304,11 @@ class Target:
             identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
             span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call)
         return span.origin if parent is None else replace(span.origin, parent_id=parent)
+
+    def clocks(self, origin: Origin) -> list[tuple[Account, float]]:
+        """The open scopes whose elapsed time counts for ``origin``, with when each began (``time.monotonic()``)."""
+        spans = [self.open.get(span_id or "") for span_id in (origin.call, origin.episode)]
+        return [(span.account, span.began) for span in spans if span is not None and span.account is not None]
 
     # -- violations ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ filtered process is gone.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import select
@@ -25,20 +24,21 @@ from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import seqpacket
 from ray_guard.kernel.seccomp import Listener
-from ray_guard.policy.budgets import Account, Scope
+from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import bystanders
+from ray_guard.supervisor import arguments, bystanders
 from ray_guard.supervisor.leaders import Leader
+from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.node import Node
+from ray_guard.supervisor.process_spans import exit_attributes
+from ray_guard.supervisor.processes import Processes, Usage
 from ray_guard.supervisor.ring import Ring
 from ray_guard.supervisor.start import Start
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
 
 log = logging.getLogger("ray_guard.tools")
 
-_ARGUMENT_SHOWN: Final = 256
-_ARGUMENTS_SHOWN: Final = 64
 _LOST: Final = "the process that led it was lost"
 _NONE: Final = "no process can be made to lead it"
 
@@ -65,6 +65,9 @@ class Tool:
         call: the tool call that asked, or where a call of the tool's own belongs.
         control: to the requester.
         descriptors: [memory file, working folder, the tool's own descriptors …], consumed.
+
+    Raises:
+        BudgetExceeded: there is no room for it; that is in the journal.
     """
 
     def __init__(
@@ -92,9 +95,17 @@ class Tool:
         self._span = new_span_id()
         self._implicit: SpanRecord | None = None
         self._account: Account | None = None
+        self._processes: Processes | None = None
+        self._passed: Exceeded | None = None
+        self._left = False
         self._origin = self._find_origin(call)
+        self._clocks = [*target.clocks(self._origin), *self._own_clock()]
         self._descriptors = descriptors
         self._leader: Leader | None = None
+        exceeded = self._enter()
+        if exceeded is not None:
+            self._close_descriptors()
+            raise exceeded.error()
         self.running = True
         node.loop.watch(control.fileno(), select.EPOLLIN, lambda _events: self._from_requester())
         node.leaders.take(self._begin)
@@ -117,7 +128,7 @@ class Tool:
                 "gen_ai.operation.name": "execute_tool",
                 "gen_ai.tool.name": name,
                 "gen_ai.tool.call.id": span_id,
-                "ray_guard.arguments.sha256": _hash(self._start.argv),
+                "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
             },
         )
         identity = fragment({"rl.run.id": self._target.run_id, **call.identity, "ray_guard.source": "supervisor"})
@@ -126,6 +137,55 @@ class Tool:
         episode = None if around is None else around.episode  # its budgets hold for this call too
         self._account = self._target.call_account(span_id, episode)
         return Origin(self._implicit.trace_id, self._span, identity, self._account, episode, span_id)
+
+    # -- limits --------------------------------------------------------------------------------------------------------
+
+    def _own_clock(self) -> list[tuple[Account, float]]:
+        return [] if self._account is None else [(self._account, time.monotonic())]
+
+    def _enter(self) -> Exceeded | None:
+        """Takes the room that a tool needs; the limit that leaves none."""
+        account = self._origin.account
+        found = [
+            *(account.measured(WALL, time.monotonic() - began) for account, began in self._clocks),
+            account.charge(CPU, 0),
+            self._node.census.reserve(account),
+        ]
+        refusal = next((each for each in found if each is not None and not each.report_only), None)
+        for each in found:
+            if each is not None and (each is refusal or each.report_only):
+                self._target.exceeded(self._origin, self._origin.call, each)
+        if refusal is None:
+            account.retain()
+            return None
+        if refusal.kind != PROCESSES:
+            account.release(PROCESSES, 1)
+        if self._implicit is not None:
+            text = str(refusal.error())
+            self._target.write(
+                replace(self._implicit, end_ns=time.time_ns(), status=StatusCode.ERROR, status_message=text),
+                self._origin.identity,
+            )
+            account.close()
+        return refusal
+
+    def _time_left(self) -> float | None:
+        """Seconds until the first ``wall_seconds`` around this tool are over."""
+        limits = [(account.limit(WALL), began) for account, began in self._clocks]
+        left = [limit - (time.monotonic() - began) for limit, began in limits if limit is not UNLIMITED]
+        return max(0.0, min(left)) if left else None
+
+    def _over(self, exceeded: Exceeded) -> None:
+        """The tree has passed a limit that ends it."""
+        self._passed = exceeded
+        self.end()
+
+    def _judge_time(self, *, timed_out: bool) -> None:
+        for account, began in self._clocks:
+            exceeded = account.measured(WALL, time.monotonic() - began)
+            if exceeded is not None and (timed_out or exceeded.report_only):
+                self._target.exceeded(self._origin, self._span, exceeded)
+                self._passed = self._passed or exceeded
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 
@@ -140,7 +200,8 @@ class Tool:
                 leader.drop()
             self._failed({"stage": "leader", "text": _NONE} if leader is None else leader.fault)
             return
-        if not leader.prepare({"op": "prepare"}, self._descriptors):
+        memory = _least(self._origin.account, MEMORY)
+        if not leader.prepare({"op": "prepare", "memory": memory}, self._descriptors):
             leader.drop()  # what it held ready has died
             self._node.leaders.take(self._begin)
             return
@@ -152,7 +213,8 @@ class Tool:
         if self.running:
             # The requester waits for the start, so its leader says so itself; all else comes from here.
             asking = () if self._control is None else (self._control.fileno(),)
-            leader.start({"wall_seconds": self._policy.limits(Scope.CALL).get("wall_seconds")}, asking)
+            request = {"wall_seconds": self._time_left(), "survivors": self._policy.survivors}
+            leader.start(request, asking)
 
     def _close_descriptors(self) -> None:
         seqpacket.close_all(self._descriptors)
@@ -171,6 +233,8 @@ class Tool:
             self._started = True
         elif operation == "failed":
             self._failed(message)
+        elif operation == "left":
+            self._left_behind(message)
         elif operation == "exited":
             self._finished(message)
         seqpacket.close_all(descriptors)
@@ -185,12 +249,14 @@ class Tool:
             self._failed({"stage": "journal", "text": str(error)})
             return
         self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin)
+        self._processes = Processes(self._node, self._target, self._origin, pid, self._over)
+        self._ring.origin_of = self._processes.origin_of
         self._gate = Gate(
             Listener(listener),
             self._ring,
             self._node.means,
             self._unfiltered,
-            bystanders.handlers(pid),
+            {**self._processes.handlers, **bystanders.handlers(pid)},
         )
         self._node.gpus.began(pid, self._target, self._origin)
         if self._leader is not None:
@@ -210,6 +276,16 @@ class Tool:
             status = {"error": str(error)}
         self._finished(status)
 
+    def _left_behind(self, message: dict[str, Any]) -> None:
+        """The tool has ended; what it leaves running is kept, and still the call's (``survivors: keep``)."""
+        self._left = True
+        try:
+            self._target.write(self._process_record(message), self._origin.identity)
+            self._end_implicit(message)
+        except JournalError:
+            log.exception("the end of a tool could not be journaled")
+        self._tell_end(message)
+
     def _finished(self, message: dict[str, Any]) -> None:
         """The tool's tree is dead: settle, record, tell."""
         self._node.gpus.ended(self._pid, self._target)
@@ -221,69 +297,61 @@ class Tool:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+        if self._processes is not None:
+            usage = self._processes.close(message.get("cpu_seconds", 0.0), message.get("peak_memory", 0))
+            message |= {"usage": usage}
+        else:
+            self._origin.account.release(PROCESSES, 1)
         try:
             if self._pid:
+                self._judge_time(timed_out=bool(message.get("timed_out")))
                 self._target.write(self._process_record(message), self._origin.identity)
-                if message.get("timed_out"):
-                    self._wall_violation()
-            if self._implicit is not None:
-                failed = message.get("status") != 0
-                status = StatusCode.ERROR if failed else StatusCode.UNSET
-                self._target.write(replace(self._implicit, end_ns=time.time_ns(), status=status), self._origin.identity)
+            if not self._left:
+                self._end_implicit(message)
         except JournalError:
             log.exception("the end of a tool could not be journaled")
+        self._origin.account.let_go()
         if self._account is not None:
             self._account.close()
-        if "status" in message:
-            keys = ("status", "timed_out", "unkillable", "cpu_seconds", "peak_memory")
-            ended = {key: message[key] for key in keys if key in message}
-            self._answer({"op": "exited", "pid": self._pid, **ended})
-        self._hang_up()
+        self._tell_end(message)
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.release()
 
-    def _wall_violation(self) -> None:
-        limit = self._policy.limits(Scope.CALL)["wall_seconds"]
-        self._target.violation(
-            replace(self._origin, parent_id=self._span),
-            self._span,
-            "wall_seconds",
-            reason="call budget",
-            destination="",
-            limit=limit,
-            value=(time.time_ns() - self._began) / 1e9,
-        )
+    def _end_implicit(self, message: dict[str, Any]) -> None:
+        if self._implicit is not None:
+            status = StatusCode.ERROR if message.get("status") != 0 else StatusCode.UNSET
+            self._target.write(replace(self._implicit, end_ns=time.time_ns(), status=status), self._origin.identity)
+
+    def _tell_end(self, message: dict[str, Any]) -> None:
+        if "status" in message:
+            keys = ("status", "timed_out", "unkillable")
+            ended: dict[str, Any] = {key: message[key] for key in keys if key in message}
+            if self._passed is not None:
+                ended["passed"] = str(self._passed.error())
+            self._answer({"op": "exited", "pid": self._pid, **ended})
+        self._hang_up()
 
     def _process_record(self, ended: dict[str, Any] | None) -> SpanRecord:
-        argv = self._start.argv
-        shown = tuple(
-            argument if len(argument) <= _ARGUMENT_SHOWN else argument[:_ARGUMENT_SHOWN] + "…"
-            for argument in argv[:_ARGUMENTS_SHOWN]
-        )
         attributes: dict[str, AttributeValue] = {
             "process.pid": self._pid,
             "process.parent_pid": self._target.pid,
             "process.executable.path": self._executable,
-            "process.command_args": shown,
-            "ray_guard.arguments.sha256": _hash(argv),
+            "process.command_args": arguments.shown(self._start.argv),
+            "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
         }
         status, text = StatusCode.UNSET, ""
         if ended is not None:
             if "status" in ended:
-                code = os.waitstatus_to_exitcode(int(ended["status"]))
-                attributes["process.exit.code"] = 128 - code if code < 0 else code
-                if code < 0:
-                    attributes["process.exit.signal"] = -code
-                if code != 0:
+                attributes |= exit_attributes(int(ended["status"]))
+                if attributes["process.exit.code"] != 0:
                     status = StatusCode.ERROR
-            if "error" in ended:
-                status, text = StatusCode.ERROR, str(ended["error"])
+            if "error" in ended or self._passed is not None:
+                status, text = StatusCode.ERROR, str(ended.get("error") or (self._passed and self._passed.error()))
             if ended.get("unkillable"):
                 attributes["ray_guard.process.unkillable"] = tuple(str(pid) for pid in ended["unkillable"])
-            for key in ("cpu_seconds", "peak_memory"):
-                if key in ended:
-                    attributes[f"ray_guard.process.{key}"] = ended[key]
+            if "usage" in ended:
+                attributes |= _tree_attributes(ended["usage"])
         return SpanRecord(
             trace_id=self._origin.trace_id,
             span_id=self._span,
@@ -351,5 +419,27 @@ def _executable(start: Start) -> str:
     return program
 
 
-def _hash(argv: tuple[str, ...]) -> str:
-    return hashlib.sha256("\0".join(argv).encode(errors="surrogateescape")).hexdigest()
+def _tree_attributes(usage: Usage) -> dict[str, AttributeValue]:
+    """On the span of the first process: what all of the tree used, itself included."""
+    attributes: dict[str, AttributeValue] = {
+        "ray_guard.process.cpu_seconds": usage.cpu_seconds,
+        "ray_guard.process.peak_memory": usage.peak_memory,
+        "ray_guard.tree.processes": usage.processes,
+        "ray_guard.tree.executions": usage.executed,
+    }
+    if usage.cpu_bound_seconds:
+        attributes["ray_guard.process.cpu_bound_seconds"] = usage.cpu_bound_seconds
+    if usage.left_out:
+        attributes["ray_guard.tree.left_out"] = usage.left_out
+    return attributes
+
+
+def _least(account: Account, kind: str) -> int | None:
+    """The least limit of this scope and those around it."""
+    node: Account | None = account
+    limits = []
+    while node is not None:
+        limits.append(node.limit(kind))
+        node = node.parent
+    numbers = [int(limit) for limit in limits if limit is not UNLIMITED]
+    return min(numbers) if numbers else None

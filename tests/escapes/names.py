@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import launcher
 import pytest
 from harness import PRELUDE, PYTHON, ROOT, Host, Namespace, Outcome
 from nameserver import NameServer, use
@@ -101,6 +102,7 @@ class Names:
                 ("both.example.org", "A"): ("127.0.0.1", "127.0.0.3"),
                 ("both.example.org", "AAAA"): ("::1",),
                 ("four.example.org", "A"): ("127.0.0.4",),
+                ("brief.example.org", "A"): ("127.0.0.8",),
                 ("alias.example.org", "CNAME"): ("behind.example.net",),
                 ("behind.example.net", "A"): ("127.0.0.5",),
                 ("many.example.org", "A"): many,
@@ -109,8 +111,9 @@ class Names:
             },
         )
         self.rogue = NameServer(ROGUE, {("index.example.org", "A"): ("127.0.0.66",)})
+        own = len(launcher.prefix())  # a simulated host may refuse to mount
         use(
-            self.namespace.prefix,
+            self.namespace.prefix[:-own] if own else self.namespace.prefix,
             folder,
             resolv_conf=f"nameserver {UPSTREAM}\nsearch corp.example lab.example\noptions timeout:2\n",
             hosts="127.0.0.1 localhost\n127.0.0.9 hosted.example.org\n127.0.0.10 hosted.example.com\n",
@@ -122,6 +125,8 @@ class Names:
 
     def host(self, name: str = "plain") -> Host:
         """``plain``: names below example.org at the sink's port; ``udp``: a UDP destination beside it."""
+        if name == "udp" and launcher.prefix():
+            pytest.skip("udp:// destinations cannot be judged on this host")
         if name not in self._hosts:
             policy = self.policy()
             if name == "udp":

@@ -108,16 +108,6 @@ result.append(tool.returncode)
     assert _inside(stage, code) == ["one\n", "two\n", 0, 9]
 
 
-def test_what_cannot_be_is_refused_by_name(stage: Stage) -> None:
-    code = """
-result = []
-for options in ({'preexec_fn': print}, {'user': 0}, {'group': 0}):
-    try: ray_guard.run(['true'], **options)
-    except ray_guard.NotEnforced as error: result.append(str(error)[:40])
-"""
-    assert len(_inside(stage, code)) == 3
-
-
 def test_a_tool_does_not_inherit_secrets(stage: Stage) -> None:
     code = """
 os.environ.update(AWS_SECRET_ACCESS_KEY='s1', RAY_ADDRESS='s2', HF_TOKEN='s3', MY_API_KEY='s4', SSH_AUTH_SOCK='s5', PLAIN='kept')

@@ -19,6 +19,10 @@ import termios
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from ray_guard.egress.relay.speech import Refused, Verifier
+from ray_guard.egress.relay.speech.choice import Speech
+
+_READ: Final = 1 << 16
 TURN: Final = 1 << 20
 """Bytes that one direction moves before others have their turn."""
 _STREAM: Final = 1 << 17
@@ -69,62 +73,78 @@ class Pipe:
 
 
 class Direction:
-    """Bytes from one socket to the other. ``readable`` and ``writable`` are true until the kernel says otherwise."""
+    """Bytes from one socket to the other. ``readable`` and ``writable`` are true until the kernel says otherwise.
+
+    While there is a verifier, what comes is read and handed on as far as that says; then it is spliced.
+    """
 
     __slots__ = (
-        "allowance",
-        "count",
-        "done",
-        "fill",
-        "flow",
-        "pipe",
-        "readable",
-        "sink",
-        "source",
-        "waits",
-        "writable",
+        *("allowance", "count", "done", "fill", "flow", "out", "pipe"),
+        *("readable", "sink", "source", "verifier", "waits", "writable"),
     )
 
-    def __init__(self, flow: Flow, source: socket.socket, sink: socket.socket, allowance: Allowance) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        source: socket.socket,
+        sink: socket.socket,
+        allowance: Allowance,
+        verifier: Verifier | None = None,
+    ) -> None:
         self.flow = flow
         self.source = source
         self.sink = sink
         self.allowance = allowance
+        self.verifier = verifier
         self.readable = self.writable = True
         self.waits = False
         """It has asked for an allowance and not been answered."""
         self.pipe: Pipe | None = None
+        self.out = b""
+        """Read and verified, to be handed on."""
         self.fill = 0
+        """Bytes taken from the source and not handed on, be they in the pipe, in :attr:`out` or with the verifier."""
         self.count = 0
         """Bytes handed on so far."""
         self.done = False
         """The source has ended and the sink has been told."""
 
     def move(self) -> bool:
-        """Moves up to :data:`TURN` bytes; whether there may be more to move at once. Raises OSError: a side failed."""
+        """Moves up to :data:`TURN` bytes; whether there may be more to move at once.
+
+        Raises:
+            OSError: a side failed.
+            Refused: what is spoken is not what may be.
+        """
         turn = TURN
         while not self.done:
-            if self.fill and self.pipe is not None:
+            if self.out or (self.fill and self.pipe is not None):
                 if not self.writable:
                     return False
                 if turn <= 0:
                     return True
-                turn -= self._drain(self.pipe)
-                continue
-            if not self.readable or self.waits:
+                turn -= self._hand_on()
+            elif not self.readable or self.waits:
                 self._let_go()
                 return False
-            if turn <= 0:
+            elif turn <= 0:
                 return True
-            if self.allowance.left <= 0:
+            elif self.allowance.left <= 0:
                 self._ask()
+            elif self.verifier is not None and not self.verifier.done:
+                self._read(self.verifier)
             else:
                 self._take()
         return False
 
-    def _drain(self, pipe: Pipe) -> int:
+    def _hand_on(self) -> int:
         try:
-            moved = os.splice(pipe.read, self.sink.fileno(), self.fill, flags=_FLAGS)
+            if self.out:
+                moved = self.sink.send(self.out, socket.MSG_NOSIGNAL)
+                self.out = self.out[moved:]
+            else:
+                assert self.pipe is not None  # noqa: S101 - for the type checker
+                moved = os.splice(self.pipe.read, self.sink.fileno(), self.fill, flags=_FLAGS)
         except BlockingIOError:
             self.writable = False
             return 0
@@ -132,6 +152,19 @@ class Direction:
         self.count += moved
         self.allowance.moved(moved)
         return moved
+
+    def _read(self, verifier: Verifier) -> None:
+        try:
+            data = self.source.recv(int(min(self.allowance.left, _READ)))
+        except BlockingIOError:
+            self.readable = False
+            return
+        if not data:
+            self._end()
+            return
+        self.allowance.left -= len(data)
+        self.fill += len(data)
+        self.out = verifier.feed(data)
 
     def _take(self) -> None:
         if self.pipe is None:
@@ -161,6 +194,7 @@ class Direction:
     def _end(self) -> None:
         self.done = True
         self._let_go()
+        self._give_back()  # what a verifier still holds is the beginning of something that does not come any more
         try:
             self.sink.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -176,8 +210,11 @@ class Direction:
         """Nothing more goes this way: what was taken and not handed on goes back to the allowance."""
         self.done = True
         self._let_go()
+        self._give_back()
+
+    def _give_back(self) -> None:
         self.allowance.left += self.fill
-        self.fill = 0
+        self.fill, self.out = 0, b""
 
 
 class Flow:
@@ -188,6 +225,7 @@ class Flow:
         tool: our end of the target's connection.
         upstream: the connection made for it.
         sent, received: allowances of the two directions, as the target sees them.
+        speech: who reads along.
         ended: called once, when both sockets are closed.
     """
 
@@ -199,14 +237,16 @@ class Flow:
         *,
         sent: Allowance,
         received: Allowance,
+        speech: Speech,
         ended: Callable[[Flow], None],
     ) -> None:
         self.number = number
         self.descriptors = (tool.fileno(), upstream.fileno())
         self.tool = tool
         self.upstream = upstream
-        self.up = Direction(self, tool, upstream, sent)
-        self.down = Direction(self, upstream, tool, received)
+        self.speech = speech
+        self.up = Direction(self, tool, upstream, sent, speech.sent)
+        self.down = Direction(self, upstream, tool, received, speech.received)
         self.why = ""
         """Why it was cut; empty: it ended by itself."""
         self._closing = False
@@ -238,6 +278,9 @@ class Flow:
                 more = direction.move() or more
             except OSError:
                 self._break()
+                return False
+            except Refused as refused:
+                self.cut(refused.reason)
                 return False
             if self.closing:  # it asked, and was cut
                 return False

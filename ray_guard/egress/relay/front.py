@@ -26,11 +26,12 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.relay.leases import KINDS, Lease
+from ray_guard.egress.relay.proxy import Handshake, Proxied
 from ray_guard.kernel import libc, seqpacket
 from ray_guard.kernel.seccomp import Notification
 from ray_guard.kernel.sock_diag import SO_COOKIE, connection_cookie
@@ -43,6 +44,11 @@ log = logging.getLogger("ray_guard.relay")
 
 FLOWS_LIMIT: Final = 8192
 """Relayed flows of one supervisor; a connect beyond it fails with ENOBUFS."""
+STEPS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
+"""Each step of a connect that is made is an edge: connected, then what a proxy answers."""
+MOVER_LOST: Final = "mover_lost"
+_CONNECT_S: Final = 140.0
+"""More than the kernel tries: a proxy that takes the connection and says nothing."""
 _JOIN_S: Final = 2.0
 """How long a target's end that was connected may take to come through the door."""
 _SO_ATTACH_FILTER, _SO_DOMAIN, _SO_NETNS_COOKIE, _TCP_INFO = 26, 39, 71, socket.TCP_INFO
@@ -60,12 +66,34 @@ _Socket = socket.SocketType
 """The C type under socket.socket: made of a known descriptor it asks the kernel nothing."""
 
 
+class End(NamedTuple):
+    """How a flow ended: bytes ``sent`` and ``received``, ``exact`` or at least so many; and what was spoken."""
+
+    sent: int
+    received: int
+    exact: bool
+    why: str
+    """Why it was cut; empty: it ended by itself, or with its scope."""
+    protocol: str | None
+    verified: bool | None
+    """None: no name was to be verified."""
+    name: str | None
+
+
 class Owner(Protocol):
     """Whose flow it is: told what becomes of it, each at most once."""
 
     @property
     def account(self) -> Account:
         """The innermost scope that is charged."""
+
+    @property
+    def proxied(self) -> Proxied | None:
+        """By way of which proxy; None: to the destination itself."""
+
+    @property
+    def speech(self) -> Mapping[str, Any]:
+        """What may be spoken, for :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
 
     def relayed(self, crossing: Crossing) -> None:
         """Both ends stand."""
@@ -76,15 +104,17 @@ class Owner(Protocol):
     def over_budget(self, exceeded: Exceeded) -> None:
         """It wants more than is left, and is cut."""
 
-    def left(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
-        """It has ended; ``why`` it was cut, if it was."""
+    def left(self, crossing: Crossing, end: End) -> None:
+        """It has ended."""
 
 
 class Crossing:
     """One relayed connection, from the decision to its end."""
 
-    __slots__ = ("cookie", "deadline", "gate", "holder", "lease", "local", "moving", "number", "owner", "raw",
-                 "tool_name", "upstream", "way")  # fmt: skip
+    __slots__ = (
+        *("cookie", "deadline", "gate", "handshake", "holder", "lease", "local", "moving"),
+        *("number", "owner", "raw", "tool_name", "upstream", "way"),
+    )
 
     def __init__(
         self,
@@ -112,8 +142,24 @@ class Crossing:
         self.lease: Lease | None = None
         self.moving = False
         """The mover has it."""
-        self.deadline = 0.0
+        self.deadline = time.monotonic() + _CONNECT_S
+        """When it is given up, as long as the mover does not have it."""
         self.gate = gate
+        self.handshake: Handshake | None = None
+
+    def ask(self) -> int:
+        """Begins the upstream connect, or asks how it goes: 0, EINPROGRESS, or why there is none."""
+        proxied = self.owner.proxied
+        if self.local is None:
+            there = self.raw if proxied is None else proxied.address
+            result = libc.connect(self.upstream.fileno(), there)
+            if result in (-errno.EINPROGRESS, -errno.EALREADY, -errno.EINTR):
+                return errno.EINPROGRESS
+            if result not in (0, -errno.EISCONN):
+                return -result if proxied is None else errno.ECONNREFUSED
+            self.local = _name(self.upstream, there)
+            self.handshake = None if proxied is None else Handshake(proxied)
+        return 0 if self.handshake is None else self.handshake.step(self.upstream)
 
 
 class _Doors:
@@ -170,6 +216,7 @@ class Relay:
         self._crossings: dict[int, Crossing] = {}
         self._by_cookie: dict[int, Crossing] = {}
         self._expected: dict[Name, Crossing] = {}
+        self._connecting: set[Crossing] = set()
         self._leases: dict[int, Lease] = {}
         self._lease_of: dict[Account, Lease] = {}
         self._line: socket.socket | None = None
@@ -222,7 +269,7 @@ class Relay:
         """Connects a target's socket, by way of ours: the errno to answer with, or that the call is parked."""
         holder = (notification.pid, notification.arg0 & 0xFFFFFFFF)
         try:
-            upstream = self._upstream_for(sock, raw, holder)
+            upstream = self._upstream_for(sock, raw, holder, owner.proxied)
         except OSError as failure:
             error = failure.errno or errno.ENETUNREACH
             owner.failed(error)
@@ -231,9 +278,9 @@ class Relay:
             next(self._numbers), upstream, cookie=cookie, raw=raw, holder=holder, owner=owner, gate=gate
         )
         self._crossings[crossing.number] = self._by_cookie[cookie] = crossing
-        error = _ask(crossing)
+        error = crossing.ask()
         if error == errno.EINPROGRESS:
-            error = _ask(crossing)  # on this host it stands by now
+            error = crossing.ask()  # on this host it stands by now
         if error == 0:
             return self._through_the_door(crossing, sock)
         if error != errno.EINPROGRESS:
@@ -242,7 +289,9 @@ class Relay:
             return self._park(notification, crossing, sock)
         return self._into_the_waiting_room(crossing, sock)
 
-    def _upstream_for(self, sock: _Socket, raw: bytes, holder: tuple[int, int]) -> socket.socket:
+    def _upstream_for(
+        self, sock: _Socket, raw: bytes, holder: tuple[int, int], proxied: Proxied | None
+    ) -> socket.socket:
         """A socket to connect to ``raw`` with, as the target's own would be. Raises OSError where that could not."""
         (family,) = struct.unpack_from("=H", raw)
         if len(self._crossings) >= FLOWS_LIMIT:
@@ -251,7 +300,7 @@ class Relay:
             raise OSError(errno.EAFNOSUPPORT, "a socket of another family")
         if _state(sock) != _CLOSED:
             raise OSError(errno.EISCONN, "connected already")
-        upstream = socket.socket(family, socket.SOCK_STREAM)
+        upstream = socket.socket(family if proxied is None else proxied.address[0], socket.SOCK_STREAM)
         try:
             upstream.setblocking(False)
             if _network(sock) != _network(upstream):
@@ -259,7 +308,9 @@ class Relay:
                 raise OSError(errno.ENETUNREACH, "a socket of another network namespace")
             upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             bound = _full_name(sock, family)
-            if bound[0] not in _WILDCARDS:  # whoever chose its own address means the way out; the port is taken by it
+            if (
+                bound[0] not in _WILDCARDS and proxied is None
+            ):  # whoever chose its own address means the way out; the port is taken by it
                 upstream.bind((bound[0], 0, *bound[2:]))
         except OSError:
             upstream.close()
@@ -282,7 +333,9 @@ class Relay:
         duplicate = sock.fileno()
 
         def step() -> int:
-            error = _ask(crossing)
+            if crossing.upstream.fileno() < 0:
+                return errno.ETIMEDOUT  # given up meanwhile
+            error = crossing.ask()
             if error == errno.EINPROGRESS:
                 return _PARKED
             if error:
@@ -321,8 +374,6 @@ class Relay:
         crossing.deadline = time.monotonic() + _JOIN_S
         self._expected[crossing.tool_name] = crossing
         self._accept(pair)
-        if crossing.tool_name in self._expected:
-            self._sweep_later()
         return -result
 
     def _accept(self, pair: _Doors) -> None:
@@ -348,11 +399,11 @@ class Relay:
             return self._give_up(crossing, -result)
         crossing.way = way
         crossing.tool_name = _name(sock, crossing.raw)
-        self._loop.watch(crossing.upstream.fileno(), select.EPOLLOUT, lambda _events: self._upstream_ready(crossing))
+        self._loop.watch(crossing.upstream.fileno(), STEPS, lambda _events: self._upstream_ready(crossing))
         return errno.EINPROGRESS
 
     def _upstream_ready(self, crossing: Crossing) -> None:
-        error = _ask(crossing)
+        error = crossing.ask()
         if error == errno.EINPROGRESS:
             return
         self._loop.forget(crossing.upstream.fileno())
@@ -420,6 +471,7 @@ class Relay:
             if self._by_cookie.get(crossing.cookie) is crossing:
                 del self._by_cookie[crossing.cookie]
             self._expected.pop(crossing.tool_name, None)
+            self._connecting.discard(crossing)
             if crossing.upstream.fileno() >= 0:
                 self._loop.forget(crossing.upstream.fileno())
                 crossing.upstream.close()
@@ -434,9 +486,9 @@ class Relay:
     def _sweep(self) -> None:
         self._sweeping = False
         now = time.monotonic()
-        for crossing in [each for each in self._expected.values() if now >= each.deadline]:
+        for crossing in [each for each in self._connecting if now >= each.deadline]:
             self._give_up(crossing, errno.ETIMEDOUT)
-        if self._expected:
+        if self._connecting:
             self._sweep_later()
 
     # -- the mover -----------------------------------------------------------------------------------------------------
@@ -451,10 +503,11 @@ class Relay:
         lease = self._lease(crossing.owner.account)
         crossing.lease = lease
         crossing.moving = True
+        self._connecting.discard(crossing)
         crossing.owner.relayed(crossing)
         limited = [lease.limited[kind] for kind in KINDS]
         message = {"op": "flow", "flow": crossing.number, "lease": lease.number, "limited": limited}
-        self._tell(message, (ours, crossing.upstream))
+        self._tell({**message, "speech": crossing.owner.speech}, (ours, crossing.upstream))
 
     def _lease(self, account: Account) -> Lease:
         lease = self._lease_of.get(account)
@@ -567,16 +620,18 @@ class Relay:
         if crossing is not None:
             if message["why"] == "budget" and crossing.lease is not None and crossing.lease.exceeded is not None:
                 crossing.owner.over_budget(crossing.lease.exceeded)
-            self._gone(crossing, message["sent"], message["received"], why=message["why"], exact=True)
+            why = "" if message["why"] == "ended" else message["why"]
+            found = [message.get(each) for each in ("protocol", "verified", "name")]
+            self._gone(crossing, End(message["sent"], message["received"], True, why, *found))
 
-    def _gone(self, crossing: Crossing, sent: int, received: int, *, why: str, exact: bool) -> None:
+    def _gone(self, crossing: Crossing, end: End) -> None:
         del self._crossings[crossing.number]
         if self._by_cookie.get(crossing.cookie) is crossing:
             del self._by_cookie[crossing.cookie]
         if crossing.lease is not None:
             crossing.lease.flows -= 1
             self._drop(crossing.lease)
-        crossing.owner.left(crossing, sent, received, why=why, exact=exact)
+        crossing.owner.left(crossing, end)
 
     def finish(self, crossing: Crossing) -> None:
         """Its scope has ended: what was on its way still goes out, within half a second."""
@@ -602,7 +657,7 @@ class Relay:
         for lease in self._leases.values():
             lease.lost()
         for crossing in [each for each in self._crossings.values() if each.moving]:
-            self._gone(crossing, 0, 0, why="mover lost", exact=False)
+            self._gone(crossing, End(0, 0, False, MOVER_LOST, None, None, None))
 
     def close(self) -> None:
         """The supervisor ends: the mover, and with it all flows, does too."""
@@ -622,15 +677,6 @@ def _is_mapped(raw: bytes) -> bool:
 
 def _state(sock: _Socket) -> int:
     return sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0]
-
-
-def _ask(crossing: Crossing) -> int:
-    """Begins the upstream connect, or asks how it goes: 0, EINPROGRESS, or why there is none."""
-    result = libc.connect(crossing.upstream.fileno(), crossing.raw)
-    if result in (0, -errno.EISCONN):
-        crossing.local = _name(crossing.upstream, crossing.raw)
-        return 0
-    return errno.EINPROGRESS if result in (-errno.EALREADY, -errno.EINTR) else -result
 
 
 def _network(sock: _Socket) -> bytes:

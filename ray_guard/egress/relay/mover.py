@@ -22,6 +22,7 @@ from collections import deque
 from typing import Any, Final, NoReturn
 
 from ray_guard.egress.relay.flow import Direction, Flow
+from ray_guard.egress.relay.speech.choice import Speech
 from ray_guard.kernel import libc, seqpacket
 from ray_guard.policy.budgets import RECEIVED, SENT
 
@@ -32,7 +33,7 @@ _LINGER_S: Final = 0.5
 FINISH_S: Final = 0.5
 """How long after its call what was written before may still go out."""
 _GATHER_S: Final = 0.00015
-"""While a flow streams, how long bytes gather before they are moved: waking for each segment costs more than moving."""
+"""While a flow streams, how long bytes gather first: waking for every segment costs more than moving it."""
 _FIRST_WISH: Final = 1 << 16
 _LAST_WISH: Final = 1 << 23
 _EVENTS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
@@ -219,7 +220,7 @@ class Mover:
             for kind in (SENT, RECEIVED):
                 del self._pools[lease, kind]
         self.tell({"op": "ended", "flow": flow.number, "sent": flow.up.count, "received": flow.down.count,
-                   "why": flow.why}, books)  # fmt: skip
+                   "why": flow.why, **flow.speech.found()}, books)  # fmt: skip
 
     # -- the supervisor ------------------------------------------------------------------------------------------------
 
@@ -292,7 +293,8 @@ class Mover:
             if (lease, kind) not in self._pools:
                 self._pools[lease, kind] = Pool(self, lease, kind, limited=limited)
         sent, received = self._pools[lease, SENT], self._pools[lease, RECEIVED]
-        flow = Flow(message["flow"], tool, upstream, sent=sent, received=received, ended=self._ended)
+        speech = Speech(message["speech"])
+        flow = Flow(message["flow"], tool, upstream, sent=sent, received=received, speech=speech, ended=self._ended)
         self._flows[flow.number] = flow
         self._leases[flow.number] = lease
         self._members[lease] = self._members.get(lease, 0) + 1

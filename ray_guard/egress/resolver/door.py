@@ -15,9 +15,10 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from ray_guard.egress import sockaddr
+from ray_guard.egress.resolver.forged import Forger
 from ray_guard.policy.destination import canonical_address
 
 log = logging.getLogger("ray_guard.door")
@@ -65,6 +66,12 @@ class Door:
     def __init__(self, loop: Waiting) -> None:
         self._loop = loop
         self._sources: dict[Endpoint, Asker] = {}
+        self._apparent: dict[Endpoint, Endpoint] = {}
+        """By source, where answers must seem to come from: sockets that asked without connecting."""
+        try:
+            self._forger: Forger | None = Forger()
+        except OSError:
+            self._forger = None
         self._callers: dict[Endpoint, Asker] = {}
         """Of TCP connections that have not been accepted yet."""
         self._owned: dict[int, _Owned] = {}
@@ -114,14 +121,21 @@ class Door:
         host = _MAPPED + bytes((127, 0, 0, 1)) if mapped else bytes(15) + b"\x01"
         return struct.pack("=H", family) + struct.pack(">HI", port, 0) + host + bytes(4)
 
-    def expect(self, source: Endpoint, asker: Asker, *, stream: bool) -> None:
-        """Queries from ``source`` are ``asker``'s from now on, whoever had that address before."""
+    def expect(self, source: Endpoint, asker: Asker, *, stream: bool, asked: Endpoint | None = None) -> None:
+        """Queries from ``source`` are ``asker``'s from now on, whoever had that address before.
+
+        ``asked``: the name server that a socket sent to without connecting; it may want the answer from there.
+        """
         host, port = source
         known = self._callers if stream else self._sources
         owned = self._of(asker)
         # Not connected, it sends from the loopback address of whichever family it sends to.
         for each in (canonical_address(host), *(("127.0.0.1",) if host == "::" else ())):
             known[each, port] = asker
+            if asked is not None and (":" in each) == (":" in asked[0]):
+                self._apparent[each, port] = asked
+            else:
+                self._apparent.pop((each, port), None)
             owned.sources.append((each, port))
         while len(owned.sources) > OWN_SOURCES:
             self._unexpect(owned.sources.popleft(), asker.owner)
@@ -133,6 +147,7 @@ class Door:
         for known in (self._sources, self._callers):
             if (asker := known.get(source)) is not None and asker.owner is owner:  # it may be another's by now
                 del known[source]
+                self._apparent.pop(source, None)
 
     def line(self, asker: Asker) -> socket.socket:
         """One end of a new pair on which ``asker`` asks, one query per message; its messages go nowhere else.
@@ -168,6 +183,8 @@ class Door:
             self._loop.forget(sock.fileno())
             sock.close()
         self._sockets.clear()
+        if self._forger is not None:
+            self._forger.close()
 
     # -- queries -------------------------------------------------------------------------------------------------------
 
@@ -177,9 +194,24 @@ class Door:
                 data, source = sock.recvfrom(QUERY_LIMIT + 1)
             except OSError:  # none left, or a target that has gone since it asked
                 return
-            asker = self._sources.get((canonical_address(source[0]), source[1]))
+            key = (canonical_address(source[0]), source[1])
+            asker = self._sources.get(key)
             if asker is not None and len(data) <= QUERY_LIMIT:
-                asker.asks(data, _reply_to(sock, source), datagram=True)
+                asker.asks(data, self._reply_to(sock, key), datagram=True)
+
+    def _reply_to(self, sock: socket.socket, source: Endpoint) -> Reply:
+        asked, forger = self._apparent.get(source), self._forger
+
+        def reply(message: bytes) -> None:
+            try:
+                if asked is not None and forger is not None:
+                    forger.send(message, asked, source)
+                else:
+                    sock.sendto(message, socket.MSG_DONTWAIT, source)
+            except OSError:
+                pass  # a datagram more that is lost, or a target that has gone
+
+        return reply
 
     def _accept(self, sock: socket.socket) -> None:
         try:
@@ -214,7 +246,11 @@ class _Held:
         if data:
             self._came(data)
         else:
-            self.close()
+            self._ended()
+
+    def _ended(self) -> None:
+        """The other side sends nothing more."""
+        self.close()
 
     def _came(self, data: bytes) -> None:
         raise NotImplementedError
@@ -249,7 +285,10 @@ class _Stream(_Held):
 
     def __init__(self, sock: socket.socket, asker: Asker, loop: Waiting, held: dict[int, _Held]) -> None:
         super().__init__(sock, asker, loop, held)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # two answers, one after the other
         self._buffer = b""
+        self._waiting = 0
+        self._half_closed = False
         self._active = True
         loop.later(_IDLE_S, self._check)
 
@@ -264,11 +303,21 @@ class _Stream(_Held):
             if len(self._buffer) < 2 + length:
                 return
             query, self._buffer = self._buffer[2 : 2 + length], self._buffer[2 + length :]
+            self._waiting += 1
             self.asker.asks(query, self._reply, datagram=False)
+
+    def _ended(self) -> None:
+        self._half_closed = True
+        self._loop.forget(self._sock.fileno())  # it would be told again and again
+        if self._waiting == 0:
+            self.close()
 
     def _reply(self, message: bytes) -> None:
         self._active = True
+        self._waiting -= 1
         self._send(len(message).to_bytes(2, "big") + message)
+        if self._half_closed and self._waiting == 0:
+            self.close()
 
     def _check(self) -> None:
         if self._sock.fileno() < 0:
@@ -290,13 +339,3 @@ class _Owned:
 
 def _bound(ready: Callable[[socket.socket], None], sock: socket.socket) -> Callable[[int], None]:
     return lambda _events: ready(sock)
-
-
-def _reply_to(sock: socket.socket, source: tuple[Any, ...]) -> Reply:
-    def reply(message: bytes) -> None:
-        try:
-            sock.sendto(message, socket.MSG_DONTWAIT, source)
-        except OSError:
-            pass  # a datagram more that is lost, or a target that has gone
-
-    return reply

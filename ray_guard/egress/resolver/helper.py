@@ -7,6 +7,7 @@ question, and only what the supervisor then says is done with it. Each line is o
     helper → supervisor   question {id, name, type}                   what they ask
                           answer {id, message}                        they are no question; message null: say nothing
     supervisor → helper   resolve {id, name, type, datagram}          ask upstream for the (canonical) name
+                          forward {id, datagram}                      pass it on as it is, and the answer too
                           answer {id, rcode, addresses, datagram}     answer so, without asking anybody
     helper → supervisor   answer {id, message, addresses, ttl, cached}
 """
@@ -69,8 +70,9 @@ class Helper:
         question = self._questions.pop(number, None)
         if question is None:
             return
-        if message["op"] == "resolve":
-            task = asyncio.ensure_future(self._resolve(number, question, message))
+        if message["op"] in ("resolve", "forward"):
+            work = self._resolve if message["op"] == "resolve" else self._forward
+            task = asyncio.ensure_future(work(number, question, message))
             self._tasks.add(task)
             task.add_done_callback(self._done)
         else:
@@ -85,6 +87,13 @@ class Helper:
     async def _resolve(self, number: int, question: messages.Question, message: dict[str, Any]) -> None:
         found = await self._upstream.resolve(message["name"], message["type"])
         self._found(number, question, found, message)
+
+    async def _forward(self, number: int, question: messages.Question, message: dict[str, Any]) -> None:
+        reply = await self._upstream.forward(question.message)
+        if reply is None:
+            self._found(number, question, Found("SERVFAIL", cached=True), message)
+        else:
+            self._answer(number, messages.fitted(question, reply.to_wire(), datagram=bool(message["datagram"])))
 
     def _found(self, number: int, question: messages.Question, found: Found, message: dict[str, Any]) -> None:
         version = _VERSIONS.get(question.type)

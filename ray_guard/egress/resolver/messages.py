@@ -73,12 +73,15 @@ def answer(question: Question, rcode: str, addresses: Sequence[str], ttl: int, *
         ttl: seconds.
         datagram: it goes as one; where it does not fit it says so (TC), and is asked for again by stream.
     """
-    wire = _answer(question.message, dns.rcode.from_text(rcode), addresses, ttl)
-    if datagram:
-        room = max(_DATAGRAM, question.message.payload) if question.message.edns >= 0 else _DATAGRAM
-        if len(wire) > room:
-            wire = _answer(question.message, dns.rcode.NOERROR, [], truncated=True)
-    return wire
+    return fitted(question, _answer(question.message, dns.rcode.from_text(rcode), addresses, ttl), datagram=datagram)
+
+
+def fitted(question: Question, wire: bytes, *, datagram: bool) -> bytes:
+    """``wire``, or an answer that says it does not fit a datagram."""
+    room = max(_DATAGRAM, question.message.payload) if question.message.edns >= 0 else _DATAGRAM
+    if not datagram or len(wire) <= room:
+        return wire
+    return _answer(question.message, dns.rcode.NOERROR, [], truncated=True)
 
 
 def _answer(

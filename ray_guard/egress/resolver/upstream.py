@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from typing import Final, NamedTuple
 
+import dns.asyncquery
 import dns.asyncresolver
 import dns.exception
+import dns.message
 import dns.name
 import dns.rdataclass
 import dns.rdatatype
@@ -18,6 +21,7 @@ log = logging.getLogger("ray_guard.resolver")
 _CACHED: Final = 4096
 _LIFETIME_S: Final = 5.0
 """How long all attempts at one question may take together."""
+_FORWARDED_S: Final = 2.0
 _ADDRESSES: Final = 64
 TTL_S: Final = (1, 3600)
 """Least and most seconds to live that are told, whatever came from upstream."""
@@ -64,8 +68,19 @@ class Upstream:
             return Found("SERVFAIL")
         if answer.rrset is None:
             return Found("NOERROR", cached=cached)
-        ttl = min(max(answer.rrset.ttl, TTL_S[0]), TTL_S[1])
+        left = int(answer.expiration - time.time())  # it may have been kept for a while
+        ttl = min(max(left, TTL_S[0]), TTL_S[1])
         return Found("NOERROR", tuple(found.address for found in answer.rrset)[:_ADDRESSES], ttl, cached)
+
+    async def forward(self, query: dns.message.Message) -> dns.message.Message | None:
+        """What the first name server that answers says to ``query``, as it stands; None: none does."""
+        for server in self._resolver.nameservers:
+            try:
+                reply, _ = await dns.asyncquery.udp_with_fallback(query, str(server), _FORWARDED_S)
+                return reply
+            except (dns.exception.DNSException, OSError) as error:
+                log.warning("%s: %s", server, error)
+        return None
 
     def _cached(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> bool:
         cache = self._resolver.cache

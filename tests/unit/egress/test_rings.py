@@ -89,6 +89,9 @@ TABLE = [
     ("io_uring_setup", (8, SOMEWHERE), ENOSYS, ENOSYS),
     ("clone3", (SOMEWHERE, 88), ENOSYS, ENOSYS),
     ("clone", (17,), ALLOW, ALLOW),
+    ("execve", (SOMEWHERE, 0, 0), ALLOW, NOTIFY),
+    ("execveat", (3, SOMEWHERE, 0, 0, 0x1000), ALLOW, NOTIFY),
+    ("exit_group", (0,), ALLOW, NOTIFY),
     ("clone", (0x10000000 | 17,), EPERM, EPERM),
     ("unshare", (0x40000000,), EPERM, EPERM),
     ("unshare", (0x400,), EPERM, EPERM),  # descriptors of a thread's own

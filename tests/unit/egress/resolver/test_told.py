@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_guard.egress.resolver.told import LEAST_S, TOLD_LIMIT, Told
+from ray_guard.egress.resolver.told import LEAST_S, LOOKUP_BYTES, LOOKUPS, TOLD_LIMIT, Told
 
 
 def nobody(_call: str) -> bool:
@@ -68,3 +68,28 @@ def test_the_memory_is_bounded() -> None:
         told.tell(f"n{i}", ["192.0.2.1"], now=0, ttl=60, call=None)
     (names,) = told.names().values()
     assert (len(names), names[0], names[-1]) == (TOLD_LIMIT, f"n{TOLD_LIMIT + 9}", "n10")
+
+
+def test_questions_are_counted() -> None:
+    told = Told()
+    assert all(told.spend(10, 0) for _ in range(LOOKUPS))
+    assert not told.spend(10, 1e9)
+    told.give_back(10)
+    assert told.spend(10, 1)
+    assert not told.spend(10, 1)
+
+
+def test_and_the_bytes_of_their_names() -> None:
+    told = Told()
+    assert told.spend(LOOKUP_BYTES - 5, 0)
+    assert not told.spend(6, 0)
+    assert told.spend(5, 0)
+
+
+def test_an_actor_may_ask_anew_every_hour() -> None:
+    told = Told(lasting=True)
+    told.said.add(("a", None))
+    assert all(told.spend(10, 1000) for _ in range(LOOKUPS))
+    assert not told.spend(10, 1000 + 3599)
+    assert told.spend(10, 1000 + 3600)
+    assert not told.said

@@ -1,0 +1,55 @@
+"""What a pidfd and a clock tell of a process: pidfd_open(2), PIDFD_GET_INFO, clock_gettime(2). Runs in the supervisor.
+
+Source: ``include/uapi/linux/pidfd.h`` and ``kernel/time/posix-cpu-timers.c``, Linux 6.18.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import time
+from typing import Final
+
+from ray_guard.kernel import procfs
+
+_INFO: Final = struct.Struct("=QQ11Ii")
+_GET_INFO: Final = 0xC0000000 | _INFO.size << 16 | 0xFF << 8 | 11
+_WANTS_EXIT: Final = 1 << 3
+_CPUCLOCK_SCHED: Final = 2
+
+
+def exit_status(pidfd: int, pid: int) -> int | None:
+    """How a process ended, as waitpid gives it; None: it runs, or nobody can tell any more (before Linux 6.15).
+
+    The descriptor must have been opened before the process was waited for.
+    """
+    found = bytearray(_INFO.pack(_WANTS_EXIT, *(0,) * 13))
+    try:
+        fcntl.ioctl(pidfd, _GET_INFO, found, True)
+        about = _INFO.unpack(found)
+        if about[0] & _WANTS_EXIT:
+            return int(about[-1])
+    except OSError:
+        pass  # ENOTTY: an older kernel; ESRCH: it has been waited for
+    image = procfs.image(pid)  # not waited for yet, then the pid is still its own
+    return image.exit_code if image is not None and image.state in (b"Z", b"X") else None
+
+
+def cpu_ns(pid: int) -> int | None:
+    """CPU time of all threads of a process, those that have ended included; None: it has been waited for.
+
+    Exact, where the ticks in /proc would leave out every process that lives shorter than one.
+    """
+    try:
+        return time.clock_gettime_ns(~pid << 3 | _CPUCLOCK_SCHED)
+    except OSError:
+        return None
+
+
+def opened(pid: int) -> int:
+    """A pidfd of process ``pid``; ``-errno`` where it is gone, or a thread that leads no process."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        return -(error.errno or 1)

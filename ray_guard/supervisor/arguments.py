@@ -1,0 +1,136 @@
+"""What a process is about to execute, read from its memory. Runs in the supervisor.
+
+Only to be recorded: the caller can change it after it was read, so nothing may be decided by it. Bounded in every
+direction, for the caller chooses the pointers: an array without end, a megabyte of arguments, pages that fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import struct
+from typing import Final, NamedTuple, Self
+
+SHOWN: Final = 64
+SHOWN_LENGTH: Final = 256
+_WINDOW: Final = 4096
+_PATH_LIMIT: Final = 4096
+_POINTERS_LIMIT: Final = 4096
+_BYTES_LIMIT: Final = 1 << 18
+
+
+class Arguments(NamedTuple):
+    """``digest`` is over all of them, joined by NUL; empty: there are more than are read."""
+
+    shown: tuple[str, ...]
+    digest: str
+
+
+def shown(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """The arguments as they are recorded: the first ones, long ones cut."""
+    return tuple(
+        argument if len(argument) <= SHOWN_LENGTH else argument[:SHOWN_LENGTH] + "…" for argument in argv[:SHOWN]
+    )
+
+
+def digest(argv: tuple[str, ...]) -> str:
+    return hashlib.sha256("\0".join(argv).encode(errors="surrogateescape")).hexdigest()
+
+
+class Memory:
+    """The memory of one thread, for the length of a ``with``. What cannot be read is missing: no error leaves here."""
+
+    def __init__(self, tid: int) -> None:
+        try:
+            self._descriptor = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._descriptor = -1
+        self._base = 0
+        self._window = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def _read(self, address: int, length: int) -> bytes:
+        if self._descriptor < 0:
+            return b""
+        try:
+            return os.pread(self._descriptor, length, address)
+        except (OSError, OverflowError):
+            return b""
+
+    def string(self, address: int, limit: int) -> bytes | None:
+        """The NUL-terminated string there; None: it is unreadable, or longer than ``limit``."""
+        at = address - self._base
+        if not 0 <= at < len(self._window):  # arguments lie side by side, so one reading serves most of them
+            self._base, self._window, at = address, self._read(address, _WINDOW), 0
+        end = self._window.find(b"\0", at)
+        if end >= 0:
+            return self._window[at:end]
+        found = self._window[at:]
+        while 0 < len(found) <= limit:
+            more = self._read(address + len(found), _WINDOW * 4)
+            end = more.find(b"\0")
+            if end >= 0:
+                return found + more[:end]
+            if not more:
+                return None
+            found += more
+        return None
+
+    def path(self, address: int) -> str | None:
+        found = self.string(address, _PATH_LIMIT)
+        return None if found is None else os.fsdecode(found)
+
+    def arguments(self, array: int) -> Arguments | None:
+        """None: the array or a string in it is unreadable, so that the kernel will say EFAULT."""
+        if array == 0:
+            return Arguments((), hashlib.sha256().hexdigest())
+        room = _BYTES_LIMIT
+        found: list[bytes] = []
+        for pointer in self._pointers(array):
+            argument = self.string(pointer, room) if room > 0 and len(found) < _POINTERS_LIMIT else None
+            if argument is None:
+                if room > _BYTES_LIMIT // 2 and len(found) < _POINTERS_LIMIT and not self._read(pointer, 1):
+                    return None
+                return Arguments(_decoded(found), "")
+            found.append(argument)
+            room -= len(argument) + 1
+        return Arguments(_decoded(found), hashlib.sha256(b"\0".join(found)).hexdigest())
+
+    def _pointers(self, array: int) -> list[int]:
+        pointers: list[int] = []
+        size = 136  # of most, whole: 16 arguments and the end
+        while len(pointers) <= _POINTERS_LIMIT:
+            data = self._read(array + 8 * len(pointers), size)
+            more = struct.unpack_from(f"={len(data) // 8}Q", data)
+            if 0 in more:
+                return [*pointers, *more[: more.index(0)]]
+            if not more:
+                return [*pointers, 0]  # unreadable, as a string at 0 is
+            pointers += more
+            size = 1 << 12
+        return pointers
+
+
+def _decoded(arguments: list[bytes]) -> tuple[str, ...]:
+    return shown(tuple(os.fsdecode(argument) for argument in arguments[:SHOWN]))
+
+
+def runnable(tid: int, path: str, folder: str = "cwd") -> bool:
+    """Whether there is a program at ``path`` as the thread sees it: the kernel may still refuse to run it.
+
+    Args:
+        folder: what a relative path starts from, below /proc/TID.
+    """
+    try:
+        found = os.stat(path if path.startswith("/proc/") else f"/proc/{tid}/root{path}" if path[:1] == "/" else
+                        f"/proc/{tid}/{folder}/{path}" if path else f"/proc/{tid}/{folder}")  # fmt: skip
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(found.st_mode) and bool(found.st_mode & 0o111)
