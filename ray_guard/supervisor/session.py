@@ -86,6 +86,8 @@ class Session:
             "start": self._start,
             "violations": self._violations,
             "ended": self._ended_for,
+            "engine": self._engine,
+            "engine_state": self._engine_state,
             "tighten": self._tighten,
         }
         node.loop.watch(sock.fileno(), select.EPOLLIN, self._ready)
@@ -180,6 +182,10 @@ class Session:
         if kind != "observer":
             borrows = self._node.means.borrows
             policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
+            if self._node.gpus.must_wait(policy):
+                self._node.gpus.when_known(self._later(message, descriptors))
+                return
+            self._node.gpus.admit(policy)
             if policy.names:
                 self._node.resolver.require()
             self._require_proxies(policy)
@@ -213,6 +219,8 @@ class Session:
         self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
         self._target = target
         Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
+        if kind == "run":
+            self._node.gpus.join(target)
         self._lifeline, stops = socket.socketpair()
         with stops, self._ward(pid) as kills:
             welcome = {
@@ -226,6 +234,18 @@ class Session:
                 "acts": acts(policy),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _later(self, message: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
+        """Handles ``message`` once more, when what it needs is known; its descriptors are kept until then."""
+        kept = [os.dup(descriptor) for descriptor in descriptors]
+
+        def again() -> None:
+            if self._connected:
+                self._handle(message, kept)
+            else:
+                seqpacket.close_all(kept)
+
+        return again
 
     def _require_proxies(self, policy: CompiledPolicy) -> None:
         for layer in policy.layers:
@@ -309,6 +329,7 @@ class Session:
             self._node.means,
             self._unfiltered,
         )
+        self._node.gpus.join(target)
         self._reply(self._way_back(descriptors), {"ok": True})
 
     def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
@@ -363,6 +384,19 @@ class Session:
         """Whether one of these scopes was ended for a violation."""
         found = self._known().ended_for(str(span) for span in message["spans"])
         self._reply(descriptors[0], {"ended": None if found is None else found.as_message()})
+
+    def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        self._node.gpus.register(self._known(), int(message["pid"]), str(message.get("phase")))
+        self._reply(descriptors[0], {"ok": True})
+
+    def _engine_state(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        phase, in_flight = message.get("phase"), message.get("in_flight")
+        self._node.gpus.declare(
+            self._known(),
+            int(message["pid"]),
+            None if phase is None else str(phase),
+            None if in_flight is None else int(in_flight),
+        )
 
     # -- tools ---------------------------------------------------------------------------------------------------------
 

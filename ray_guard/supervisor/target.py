@@ -124,7 +124,7 @@ class Target:
     _encoder: LineEncoder = field(init=False)
     _own: Origin = field(init=False)
     _unknown: Origin | None = None
-    """As :meth:`_origin_unknown` gives it, until a span begins or ends."""
+    """As :meth:`origin_unknown` gives it, until a span begins or ends."""
     _fragments: dict[str, Fragment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -294,10 +294,11 @@ class Target:
         if call is not None and call in self.open:
             return self.origin_of_call(call)
         if self._unknown is None:
-            self._unknown = self._origin_unknown()
+            self._unknown = self.origin_unknown()
         return self._unknown
 
-    def _origin_unknown(self) -> Origin:
+    def origin_unknown(self) -> Origin:
+        """Whatever in the actor ring nobody has put down to a call: every open call is a candidate."""
         calls = tuple(span_id for span_id, span in self.open.items() if span.scope == "tool")
         if not calls:
             return self._own

@@ -264,6 +264,7 @@ class Tool:
             self._unfiltered,
             {**self._processes.handlers, **bystanders.handlers(pid)},
         )
+        self._node.gpus.began(pid, self._target, self._origin)
         if self._leader is not None:
             self._leader.go()
 
@@ -293,6 +294,7 @@ class Tool:
 
     def _finished(self, message: dict[str, Any]) -> None:
         """The tool's tree is dead: settle, record, tell."""
+        self._node.gpus.ended(self._pid, self._target)
         self.running = False
         self._close_descriptors()
         if self._gate is not None:
