@@ -2,10 +2,20 @@
 
     python benchmarks/connect.py [--rounds 20] [--connects 200] [--json OUT]
 
-The same client program (in C, and in Python) runs plain, behind a minimal notification supervisor in C, behind one in
-Python that decides nothing (what the language alone costs), in sandlock's sandbox, in the guard's actor ring and in its
-call ring. Before anything is timed each contestant with a
-policy must reach the allowed port and be refused at another one that listens as well.
+The same client program (in C, and in Python) runs plain and behind each of these. Before anything is timed every one of
+them must let it reach the allowed port and refuse it another one that listens as well.
+
+- *C supervisor*: the least there is (contestants/notify.c). It compares port and address and connects; it keeps no
+  account and no record, and blocks while a connect blocks.
+- *Python supervisor*: the same in Python, with the calls that exact counting needs and one prefabricated line written
+  (contestants/notify.py): what the language alone costs.
+- *sandlock*: its sandbox, by its Python library, with that one destination granted and every file readable. Its
+  supervisor is in Rust; it also confines files, processes and more system calls than connect, and keeps no record.
+- *guard, actor ring* and *call ring*: that one destination granted, no budget. Every connect is decided, counted and
+  recorded on disk before it is made, and its record completed with the exact bytes at its end.
+
+All share the machine, and its loopback: while the guard's supervisor runs the kernel also tells it the ends of the
+others' sockets. That was looked at: the C supervisor takes as long alone.
 """
 
 from __future__ import annotations

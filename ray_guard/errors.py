@@ -16,7 +16,7 @@ All of them survive pickling, because Ray carries exceptions between processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -112,6 +112,18 @@ class SupervisorLost(RayGuardError, ConnectionError):
 _BY_NAME: dict[str, type[RayGuardError]] = {
     error.__name__: error for error in (PolicyError, NotEnforced, EgressDenied, BudgetExceeded, SupervisorLost)
 }
+
+
+def of_violation(violation: Mapping[str, Any]) -> RayGuardError:
+    """The error that names a violation, as ``violations()`` gives it."""
+    kind, reason = str(violation.get("kind")), str(violation.get("reason") or "")
+    limit, value = violation.get("limit"), violation.get("value")
+    if isinstance(limit, (int, float)) and isinstance(value, (int, float)):
+        scope = reason.removesuffix(" budget")
+        return BudgetExceeded(kind, value, limit, scope or "episode", str(violation.get("span") or ""))
+    if violation.get("destination"):
+        return EgressDenied(str(violation["destination"]), reason)
+    return RayGuardError(f"{kind}: {reason}")
 
 
 def to_wire(error: RayGuardError) -> dict[str, Any]:

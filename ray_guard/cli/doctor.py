@@ -26,10 +26,10 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "egress": _EGRESS,
     "names": (*_EGRESS, "resolver"),
     "processes": ("seccomp.user_notification", "pidfd_getfd", "subreaper", "landlock.signal_scope"),
+    "gpu": ("seccomp.user_notification", "gpu.census", "gpu.meter"),
 }
 _NOT_IN_THIS_VERSION: Final = (
     "files",
-    "gpu",
     "compute",
     *(() if "egress.allow.name" in SUPPORTED else ("names",)),  # those that nothing is verified of are
 )

@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     while ended is None:
         ended = control.wait(1.0)
     code = os.waitstatus_to_exitcode(int(ended["status"]))
-    if ended.get("passed"):
-        _say(f"ended: {ended['passed']}")
+    if ended.get("why"):
+        _say(f"ended: {ended['why']}")
     if ended.get("unkillable"):
         _say(f"unkillable (uninterruptible sleep): {', '.join(map(str, ended['unkillable']))}")
     return 128 - code if code < 0 else code
@@ -102,6 +102,9 @@ def _terminal() -> Terminal | None:
 def _start(channel: Channel, command: list[str], passed: list[int], terminal: Terminal | None) -> Control:
     from ray_guard.client import environment, start
 
+    for number in passed:
+        if not _is_open(number):
+            raise ValueError(f"--pass-fd {number}: no descriptor is open under that number")
     numbers = [0, 1, 2, *sorted({number for number in passed if number > 2})]
     variables = {**environment.inherited(os.environ), start.CALL_VARIABLE: "1"}
     payload = start.start_message(
@@ -122,6 +125,14 @@ def _start(channel: Channel, command: list[str], passed: list[int], terminal: Te
     more = [start.checked_descriptor(number) for number in numbers[3:]]
     working_folder = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     return start.Control(channel, payload, working_folder, [*standard, *more], {})
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except (OSError, OverflowError):
+        return False
+    return number >= 0
 
 
 def _nothing(reason: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -51,6 +52,8 @@ class Channel:
     def __init__(self, sock: socket.socket, identity: Mapping[str, str | int] | None = None) -> None:
         self._sock = sock
         self.lost = False
+        self.acts = False
+        """A violation ends more than the call that was refused (``on_violation``)."""
         self.identity: dict[str, str | int] = dict(identity or {})
 
     def fileno(self) -> int:
@@ -177,7 +180,12 @@ class Summons:
         """The channel. Call once. Raises NotEnforced: the supervisor could not be started."""
         sock = self._sock
         if self._starter is not None:
-            _, status = os.waitpid(self._starter, 0)
+            try:
+                _, status = os.waitpid(self._starter, 0)
+            except ChildProcessError:
+                # This process lets the kernel reap (as Ray's workers do where the raylet is a subreaper): how it ended
+                # is not told, but a supervisor that is not there does not answer either.
+                status = 0
             if status != 0:
                 sock = None
         if sock is None:
@@ -211,6 +219,7 @@ def _start_supervisor(path: str, prepared: int) -> int:
                 (os.POSIX_SPAWN_DUP2, opened[0], _LISTENER),
             ],
             setsigmask=(),
+            setsigdef=(signal.SIGCHLD,),  # ignored, it would be so there too, and no child's end be told
         )
     except OSError as error:
         raise NotEnforced(["supervisor"], f"it cannot be started: {error}") from error

@@ -43,8 +43,8 @@ from ray_guard.client.spans import (
     to_json,
     warn_once,
 )
-from ray_guard.client.verdicts import ask_violations, record_reward, violations
-from ray_guard.errors import PolicyError, SupervisorLost
+from ray_guard.client.verdicts import ask_violations, ended_for, record_reward, violations
+from ray_guard.errors import PolicyError, RayGuardError, SupervisorLost
 from ray_guard.records import SpanKind, StatusCode
 
 __all__ = [
@@ -104,6 +104,10 @@ class Scope(Node):
     span_kind = SpanKind.INTERNAL
     scope_kind = ""
     is_root = False
+    is_refused_after_end = False
+    """It cannot begin in an episode or call that was ended for a violation."""
+    tells_its_end = False
+    """Leaving it raises what it was ended for."""
 
     def __init__(self, name: str) -> None:
         self.kind = self.scope_kind
@@ -201,7 +205,10 @@ class Scope(Node):
         self.entered = True
         where = self._outlet = outlet()
         otel = mirror()
-        self._locate(carry.current(), where, otel)
+        above = carry.current()
+        if self.is_refused_after_end and above is not None:
+            ended_for((above.episode, above.call))
+        self._locate(above, where, otel)
         self._begun: Any = None
         self._forks = _forks.count
         self._start_ns = time.time_ns()
@@ -245,6 +252,12 @@ class Scope(Node):
         where = self._outlet
         if (where is None and not self.attachment) or self._forks != _forks.count:
             return  # nobody to tell, or a forked child: the span is its parent's, which will end it
+        verdict = self._verdict() if self.tells_its_end and where is not None else None
+        cause = error
+        if isinstance(error, RayGuardError) or not isinstance(error, Exception | None):
+            verdict = None
+        elif verdict is not None:
+            error = verdict  # whatever else went wrong went wrong because of that
         end_ns = max(time.time_ns(), self._start_ns)
         status, message = 0, ""
         if error is not None and not isinstance(error, GeneratorExit):  # a consumer that stops early is no error
@@ -269,6 +282,15 @@ class Scope(Node):
             except SupervisorLost:
                 if error is None:
                     raise  # else the code's own exception is the one to see
+        if verdict is not None:
+            raise verdict from cause
+
+    def _verdict(self) -> RayGuardError | None:
+        try:
+            ended_for((self.episode, self.call))
+        except RayGuardError as error:
+            return error
+        return None
 
     def suspend(self) -> carry.State:
         """Leaves the scope's place without ending the scope; the state returned leads back (:func:`carry.swap`)."""
@@ -293,6 +315,8 @@ class ToolCall(Scope):
 
     __slots__ = ("_arguments", "_call_id", "_content", "_digest", "_hashed", "_tool")
     scope_kind = "tool"
+    is_refused_after_end = True
+    tells_its_end = True
 
     def __init__(self, tool: str, arguments: object, call_id: str | None = None) -> None:
         Scope.__init__(self, f"execute_tool {tool}")
@@ -363,6 +387,7 @@ class Episode(Scope):
 
     __slots__ = ("_budget_wire", "_given", "_iteration", "id")
     scope_kind = "episode"
+    tells_its_end = True
     is_root = True
 
     def __init__(
@@ -454,6 +479,7 @@ class Turn(Scope):
 
     __slots__ = ("number",)
     scope_kind = "turn"
+    is_refused_after_end = True
 
     def __init__(self, number: int | str) -> None:
         Scope.__init__(self, "rl.turn")
@@ -468,6 +494,7 @@ class Chat(Scope):
 
     __slots__ = ("_given", "_model")
     scope_kind = "chat"
+    is_refused_after_end = True
     span_kind = SpanKind.CLIENT
 
     def __init__(self, model: str, attributes: Mapping[str, object] | None) -> None:

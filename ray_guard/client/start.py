@@ -51,9 +51,9 @@ def start_message(
     words = [os.fsdecode(word) for word in argv]
     program = None if executable is None else os.fsdecode(executable)
     variables = {os.fsdecode(key): os.fsdecode(value) for key, value in environment.items()}
-    if any("\0" in text for text in (*words, program or "", *variables, *variables.values())):
+    if "\0" in "".join((*words, program or "", *variables, *variables.values())):
         raise ValueError("embedded null byte")
-    if any("=" in name for name in variables):
+    if "=" in "".join(variables):
         raise ValueError("illegal environment variable name")
     return json.dumps(
         {
@@ -61,6 +61,8 @@ def start_message(
             "executable": program,
             "environment": variables,
             "umask": _own_umask() if umask < 0 else umask,
+            "group": os.getegid(),
+            "groups": sorted(os.getgroups()),
             "nice": os.getpriority(os.PRIO_PROCESS, 0),
             "limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
             "affinity": sorted(os.sched_getaffinity(0)),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ray_guard.client import carry
 from ray_guard.client.outlet import outlet
 from ray_guard.client.spans import NAME_LIMIT, clean, clean_text
-from ray_guard.errors import BudgetExceeded, EgressDenied, NotEnforced, RayGuardError, SupervisorLost
+from ray_guard.errors import NotEnforced, SupervisorLost, of_violation
 
 
 def violations(*, raise_: bool = False) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def violations(*, raise_: bool = False) -> list[dict[str, Any]]:
     node = carry.current()
     found = ask_violations(None if node is None else node.episode)
     if raise_ and found:
-        raise _violation_error(found[0])
+        raise of_violation(found[0])
     return found
 
 
@@ -41,15 +41,22 @@ def ask_violations(episode: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def _violation_error(violation: Mapping[str, Any]) -> RayGuardError:
-    kind, reason = str(violation.get("kind")), str(violation.get("reason") or "")
-    limit, value = violation.get("limit"), violation.get("value")
-    if isinstance(limit, (int, float)) and isinstance(value, (int, float)):
-        scope = reason.removesuffix(" budget")
-        return BudgetExceeded(kind, value, limit, scope or "episode", str(violation.get("span") or ""))
-    if violation.get("destination"):
-        return EgressDenied(str(violation["destination"]), reason)
-    return RayGuardError(f"{kind}: {reason}")
+def ended_for(spans: Iterable[str | None]) -> None:
+    """Raises what the first of these scopes was ended for before its time (``on_violation`` beyond deny), if one was.
+
+    Exceptions of tools are often turned into text for the model. This is asked again wherever a scope of the episode
+    begins and where it ends, so that what ended it gets past such a handler all the same.
+
+    Raises:
+        EgressDenied, BudgetExceeded, RayGuardError: the violation.
+        SupervisorLost: the supervisor does not answer.
+    """
+    where = outlet()
+    if where is None or not getattr(where.wire, "acts", False):
+        return
+    found = where.wire.request({"op": "ended", "spans": [span for span in spans if span is not None]}).get("ended")
+    if found is not None:
+        raise of_violation(found)
 
 
 def record_reward(episode_id: str, value: float) -> None:

@@ -36,7 +36,8 @@ from weakref import WeakSet
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.made import MadeSockets
-from ray_guard.egress.relay.front import STEPS, Owner, Relay
+from ray_guard.egress.relay.crossing import Owner
+from ray_guard.egress.relay.front import STEPS, Relay
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import borrowing, libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
@@ -68,7 +69,8 @@ _PARKED: Final = -1
 """Outcome of a call that is waited for: the duplicate is kept until then."""
 _UNANSWERED: Final = -2
 """Outcome of a call that needs no answer here: it has one, or will be asked again."""
-_BEGUN: Final = frozenset({0, -errno.EINPROGRESS, -errno.EINTR})
+_INTERRUPTED: Final = -errno.EINTR
+_BEGUN: Final = frozenset({0, -errno.EINPROGRESS, _INTERRUPTED})
 _STANDING: Final = _BEGUN | {-errno.EALREADY, -errno.EISCONN}
 _PATIENCE_S: Final = 0.002
 """How long a blocking call may hold up the supervisor before it is interrupted and awaited."""
@@ -283,7 +285,7 @@ class Means:
         self.views = _Views()
         self.borrows = borrowing.works()
         self.made: WeakSet[MadeSockets] = WeakSet()
-        self.relay = Relay(loop)
+        self.relay = Relay(loop, _PARKED)
 
     def threads(self) -> Threads:
         """For one ring: how its descriptors are come by on this host."""
@@ -318,6 +320,7 @@ class Gate:
         self._judge = judge
         self._loop = means.loop
         self._threads = means.threads()
+        self._known_thread = self._threads.known()
         self._made = self._threads if isinstance(self._threads, MadeSockets) else None
         self._impatience = means.impatience
         self._relay = means.relay
@@ -353,9 +356,10 @@ class Gate:
 
     def _handle(self, notification: Notification) -> None:
         try:
-            if notification.nr == _CONNECT and self._connect_again(notification):
+            number = notification.nr
+            if number == _CONNECT and self._connect_again(notification):
                 return
-            handler = self._handlers.get(notification.nr)
+            handler = self._handlers.get(number)
             if handler is None:
                 self.refuse(notification, errno.EPERM)
             else:
@@ -452,7 +456,7 @@ class Gate:
         Most connects of a training job repeat one that was granted, and each step costs all of them.
         """
         call, tid, _, _, _, _, number, pointer, length, _, _, _ = notification
-        thread = self._threads.known(tid)
+        thread = self._known_thread(tid)
         if thread is None or not 0 < length <= sockaddr.STORAGE:
             return False
         try:
@@ -483,15 +487,15 @@ class Gate:
                 return False
             self._impatience.begin()
             result = libc.connect(duplicate, raw)
-            if result == -errno.EINTR:  # mostly by a tick that was meant for another: then it is made by now
+            if result == _INTERRUPTED:  # mostly by a tick that was meant for another: then it is made by now
                 result = libc.connect(duplicate, raw)
                 if result == -errno.EALREADY:
-                    result = -errno.EINTR
+                    result = _INTERRUPTED
             if result in _BEGUN:
                 attempt.connected(cookie, (tid, number))
             else:
                 attempt.failed(-result)
-            outcome = -result if result != -errno.EINTR else self._await_connect(notification, sock, raw, attempt)
+            outcome = -result if result != _INTERRUPTED else self._await_connect(notification, sock, raw, attempt)
         finally:
             if outcome != _PARKED:
                 os.close(duplicate)  # first: while it is held, the target's close would send no FIN
@@ -561,26 +565,31 @@ class Gate:
         self._impatience.begin()
         return libc.connect(descriptor, raw)
 
-    def retake(self, tid: int, number: int) -> int:
-        """A duplicate of a descriptor that was seen before, or ``-errno``; whose it is now is the caller's to check."""
-        return self._threads.descriptor(tid, number) if self.listener.fd >= 0 else -errno.EBADF
+    @property
+    def closed(self) -> bool:
+        return self.listener.fd < 0
 
     def park(
         self,
         notification: Notification,
-        upstream: int,
-        duplicate: int,
+        descriptors: tuple[int, int],
         step: Callable[[], int],
         release: Callable[[], None],
     ) -> int:
-        """Parks a connect until ``upstream`` is ready; see :meth:`_wait`. Both descriptors are closed in the end."""
-        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        """Parks a connect until the upstream is ready; see :meth:`_wait`. ``descriptors``: that, and the duplicate."""
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, descriptors[1])
         timeout = _timeout(sock, socket.SO_SNDTIMEO)
         sock.detach()
-        descriptors, late = (upstream, duplicate), errno.EINPROGRESS
+        late = errno.EINPROGRESS
         return self._wait(
             notification, descriptors, step, events=STEPS, timeout=timeout, late_error=late, release=release
         )
+
+    def nudge(self, notification: Notification) -> None:
+        """Tries a parked call again now."""
+        pending = self._pending.get(notification.id)
+        if pending is not None:
+            self._retry(pending)
 
     def _connect_resolver(
         self, notification: Notification, sock: _Socket, raw: bytes, resolver: NameServer, *, stream: bool

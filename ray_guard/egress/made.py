@@ -16,6 +16,7 @@ import errno
 import os
 import select
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 from weakref import WeakSet
@@ -66,9 +67,9 @@ class MadeSockets(Threads):
         self._closed = False
         family.add(self)
 
-    def known(self, tid: int) -> Thread | None:  # noqa: ARG002 - whoever it is
-        """None: there is no short way to these sockets."""
-        return None
+    def known(self) -> Callable[[int], Thread | None]:
+        """Tells of none: there is no short way to these sockets."""
+        return lambda _tid: None
 
     def descriptor(self, tid: int, number: int) -> int:
         """See :meth:`Threads.descriptor`. ``-EISCONN``: nothing can be done with it any more.

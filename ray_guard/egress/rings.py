@@ -47,6 +47,7 @@ _NO_OPTION = refuse(errno.ENOPROTOOPT)
 
 _NEW_NAMESPACES = 0x7E020080  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET,TIME}
 _CLONE_NAMESPACES = 0x7E020000  # in clone(2) the bit of NEWTIME belongs to the exit signal
+_CLONE_FILES, _CLONE_THREAD = 0x400, 0x10000
 
 #: never needed by a workload, each a way around the gate, into another process or into the kernel
 _PRIVILEGED = """
@@ -142,7 +143,10 @@ def _common() -> list[Rule]:
         *pointer_given("sendto", NOTIFY, 4),
         Rule("sendto", refuse(errno.EOPNOTSUPP), (equals(3, MSG_FASTOPEN, mask=MSG_FASTOPEN),)),
         Rule("clone", _REFUSE, (differs(0, 0, mask=_CLONE_NAMESPACES),)),
-        Rule("unshare", _REFUSE, (differs(0, 0, mask=_NEW_NAMESPACES),)),
+        Rule("unshare", _REFUSE, (differs(0, 0, mask=_NEW_NAMESPACES | _CLONE_FILES),)),
+        # a thread with descriptors of its own: /proc/PID/fd, which the GPU census reads, would not show them
+        Rule("clone", _REFUSE, (equals(0, _CLONE_THREAD, mask=_CLONE_THREAD | _CLONE_FILES),)),
+        Rule("close_range", refuse(errno.EINVAL), (equals(2, 2, mask=2),)),
         # ssh-agent and Chromium ask to be unreadable; the supervisor could then not judge them: agree, and do nothing
         Rule("prctl", refuse(0), (equals(0, 4), equals(1, 0))),
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from ray_guard.kernel import libc, procfs
@@ -30,9 +31,9 @@ class Threads:
         self._open: OrderedDict[int, Thread] = OrderedDict()
         self._capacity = capacity
 
-    def known(self, tid: int) -> Thread | None:
-        """What is open of a thread that asked before: as good as :meth:`read` and :meth:`descriptor` where it works."""
-        return self._open.get(tid)
+    def known(self) -> Callable[[int], Thread | None]:
+        """Tells what is open of a thread that asked before: as good as the methods below where it works."""
+        return self._open.get
 
     def read(self, tid: int, address: int, length: int) -> bytes | int:
         """``length`` bytes at ``address`` of the thread's memory, or ``-errno`` (EFAULT where they are not all there).

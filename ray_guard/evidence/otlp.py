@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
 from math import isfinite, isnan
 from sys import intern
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard import __version__
 from ray_guard.records import (
@@ -167,15 +167,22 @@ def _nanoseconds(time_ns: int) -> int:
     raise ValueError(f"{time_ns!r} is not a time: OTLP holds Unix nanoseconds from 0 to {_UINT64_MAX}")
 
 
-class EgressForm(NamedTuple):
-    """See :meth:`LineEncoder.egress_form` and :meth:`LineEncoder.process_form`."""
+class EgressForm:
+    """See :meth:`LineEncoder.egress_form` and :meth:`LineEncoder.process_form`.
 
-    before: str
-    between: str
-    after: str
+    Kept as bytes, and joined: text would have to be encoded each time.
+    """
+
+    __slots__ = ("_after", "_before", "_begun", "_between")
+
+    def __init__(self, before: str, between: str, after: str) -> None:
+        self._before = before.encode("ascii")
+        self._between = between.encode("ascii")
+        self._after = after.encode("ascii")
+        self._begun = self._after + b"]}]}]}]}\n"
 
     def begun(self, span_id: str, start_ns: int) -> bytes:
-        return f"{self.before}{span_id}{self.between}{start_ns}{self.after}]}}]}}]}}]}}\n".encode("ascii")
+        return b"".join((self._before, span_id.encode("ascii"), self._between, b"%d" % start_ns, self._begun))
 
     def ended(self, span_id: str, start_ns: int, end_ns: int, more: str, tail: str = "") -> bytes:
         """The whole span.
@@ -184,10 +191,9 @@ class EgressForm(NamedTuple):
             more: further attributes, encoded, with a comma before them.
             tail: its events and status (:func:`tail`).
         """
-        return (
-            f'{self.before}{span_id}{self.between}{start_ns}","endTimeUnixNano":"{end_ns}{self.after}{more}]{tail}'
-            "}]}]}]}\n"
-        ).encode("ascii")
+        times = b'%d","endTimeUnixNano":"%d' % (start_ns, end_ns)
+        end = f"{more}]{tail}}}]}}]}}]}}\n".encode("ascii")
+        return b"".join((self._before, span_id.encode("ascii"), self._between, times, self._after, end))
 
 
 class LineEncoder:

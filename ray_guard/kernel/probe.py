@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import platform
 import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, sock_diag
+from ray_guard.kernel import borrowing, gpu_devices, ipc, landlock, libc, nvml, procfs, seccomp, sock_diag
 from ray_guard.kernel.perf import TreeClock
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
@@ -68,6 +71,8 @@ def probe(more: Mapping[str, Callable[[], str]] = NOTHING_MORE) -> list[Feature]
         _tried("yama", _yama),
         _tried("perf.tree_clock", _tree_clock),
         _tried("cgroup.kill", _cgroup),
+        _tried("gpu.census", _gpu_census),
+        _tried("gpu.meter", _gpu_meter),
         *(_tried(name, trial) for name, trial in more.items()),
     ]
 
@@ -279,6 +284,39 @@ def _yama() -> str:
     if scope >= 2 and not procfs.has_capability(os.getpid(), 19):
         raise OSError(errno.EPERM, f"ptrace_scope {scope}: only an administrator may look into processes")
     return f"ptrace_scope {scope}"
+
+
+def _gpu_census() -> str:
+    known = gpu_devices.majors()
+    if not known:
+        return "no GPU driver is loaded: nothing can be opened"
+    _, unreadable = gpu_devices.Descriptors(known).scan()
+    majors = ", ".join(f"{major} {kind.value}" for major, kind in sorted(known.items()))
+    return f"device majors {majors}; {len(unreadable)} of this user's processes hide what they hold"
+
+
+def _gpu_meter() -> Feature | str:
+    """In a process of its own: NVML may hang in the driver."""
+    kinds = set(gpu_devices.majors().values())
+    if not kinds:
+        return "no GPU driver is loaded: GPU-seconds are zero for certain"
+    if gpu_devices.Kind.NVIDIA not in kinds:
+        names = ", ".join(sorted(kind.value for kind in kinds))
+        return Feature("gpu.meter", Status.PARTLY, f"GPUs of {names} are found, and not measured: NVML alone is asked")
+    argv = [sys.executable, "-I", "-m", "ray_guard.kernel.nvml"]
+    try:
+        done = subprocess.run(argv, capture_output=True, timeout=2 * _PATIENCE_S, check=False, env={}, cwd="/")
+        told = json.loads(done.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(errno.ETIMEDOUT, f"NVML did not answer within {2 * _PATIENCE_S} s") from error
+    if "error" in told:
+        raise OSError(errno.ENODEV, told["error"])
+    readings = [nvml.from_wire(device) for device in told["devices"]]
+    about = f"{len(readings)} GPUs, driver {told['driver']}, {told['library']}"
+    bounds = [f"GPU {each.device}: {each.samples}" for each in readings if isinstance(each.samples, nvml.Missing)]
+    if bounds:
+        return Feature("gpu.meter", Status.PARTLY, f"{about}; GPU-seconds are upper bounds: {', '.join(bounds)}")
+    return about
 
 
 def _tree_clock() -> Feature | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -146,6 +147,16 @@ def has_capability(pid: int, capability: int) -> bool:
     return effective is not None and bool(effective >> capability & 1)
 
 
+def filters(pid: int) -> int | None:
+    """How many seccomp filters a process has; None: it is gone, or the kernel does not tell (before Linux 5.10)."""
+    return _status(pid, b"Seccomp_filters:")
+
+
+def uptime() -> float:
+    """Seconds since boot, on the clock that start times are told in."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def ignores(pid: int, number: int) -> bool:
     """Whether the process ignores that signal."""
     mask = _status(pid, b"SigIgn:", 16)
@@ -234,3 +245,12 @@ def command_line(pid: int) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(part.decode(errors="replace") for part in parts[:-1])
+
+
+def command_name(pid: int) -> str:
+    """The name that a process gives itself (comm); empty: it is gone."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb", buffering=0) as file:
+            return file.read(64).decode(errors="replace").rstrip("\n")
+    except OSError:
+        return ""

@@ -303,8 +303,9 @@ class Listener:
                 return None
             raise
         notification = Notification._make(_NOTIFICATION.unpack(buffer))
-        if self.sync_wake_up and (self._crowd or notification.pid != self._caller):
-            self._met(notification.pid)
+        tid = notification[1]
+        if (tid != self._caller or self._crowd) and self.sync_wake_up:
+            self._met(tid)
         return notification
 
     def is_valid(self, notification_id: int) -> bool:
@@ -327,8 +328,8 @@ class Listener:
         """
         return self._send(notification_id, 0, 0, _FLAG_CONTINUE)
 
-    def _send(self, *response: int) -> bool:
-        _RESPONSE.pack_into(self._response, 0, *response)
+    def _send(self, notification_id: int, value: int, negated: int, flags: int) -> bool:
+        _RESPONSE.pack_into(self._response, 0, notification_id, value, negated, flags)
         try:
             _ioctl(self.fd, _IOCTL_SEND, self._response)
         except OSError as error:

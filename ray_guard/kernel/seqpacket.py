@@ -18,18 +18,26 @@ DESCRIPTOR_LIMIT: Final = 253
 """The kernel's own, SCM_MAX_FD: with less room here a packet that it lets through would arrive cut short."""
 
 
+# Plain numbers, and an encoder that is kept: a start is a dozen messages, and flags of enum are slow to combine.
+_NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
+_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+_CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_ROOM: Final = socket.CMSG_SPACE(4 * DESCRIPTOR_LIMIT)
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
 class BadPacket(ValueError):
     """What arrived is no message of ours."""
 
 
 def send(sock: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
     """Sends one message. Raises OSError (EPIPE, EMSGSIZE …) as sendmsg(2) does."""
-    packet = json.dumps(message, separators=(",", ":")).encode()
+    packet = _encode(message).encode()
     if not descriptors:
-        sock.send(packet, socket.MSG_NOSIGNAL)
+        sock.send(packet, _NOSIGNAL)
         return
     passed = array.array("i", descriptors)
-    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed.tobytes())], socket.MSG_NOSIGNAL)
+    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed.tobytes())], _NOSIGNAL)
 
 
 def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[int]] | None:
@@ -38,11 +46,10 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[i
     Raises:
         BadPacket: the packet was no JSON object; its descriptors are closed.
     """
-    room = socket.CMSG_SPACE(4 * DESCRIPTOR_LIMIT)
-    packet, control, message_flags, _ = sock.recvmsg(PACKET_LIMIT, room, flags | socket.MSG_CMSG_CLOEXEC)
-    descriptors = _descriptors(control)
+    packet, control, message_flags, _ = sock.recvmsg(PACKET_LIMIT, _ROOM, int(flags) | _CLOEXEC)
+    descriptors = _descriptors(control) if control else []
     try:
-        if message_flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if message_flags & _CUT:
             raise BadPacket("a packet was too long")
         if not packet:
             return None
@@ -55,7 +62,7 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[i
 def decode(packet: bytes) -> dict[str, Any]:
     """The JSON object in a packet. Raises :class:`BadPacket`."""
     try:
-        message = json.loads(packet)
+        message = json.loads(packet.decode())
     except (ValueError, RecursionError) as error:
         raise BadPacket(f"not JSON: {packet[:60]!r}") from error
     if not isinstance(message, dict):

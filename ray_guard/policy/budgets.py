@@ -158,6 +158,8 @@ class Account:
         self._watched = dict(watched)
         self._parent = parent
         self._used: dict[str, Amount] = {}
+        self._books: tuple[dict[str, Amount], ...] = (self._used, *(() if parent is None else parent._books))
+        """What was used here and in each scope around."""
         self._held: dict[str, Amount] = {}
         self._refused = 0
         self._closed = False
@@ -165,10 +167,12 @@ class Account:
         """:meth:`close` was called."""
         self._ended = False
         self._retained = 0
+        self.barred: bool = parent is not None and parent.barred
+        """Nothing more is granted to this scope (:meth:`bar`)."""
         self.free: bool = not any(kind in self._limits or kind in self._watched for kind in NETWORK_KINDS) and (
             parent is None or parent.free
         )
-        """Neither this scope nor one around it limits connections or bytes. Limits are set once, so it stays true."""
+        """Neither this scope nor one around it limits connections or bytes, and none is barred."""
         self._children: dict[Account, None] = {}
         self._closing: list[Callable[[], None]] = []
         if parent is not None:
@@ -235,11 +239,8 @@ class Account:
     def count(self, kind: str, amount: int = 1) -> None:
         """:meth:`charge` where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
         for each in _CHARGED[kind]:
-            node: Account | None = self
-            while node is not None:
-                used = node._used
+            for used in self._books:
                 used[each] = used.get(each, 0) + amount
-                node = node._parent
 
     # Booking ---------------------------------------------------------------------------------------------------------
 
@@ -271,12 +272,9 @@ class Account:
         if reserved and not self._closed:
             self._release(charged, _amount(reserved))
         if actual:
-            node: Account | None = self
-            while node is not None:
-                used = node._used
+            for used in self._books:
                 for each in charged:
                     used[each] = used.get(each, 0) + actual
-                node = node._parent
         return self._find([(each, 0) for each in charged])
 
     def charge(self, kind: str, actual: Amount) -> Exceeded | None:
@@ -336,6 +334,12 @@ class Account:
         self._retained -= 1
         if self._ended:
             self.close()
+
+    def bar(self) -> None:
+        """Nothing more is granted to this scope and those within it, limits or not; what it has is still counted."""
+        self.barred, self.free = True, False
+        for child in self._children:
+            child.bar()
 
     def close(self) -> None:
         """The scope has ended, and those within it: what they had reserved is given back. Idempotent."""

@@ -32,6 +32,8 @@ For bind and listen:
 
 What was allowed to connect or send by tcp or udp then needs room in every budget, else ``budget``: deny.
 
+A scope that was ended for a violation (``on_violation``) is granted nothing: ``ended``, whatever is listed.
+
 Several policies (:meth:`CompiledPolicy.intersect`) must all allow. A policy in mode ``report`` never denies: what it
 would have denied is allowed, with its reason and ``report_only``.
 """
@@ -136,6 +138,7 @@ class Reason(StrEnum):
     LISTEN = "listen"
     LISTEN_NOT_LISTED = "listen_not_listed"
     BUDGET = "budget"
+    ENDED = "ended"
 
 
 class Request(NamedTuple):
@@ -267,6 +270,7 @@ _INVALID: Final = Decision(Verdict.DENY, Reason.INVALID)
 _ABSTRACT: Final = Decision(Verdict.DENY, Reason.ABSTRACT_SOCKET)
 _CONTROL: Final = Decision(Verdict.DENY, Reason.CONTROL_PLANE)
 _NOT_LISTED: Final = Decision(Verdict.DENY, Reason.NOT_LISTED)
+_ENDED: Final = Decision(Verdict.DENY, Reason.ENDED)
 _LISTEN_NOT_LISTED: Final = Decision(Verdict.DENY, Reason.LISTEN_NOT_LISTED)
 _ROLE: Final = Decision(Verdict.DENY, Reason.ROLE)
 _OWN_SOCKET: Final = Decision(Verdict.ALLOW, Reason.OWN_SOCKET, None, Route.DIRECT)
@@ -713,6 +717,8 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
             none.
         request: what the gate read.
     """
+    if usage.barred:
+        return _ENDED
     granted: Decision | None = None
     noticed: Decision | None = None
     named: Decision | None = None

@@ -32,13 +32,19 @@ SUPPORTED: Final = frozenset(
         # of tool processes, as cpu_seconds is
         *(f"budgets.{scope}.{kind}" for scope in ("call", "episode", "actor") for kind in ("memory", "processes")),
         "budgets.call.wall_seconds",
+        "budgets.actor.gpu_memory",
+        "budgets.actor.gpu_seconds",
+        "budgets.job.gpu_seconds",
+        "gpu.engine",
+        "gpu.none",
         "budgets.episode.wall_seconds",
-        "on_violation.deny",
+        *(f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")),
         "subprocess.confine",
         "subprocess.plain",
         "survivors.kill",
         "survivors.keep",
         "require.egress",
+        "require.gpu",
         "require.processes",
     }
 )

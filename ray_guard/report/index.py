@@ -25,6 +25,7 @@ class Kind(Enum):
     PROCESS = "process"
     FLOW = "flow"
     VIOLATION = "violation"
+    GPU = "GPU usage"
     OTHER = "other"
 
 
@@ -33,6 +34,7 @@ _BY_NAME: Final = {
     "rl.turn": Kind.TURN,
     "egress connect": Kind.FLOW,
     "ray_guard.violation": Kind.VIOLATION,
+    "ray_guard.gpu": Kind.GPU,
 }
 _BY_FIRST_WORD: Final = {
     "invoke_agent": Kind.ROLLOUT,
@@ -42,7 +44,7 @@ _BY_FIRST_WORD: Final = {
 }
 _IDENTITY: Final = ("rl.run.id", "rl.iteration", "rl.group.id", "rl.rollout.id", "rl.turn", "rl.policy.version")
 #: What only the supervisor can know. A target's claim of one of these is no fact.
-_NEEDS_PROOF: Final = frozenset({Kind.PROCESS, Kind.FLOW, Kind.VIOLATION})
+_NEEDS_PROOF: Final = frozenset({Kind.PROCESS, Kind.FLOW, Kind.VIOLATION, Kind.GPU})
 
 
 def kind_of(span: SpanRecord) -> Kind:

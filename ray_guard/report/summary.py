@@ -34,6 +34,8 @@ class Usage:
     output_tokens: int = 0
     flops: float = 0.0
     cpu_s: float = 0.0
+    gpu_s: float = 0.0
+    gpu_error_s: float = 0.0
     durations_s: list[float] = field(default_factory=list)
 
 
@@ -190,6 +192,7 @@ def summarise(index: Index) -> Summary:
         (_process, Kind.PROCESS),
         (_flow, Kind.FLOW),
         (_violation, Kind.VIOLATION),
+        (_gpu, Kind.GPU),
     ):
         for entry in index.of(kind):
             place = index.place(entry)
@@ -324,6 +327,12 @@ def _process(summary: Summary, entry: Entry, place: Place) -> None:
     for usage in _with_tool(summary, place):
         usage.processes += 1
         usage.cpu_s += _number(entry.span.attributes.get("ray_guard.process.cpu_seconds")) or 0.0
+
+
+def _gpu(summary: Summary, entry: Entry, place: Place) -> None:
+    for usage in _usages(summary, place):
+        usage.gpu_s += _number(entry.span.attributes.get("ray_guard.gpu.seconds")) or 0.0
+        usage.gpu_error_s += _number(entry.span.attributes.get("ray_guard.gpu.seconds_error")) or 0.0
 
 
 def _flow(summary: Summary, entry: Entry, place: Place) -> None:

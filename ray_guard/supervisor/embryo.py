@@ -211,7 +211,11 @@ def bound_capabilities() -> None:
 
 
 def _inherit(start: Start) -> None:
-    """What a child of the requester would have inherited from it."""
+    """What a child of the requester would have inherited from it. Raises OSError for groups that cannot be taken on."""
+    if sorted(os.getgroups()) != list(start.groups):
+        os.setgroups(start.groups)
+    if os.getegid() != start.group:
+        os.setresgid(start.group, start.group, start.group)
     os.umask(start.umask)
     for name, (soft, hard) in start.limits.items():
         try:

@@ -23,6 +23,7 @@ from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
+from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
@@ -95,9 +96,12 @@ class Node:
         """Its pid; set by whoever has one."""
         self.ward: Callable[[int], None] = lambda _pid: None
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
+        self.gpus = Gpus(loop)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
+        self._evidence_folders: list[str] = []
+        """The journals', resolved."""
         self._syncer = Syncer()
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
@@ -124,6 +128,7 @@ class Node:
         """
         if folder not in self._journals:
             self._journals[folder] = Journal(folder)
+            self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
                 whole = {**os.environ, **environment}
@@ -143,6 +148,7 @@ class Node:
 
     def close(self) -> None:
         self.means.impatience.end()
+        self.gpus.close()
         self.means.relay.close()
         for journal in self._journals.values():
             journal.close()
@@ -186,6 +192,7 @@ class Node:
         self._changed()
 
     def leave(self, target: Target) -> None:
+        self.gpus.leave(target)
         membership = self._memberships.pop(id(target), None)
         if membership is not None and all(m.address != membership.address for m in self._memberships.values()):
             self._directories.pop(membership.address).close()
@@ -215,7 +222,7 @@ class Node:
             self.means.relay.endpoints(),
             self.proxies.endpoints(),
         )
-        own = (*self._own_folders, *map(os.path.realpath, self._journals))
+        own = (*self._own_folders, *self._evidence_folders)
         folders = {folder for m in self._memberships.values() for folder in m.folders}
         return Surroundings(
             cluster=directory.endpoints if directory is not None else frozenset(),

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
-from ray_guard.egress.relay.front import MOVER_LOST, Crossing, End
+from ray_guard.egress.relay.crossing import Crossing, End
+from ray_guard.egress.relay.desk import MOVER_LOST
 from ray_guard.egress.relay.proxy import Proxied
 from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray_guard.ring")
 
 _OWN_SOCKETS_LIMIT: Final = 1024
+_SWEPT_EVERY: Final = 256
 _DATAGRAM_FLOWS_LIMIT: Final = 4096
 
 
@@ -75,6 +77,7 @@ class Ring:
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
+        self._too_many = 0
         self._surroundings: Surroundings | None = None
         self._flows: dict[int, Flow] = {}
         self._crossings: set[Crossing] = set()
@@ -139,8 +142,9 @@ class Ring:
                 self.target.intents[tid] = origin.call
             return None
         connection = Connection(self, origin, known.request)
+        form = known.form if known.origin is origin else known.form_for(self.target, origin)
         try:
-            connection.granted_again(known.form if known.origin is origin else known.form_for(self.target, origin))
+            connection.granted_again(form)
         except JournalError:
             return None  # asked in full it is refused, and logged
         account.count(CONNECTIONS)
@@ -159,10 +163,21 @@ class Ring:
     def bound(self, pinned: int) -> None:
         found = os.fstat(pinned)
         key = (found.st_dev, found.st_ino)
+        if len(self._own_unix) >= _OWN_SOCKETS_LIMIT:
+            if self._too_many % _SWEPT_EVERY == 0:  # not each time: who binds by the thousand must not hold up others
+                self._forget_deleted()
+            self._too_many = 0 if len(self._own_unix) < _OWN_SOCKETS_LIMIT else self._too_many + 1
         if key in self._own_unix or len(self._own_unix) >= _OWN_SOCKETS_LIMIT:
             os.close(pinned)
             return
         self._own_unix[key] = pinned
+        self._surroundings = None
+
+    def _forget_deleted(self) -> None:
+        """Sockets whose file is gone are reached by nobody any more: an actor may make and delete many in its life."""
+        for key, pinned in list(self._own_unix.items()):
+            if os.fstat(pinned).st_nlink == 0:
+                os.close(self._own_unix.pop(key))
         self._surroundings = None
 
     def listening(self, address: str, port: int) -> None:
@@ -300,6 +315,15 @@ class Ring:
         pid = procfs.thread_group(tid)
         if pid is not None and pid != self.root:
             self._node.ward(pid)
+
+    def cut_barred(self) -> None:
+        """Cuts the flows of scopes to which nothing more is granted."""
+        owned = ((flow, flow.owner) for flow in self._flows.values())
+        barred = [flow for flow, owner in owned if isinstance(owner, Connection) and owner.origin.account.barred]
+        if barred:
+            self._meter.finish(barred)
+        for crossing in [crossing for crossing in self._crossings if crossing.owner.account.barred]:
+            self._node.means.relay.finish(crossing)
 
     def left(self, flow: Flow) -> None:
         self._flows.pop(flow.cookie, None)

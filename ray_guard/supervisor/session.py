@@ -32,6 +32,7 @@ from ray_guard.policy.destination import Group, Transport, canonical_address
 from ray_guard.policy.enforcement import unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
+from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.start import read_start
@@ -84,6 +85,9 @@ class Session:
             "armed": self._armed,
             "start": self._start,
             "violations": self._violations,
+            "ended": self._ended_for,
+            "engine": self._engine,
+            "engine_state": self._engine_state,
             "tighten": self._tighten,
         }
         node.loop.watch(sock.fileno(), select.EPOLLIN, self._ready)
@@ -178,6 +182,10 @@ class Session:
         if kind != "observer":
             borrows = self._node.means.borrows
             policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
+            if self._node.gpus.must_wait(policy):
+                self._node.gpus.when_known(self._later(message, descriptors))
+                return
+            self._node.gpus.admit(policy)
             if policy.names:
                 self._node.resolver.require()
             self._require_proxies(policy)
@@ -210,6 +218,9 @@ class Session:
                 raise
         self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
         self._target = target
+        Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
+        if kind == "run":
+            self._node.gpus.join(target)
         self._lifeline, stops = socket.socketpair()
         with stops, self._ward(pid) as kills:
             welcome = {
@@ -220,8 +231,21 @@ class Session:
                 "datagrams": grants_datagrams(policy),
                 "borrows": self._node.means.borrows,
                 "names": policy.names,
+                "acts": acts(policy),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _later(self, message: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
+        """Handles ``message`` once more, when what it needs is known; its descriptors are kept until then."""
+        kept = [os.dup(descriptor) for descriptor in descriptors]
+
+        def again() -> None:
+            if self._connected:
+                self._handle(message, kept)
+            else:
+                seqpacket.close_all(kept)
+
+        return again
 
     def _require_proxies(self, policy: CompiledPolicy) -> None:
         for layer in policy.layers:
@@ -305,6 +329,7 @@ class Session:
             self._node.means,
             self._unfiltered,
         )
+        self._node.gpus.join(target)
         self._reply(self._way_back(descriptors), {"ok": True})
 
     def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
@@ -318,7 +343,7 @@ class Session:
         target.policy = target.policy.intersect(added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
-        self._reply(descriptors[0], {"ok": True})
+        self._reply(descriptors[0], {"ok": True, "acts": acts(target.policy)})
 
     # -- the target's reports ------------------------------------------------------------------------------------------
 
@@ -350,6 +375,28 @@ class Session:
         episode = message.get("episode")
         found = self._known().violations_of(None if episode is None else str(episode))
         self._reply(descriptors[0], {"violations": found})
+
+    def _cut_barred(self) -> None:
+        if self._ring is not None:
+            self._ring.cut_barred()
+
+    def _ended_for(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        """Whether one of these scopes was ended for a violation."""
+        found = self._known().ended_for(str(span) for span in message["spans"])
+        self._reply(descriptors[0], {"ended": None if found is None else found.as_message()})
+
+    def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        self._node.gpus.register(self._known(), int(message["pid"]), str(message.get("phase")))
+        self._reply(descriptors[0], {"ok": True})
+
+    def _engine_state(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        phase, in_flight = message.get("phase"), message.get("in_flight")
+        self._node.gpus.declare(
+            self._known(),
+            int(message["pid"]),
+            None if phase is None else str(phase),
+            None if in_flight is None else int(in_flight),
+        )
 
     # -- tools ---------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ class Start(NamedTuple):
     executable: str | None
     environment: dict[str, str]
     umask: int
+    group: int
+    groups: tuple[int, ...]
     nice: int
     limits: dict[str, tuple[int, int]]
     affinity: tuple[int, ...]
@@ -37,6 +39,8 @@ class Start(NamedTuple):
                 executable=None if fields["executable"] is None else str(fields["executable"]),
                 environment={str(key): str(value) for key, value in fields["environment"].items()},
                 umask=int(fields["umask"]) & 0o777,
+                group=int(fields["group"]),
+                groups=tuple(int(group) for group in fields["groups"]),
                 nice=int(fields["nice"]),
                 limits={str(name): (int(soft), int(hard)) for name, (soft, hard) in fields["limits"].items()},
                 affinity=tuple(int(cpu) for cpu in fields["affinity"]),

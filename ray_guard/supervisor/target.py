@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -56,6 +56,8 @@ class OpenSpan:
     account: Account | None
     violations: int = 0
     began: float = field(default_factory=time.monotonic)
+    ended: Violation | None = None
+    """What it was ended for before its time (``on_violation``)."""
     origin: Origin | None = None
     """As :meth:`Target.origin_of_call` gives it; made when first asked for."""
     told: Told = field(default_factory=Told)
@@ -89,6 +91,10 @@ class Violation:
     destination: str
     episode: str | None
 
+    def text(self) -> str:
+        where = f" {self.destination}" if self.destination else ""
+        return f"{self.kind}{where}: {self.reason}"
+
     def as_message(self) -> dict[str, Any]:
         names = ("kind", "limit", "value", "span", "reason", "destination")
         return {**{name: getattr(self, name) for name in names}, "time": self.time_ns}
@@ -113,10 +119,12 @@ class Target:
     violations: deque[Violation] = field(default_factory=lambda: deque(maxlen=_VIOLATIONS_KEPT))
     pump: Callable[[], None] = lambda: None
     """Reads what the target has sent so far; set by its session."""
+    offended: Callable[[Origin, Violation], None] = lambda _origin, _violation: None
+    """Told of every violation that stands in the journal; see :mod:`ray_guard.supervisor.consequences`."""
     _encoder: LineEncoder = field(init=False)
     _own: Origin = field(init=False)
     _unknown: Origin | None = None
-    """As :meth:`_origin_unknown` gives it, until a span begins or ends."""
+    """As :meth:`origin_unknown` gives it, until a span begins or ends."""
     _fragments: dict[str, Fragment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -286,10 +294,11 @@ class Target:
         if call is not None and call in self.open:
             return self.origin_of_call(call)
         if self._unknown is None:
-            self._unknown = self._origin_unknown()
+            self._unknown = self.origin_unknown()
         return self._unknown
 
-    def _origin_unknown(self) -> Origin:
+    def origin_unknown(self) -> Origin:
+        """Whatever in the actor ring nobody has put down to a call: every open call is a candidate."""
         calls = tuple(span_id for span_id, span in self.open.items() if span.scope == "tool")
         if not calls:
             return self._own
@@ -328,6 +337,7 @@ class Target:
         destination: str = "",
         limit: AttributeValue | None = None,
         value: AttributeValue | None = None,
+        report_only: bool = False,
     ) -> SpanEvent:
         """Journals a violation below ``span_id`` and remembers it; returns the event for the offending span."""
         now = time.time_ns()
@@ -352,9 +362,12 @@ class Target:
         )
         self.write(record, origin.identity)
         offending = span_id or origin.call or ""
-        self.violations.append(Violation(kind, limit, value, offending, now, reason, destination, origin.episode))
+        found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode)
+        self.violations.append(found)
         if origin.episode is not None and (episode := self.open.get(origin.episode)) is not None:
             episode.violations += 1
+        if not report_only:
+            self.offended(origin, found)
         return SpanEvent("ray_guard.violation", now, attributes)
 
     def exceeded(self, origin: Origin, span_id: str | None, exceeded: Exceeded, destination: str = "") -> SpanEvent:
@@ -366,7 +379,13 @@ class Target:
             destination=destination,
             limit=exceeded.limit,
             value=exceeded.value,
+            report_only=exceeded.report_only,
         )
+
+    def ended_for(self, spans: Iterable[str]) -> Violation | None:
+        """The violation that ended the first of these scopes which was ended."""
+        found = (span.ended for each in spans if (span := self.open.get(each)) is not None)
+        return next((violation for violation in found if violation is not None), None)
 
     def violations_of(self, episode: str | None) -> list[dict[str, Any]]:
         found = [each for each in self.violations if episode is None or each.episode == episode]

@@ -22,7 +22,7 @@ from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import seqpacket
+from ray_guard.kernel import cgroup, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
@@ -68,6 +68,7 @@ class Tool:
 
     Raises:
         BudgetExceeded: there is no room for it; that is in the journal.
+        RayGuardError: what its call or episode was ended for (``on_violation``).
     """
 
     def __init__(
@@ -96,11 +97,16 @@ class Tool:
         self._implicit: SpanRecord | None = None
         self._account: Account | None = None
         self._processes: Processes | None = None
-        self._passed: Exceeded | None = None
+        self._why: str | None = None
         self._left = False
         self._origin = self._find_origin(call)
+        ended = target.ended_for((self._origin.call or "", self._origin.episode or ""))
+        if ended is not None:
+            seqpacket.close_all(descriptors)
+            raise errors.of_violation(ended.as_message())
         self._clocks = [*target.clocks(self._origin), *self._own_clock()]
         self._descriptors = descriptors
+        self._strays: list[str] = []
         self._leader: Leader | None = None
         exceeded = self._enter()
         if exceeded is not None:
@@ -177,15 +183,14 @@ class Tool:
 
     def _over(self, exceeded: Exceeded) -> None:
         """The tree has passed a limit that ends it."""
-        self._passed = exceeded
-        self.end()
+        self.end(str(exceeded.error()))
 
     def _judge_time(self, *, timed_out: bool) -> None:
         for account, began in self._clocks:
             exceeded = account.measured(WALL, time.monotonic() - began)
             if exceeded is not None and (timed_out or exceeded.report_only):
                 self._target.exceeded(self._origin, self._span, exceeded)
-                self._passed = self._passed or exceeded
+                self._why = self._why or str(exceeded.error())
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 
@@ -209,6 +214,7 @@ class Tool:
         self._leader = leader
         leader.heard = self._from_leader
         listener, leader.listener = leader.listener, -1
+        self._strays = _follow(leader.pid, self._target.pid)
         self._armed(leader.pid, listener)
         if self.running:
             # The requester waits for the start, so its leader says so itself; all else comes from here.
@@ -258,6 +264,7 @@ class Tool:
             self._unfiltered,
             {**self._processes.handlers, **bystanders.handlers(pid)},
         )
+        self._node.gpus.began(pid, self._target, self._origin)
         if self._leader is not None:
             self._leader.go()
 
@@ -287,6 +294,7 @@ class Tool:
 
     def _finished(self, message: dict[str, Any]) -> None:
         """The tool's tree is dead: settle, record, tell."""
+        self._node.gpus.ended(self._pid, self._target)
         self.running = False
         self._close_descriptors()
         if self._gate is not None:
@@ -325,8 +333,8 @@ class Tool:
         if "status" in message:
             keys = ("status", "timed_out", "unkillable")
             ended: dict[str, Any] = {key: message[key] for key in keys if key in message}
-            if self._passed is not None:
-                ended["passed"] = str(self._passed.error())
+            if self._why is not None:
+                ended["why"] = self._why
             self._answer({"op": "exited", "pid": self._pid, **ended})
         self._hang_up()
 
@@ -338,14 +346,16 @@ class Tool:
             "process.command_args": arguments.shown(self._start.argv),
             "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
         }
+        if self._strays:
+            attributes["ray_guard.process.cgroups_left"] = tuple(self._strays)
         status, text = StatusCode.UNSET, ""
         if ended is not None:
             if "status" in ended:
                 attributes |= exit_attributes(int(ended["status"]))
                 if attributes["process.exit.code"] != 0:
                     status = StatusCode.ERROR
-            if "error" in ended or self._passed is not None:
-                status, text = StatusCode.ERROR, str(ended.get("error") or (self._passed and self._passed.error()))
+            if "error" in ended or self._why is not None:
+                status, text = StatusCode.ERROR, str(ended.get("error") or self._why)
             if ended.get("unkillable"):
                 attributes["ray_guard.process.unkillable"] = tuple(str(pid) for pid in ended["unkillable"])
             if "usage" in ended:
@@ -398,12 +408,35 @@ class Tool:
     def call(self) -> str | None:
         return self._origin.call
 
-    def end(self) -> None:
-        """Its call has ended, or its actor: the leader kills what is left, and says so."""
+    @property
+    def episode(self) -> str | None:
+        return self._origin.episode
+
+    def end(self, why: str | None = None) -> None:
+        """Its call has ended, or its actor: the leader kills what is left, and says so.
+
+        Args:
+            why: it is ended before its time; the requester is told.
+        """
+        self._why = self._why or why
         if self._leader is not None:
             self._leader.tell({"op": "end"})
         elif self.running:
             self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
+
+
+def _follow(pid: int, requester: int) -> list[str]:
+    """Moves a process into the control groups of its requester; the hierarchies in which it has to stay where it is."""
+    try:
+        there, here = cgroup.read(requester), cgroup.read(pid)
+    except OSError:
+        return []
+    if there == here:
+        return []
+    left = cgroup.move(pid, cgroup.paths(there), cgroup.paths(here))
+    if left:
+        log.warning("a tool of %d stays in the supervisor's control groups: %s", requester, left)
+    return [name or "unified" for name in left]
 
 
 def _executable(start: Start) -> str:

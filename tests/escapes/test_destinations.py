@@ -521,6 +521,7 @@ def main():
         judge=lambda told: f"a {name}" if Path(told["folder"], "made").exists() else "",
         privileged=privileged,
         surface=True,
+        rings=("actor", "actor_udp", "call"),
     )
 
 

@@ -272,3 +272,19 @@ client = socket.socket(socket.AF_UNIX); client.connect('./relative'); print(oct(
     with tempfile.TemporaryDirectory(dir=stage.folder) as folder:
         outcome = stage.host().run(ring, [PYTHON, "-I", "-S", "-c", "import os; os.umask(0o022)\n" + program, folder])
     assert outcome.stdout == "hello 0o755\nhello 0o755\n0o700 relative\n", outcome
+
+
+@pytest.mark.parametrize("ring", ["actor", "call"])
+def test_own_unix_sockets_may_come_and_go(stage: Stage, ring: str) -> None:
+    """More of them than are remembered at a time: an actor lives long."""
+    program = """
+import os, socket, sys
+path = os.path.join(sys.argv[1], 's')
+for _ in range(1500):
+    server = socket.socket(socket.AF_UNIX); server.bind(path); server.close(); os.unlink(path)
+server = socket.socket(socket.AF_UNIX); server.bind(path); server.listen()
+client = socket.socket(socket.AF_UNIX); client.connect(path)
+print('connected')
+"""
+    with tempfile.TemporaryDirectory(dir=stage.folder) as folder:
+        assert stage.host().run(ring, [PYTHON, "-I", "-S", "-c", program, folder]).stdout == "connected\n"

@@ -77,6 +77,9 @@ _BY = {
 }
 """How one may hold up another process. The supervisor stopped: nothing is counted or cut, and connections flow on."""
 
+_FOR_GOOD = ("renice", "schedule last", "limit its time")
+"""What only root can take back: others would leave the stage's supervisor like that."""
+
 KEEPERS = [
     Attack(
         f"{whom}: {how}",
@@ -86,6 +89,7 @@ KEEPERS = [
         refused=() if "F_SETOWN" in how else ("EPERM", "ENOSYS"),
         rings=("actor", "call"),
         judge=_harm,
+        privileged=how in _FOR_GOOD,
         elsewhere="it is the guard's own process",
     )
     for whom in ("supervisor", "zygote")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,14 @@ def _made(what: str) -> object:
     return lambda told: what if Path(told["folder"], "made").exists() else ""
 
 
-def _doing(name: str, body: str, error: str = "EPERM", *, privileged: bool = False, **more: object) -> Attack:
+def _doing(
+    name: str,
+    body: str,
+    error: str = "EPERM",
+    *,
+    privileged: bool = False,
+    rings: tuple[str, ...] = ("actor", "call"),
+) -> Attack:
     """Something that must fail as such: the attack leaves a file behind once it got it."""
     lines = "\n".join("    " + line for line in body.strip().splitlines())
     program = f"""
@@ -124,18 +132,18 @@ def main():
         judge=_made(name),
         surface=True,
         privileged=privileged,
-        **more,  # type: ignore[arg-type]
+        rings=rings,
     )
 
 
-def _option(name: str, family: str, level: int, number: int, value: str, **more: object) -> Attack:
+def _option(name: str, family: str, level: int, number: int, value: str, *, privileged: bool = False) -> Attack:
     body = f"""
 try: socket.socket({family}, STREAM).setsockopt({level}, {number}, {value})
 except OSError as error:
     if error.errno == errno.EINVAL: say(missing='this routing header, which other kernels take')
     raise
 """
-    return _doing(f"setsockopt {name}", body, "ENOPROTOOPT", **more)  # type: ignore[arg-type]
+    return _doing(f"setsockopt {name}", body, "ENOPROTOOPT", privileged=privileged)
 
 
 _RTHDR = "bytes([6, 2, 4, 0, 0, 0, 0, 0]) + socket.inet_pton(AF_INET6, '::1')"  # segment routing: where to go first
@@ -224,6 +232,100 @@ sock.send(struct.pack('=IHHII', 16 + len(body), 21, 0x5, 2, 0) + body)
 """,
         privileged=True,
     ),
+    _doing(
+        "chroot",
+        """
+child = os.fork()
+if child == 0:
+    try: os.chroot(A['folder'])
+    except OSError as error: os._exit(error.errno)
+    os._exit(0)
+number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+if number: raise OSError(number, 'refused')
+""",
+        privileged=True,
+    ),
+    _doing(
+        "open_by_handle_at",
+        "handle = ctypes.create_string_buffer(struct.pack('=Ii', 120, 0) + bytes(120))\n"
+        "call(303, -100, b'/', handle, ctypes.create_string_buffer(8), 0)\n"
+        "os.close(call(304, os.open('/', os.O_RDONLY), handle, 0))",
+        privileged=True,
+    ),
+    _doing("fanotify_init", "os.close(call(300, 0, 0))", privileged=True),
+    _doing("kcmp", "call(312, os.getpid(), os.getpid(), 0, 0, 0)"),
+    _doing("process_madvise", "call(440, os.pidfd_open(os.getpid()), struct.pack('=QQ', 0, 0), 1, 20, 0)"),
+    _doing(
+        "device node of a disk",
+        "os.mknod(A['folder'] + '/disk', 0o60600, os.makedev(8, 0))",
+        privileged=True,
+        rings=("call",),
+    ),
+    _doing(
+        "device node of a GPU",
+        "os.mknod(A['folder'] + '/gpu', 0o20600, os.makedev(195, 0))",
+        privileged=True,
+        rings=("call",),
+    ),
+    replace(
+        _doing(
+            "RDMA device",
+            "try: os.close(os.open('/dev/infiniband/uverbs0', os.O_RDWR))\n"
+            "except FileNotFoundError as error:\n"
+            "    say(missing='no RDMA device')\n"
+            "    raise",
+            rings=("call",),
+        ),
+        refused=(),
+    ),
+    _doing(
+        "TIOCSTI",
+        "import fcntl, pty, termios\n"
+        "os.setsid()\n"
+        "leader, follower = os.openpty()\n"
+        "fcntl.ioctl(follower, termios.TIOCSCTTY, 0)\n"
+        "try: fcntl.ioctl(follower, termios.TIOCSTI, b'x')\n"
+        "except OSError as error:\n"
+        "    if error.errno == errno.EIO: say(missing='this host has no TIOCSTI for those without rights')\n"
+        "    raise",
+    ),
+    _doing(
+        "capabilities by exec",  # of root, whose every exec would bring them back
+        "status = subprocess.run(['cat', '/proc/self/status'], capture_output=True, text=True).stdout\n"
+        "mask = int(status.split('CapEff:')[1].split()[0], 16)\n"
+        "if not mask: raise OSError(errno.EPERM, 'none')",
+        privileged=True,
+        rings=("call",),
+    ),
+    *[
+        _doing(
+            f"{name} reaches the kernel",
+            f"""
+try: call({number}, {arguments})
+except OSError as error:
+    if error.errno in (errno.EPERM, errno.ENOSYS):
+        say(missing='not in this kernel, or not for this user')
+        raise
+""",
+            privileged=True,
+        )
+        for name, number, arguments in (
+            ("kexec_load", 246, "0, 17, 0, 0xffff0000"),
+            ("init_module", 175, "b'x', 1, b''"),
+            ("finit_module", 313, "-1, b'', 0"),
+            ("delete_module", 176, "b'no_such_module', 0x800"),
+            ("swapon", 167, "b'/no/such', 0"),
+            ("acct", 163, "b'/no/such'"),
+            ("reboot", 169, "0, 0, 0, 0"),
+            ("sethostname", 170, "b'', -1"),
+            ("settimeofday", 164, "1, 0"),
+            ("syslog", 103, "3, 0, -1"),
+            ("ioperm", 173, "0xffffff, 1, 1"),
+            ("pivot_root", 155, "b'/no/such', b'/no/such'"),
+            ("move_mount", 429, "-1, b'', -1, b'', 0"),
+            ("fsopen", 430, "b'no_such_file_system', 0"),
+        )
+    ],
     _option("TCP_REPAIR", "AF_INET", 6, 19, "1", privileged=True),
     _option("TCP_FASTOPEN_CONNECT", "AF_INET", 6, 30, "1"),
     _option("IP_OPTIONS", "AF_INET", 0, 4, "bytes([131, 7, 4, 127, 0, 0, 2, 0])", privileged=True),

@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 from harness import Attack, Stage, cases, escape
 
 pytestmark = pytest.mark.kernel
+
+
+@contextlib.contextmanager
+def _daemon(told: dict[str, Any]) -> Iterator[None]:
+    """Outside: a service of the same user that runs what it is told."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(told["folder"] + "/daemon")
+        listening.listen()
+        listening.settimeout(0.1)
+        over = threading.Event()
+
+        def serve() -> None:
+            while not over.is_set():
+                with contextlib.suppress(OSError):
+                    sock, _ = listening.accept()
+                    with sock:
+                        subprocess.run(["sh", "-c", sock.recv(4096).decode()])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(5)
+
 
 UNIX = [
     Attack("unix stream", "def main(): connect(AF_UNIX, STREAM, A['unix'])", sink="unix", refused=("EACCES",)),
@@ -59,6 +93,101 @@ def main():
 """,
         sink="unix",
         refused=("EACCES",),
+    ),
+    Attack(
+        "unix through another process's root",
+        "def main(): connect(AF_UNIX, STREAM, '/proc/%d/root' % os.getppid() + A['unix'])",
+        sink="unix",
+        refused=("EACCES",),
+    ),
+    Attack(
+        "unix through /proc/self/cwd",
+        """
+def main():
+    os.chdir(os.path.dirname(A['unix']))
+    connect(AF_UNIX, STREAM, '/proc/self/cwd/' + os.path.basename(A['unix']))
+""",
+        sink="unix",
+        refused=("EACCES",),
+    ),
+    Attack(
+        "unix through a folder of a thread's own",
+        """
+def main():
+    # A thread whose working folder is not its process's: the name must be looked up as the thread means it.
+    home, failed = A['folder'] + '/home', []
+    os.mkdir(home); os.chdir(home)
+    own = socket.socket(AF_UNIX, STREAM); own.bind(os.path.basename(A['unix'])); own.listen()
+    def work():
+        libc.unshare(0x200)
+        os.chdir(os.path.dirname(A['unix']))
+        try: connect(AF_UNIX, STREAM, os.path.basename(A['unix']))
+        except OSError as error: failed.append(error)
+    thread = threading.Thread(target=work); thread.start(); thread.join()
+    if failed: raise failed[0]
+""",
+        sink="unix",
+        refused=("EACCES",),
+    ),
+    Attack(
+        "unix path with dots and slashes",
+        """
+def main():
+    folder, name = os.path.split(A['unix'])
+    connect(AF_UNIX, STREAM, f'/{folder}//./../{os.path.basename(folder)}/{name}')
+""",
+        sink="unix",
+        refused=("EACCES",),
+    ),
+    Attack(
+        "unix path behind a zero byte",
+        """
+def main():
+    # The granted name, a zero, the victim's: which part counts?
+    sock = socket.socket(AF_UNIX, STREAM)
+    raw = struct.pack('=H', AF_UNIX) + A['unix'].encode() + b'\\0' + A['unix_granted'].encode()
+    call(42, sock.fileno(), raw, min(len(raw), 110))
+    os.write(sock.fileno(), TOKEN)
+""",
+        sink="unix",
+        refused=("EACCES",),
+    ),
+    Attack(
+        "unix path flipped by a second thread",
+        """
+def main():
+    good, bad = (struct.pack('=H', AF_UNIX) + A[name].encode().ljust(108, b'\\0') for name in ('unix_granted', 'unix'))
+    memory = ctypes.create_string_buffer(good, 110)
+    over = time.monotonic() + 0.6
+    def flip():
+        while time.monotonic() < over:
+            for _ in range(200):
+                ctypes.memmove(memory, bad, 110)
+                ctypes.memmove(memory, good, 110)
+    sys.setswitchinterval(1e-6)
+    threading.Thread(target=flip, daemon=True).start()
+    while time.monotonic() < over:
+        with socket.socket(AF_UNIX, STREAM) as sock:
+            try:
+                call(42, sock.fileno(), memory, 110)
+                sock.sendall(TOKEN)
+            except OSError: pass
+""",
+        sink="unix",
+    ),
+    Attack(
+        "job handed to a daemon by its socket",  # docker, systemd-run, at, dbus: what they start is nobody's child
+        """
+def main():
+    sock = socket.socket(AF_UNIX, STREAM)
+    sock.connect(A['folder'] + '/daemon')
+    sock.send(f"touch {A['folder']}/done".encode())
+    sock.recv(1)
+""",
+        sink="",
+        refused=("EACCES",),
+        judge=lambda told: "a daemon did what it was told" if Path(told["folder"], "done").exists() else "",
+        beside=_daemon,
     ),
     Attack(
         "unix renamed to the granted path",  # a rule grants a name; whoever may rename may be granted, so: another name

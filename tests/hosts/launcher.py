@@ -6,6 +6,9 @@ that is stacked before anything of ours starts; capabilities are reduced to what
 - ``docker``: Docker's and containerd's default profile and capabilities: no pidfd_getfd, process_vm_*, mounts,
   namespaces or perf; CAP_SYS_PTRACE is not there.
 - ``k8s``: the same without any capability and with no_new_privs, as an unprivileged user (Kubernetes "restricted").
+- ``unprivileged``: an ordinary user without a capability, and nothing else changed.
+- ``yama``: the same under Yama's restriction 1, by a library preloaded everywhere: the memory and the descriptors of a
+  process are its ancestors' alone, and those it has named (PR_SET_PTRACER).
 - ``listener``: a filter with a listener is present already, as under another sandbox.
 - ``landlock-none``: no Landlock. ``landlock-4``: its fourth version (Linux 6.7), by a library preloaded everywhere.
 """
@@ -28,7 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from ray_guard.kernel import libc, seccomp
 from ray_guard.kernel.seccomp import NOTIFY, Rule, differs, refuse
 
-HOSTS: Final = ("docker", "k8s", "listener", "landlock-none", "landlock-4")
+HOSTS: Final = ("docker", "k8s", "unprivileged", "yama", "listener", "landlock-none", "landlock-4")
+UNPRIVILEGED: Final = ("k8s", "unprivileged", "yama")
+"""Those whose user is nobody: a root that enters them becomes uid 65534."""
 VARIABLE: Final = "RAY_GUARD_TEST_HOST"
 
 #: chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod audit_write
@@ -77,12 +82,14 @@ def enter(name: str) -> None:
     root = os.geteuid() == 0
     if name == "landlock-4":
         _preload(_LANDLOCK_4)
-    if name == "k8s" and root:
+    if name == "yama":
+        _preload(_YAMA)
+    if name in UNPRIVILEGED and root:
         _unlock(sys.base_prefix)
     refused = rules(name)
     if refused:
         program = seccomp.assemble(refused, platform.machine())
-        if root and name != "k8s":
+        if root and name not in UNPRIVILEGED:
             seccomp._install(program, 0)  # without no_new_privs, which Docker does not set
         else:
             seccomp.stack_on_thread(program)
@@ -90,11 +97,12 @@ def enter(name: str) -> None:
         _listen()
     if name == "docker" and root:
         _reduce(_DOCKER_CAPABILITIES)
+    if name in UNPRIVILEGED and root:
+        os.setgroups([])
+        os.setresgid(*[65534] * 3)
+        os.setresuid(*[65534] * 3)
+        libc.prctl(libc.PR_SET_DUMPABLE, 1)  # which a change of user takes away
     if name == "k8s":
-        if root:
-            os.setgroups([])
-            os.setresgid(*[65534] * 3)
-            os.setresuid(*[65534] * 3)
         libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
 
 
@@ -160,12 +168,130 @@ long syscall(long number, ...) {
 """
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Yama, restriction 1: nothing but the kernel can refuse by relation, so the C library does
+
+_YAMA: Final = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+static long field(long pid, const char *name) {
+    char path[64], line[256];
+    long found = -1;
+    snprintf(path, sizeof path, "/proc/%ld/status", pid);
+    FILE *file = fopen(path, "r");
+    if (!file) return -1;
+    while (found < 0 && fgets(line, sizeof line, file))
+        if (!strncmp(line, name, strlen(name))) found = atol(line + strlen(name));
+    fclose(file);
+    return found;
+}
+/* whom a process has named: a file, since the kernel keeps nothing for us; children do not inherit it */
+static void name_of(char *path, size_t size, long pid) { snprintf(path, size, "%s/yama.%ld", FOLDER, pid); }
+static int may(long tid) {
+    long target = field(tid, "Tgid:"), me = getpid(), at;
+    if (target < 0 || target == me) return 1;
+    for (at = target; at > 1; at = field(at, "PPid:")) if (at == me) return 1;
+    char path[256], word[32] = "";
+    name_of(path, sizeof path, target);
+    FILE *file = fopen(path, "r");
+    if (!file) return 0;
+    if (!fgets(word, sizeof word, file)) word[0] = 0;
+    fclose(file);
+    long named = atol(word);
+    if (named == -1) return 1;
+    for (at = me; at > 1; at = field(at, "PPid:")) if (at == named) return 1;
+    return 0;
+}
+int prctl(int option, ...) {
+    static int (*next)(int, ...);
+    va_list list;
+    unsigned long a[4];
+    va_start(list, option);
+    for (int i = 0; i < 4; i++) a[i] = va_arg(list, unsigned long);
+    va_end(list);
+    if (!next) next = (int (*)(int, ...))dlsym(RTLD_NEXT, "prctl");
+    if (option == 0x59616d61) {
+        char path[256];
+        name_of(path, sizeof path, getpid());
+        FILE *file = fopen(path, "w");
+        if (file) { fprintf(file, "%ld", (long)a[0]); fclose(file); }
+        return 0;
+    }
+    return next(option, a[0], a[1], a[2], a[3]);
+}
+long syscall(long number, ...) {
+    static long (*next)(long, ...);
+    va_list list;
+    long a[6];
+    va_start(list, number);
+    for (int i = 0; i < 6; i++) a[i] = va_arg(list, long);
+    va_end(list);
+    if (!next) next = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+    long pid = 0;
+    if (number == 438) {  /* pidfd_getfd */
+        char path[64], line[256];
+        snprintf(path, sizeof path, "/proc/self/fdinfo/%ld", a[0]);
+        FILE *file = fopen(path, "r");
+        while (file && fgets(line, sizeof line, file)) if (!strncmp(line, "Pid:", 4)) pid = atol(line + 4);
+        if (file) fclose(file);
+    }
+    if (number == 310 || number == 311) pid = a[0];
+    if (number == 101 && a[0] != 0) pid = a[1];
+    if (pid > 0 && !may(pid)) { errno = EPERM; return -1; }
+    return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+static int refused(const char *path) {
+    long pid;
+    char rest[32];
+    if (sscanf(path, "/proc/%ld/%31s", &pid, rest) != 2 || strcmp(rest, "mem")) return 0;
+    if (may(pid)) return 0;
+    errno = EACCES;
+    return 1;
+}
+#define OPEN(symbol)                                                            \
+    int symbol(const char *path, int flags, ...) {                              \
+        static int (*next)(const char *, int, ...);                             \
+        va_list list;                                                           \
+        va_start(list, flags);                                                  \
+        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(list, mode_t) : 0; \
+        va_end(list);                                                           \
+        if (!next) next = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, #symbol); \
+        return refused(path) ? -1 : next(path, flags, mode);                    \
+    }
+OPEN(open)
+OPEN(open64)
+#define OPENAT(symbol)                                                          \
+    int symbol(int folder, const char *path, int flags, ...) {                  \
+        static int (*next)(int, const char *, int, ...);                        \
+        va_list list;                                                           \
+        va_start(list, flags);                                                  \
+        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(list, mode_t) : 0; \
+        va_end(list);                                                           \
+        if (!next) next = (int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, #symbol); \
+        return refused(path) ? -1 : next(folder, path, flags, mode);            \
+    }
+OPENAT(openat)
+OPENAT(openat64)
+"""
+
+
 def _preload(source: str) -> None:
     """Into every process from here on, whatever its environment: ld.so.preload, in a mount namespace of its own."""
-    folder = tempfile.mkdtemp(prefix="ray_guard_host_")
+    folder = tempfile.mkdtemp(prefix="ray_guard_host_", dir="/tmp")
     os.chmod(folder, 0o755)
-    library = f"{folder}/landlock.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, "-x", "c", "-"], input=source.encode(), check=True)
+    library, notes = f"{folder}/host.so", f"{folder}/notes"
+    os.mkdir(notes)
+    os.chmod(notes, 0o777)
+    command = ["gcc", "-shared", "-fPIC", "-O1", f'-DFOLDER="{notes}"', "-o", library, "-x", "c", "-"]
+    subprocess.run(command, input=source.encode(), check=True)
     names = _own_mounts()
     preload = "/etc/ld.so.preload"
     listed = f"{folder}/preload"

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -239,36 +238,63 @@ def test_docker_doctor_says_limited() -> None:
     assert "enforced (limited: pidfd_getfd)" in egress
 
 
-_UNPRIVILEGED = """
-import json, os, sys
-import ray_guard
-ray_guard.confine(json.loads(sys.argv[1]))
-with ray_guard.tool_call('t', {}):
-    done = ray_guard.run(json.loads(sys.argv[2]), capture_output=True, text=True)
-print(json.dumps({'uid': os.getuid(), 'status': done.returncode, 'stdout': done.stdout, 'stderr': done.stderr}))
-"""
+# ---------------------------------------------------------------------------------------------------------------------
+# an ordinary user: as such, under Kubernetes' "restricted", under Yama
 
 
-def test_kubernetes_restricted(sinks: Sinks) -> None:
-    """An unprivileged user without a capability, and Docker's filter: what most training pods run as."""
+@pytest.fixture(scope="module", params=launcher.UNPRIVILEGED)
+def nobody(request: pytest.FixtureRequest, sinks: Sinks) -> Iterator[tuple[str, Host]]:
+    """(host, a confined process of a user without any right on it)"""
     for each in (sinks.folder, *sinks.folder.parents):
         if each.stat().st_uid == 0 and each != Path("/"):
             os.chmod(each, each.stat().st_mode | 0o011)
     os.chmod(sinks.address("unix_granted"), 0o777)
-    home = tempfile.mkdtemp(prefix="ray_guard_k8s_")
+    home = tempfile.mkdtemp(prefix="ray_guard_nobody_", dir="/tmp")
     os.chown(home, 65534, 65534)
     try:
-        argv = python(_EGRESS, *told(sinks), "k8s")
-        command = [*launcher.prefix("k8s"), PYTHON, "-c", _UNPRIVILEGED, json.dumps(granting(sinks)), json.dumps(argv)]
-        environment = {**os.environ, "HOME": home, "XDG_STATE_HOME": home, "RAY_GUARD_EVIDENCE": f"{home}/evidence"}
-        environment.pop("XDG_RUNTIME_DIR", None)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=home)
-        assert done.returncode == 0, done.stderr[-2000:]
-        answer = json.loads(done.stdout)
-        assert answer["uid"] == 65534
-        judge_egress(sinks, Outcome.of({**answer, "seconds": 0.0}), "k8s")
+        with on(request.param, Path(home), granting(sinks)) as host:
+            yield request.param, host
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+_INSIDE = """
+import os, socket
+result = [os.getuid()]
+for port in (granted, denied):
+    try:
+        with socket.create_connection(('127.0.0.1', port)) as sock: sock.send(token.encode())
+        result.append(0)
+    except OSError as error: result.append(error.errno)
+"""
+
+
+def test_an_ordinary_users_own_process(sinks: Sinks, nobody: tuple[str, Host]) -> None:
+    name, host = nobody
+    told = {"granted": sinks.address("granted"), "denied": sinks.address("tcp"), "token": f"own-{name}"}
+    assert host.inside(_INSIDE, **told) == [65534, 0, 13]
+    sinks.flush("tcp")
+    sinks.flush("granted")
+    assert f"own-{name}" in sinks.seen("granted")[1].decode()
+    assert f"own-{name}" not in sinks.seen("tcp")[1].decode()
+
+
+def test_an_ordinary_users_tool(sinks: Sinks, nobody: tuple[str, Host]) -> None:
+    name, host = nobody
+    judge_egress(sinks, host.run("call", python(_EGRESS, *told(sinks), f"tool-{name}")), f"tool-{name}")
+
+
+def test_an_ordinary_users_child(sinks: Sinks, nobody: tuple[str, Host]) -> None:
+    """Under Yama a process is readable for those it has named, and its children have named nobody: nothing is let out."""
+    name, host = nobody
+    outcome = host.run("actor", python(_EGRESS, *told(sinks), f"child-{name}"))
+    if name != "yama":
+        judge_egress(sinks, outcome, f"child-{name}")
+        return
+    assert "PermissionError: [Errno 1]" in outcome.stderr, outcome
+    for sink in ("granted", "tcp"):
+        sinks.flush(sink)
+        assert f"child-{name}" not in sinks.seen(sink)[1].decode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

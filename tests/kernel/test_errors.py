@@ -50,7 +50,7 @@ case('connect family 99', lambda: call(42, fd(tcp()), struct.pack('=H14x', 99), 
 case('connect IPv6 length 20', lambda: call(42, fd(s.socket(AF_INET6)), sockaddr('::1', A['granted']), 20))
 case('connect IPv4 address on IPv6 socket', lambda: call(42, fd(s.socket(AF_INET6)), granted, 16))
 case('connect inet address on unix socket', lambda: call(42, fd(unix()), granted, 16))
-case('connect unix address on TCP socket', lambda: call(42, fd(tcp()), path(A['unix_granted']), 60))
+case('connect unix address on TCP socket', lambda: call(42, fd(tcp()), path(A['unix_granted']).ljust(110, b'\\0'), 110))
 def twice():
     sock = tcp()
     call(42, fd(sock), granted, 16)

@@ -64,6 +64,14 @@ def sink() -> Iterator[Sink]:
     found.close()
 
 
+@pytest.fixture
+def other() -> Iterator[Sink]:
+    """A second one."""
+    found = Sink()
+    yield found
+    found.close()
+
+
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("evidence")

@@ -43,8 +43,9 @@ class Worker:
     async def loop(self):
         with ray_guard.tool_call("loop", {}):
             reader, writer = await asyncio.open_connection("index.example.org", port)
+            said = (await reader.read(9)).decode()
             writer.close()
-            return (await reader.read(9)).decode()
+            return said
 
     def other(self):
         try:

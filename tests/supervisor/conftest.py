@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu_standin"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "escapes"))
 sys.path.insert(0, str(Path(__file__).parent))
 

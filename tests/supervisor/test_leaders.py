@@ -96,11 +96,17 @@ result = [process.wait(10), process.pid]
     assert host.run("call", ["echo", "here"]).stdout == "here\n"
 
 
+def _has_ended(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
 def test_a_waiting_process_that_died_is_replaced(host: Host) -> None:
     leader(host)
     for each in settled(host):
         for waiting in children(each):
             os.kill(waiting, signal.SIGKILL)
+            wait(lambda pid=waiting: _has_ended(pid), "a killed process lives on")
     assert host.run("call", ["echo", "here"]).stdout == "here\n"
 
 

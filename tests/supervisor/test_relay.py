@@ -481,7 +481,7 @@ def test_nobody_comes_in_by_the_relays_own_ports(capped: Host) -> None:
         once = "with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as s: s.sendall(b'x'); s.recv(1)"
         assert tool(capped, once, peer.port).status == 0
         ports = doors(capped.supervisor)
-        assert len(ports) == 2, "a door and a waiting room"
+        assert len(ports) == 1, "the door"
         before = peer.connections
         # Although the policy lists every port of loopback:
         program = """
@@ -584,3 +584,45 @@ while True: sock.send(bytes(1000)); time.sleep(0.001)
             tool(confined, program, peer.port)
         thread.join()
         wait(lambda: peer.hashes or peer.errors, "the flow went on")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is spoken
+
+_SPEAKING = """
+sock = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
+try:
+    for byte in sys.argv[2].encode(): sock.sendall(bytes([byte]))
+    sock.shutdown(socket.SHUT_WR); print('answered' if sock.recv(1) else 'closed')
+except OSError as error: print(type(error).__name__)
+"""
+_STRATUM = '{"id": 1, "method": "mining.subscribe", "params": []}\n'
+
+
+@pytest.mark.parametrize(("says", "tag"), [(_STRATUM, "stratum"), ("SSH-2.0-OpenSSH_9.6\r\n", "ssh")])
+def test_miners_and_tunnels_on_a_port_that_is_open_for_something_else(tmp_path: Path, says: str, tag: str) -> None:
+    with served(swallow) as peer, contextlib.ExitStack() as stack:
+        budgets = {"call": {"egress_bytes": HUGE}}
+        plain = stack.enter_context(host(tmp_path / "tcp", [f"tcp://127.0.0.1:{peer.port}"], budgets))
+        assert tool(plain, _SPEAKING, peer.port, says).stdout == "answered\n", "a rule that says tcp:// means anything"
+        assert peer.received == len(says)
+        counts(plain, peer.port, 1)
+        (span,) = flows(plain, peer.port)
+        assert span["attributes"]["ray_guard.egress.protocol"] == tag
+        peer.received = 0
+        confined = stack.enter_context(host(tmp_path / "plain", [f"127.0.0.1:{peer.port}"], budgets))
+        assert tool(confined, _SPEAKING, peer.port, says).stdout.strip() in ("ConnectionResetError", "BrokenPipeError")
+        counts(confined, peer.port, 1)
+        (span,) = flows(confined, peer.port)
+        assert span["attributes"]["error.type"] == f"{tag}_not_allowed"
+        assert peer.received < len(says.strip()), "the line that tells must not arrive whole"
+        found = [s["attributes"] for s in confined.journal() if s["name"] == "ray_guard.violation"]
+        assert [each["error.type"] for each in found] == [f"{tag}_not_allowed"]
+
+
+def test_what_is_spoken_is_on_the_span(capped: Host) -> None:
+    with served(swallow) as peer:
+        tool(capped, _SPEAKING, peer.port, "GET / HTTP/1.1\r\n\r\n")
+        counts(capped, peer.port, 1)
+        (span,) = flows(capped, peer.port)
+        assert span["attributes"]["ray_guard.egress.protocol"] == "http"

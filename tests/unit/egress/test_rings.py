@@ -94,6 +94,11 @@ TABLE = [
     ("exit_group", (0,), ALLOW, NOTIFY),
     ("clone", (0x10000000 | 17,), EPERM, EPERM),
     ("unshare", (0x40000000,), EPERM, EPERM),
+    ("unshare", (0x400,), EPERM, EPERM),  # descriptors of a thread's own
+    ("clone", (0x10000 | 0x100 | 0x800,), EPERM, EPERM),
+    ("clone", (0x10000 | 0x100 | 0x800 | 0x400,), ALLOW, ALLOW),
+    ("close_range", (3, 9, 2), refuse(errno.EINVAL), refuse(errno.EINVAL)),
+    ("close_range", (3, 9, 4), ALLOW, ALLOW),
     ("setns", (3, 0), EPERM, EPERM),
     ("pidfd_getfd", (3, 4, 0), EPERM, EPERM),
     ("process_vm_writev", (1, 0, 0, 0, 0, 0), EPERM, EPERM),

@@ -34,7 +34,9 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"egress": {"verify_names": False, "allow": ["a.b:443"]}}, ()),
         ({"model_endpoint": "engine:8000"}, ("model_endpoint",)),
         ({"model_endpoint": None}, ()),
-        ({"gpu": "none"}, ("gpu",)),
+        ({"gpu": "none"}, ()),
+        ({"gpu": "engine"}, ()),
+        ({"budgets": {"call": {"gpu_seconds": 1}, "actor": {"gpu_seconds": 1}}}, ("budgets.call.gpu_seconds",)),
         ({"gpu": "any"}, ()),
         ({"files": {"read": ["cwd"]}}, ("files.read",)),
         ({"files": {"hide": [], "protect": ["/srv"]}}, ("files.protect",)),
@@ -44,7 +46,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"budgets": {"job": {"cpu_seconds": 1}, "episode": {"wall_seconds": 1}}}, ()),
         ({"budgets": {"call": {"memory": None}}}, ()),
         ({"subprocess": "plain", "survivors": "kill", "on_violation": "deny"}, ()),
-        ({"survivors": "keep", "on_violation": "kill_call"}, ("on_violation",)),
+        ({"survivors": "keep", "on_violation": "kill_call"}, ()),
         ({"require": ["egress", "files"]}, ("require.files",)),
         ({"require": []}, ()),
     ],
@@ -76,6 +78,9 @@ def test_every_key_that_asks_for_something_is_named_when_nothing_is_supported() 
 
 
 def test_a_host_that_offers_less_takes_away() -> None:
+    named_ones = {"egress": {"verify_names": True, "allow": ["a.b:443"]}}
+    without_names = SUPPORTED - {"egress.allow.name", "egress.verify_names"}
+    assert named(named_ones, without_names) == ("egress.allow[0]", "egress.verify_names")
     less = SUPPORTED - {"egress.allow.unix", "egress.listen", "subprocess.confine"}
     data = {"egress": {"allow": ["unix:///a"], "listen": [80]}, "subprocess": "confine"}
     assert named(data) == ()
@@ -95,15 +100,16 @@ def test_every_supported_name_can_come_up() -> None:
     }
     keys = set(Policy.model_validate(data).to_wire()["set"])
     keys |= {f"egress.allow.{kind}" for kind in ("address", "name", "unix", "cluster", "collectives")}
-    keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "survivors.keep", "on_violation.deny"}
-    keys |= {"require.egress", "require.processes"}
+    keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "survivors.keep"}
+    keys |= {f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")}
+    keys |= {"require.egress", "require.processes", "require.gpu", "gpu.none", "gpu.engine"}
     assert keys == SUPPORTED
 
 
 def test_an_intersection_names_each_once() -> None:
-    one = Policy.model_validate({"gpu": "none", "on_violation": "kill_call"}).to_wire()
-    two = Policy.model_validate({"gpu": "engine"}).to_wire()
-    assert unenforced(intersect(one, two)) == ("gpu", "on_violation")
+    one = Policy.model_validate({"model_endpoint": "engine:8000", "on_violation": "kill_call"}).to_wire()
+    two = Policy.model_validate({"model_endpoint": "engine:8000"}).to_wire()
+    assert unenforced(intersect(one, two)) == ("model_endpoint", "on_violation")
 
 
 def test_a_message_that_does_not_say_what_was_set_is_refused() -> None:

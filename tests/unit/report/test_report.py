@@ -329,6 +329,14 @@ def test_processes_that_died_of_a_signal_are_listed(writer: Any, tmp_path: Path)
     ]
 
 
+def test_gpu_seconds_and_their_error(writer: Any, tmp_path: Path) -> None:
+    writer.write("ray_guard.gpu", None, 0, 3, ray_guard__gpu__seconds=12.34, ray_guard__gpu__seconds_error=0.5)
+    drawn = terminal.render(
+        tables.report(load_summary(tmp_path / "evidence"), Quarantine(), "e", 1), columns=None, colour=False
+    )
+    assert section(drawn, "Actors") == [["actor", "GPU"], ["env-0", "12.3 ± 0.5 s"]]
+
+
 def test_cpu_time_of_processes(writer: Any, tmp_path: Path) -> None:
     for seconds in (1.5, 2.25):
         writer.write("process make", None, 0, 3, ray_guard__process__cpu_seconds=seconds)

@@ -50,10 +50,10 @@ class ClientHello:
             if self._message[0] != _CLIENT_HELLO or length > _HELLO_LIMIT or len(self._message) > 4 + length:
                 raise Refused("malformed_tls")
             if len(self._message) == 4 + length:
-                self.name = _server_name(bytes(self._message[4:]))
-                if self.name not in self._names:
+                name = _server_name(bytes(self._message[4:]))
+                if name not in self._names:
                     raise Refused("sni_mismatch")
-                self.done = True
+                self.name, self.done = name, True
                 raw, self._raw = bytes(self._raw), bytearray()
                 return raw
         if len(self._raw) > _RAW_LIMIT:

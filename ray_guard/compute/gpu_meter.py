@@ -1,0 +1,315 @@
+"""GPU-seconds, memory and energy by process, with their error, and what no process explains. Pure. Runs in supervisor.
+
+A GPU-second is one second in which one whole GPU computed: the share of the sample period in which a process had
+something running, times the time that passed. Three methods, the best that a GPU offers, and which it was is told:
+
+- ``process_utilization``: NVML's samples by process. Statistical: each sample sees one process per engine.
+- ``device_utilization``: the GPU's own, where one process alone has a context there.
+- ``residency``: all the time in which a process had a context. An upper bound: what is there for MIG, which has no
+  utilization by process, for rows that cannot be true, and for gaps longer than NVML's memory.
+
+The error is told in two parts, because they add differently: a ``bias`` that adds up (percent are whole numbers; what
+a bound may be too high by) and a ``variance`` that averages out (sampling). :meth:`Usage.error_s` joins them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from ray_guard.kernel.nvml import Missing, Process, Reading, Sample
+
+MEMORY_S: Final = 10.0
+"""NVML remembers samples about that long: 72 of them."""
+SAMPLE_PERIOD_S: Final = 1.0
+"""The longest that NVML names for one sample; it may be as short as a sixth."""
+_RESOLUTION: Final = 0.01 / 2
+"""Percent are rounded: what a reading is wrong by, as a share."""
+_CLOCK_SLACK_US: Final = 2_000_000
+_SMOOTHING: Final = 0.05
+_MOST_BYTES: Final = 1 << 50
+
+HIDDEN_BYTES: Final = 512 << 20
+"""Memory that nobody explains, and that is no driver's bookkeeping."""
+_RESERVE_UNKNOWN: Final = 1 << 30
+_HIDDEN_PERCENT_ALONE: Final = 10
+_HIDDEN_PERCENT: Final = 30
+HIDDEN_READINGS: Final = 4
+"""In so many readings in a row: a process that starts or ends is listed a moment late."""
+
+
+class Method(StrEnum):
+    PROCESS = "process_utilization"
+    DEVICE = "device_utilization"
+    RESIDENCY = "residency"
+
+
+class Share(NamedTuple):
+    """What one process used of one GPU between two readings.
+
+    ``memory``: bytes, now; None: not to be known. ``memory_exact`` False: an upper bound. ``energy_j`` None: not
+    measured; else its part of the GPU's whole draw, by utilization.
+    """
+
+    pid: int
+    seconds: float
+    method: Method
+    bias_s: float
+    variance_s2: float
+    memory: int | None
+    memory_exact: bool
+    energy_j: float | None
+
+
+class Hidden(NamedTuple):
+    """What no visible process explains: bytes, and percent of utilization; 0: that much is explained."""
+
+    memory: int
+    utilization: int
+
+
+class Tick(NamedTuple):
+    """What a reading of one GPU says of the time since the last.
+
+    ``residents``: who has a context now. ``unmeasured``: why nothing can be said; "": it can.
+    """
+
+    device: int
+    seconds: float
+    residents: frozenset[int]
+    shares: tuple[Share, ...]
+    hidden: Hidden | None
+    faults: tuple[str, ...]
+    unmeasured: str
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a scope has used, summed over processes and GPUs."""
+
+    seconds: float = 0.0
+    bias_s: float = 0.0
+    variance_s2: float = 0.0
+    energy_j: float = 0.0
+    energy_known: bool = True
+    memory: int = 0
+    memory_exact: bool = True
+    memory_peak: int = 0
+    methods: set[Method] = field(default_factory=set)
+
+    def add(self, share: Share) -> None:
+        self.seconds += share.seconds
+        self.bias_s += share.bias_s
+        self.variance_s2 += share.variance_s2
+        self.methods.add(share.method)
+        if share.energy_j is None:
+            self.energy_known = False
+        else:
+            self.energy_j += share.energy_j
+
+    def level(self, shares: Iterable[Share]) -> int | None:
+        """Bytes held now by all of ``shares``, the scope's on every GPU; None: unknown."""
+        total = 0
+        self.memory_exact = True
+        for share in shares:
+            if share.memory is None:
+                return None
+            total += share.memory
+            self.memory_exact &= share.memory_exact
+        self.memory, self.memory_peak = total, max(self.memory_peak, total)
+        return total
+
+    @property
+    def error_s(self) -> float:
+        """GPU-seconds that ``seconds`` may be off by, either way, at two standard deviations of the sampling."""
+        return self.bias_s + 2 * math.sqrt(self.variance_s2)
+
+
+class GpuMeter:
+    """Accounts for one GPU, reading after reading."""
+
+    def __init__(self) -> None:
+        self._last: Reading | None = None
+        self._counted_us = 0
+        self._residents: frozenset[int] = frozenset()
+        self._unexplained = 0
+        self._usual: dict[int, float] = {}
+        """By process its share, smoothed: a reading of one sample says all or nothing, and knows no variance."""
+
+    def take(self, reading: Reading) -> Tick:
+        """The next reading; the first one only says where counting begins, and who is there."""
+        last, self._last = self._last, reading
+        faults: list[str] = []
+        if isinstance(reading.processes, Missing):
+            self._unexplained = 0
+            return Tick(reading.device, 0.0, frozenset(), (), None, (), str(reading.processes))
+        resident = _residents(reading.processes, faults)
+        passed = 0.0 if last is None else max(0.0, reading.monotonic - last.monotonic)
+        loads, method = self._loads(reading, resident, passed, faults)
+        self._remember(resident, loads)
+        memory = _memory(resident, reading.memory_used)
+        energy = None if last is None else _energy(last, reading)
+        shares = tuple(
+            _share(
+                pid,
+                loads.get(pid, _Load(0.0, 1)),
+                method=method,
+                passed=passed,
+                usual=self._usual.get(pid, 0.0),
+                memory=memory.get(pid, (0, True)),
+                energy=_apportioned(energy, pid, loads),
+            )
+            for pid in sorted({*resident, *loads})
+        )
+        hidden = self._hidden(reading, resident, loads, method)
+        self._residents = frozenset(resident)
+        return Tick(reading.device, passed, self._residents, shares, hidden, tuple(faults), "")
+
+    def _loads(
+        self, reading: Reading, resident: Mapping[int, int | None], passed: float, faults: list[str]
+    ) -> tuple[dict[int, _Load], Method]:
+        """By process the share of the interval it computed in, and how many samples say so."""
+        samples = reading.samples
+        if not isinstance(samples, Missing):
+            rows = _valid(samples, reading.time_us, self._counted_us)
+            self._counted_us = max((row.time_us for row in samples if row.time_us <= reading.time_us),
+                                   default=self._counted_us)  # fmt: skip
+            if rows is not None and passed <= MEMORY_S:
+                return _by_process(rows), Method.PROCESS
+            if rows is None:
+                faults.append("process utilization: rows that cannot be true")
+            else:
+                faults.append(f"no reading for {passed:.1f} s: NVML remembers {MEMORY_S:g}")
+        elif len(resident) == 1 and isinstance(reading.utilization, int) and 0 <= reading.utilization <= 100:
+            faults.append(str(samples))
+            return {next(iter(resident)): _Load(reading.utilization / 100, _count(passed))}, Method.DEVICE
+        else:
+            faults.append(str(samples))
+        # Whoever is here now, or was at the last reading, may have computed all the time.
+        return {pid: _Load(1.0, 1) for pid in {*resident, *self._residents}}, Method.RESIDENCY
+
+    def _remember(self, resident: Iterable[int], loads: Mapping[int, _Load]) -> None:
+        """What is usual of each process that is here. On a GPU that was idle nothing was missed of anybody."""
+        before, self._usual = self._usual, {}
+        for pid in {*resident, *loads}:
+            share = loads[pid].share if pid in loads else 0.0
+            usual = before.get(pid, (share + 0.5) / 2) if loads else 0.0
+            self._usual[pid] = usual + _SMOOTHING * (share - usual)
+
+    def _hidden(
+        self, reading: Reading, resident: Mapping[int, int | None], loads: Mapping[int, _Load], method: Method
+    ) -> Hidden | None:
+        """What has been unexplained for long enough; told once, until it is explained again."""
+        memory, utilization = 0, 0
+        used = reading.memory_used
+        if not isinstance(used, Missing) and all(known is not None for known in resident.values()):
+            slack = HIDDEN_BYTES + (0 if reading.reserved_known else _RESERVE_UNKNOWN)
+            free_standing = used - sum(known or 0 for known in resident.values())
+            memory = free_standing if free_standing > slack else 0
+        whole = reading.utilization
+        if not isinstance(whole, Missing) and 0 <= whole <= 100:
+            if not resident:
+                utilization = whole if whole >= _HIDDEN_PERCENT_ALONE else 0
+            elif method is Method.PROCESS:
+                seen = {*resident, *self._residents}
+                left = whole - round(100 * sum(load.share for pid, load in loads.items() if pid in seen))
+                utilization = left if left >= _HIDDEN_PERCENT else 0
+        self._unexplained = self._unexplained + 1 if memory or utilization else 0
+        return Hidden(memory, utilization) if self._unexplained == HIDDEN_READINGS else None
+
+
+class _Load(NamedTuple):
+    share: float
+    samples: int
+
+
+def _count(passed: float) -> int:
+    return max(1, int(passed / SAMPLE_PERIOD_S))
+
+
+def _residents(rows: Iterable[Process], faults: list[str]) -> dict[int, int | None]:
+    """Bytes by process with a context, over all its instances of a MIG GPU; None: not told."""
+    found: dict[int, int | None] = {}
+    for row in rows:
+        if row.pid <= 0:
+            faults.append(f"a process row of pid {row.pid}")
+            continue
+        memory = row.memory if row.memory is None or 0 <= row.memory < _MOST_BYTES else None
+        if row.pid in found:
+            known = found[row.pid]
+            memory = None if known is None or memory is None else known + memory
+        found[row.pid] = memory
+    return found
+
+
+def _memory(resident: Mapping[int, int | None], used: int | Missing) -> dict[int, tuple[int | None, bool]]:
+    """By process (bytes, exact): where NVML does not tell, all that the others do not explain."""
+    told = sum(known or 0 for known in resident.values())
+    bound = None if isinstance(used, Missing) else max(0, used - told)
+    return {pid: (bound, False) if known is None else (known, True) for pid, known in resident.items()}
+
+
+def _valid(rows: Iterable[Sample], now_us: int, counted_us: int) -> list[Sample] | None:
+    """The rows not counted yet, each once. None: there is one that cannot be true, so none of them is believed."""
+    oldest = now_us - int(MEMORY_S * 1_000_000) - _CLOCK_SLACK_US
+    found: dict[tuple[int, int], Sample] = {}
+    for row in rows:
+        if row.pid == 0 or row.time_us == 0:
+            continue  # a place in NVML's array that was not filled
+        if not 0 <= row.sm <= 100 or not oldest <= row.time_us <= now_us + _CLOCK_SLACK_US:
+            return None
+        if row.time_us <= counted_us:
+            continue
+        key = (row.pid, row.time_us)
+        if key not in found or found[key].sm < row.sm:
+            found[key] = row
+    return list(found.values())
+
+
+def _by_process(rows: list[Sample]) -> dict[int, _Load]:
+    """By process the mean over all samples: one in which another process was seen saw nothing of this one."""
+    samples = len({row.time_us for row in rows}) or 1
+    sums: dict[int, int] = {}
+    for row in rows:
+        sums[row.pid] = sums.get(row.pid, 0) + row.sm
+    whole = sum(sums.values()) / samples
+    scale = 1 / max(100.0, whole) / samples  # two processes cannot compute more than all the time
+    return {pid: _Load(total * scale, samples) for pid, total in sums.items()}
+
+
+def _share(
+    pid: int,
+    load: _Load,
+    *,
+    method: Method,
+    passed: float,
+    usual: float,
+    memory: tuple[int | None, bool],
+    energy: float | None,
+) -> Share:
+    seconds = load.share * passed
+    if method is Method.RESIDENCY:
+        bias, variance = seconds, 0.0
+    else:
+        bias = _RESOLUTION * passed
+        variance = passed * passed * usual * (1 - usual) / min(load.samples, _count(passed))
+    return Share(pid, seconds, method, bias, variance, *memory, energy)
+
+
+def _energy(last: Reading, reading: Reading) -> float | None:
+    """Joules since the last reading; None: not measured, or the driver has begun to count anew."""
+    before, now = last.energy_mj, reading.energy_mj
+    if isinstance(before, Missing) or isinstance(now, Missing) or now < before:
+        return None
+    return (now - before) / 1000
+
+
+def _apportioned(energy: float | None, pid: int, loads: Mapping[int, _Load]) -> float | None:
+    """A process's part of a GPU's energy, by utilization; what an idle GPU draws is nobody's."""
+    if energy is None:
+        return None
+    whole = sum(load.share for load in loads.values())
+    return energy * loads[pid].share / whole if pid in loads and whole else 0.0

@@ -1,0 +1,301 @@
+"""What NVML tells of a node's GPUs, row by row, through nvidia-ml-py. Runs in the GPU helper, and in doctor's.
+
+Importing this module loads neither pynvml nor the library. A reading that could not be had is a :class:`Missing`, which
+says why: it is never zero. ``python -m ray_guard.kernel.nvml`` prints one reading of every GPU as JSON.
+
+Sources: nvml.h of driver 575 (process rows of 24 bytes, utilization samples of 32) and nvidia-ml-py's pynvml.py. What
+surprises there, and is answered here:
+
+- ``lastSeenTimeStamp`` is microseconds, and "nothing newer than that" is the error NOT_FOUND: an idle GPU. pynvml turns
+  the other way to say it, success with no rows, into an NVMLError of value 0.
+- ``usedGpuMemory`` may be all ones, which pynvml gives as None.
+- pynvml loads ``libnvidia-ml.so.1`` by name. The loader does not look for a name that is loaded already, so an absolute
+  path loaded before decides which library that is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, NamedTuple, TypeVar
+
+LIBRARIES: Final = (
+    *(f"/usr/lib/{machine}-linux-gnu/libnvidia-ml.so.1" for machine in ("x86_64", "aarch64")),
+    "/usr/lib64/libnvidia-ml.so.1",
+    "/usr/lib/libnvidia-ml.so.1",
+    "/usr/local/nvidia/lib64/libnvidia-ml.so.1",
+    "/usr/lib/wsl/lib/libnvidia-ml.so.1",
+    "/run/opengl-driver/lib/libnvidia-ml.so.1",
+    *(f"/run/nvidia/driver/usr/lib/{machine}-linux-gnu/libnvidia-ml.so.1" for machine in ("x86_64", "aarch64")),
+)
+"""Where drivers, container runtimes and GPU operators put it; the first that is there is used."""
+
+_ATTEMPTS: Final = 3
+"""Processes may come between the question how many there are and the question which."""
+_T = TypeVar("_T")
+
+
+class Missing(NamedTuple):
+    """A reading that could not be had. ``error``: NVML's name for it (``NOT_SUPPORTED``), or this module's own."""
+
+    call: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.call}: {self.error}"
+
+
+class Process(NamedTuple):
+    """A process with a context on a GPU. ``memory`` in bytes; None: NVML does not tell. Instances: of a MIG GPU."""
+
+    pid: int
+    memory: int | None
+    gpu_instance: int | None
+    compute_instance: int | None
+
+
+class Sample(NamedTuple):
+    """What a process used of a GPU's multiprocessors lately, in percent; ``time_us``: microseconds since 1970."""
+
+    pid: int
+    time_us: int
+    sm: int
+
+
+class Reading(NamedTuple):
+    """One GPU at ``monotonic`` (seconds), which was ``time_us`` of the clock that the samples carry."""
+
+    device: int
+    uuid: str
+    monotonic: float
+    time_us: int
+    mig: bool | Missing
+    memory_used: int | Missing
+    """Bytes; the driver's own reserve is not among them where ``reserved_known``."""
+    reserved_known: bool
+    utilization: int | Missing
+    """Percent of the last sample period in which something ran."""
+    energy_mj: int | Missing
+    """Millijoules since the driver was loaded."""
+    processes: tuple[Process, ...] | Missing
+    samples: tuple[Sample, ...] | Missing
+
+
+class NotLoaded(Exception):
+    """NVML cannot be used here, and why."""
+
+
+def find_library(candidates: Iterable[str] = LIBRARIES) -> str:
+    """The library's absolute path, links resolved.
+
+    Raises:
+        NotLoaded: there is none, or somebody other than root could have put it there.
+    """
+    for candidate in candidates:
+        if os.path.exists(candidate):
+            path = os.path.realpath(candidate)
+            for part in _upwards(path):
+                found = os.stat(part)
+                if found.st_uid != 0 or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    raise NotLoaded(f"{path} is not used: {part} can be changed by others than root")
+            return path
+    raise NotLoaded("no libnvidia-ml.so.1 where NVIDIA drivers put it")
+
+
+def _upwards(path: str) -> Iterable[str]:
+    while True:
+        yield path
+        if path == "/":
+            return
+        path = os.path.dirname(path)
+
+
+class Nvml:
+    """NVML, loaded and initialised from the library at ``path``.
+
+    Raises:
+        NotLoaded: it is not there, or does not fit its driver.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            import pynvml
+        except (OSError, ImportError) as error:
+            raise NotLoaded(f"{path}: {error}") from error
+        self._pynvml: Any = pynvml
+        self._names = _error_names(pynvml)
+        try:
+            pynvml.nvmlInit()
+            self._devices = [pynvml.nvmlDeviceGetHandleByIndex(at) for at in range(pynvml.nvmlDeviceGetCount())]
+        except pynvml.NVMLError as error:
+            raise NotLoaded(f"{path}: {self._name(error)}: {error}") from error
+        self._uuids = [_text(self._try("nvmlDeviceGetUUID", device)) for device in self._devices]
+        self._since_us = [0] * len(self._devices)
+
+    @property
+    def driver(self) -> str:
+        """The driver's version."""
+        return _text(self._try("nvmlSystemGetDriverVersion"))
+
+    def read(self) -> list[Reading]:
+        """Every GPU, once. Samples are those since the last reading."""
+        return [self._read(index, device) for index, device in enumerate(self._devices)]
+
+    def _read(self, index: int, device: Any) -> Reading:
+        samples = self._samples(index, device)
+        memory, reserved_known = self._memory(device)
+        return Reading(
+            device=index,
+            uuid=self._uuids[index],
+            monotonic=time.monotonic(),
+            time_us=time.time_ns() // 1000,
+            mig=self._mig(device),
+            memory_used=memory,
+            reserved_known=reserved_known,
+            utilization=self._map("nvmlDeviceGetUtilizationRates", lambda rates: int(rates.gpu), device),
+            energy_mj=self._map("nvmlDeviceGetTotalEnergyConsumption", int, device),
+            processes=self._processes(device),
+            samples=samples,
+        )
+
+    def _mig(self, device: Any) -> bool | Missing:
+        found = self._map("nvmlDeviceGetMigMode", lambda modes: bool(modes[0]), device)
+        if isinstance(found, Missing) and found.error in ("NOT_SUPPORTED", "FUNCTION_NOT_FOUND"):
+            return False  # a GPU or a driver that has no such thing
+        return found
+
+    def _memory(self, device: Any) -> tuple[int | Missing, bool]:
+        call, version = "nvmlDeviceGetMemoryInfo", self._pynvml.nvmlMemory_v2
+        found = self._map(call, lambda memory: int(memory.used), device, version)
+        if isinstance(found, Missing):  # before driver 510
+            return self._map(call, lambda memory: int(memory.used), device), False
+        return found, True
+
+    def _processes(self, device: Any) -> tuple[Process, ...] | Missing:
+        """With a compute or a graphics context; each once per instance, though NVML may name one in both lists."""
+        found: dict[tuple[int, int | None, int | None], Process] = {}
+        for call in ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetGraphicsRunningProcesses_v3"):
+            rows = self._map(call, lambda rows: [_process(row) for row in rows], device)
+            if isinstance(rows, Missing):
+                if "Graphics" in call and rows.error == "NOT_SUPPORTED":
+                    continue  # a GPU that draws nothing
+                return rows
+            for row in rows:
+                key = (row.pid, row.gpu_instance, row.compute_instance)
+                known = found.get(key)
+                if known is None or (known.memory is not None and (row.memory is None or row.memory > known.memory)):
+                    found[key] = row
+        return tuple(found.values())
+
+    def _samples(self, index: int, device: Any) -> tuple[Sample, ...] | Missing:
+        call = "nvmlDeviceGetProcessUtilization"
+        rows = self._map(call, lambda rows: tuple(_sample(row) for row in rows), device, self._since_us[index])
+        if isinstance(rows, Missing):
+            return () if rows.error in ("NOT_FOUND", "SUCCESS") else rows
+        now = time.time_ns() // 1000
+        newest = max((row.time_us for row in rows if row.time_us <= now), default=0)
+        self._since_us[index] = max(self._since_us[index], newest)
+        return rows
+
+    def _map(self, call: str, convert: Callable[[Any], _T], *arguments: Any) -> _T | Missing:
+        found = self._try(call, *arguments)
+        return found if isinstance(found, Missing) else convert(found)
+
+    def _try(self, call: str, *arguments: Any) -> Any:
+        """What ``call`` returns, or what stands in its way."""
+        error = "UNKNOWN"
+        for _ in range(_ATTEMPTS):
+            try:
+                return getattr(self._pynvml, call)(*arguments)
+            except self._pynvml.NVMLError as raised:
+                error = self._name(raised)
+                if error != "INSUFFICIENT_SIZE":
+                    break
+        return Missing(call, error)
+
+    def _name(self, error: Any) -> str:
+        return self._names.get(error.value, f"code {error.value}")
+
+
+def _error_names(pynvml: Any) -> dict[int, str]:
+    """NVML's names of its errors, without NVML_ERROR_."""
+    prefix = "NVML_ERROR_"
+    names = {value: name.removeprefix(prefix) for name, value in vars(pynvml).items() if name.startswith(prefix)}
+    return {**names, pynvml.NVML_SUCCESS: "SUCCESS"}
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+_NO_INSTANCE: Final = 0xFFFFFFFF
+
+
+def _process(row: Any) -> Process:
+    memory = None if row.usedGpuMemory is None else int(row.usedGpuMemory)
+    instances = (None if value in (None, _NO_INSTANCE) else int(value)
+                 for value in (row.gpuInstanceId, row.computeInstanceId))  # fmt: skip
+    return Process(int(row.pid), memory, *instances)
+
+
+def _sample(row: Any) -> Sample:
+    return Sample(int(row.pid), int(row.timeStamp), int(row.smUtil))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# readings as messages
+
+
+def to_wire(reading: Reading) -> dict[str, Any]:
+    """The reading as plain data."""
+    return {name: _plain(value) for name, value in reading._asdict().items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Missing):
+        return {"missing": list(value)}
+    if isinstance(value, tuple):
+        return [list(row) for row in value]
+    return value
+
+
+def from_wire(message: Mapping[str, Any]) -> Reading:
+    """The reading that :func:`to_wire` described. Raises KeyError, TypeError or ValueError for anything else."""
+    fields = {name: _found(message[name]) for name in Reading._fields}
+    for name, row in (("processes", Process), ("samples", Sample)):
+        if not isinstance(fields[name], Missing):
+            fields[name] = tuple(row(*entry) for entry in fields[name])
+    return Reading(**fields)
+
+
+def _found(value: Any) -> Any:
+    if isinstance(value, dict):
+        call, error = value["missing"]
+        return Missing(str(call), str(error))
+    return value
+
+
+def main() -> None:
+    """Prints one reading, or why there is none."""
+    try:
+        path = find_library()
+        nvml = Nvml(path)
+        told: dict[str, Any] = {
+            "library": path,
+            "driver": nvml.driver,
+            "devices": [to_wire(reading) for reading in nvml.read()],
+        }
+    except NotLoaded as error:
+        told = {"error": str(error)}
+    json.dump(told, sys.stdout)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""One target's GPU use: what it is granted, what it has used, what is told of it. Runs in the supervisor."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from ray_guard.compute import engines
+from ray_guard.compute.census import Reason, word
+from ray_guard.compute.engines import Engines
+from ray_guard.compute.gpu_meter import Share, Usage
+from ray_guard.evidence.journal import JournalError
+from ray_guard.kernel import procfs
+from ray_guard.policy.budgets import Exceeded, Scope
+from ray_guard.policy.decide import CompiledPolicy
+from ray_guard.records import AttributeValue, Mode, SpanKind, SpanRecord
+from ray_guard.supervisor.orphans import Mark
+from ray_guard.supervisor.target import Origin, Target, new_span_id
+
+log = logging.getLogger("ray_guard.gpu")
+
+SECONDS: Final = "gpu_seconds"
+MEMORY: Final = "gpu_memory"
+IDLE_USE: Final = "gpu_idle_use"
+RECORD_S: Final = 30.0
+"""How often what a target has used is journaled; at its end in any case."""
+
+SCOPES: Final = (Scope.ACTOR, Scope.JOB)
+"""Whose GPU limits are held."""
+
+
+def granted(policy: CompiledPolicy) -> str:
+    """The policy's word on GPUs as it applies: ``none``, ``engine`` or ``any``."""
+    said = any("gpu" in wire.get("set", ()) for wire in policy.wires)
+    return word(policy.gpu, said=said, actor_limit=any(limits(policy, Scope.ACTOR).values()))
+
+
+def limits(policy: CompiledPolicy, scope: Scope) -> dict[str, float]:
+    """The GPU limits of that scope that are enforced."""
+    return {kind: limit for kind, limit in policy.limits(scope).items() if kind in (SECONDS, MEMORY)}
+
+
+def has_budget(policy: CompiledPolicy) -> bool:
+    """Whether a GPU limit is enforced."""
+    return any(limits(policy, scope) for scope in SCOPES)
+
+
+@dataclass(slots=True)
+class GpuTarget:
+    """See the module. ``mark``: what its processes have in common; None: it is not filtered itself."""
+
+    target: Target
+    mark: Mark | None = None
+    engines: Engines = field(default_factory=Engines)
+    usage: Usage = field(default_factory=Usage)
+    tools: dict[int, Origin] = field(default_factory=dict)
+    """By the process that a tool began with, and by its leader."""
+    told: set[tuple[int, int, Reason]] = field(default_factory=set)
+    """Processes (pid, start time) of which a violation was told."""
+    memory_unknown: bool = False
+    _used_up: bool = field(init=False)
+    _over_memory: bool = False
+    _passed: set[str] = field(default_factory=set)
+    """Kinds of limits that were passed, and told."""
+    _span: str = field(default_factory=new_span_id)
+    _began_ns: int = field(default_factory=time.time_ns)
+    _recorded: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Zero grants nothing, not even a context.
+        self._used_up = any(0 in limits(self.target.policy, scope).values() for scope in SCOPES)
+
+    @property
+    def word(self) -> str:
+        return granted(self.target.policy)
+
+    @property
+    def budget(self) -> bool:
+        return has_budget(self.target.policy)
+
+    @property
+    def exhausted(self) -> bool:
+        return self._used_up or self._over_memory
+
+    @property
+    def asks(self) -> bool:
+        """Whether anybody must look."""
+        watched = any(kind in self.target.policy.watched(scope) for scope in SCOPES for kind in (SECONDS, MEMORY))
+        return self.word != "any" or self.budget or watched
+
+    @property
+    def strict(self) -> bool:
+        """Whether not to know is a reason to refuse."""
+        return self.budget or "gpu" in self.target.policy.require
+
+    @property
+    def enforces(self) -> bool:
+        return self.target.policy.mode is Mode.ENFORCE
+
+    # -- usage ---------------------------------------------------------------------------------------------------------
+
+    def charge(self, shares: list[Share]) -> None:
+        """Books what its processes used since the last reading of all GPUs, and judges what they hold now."""
+        account = self.target.account
+        for share in shares:
+            self.usage.add(share)
+        exceeded = account.charge(SECONDS, sum(share.seconds for share in shares))
+        if exceeded is not None:
+            self._used_up |= not exceeded.report_only
+            self._exceeded(exceeded)
+        level = self.usage.level(shares)
+        limited = account.limits_any((MEMORY,))
+        self.memory_unknown = level is None and limited
+        exceeded = None if level is None or not limited else account.measured(MEMORY, level)
+        self._over_memory = exceeded is not None and not exceeded.report_only
+        if exceeded is None:
+            self._passed.discard(MEMORY)
+        else:
+            self._exceeded(exceeded)
+
+    def _exceeded(self, exceeded: Exceeded) -> None:
+        if exceeded.kind in self._passed:
+            return
+        self._passed.add(exceeded.kind)
+        try:
+            self.target.exceeded(self.target.own_origin(), None, exceeded)
+        except JournalError:
+            log.exception("a violation could not be journaled")
+
+    def find_idle_use(self, computed: Mapping[tuple[int, int], float], passed: float) -> None:
+        """Tells which engines compute what nobody asked for.
+
+        Args:
+            computed: GPU-seconds by process (pid, start time) since the last reading.
+            passed: seconds since then.
+        """
+        now = time.monotonic()
+        for key, seconds in computed.items():
+            engine = self.engines.find(*key)
+            if engine is not None and engines.idle_use(engine, seconds, passed, now):
+                where = f"pid {engine.pid} ({procfs.command_name(engine.pid)}), phase {engine.phase.value}"
+                self.violation(self.target.own_origin(), IDLE_USE, "no_request", destination=where)
+
+    # -- evidence ------------------------------------------------------------------------------------------------------
+
+    def violation(
+        self, origin: Origin, kind: str, reason: str, *, destination: str = "", value: AttributeValue | None = None
+    ) -> None:
+        """Journals a violation. One that cannot be is logged: what follows from it happens all the same."""
+        try:
+            self.target.violation(origin, None, kind, reason=reason, destination=destination, value=value)
+        except JournalError:
+            log.exception("a violation could not be journaled")
+
+    def record(self, *, ended: bool) -> None:
+        """Journals what was used so far, where anything was; a later record replaces this one."""
+        usage = self.usage
+        if not usage.methods or (not ended and time.monotonic() - self._recorded < RECORD_S):
+            return
+        self._recorded = time.monotonic()
+        attributes: dict[str, AttributeValue] = {
+            "ray_guard.gpu.seconds": round(usage.seconds, 3),
+            "ray_guard.gpu.seconds_error": round(usage.error_s, 3),
+            "ray_guard.gpu.method": tuple(sorted(method.value for method in usage.methods)),
+            "ray_guard.gpu.memory_peak": usage.memory_peak,
+        }
+        if usage.energy_known:
+            attributes["ray_guard.gpu.energy_joules"] = round(usage.energy_j, 3)
+        origin = self.target.own_origin()
+        record = SpanRecord(
+            trace_id=origin.trace_id,
+            span_id=self._span,
+            parent_id=None,
+            name="ray_guard.gpu",
+            kind=SpanKind.INTERNAL,
+            start_ns=self._began_ns,
+            end_ns=time.time_ns() if ended else None,
+            attributes=attributes,
+        )
+        try:
+            self.target.write(record, origin.identity)
+        except JournalError:
+            log.exception("GPU usage could not be journaled")
