@@ -206,19 +206,27 @@ class Impatience:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def deafen(sock: _Socket) -> None:
+def deafen(sock: _Socket) -> bool:
     """Nothing that is sent to this socket is ever received: a port to send from is free, one to be called on is not.
 
+    False: it goes on hearing, for this kernel lets no filter be attached without CAP_NET_ADMIN.
+
     Raises:
-        OSError: it could not be done.
+        OSError: it could not be done for another reason.
     """
+    if sock.getsockopt(_SOL_SOCKET, _SO_LOCK_FILTER):
+        return True  # no target may lock one: rings
     nothing = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)  # BPF_RET, of 0 bytes
-    sock.setsockopt(_SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(nothing)))
+    try:
+        sock.setsockopt(_SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(nothing)))
+    except PermissionError:
+        return False
     sock.setsockopt(_SOL_SOCKET, _SO_LOCK_FILTER, 1)  # for good: its owner cannot take it off
+    return True
 
 
 def mute_datagram_socket(family: int, protocol: int) -> socket.socket:
-    """A datagram socket that can be connected and asked for its address, but can never send, nor receive.
+    """A datagram socket that can be connected and asked for its address, but can never send; nor hear: :func:`deafen`.
 
     SEND_SHUTDOWN is checked where the kernel allocates the first fragment of any datagram (``sock_alloc_send_pskb``),
     whatever call, option or address it comes with, and nothing takes it off a UDP socket again: measured for sendto,
@@ -798,10 +806,8 @@ class Gate:
         elif _type(duplicate) != _STREAM and not self._judge.hears():
             sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
             try:
-                deafen(sock)
-            except OSError as error:
-                if error.errno != errno.EPERM:  # EPERM: it is deaf already, and locked
-                    return -(error.errno or errno.EPERM)
+                if not deafen(sock):
+                    return -errno.EPERM
             finally:
                 sock.detach()
         result = libc.bind(duplicate, raw)

@@ -104,7 +104,8 @@ def _options() -> list[Rule]:
         (socket.IPPROTO_IP, (4, 16, 17, 19)),  # OPTIONS (source routes), IPSEC_POLICY, XFRM_POLICY, TRANSPARENT
         # 2292PKTOPTIONS (what follows as one), both POLICYs, HOPOPTS, RTHDRDSTOPTS, RTHDR, DSTOPTS, TRANSPARENT
         (socket.IPPROTO_IPV6, (6, 34, 35, 54, 55, 57, 59, 75)),
-        (socket.SOL_SOCKET, (25, 36, 47, 62)),  # BINDTODEVICE, MARK, MAX_PACING_RATE, BINDTOIFINDEX
+        # BINDTODEVICE, MARK, LOCK_FILTER (a locked one is the gate's own), MAX_PACING_RATE, BINDTOIFINDEX
+        (socket.SOL_SOCKET, (25, 36, 44, 47, 62)),
     ]
     return [
         Rule("setsockopt", _NO_OPTION, (equals(level, at), equals(option, number)))

@@ -130,13 +130,15 @@ if status: raise OSError(status, 'refused')
     _listening(
         "UDP datagrams to a port of the kernel's choice",  # free to send from, but not for everybody to send to
         "sock = socket.socket(AF_INET, DGRAM); sock.bind(('', 0))",
-        "ETIMEDOUT",
+        "ETIMEDOUT",  # it hears nobody
+        "EPERM",  # or is not bound, where that takes a right the supervisor has not
         rings=("actor", "call"),
     ),
     _listening(
         "IPv6 UDP datagrams to a port of the kernel's choice",
         "sock = socket.socket(AF_INET6, DGRAM); sock.bind(('::', 0))",
-        "ETIMEDOUT",
+        "ETIMEDOUT",  # it hears nobody
+        "EPERM",  # or is not bound, where that takes a right the supervisor has not
         rings=("actor", "call"),
     ),
     _listening(
@@ -148,7 +150,23 @@ except OSError: pass
 try: sock.setsockopt(1, 26, struct.pack('HxxxxxxP', 1, ctypes.addressof(ctypes.create_string_buffer(struct.pack('=HBBI', 6, 0, 0, 0xffff), 8))))
 except OSError: pass
 """,
+        "ETIMEDOUT",  # it hears nobody
+        "EPERM",  # or is not bound, where that takes a right the supervisor has not
+        rings=("actor", "call"),
+    ),
+    _listening(
+        "UDP with a filter of one's own, locked beforehand",
+        """
+sock = socket.socket(AF_INET, DGRAM)
+code = ctypes.create_string_buffer(struct.pack('=HBBI', 6, 0, 0, 0xffff), 8)
+try: sock.setsockopt(1, 26, struct.pack('HxxxxxxP', 1, ctypes.addressof(code)))
+except OSError: pass
+try: sock.setsockopt(1, 44, 1)  # SO_LOCK_FILTER: for good
+except OSError: pass
+sock.bind(('', 0))
+""",
         "ETIMEDOUT",
+        "EPERM",
         rings=("actor", "call"),
     ),
     _listening(
