@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray_guard.ring")
 
 _OWN_SOCKETS_LIMIT: Final = 1024
-_SWEPT_EVERY: Final = 256
+_LOOK_EVERY_S: Final = 0.05
+"""At the limit: how often it is looked for sockets whose file is gone."""
 _DATAGRAM_FLOWS_LIMIT: Final = 4096
 
 
@@ -77,7 +78,7 @@ class Ring:
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
-        self._too_many = 0
+        self._looked = 0.0
         self._surroundings: Surroundings | None = None
         self._flows: dict[int, Flow] = {}
         self._crossings: set[Crossing] = set()
@@ -167,9 +168,10 @@ class Ring:
         found = os.fstat(pinned)
         key = (found.st_dev, found.st_ino)
         if len(self._own_unix) >= _OWN_SOCKETS_LIMIT:
-            if self._too_many % _SWEPT_EVERY == 0:  # not each time: who binds by the thousand must not hold up others
+            now = time.monotonic()
+            if now - self._looked >= _LOOK_EVERY_S:  # not each time: who binds by the thousand must not hold up others
                 self._forget_deleted()
-            self._too_many = 0 if len(self._own_unix) < _OWN_SOCKETS_LIMIT else self._too_many + 1
+                self._looked = now
         if key in self._own_unix or len(self._own_unix) >= _OWN_SOCKETS_LIMIT:
             os.close(pinned)
             return

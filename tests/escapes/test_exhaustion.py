@@ -73,13 +73,13 @@ def main():
         """
 def main():
     held = []
-    for n in range(3000):
+    for n in range(1500):
         sock = socket.socket(AF_UNIX)
         try: sock.bind(A['folder'] + '/%d' % n)
         except OSError: pass
         if len(held) < 500: held.append(sock)
         else: sock.close()
-    for n in range(3000): os.unlink(A['folder'] + '/%d' % n)
+    for n in range(1500): os.unlink(A['folder'] + '/%d' % n)
     connect(AF_INET, STREAM, ('127.0.0.1', A['tcp']))
 """,
         refused=("EACCES",),

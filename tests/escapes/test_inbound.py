@@ -296,10 +296,14 @@ client = socket.socket(socket.AF_UNIX); client.connect('./relative'); print(oct(
 def test_own_unix_sockets_may_come_and_go(stage: Stage, ring: str) -> None:
     """More of them than are remembered at a time: an actor lives long."""
     program = """
-import os, socket, sys
+import os, resource, socket, sys, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 path = os.path.join(sys.argv[1], 's')
-for _ in range(1500):
-    server = socket.socket(socket.AF_UNIX); server.bind(path); server.close(); os.unlink(path)
+kept = []
+for n in range(1100):
+    server = socket.socket(socket.AF_UNIX); server.bind(f'{path}{n}'); kept.append(server)
+for n in range(1100): os.unlink(f'{path}{n}')
+time.sleep(0.1)
 server = socket.socket(socket.AF_UNIX); server.bind(path); server.listen()
 client = socket.socket(socket.AF_UNIX); client.connect(path)
 print('connected')
