@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         channel = _introduce(summons, wire_of(arguments.policy), arguments.evidence)
         terminal = _terminal()
+        forward = _Forwarding()
         control = _start(channel, command, arguments.pass_fd, terminal)
     except OSError as error:
         if isinstance(error, RayGuardError):
@@ -57,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _nothing(f"{error.filename or command[0]}: {error.strerror}")
     except (RayGuardError, ValueError) as error:
         return _nothing(str(error))
-    for number in _FORWARDED:
-        signal.signal(number, lambda received, _frame: control.signal(received))
+    forward.to(control)
     if terminal is not None:
         terminal.attend(control)
     ended = None
@@ -70,6 +70,27 @@ def run(arguments: argparse.Namespace) -> int:
     if ended.get("unkillable"):
         _say(f"unkillable (uninterruptible sleep): {', '.join(map(str, ended['unkillable']))}")
     return 128 - code if code < 0 else code
+
+
+class _Forwarding:
+    """From here on signals to this process are the command's; those that come before it runs are kept for it."""
+
+    def __init__(self) -> None:
+        self._control: Control | None = None
+        self._kept: list[int] = []
+        for number in _FORWARDED:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        if self._control is None:
+            self._kept.append(number)
+        else:
+            self._control.signal(number)
+
+    def to(self, control: Control) -> None:
+        self._control = control
+        while self._kept:
+            control.signal(self._kept.pop(0))
 
 
 def _introduce(summons: channels.Summons, policy: dict[str, Any], evidence: str | None) -> Channel:

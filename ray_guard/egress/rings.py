@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ray_guard.kernel.seccomp import ALLOW as RUN
 from ray_guard.kernel.seccomp import (
@@ -32,7 +32,9 @@ from ray_guard.kernel.seccomp import (
     pointer_given,
     refuse,
 )
-from ray_guard.records import Role
+
+if TYPE_CHECKING:
+    from ray_guard.records import Role
 
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
 STREAM, DGRAM, RAW, SEQPACKET = 1, 2, 3, 5
@@ -206,7 +208,7 @@ def actor_ring(
     """
     if datagrams and not borrows:
         raise ValueError("messages cannot be sent on behalf where no descriptor can be taken")
-    foreign = NOTIFY if role is Role.POLICY else _REFUSE
+    foreign = NOTIFY if role == "policy" else _REFUSE
     rules = _common() + _sockets(
         stream=RUN if borrows else NOTIFY, datagram=RUN if datagrams else NOTIFY, netlink=NOTIFY
     )

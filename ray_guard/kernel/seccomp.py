@@ -14,7 +14,6 @@ import signal
 import struct
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -69,8 +68,7 @@ def differs(argument: int, value: int, *, mask: int = 0xFFFFFFFF) -> When:
     return When(argument, Test.DIFFERENT, value, mask)
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """When system call ``name`` is made and all ``conditions`` hold, the filter returns ``action``."""
 
     name: str

@@ -51,14 +51,14 @@ def test_the_status_is_its_own(folder: Path, program: str, status: int) -> None:
         (("/etc/passwd",), "policy.yaml", "/etc/passwd: Permission denied"),
         (("true",), "missing.yaml", "there is no such file"),
         (("true",), "faulty.yaml", "did you mean egress"),
-        (("true",), "beyond.yaml", "not enforced: egress.proxy"),
+        (("true",), "beyond.yaml", "not enforced: budgets.call.flops"),
     ],
 )
 def test_where_nothing_is_started_it_says_why_and_ends_with_125(
     folder: Path, command: tuple[str, ...], policy: str, said: str
 ) -> None:
     (folder / "faulty.yaml").write_text("egres: {allow: []}\n")
-    (folder / "beyond.yaml").write_text("egress: {allow: [], proxy: 'http://proxy:3128'}\n")
+    (folder / "beyond.yaml").write_text("budgets: {call: {flops: 1}}\n")
     done = guarded(folder, *command, policy=policy)
     assert done.returncode == 125
     assert done.stderr.startswith("ray-guard: ")

@@ -184,9 +184,8 @@ def test_a_shell_within_has_job_control(screens: list[Screen], folder: Path) -> 
     screen.await_text("Stopped")
     screen.await_text(r"\$ ")
     screen.type("kill -KILL %1\n")
-    time.sleep(0.5)
-    screen.type("\n")  # it is told of at the next prompt
-    screen.await_text("Killed")
+    screen.type("while jobs %1 2>/dev/null | grep -q Stopped; do sleep 0.1; done; echo no job is $((40+2))\n")
+    screen.await_text("no job is 42")
     screen.type("exit 5\n")
     assert screen.end() == 5
 
