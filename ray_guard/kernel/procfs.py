@@ -11,15 +11,19 @@ from typing import Final
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
+_GONE: Final = (FileNotFoundError, ProcessLookupError, PermissionError)
+"""A process that is gone, or not ours to read. Anything else (no descriptor left) is raised: it would read as zero."""
+
+
 def _content(path: str, size: int) -> bytes:
     """What one read gives; empty where it is gone. (A file object would cost as much again.)"""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except _GONE:
         return b""
     try:
         return os.read(descriptor, size)
-    except OSError:
+    except _GONE:
         return b""
     finally:
         os.close(descriptor)
@@ -41,17 +45,17 @@ def children(pid: int, thread: int | None = None) -> list[int]:
     found: list[int] = []
     try:
         threads = os.listdir(f"/proc/{pid}/task") if thread is None else [str(thread)]
-    except OSError:
+    except _GONE:
         return found
     for each in threads:
         try:
             descriptor = os.open(f"/proc/{pid}/task/{each}/children", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except _GONE:
             continue
         try:
             while data := os.read(descriptor, 1 << 16):  # one reading gives a page of them, in whole numbers
                 found += map(int, data.split())
-        except OSError:
+        except _GONE:
             continue
         finally:
             os.close(descriptor)
@@ -72,14 +76,9 @@ def resident(pid: int) -> int:
 
 def resident_share(pid: int) -> int:
     """Bytes of resident memory with what is shared divided among its users: exact over a tree, and slow to ask for."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb", buffering=0) as file:
-            for line in file.read(4096).splitlines():
-                if line.startswith(b"Pss:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resident(pid)
+    data = _content(f"/proc/{pid}/smaps_rollup", 4096)
+    at = data.find(b"\nPss:")
+    return int(data[at + 5 :].split()[0]) * 1024 if at >= 0 else resident(pid)
 
 
 def peak_resident(pid: int) -> int:

@@ -123,7 +123,7 @@ class Limits:
         self.peak_memory = 0
         self._held = {PROCESSES: 1, MEMORY: 0}
         self._looked = now()
-        self._closed = False
+        self._over = False
         if account.limits_any((PROCESSES,)):
             census.watch(self)
         if self._weighs or self._times:
@@ -131,9 +131,10 @@ class Limits:
 
     def count(self) -> None:
         """Counts the processes."""
-        exceeded = self._hold(PROCESSES, len(tree.members(self._leader)))
-        if exceeded is not None:
-            self._passed(exceeded)
+        if not self._over:
+            exceeded = self._hold(PROCESSES, len(tree.members(self._leader)))
+            if exceeded is not None:
+                self._tell(exceeded)
 
     def room(self) -> float:
         """How many may be born before they must be counted again."""
@@ -162,21 +163,33 @@ class Limits:
             self._charge(charged)
 
     def _sample(self) -> None:
-        if self._closed:
+        if self._over:
             return
-        self.measure()
-        if self._weighs:
-            self._weigh()
-        self._loop.later(self._pause(), self._sample)
+        try:
+            self.measure()
+            if self._weighs:
+                self._weigh()
+        finally:  # one reading that fails is logged; that there is a next one must not hang on it
+            self._loop.later(self._pause(), self._sample)
 
     def _weigh(self) -> None:
         pids = tree.members(self._leader)
         exceeded = self._hold(MEMORY, sum(map(procfs.resident, pids)))
         if exceeded is not None:  # what processes share was counted in each: to divide it among them takes longer
             exceeded = self._hold(MEMORY, sum(map(procfs.resident_share, pids)))
-        if exceeded is not None:
-            self._passed(exceeded)
         self.peak_memory = max(self.peak_memory, self._held[MEMORY])
+        if exceeded is not None:
+            self._tell(exceeded)
+
+    def _tell(self, exceeded: Exceeded) -> None:
+        self._passed(exceeded)
+        if not exceeded.report_only:  # it is being ended: what it held must not be held against the next one
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._over = True
+        for kind in self._held:
+            self._hold(kind, 0)
 
     def _hold(self, kind: str, amount: int) -> Exceeded | None:
         before, self._held[kind] = self._held[kind], amount
@@ -201,12 +214,10 @@ class Limits:
         self.measure()
         charged = self.ledger.settle(cpu_ns)
         self._charge(charged if self._times else self.ledger.cpu_ns)
-        self._closed = True
+        self._give_back()
         self._census.forget(self)
         if self._clock is not None:
             self._clock.close()
-        for kind in self._held:
-            self._hold(kind, 0)
 
 
 def _clock(root: int) -> TreeClock | None:

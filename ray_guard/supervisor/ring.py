@@ -135,6 +135,9 @@ class Ring:
         known = self._known.get(address)
         if known is None or cookie in self._meter.flows:
             return None
+        proxies = self._node.proxies
+        if proxies.named and proxies.at_port(address[1]) is not Standing.KNOWN:
+            return None  # it may be a proxy's by now
         origin = self.origin_of(tid)
         account = origin.account
         if not account.free:

@@ -18,6 +18,7 @@ from ray_guard.policy.destination import Transport
 from ray_guard.policy.model import Policy
 from ray_guard.records import Resource, Role
 from ray_guard.supervisor.node import Node
+from ray_guard.supervisor.proxies import Proxies, Standing
 from ray_guard.supervisor.ring import Ring
 from ray_guard.supervisor.target import Target
 
@@ -43,11 +44,11 @@ def ring_of(journal: Journal, policy: CompiledPolicy) -> Ring:
     surroundings = Surroundings(cluster=frozenset({THERE}), control=frozenset({THERE}))
     node = SimpleNamespace(
         meter=SimpleNamespace(flows={}),
-        proxies=SimpleNamespace(named=False),
         surroundings_changed=[],
         directory=lambda _target: SimpleNamespace(fresh=lambda _since: True),
         surroundings=lambda _target: surroundings,
         loop=None,
+        proxies=SimpleNamespace(named=False),
     )
     target = Target(
         pid=os.getpid(),
@@ -98,6 +99,17 @@ def test_what_is_granted_otherwise_is_not_granted_again(journal: Journal, policy
     connect(ring, Transport.UDP)
     connect(ring)
     assert not is_granted_again(ring)
+
+
+def test_a_proxy_named_since_then_is_looked_for_first(journal: Journal) -> None:
+    ring = ring_of(journal, compiled(f"{THERE[0]}:{THERE[1]}"))
+    assert connect(ring) == 0
+    assert is_granted_again(ring)
+    standing = Standing.ASKED
+    ring._node.proxies = cast("Proxies", SimpleNamespace(named=True, at_port=lambda _port: standing))
+    assert not is_granted_again(ring)
+    standing = Standing.KNOWN
+    assert is_granted_again(ring)
 
 
 def test_a_limit_ends_it(journal: Journal) -> None:
