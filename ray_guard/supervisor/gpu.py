@@ -242,7 +242,7 @@ class Gpus:
             self._lost_told = True
             for watched in self._watched.values():
                 if watched.strict:
-                    watched.violation(watched.target.own_origin(), LOST, "silent")
+                    watched.violation(watched.target.own_origin(), LOST, "silent", deed=False)
             if self._poller is not None:
                 self._poller.close()
                 self._poller = None
@@ -327,7 +327,9 @@ class Gpus:
             if len(watched.told) > 10_000:
                 watched.told.clear()
             watched.told.add(key)
-            watched.violation(owner.origin, PROCESS, finding.reason.value, destination=self._described(held))
+            watched.violation(
+                owner.origin, PROCESS, finding.reason.value, destination=self._described(held), deed=finding.ends
+            )
         if finding.ends and watched.enforces:
             _end(held)
 
@@ -433,6 +435,7 @@ class Gpus:
                 reason,
                 destination=f"GPU {reading.device} ({reading.uuid})",
                 value=hidden.memory or hidden.utilization,
+                deed=False,
             )
 
     def _note(self, reading: Reading, tick: Tick) -> None:

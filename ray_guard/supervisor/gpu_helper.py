@@ -22,8 +22,8 @@ from typing import Any, Final
 
 from ray_guard.kernel import gpu_devices, nvml, procfs
 
-CENSUS_S: Final = 0.2
-TURNS: Final = 4
+CENSUS_S: Final = 0.13
+TURNS: Final = 6
 """Every process that runs is looked at each 0.8 s, whatever it does; a violation is to be told within a second."""
 READING_S: Final = 0.5
 """Twice a second at most: asking NVML stalls whoever allocates on the GPU meanwhile."""

@@ -147,11 +147,24 @@ class GpuTarget:
     # -- evidence ------------------------------------------------------------------------------------------------------
 
     def violation(
-        self, origin: Origin, kind: str, reason: str, *, destination: str = "", value: AttributeValue | None = None
+        self,
+        origin: Origin,
+        kind: str,
+        reason: str,
+        *,
+        destination: str = "",
+        value: AttributeValue | None = None,
+        deed: bool = True,
     ) -> None:
-        """Journals a violation. One that cannot be is logged: what follows from it happens all the same."""
+        """Journals a violation. One that cannot be is logged: what follows from it happens all the same.
+
+        Args:
+            deed: whether the target has done it. What was only found out has no consequences (``on_violation``).
+        """
         try:
-            self.target.violation(origin, None, kind, reason=reason, destination=destination, value=value)
+            self.target.violation(
+                origin, None, kind, reason=reason, destination=destination, value=value, report_only=not deed
+            )
         except JournalError:
             log.exception("a violation could not be journaled")
 

@@ -20,7 +20,7 @@ _TOLD_S = 1.0
 _ENDED_S = 2.0
 GIB = 1 << 30
 
-_HOLD = "import os, sys, time; os.open(sys.argv[1], os.O_RDONLY); print(os.getpid(), flush=True); time.sleep(8)"
+_HOLD = "import os, sys, time; print(os.getpid(), flush=True); os.open(sys.argv[1], os.O_RDONLY); time.sleep(8)"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ import os, sys, time
 if os.fork(): os._exit(0)
 os.setsid()
 if os.fork(): os._exit(0)
-os.open(sys.argv[1], os.O_RDONLY); print(os.getpid(), flush=True); time.sleep(8)
+print(os.getpid(), flush=True); os.open(sys.argv[1], os.O_RDONLY); time.sleep(8)
 """
 
 
@@ -194,7 +194,8 @@ result = pids
 
 def test_the_actor_itself(gpus: GpuHost, tmp_path: Path) -> None:
     with confined(gpus, tmp_path) as host:
-        host.inside("import os; os.open(gpu, os.O_RDONLY)", gpu=str(gpus.gpu))
+        code = "import os, threading; threading.Timer(0.1, os.open, (gpu, os.O_RDONLY)).start()"
+        host.inside(code, gpu=str(gpus.gpu))  # it answers first: it may be gone at once
         assert host.wait(_ENDED_S) in (-signal.SIGKILL, 128 + signal.SIGKILL)
         assert len(violations(host, "gpu_process")) == 1
 
@@ -267,13 +268,14 @@ def test_a_context_without_a_descriptor_is_found(fresh: GpuHost, tmp_path: Path)
 def test_what_no_visible_process_explains_is_told(fresh: GpuHost, tmp_path: Path) -> None:
     nvml = fresh.nvml
     assert nvml is not None
-    with confined(fresh, tmp_path) as host:
+    with confined(fresh, tmp_path, on_violation="kill_actor") as host:
         nvml.gpus[0].used = 20 * GIB
         nvml.write()
         (told,) = wait(lambda: violations(host, "gpu_hidden_tenant"), "nobody noticed", 4)
         assert told["attributes"]["error.type"] == "unexplained_memory"
         assert told["attributes"]["ray_guard.violation.value"] == 20 * GIB
         assert "GPU-00000000" in told["attributes"]["ray_guard.violation.destination"]
+        assert host.alive, "nobody is ended for what a stranger does"
 
 
 def test_an_engine_that_computes_without_a_request_is_told(fresh: GpuHost, tmp_path: Path) -> None:

@@ -107,9 +107,9 @@ def test_every_supported_name_can_come_up() -> None:
 
 
 def test_an_intersection_names_each_once() -> None:
-    one = Policy.model_validate({"model_endpoint": "engine:8000", "on_violation": "kill_call"}).to_wire()
+    one = Policy.model_validate({"model_endpoint": "engine:8000", "files": {"hide": ["/a"]}}).to_wire()
     two = Policy.model_validate({"model_endpoint": "engine:8000"}).to_wire()
-    assert unenforced(intersect(one, two)) == ("model_endpoint", "on_violation")
+    assert unenforced(intersect(one, two)) == ("model_endpoint", "files.hide")
 
 
 def test_a_message_that_does_not_say_what_was_set_is_refused() -> None:
