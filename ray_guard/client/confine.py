@@ -185,6 +185,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
         key = "seccomp.listener" if error.errno == errno.EBUSY else "seccomp.user_notification"
         raise NotEnforced([key], _why(error)) from error
     # From here on there is no way back: whatever fails leaves a process whose notified calls fail.
+    libc.give_up(libc.CAP_SYS_PTRACE)  # with it the supervisor's memory could be written through /proc
     try:
         _hand_over(channel, listener, borrows=bool(answer["borrows"]))
     finally:

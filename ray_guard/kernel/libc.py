@@ -24,6 +24,7 @@ PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+CAP_SYS_PTRACE: Final = 19
 PR_SET_PTRACER: Final = 0x59616D61
 
 PIDFD_THREAD: Final = os.O_EXCL
@@ -201,6 +202,16 @@ def without_capabilities() -> Iterator[None]:
         yield
     finally:
         capset(effective, permitted, inheritable)
+
+
+def give_up(capability: int) -> None:
+    """This thread, and whatever it starts, is without ``capability`` for good."""
+    effective, permitted, inheritable = capget()
+    if permitted >> capability & 1:
+        with contextlib.suppress(OSError):  # EPERM without CAP_SETPCAP; no_new_privs keeps it from coming back then
+            prctl(PR_CAPBSET_DROP, capability)
+        kept = ~(1 << capability)
+        capset(effective & kept, permitted & kept, inheritable & kept)
 
 
 def capset(effective: int, permitted: int, inheritable: int) -> None:

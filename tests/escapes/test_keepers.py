@@ -121,6 +121,37 @@ def test_keeper(stage: Stage, attack: Attack, ring: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# its memory
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="for an ordinary user the kernel refuses it: the guard is not dumpable")
+@pytest.mark.parametrize("ring", ["actor", "call"])
+@pytest.mark.parametrize("whom", ["supervisor", "zygote"])
+def test_its_memory_is_not_opened(stage: Stage, whom: str, ring: str) -> None:
+    host = stage.host()
+    pid = host.supervisor if whom == "supervisor" else _zygote(host.supervisor)
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0):
+        pass  # the positive control: root may
+    program = (
+        "import threading\n"
+        "def main():\n"
+        "    try: open('/proc/%d/mem' % A['pid'], 'r+b', buffering=0); return 'opened'\n"
+        "    except OSError as error: return type(error).__name__\n"
+        "import os, sys, json\nA = json.loads(sys.argv[1])\nresult = [main()]\n"
+        "thread = threading.Thread(target=lambda: result.append(main())); thread.start(); thread.join()\n"
+        "print(json.dumps(result))"
+    )
+    outcome = host.run(ring, [PYTHON, "-I", "-S", "-c", program, f'{{"pid": {pid}}}'])
+    assert outcome.stdout == '["PermissionError", "PermissionError"]\n', outcome
+    if ring == "actor":
+        code = f"""
+try: open('/proc/{pid}/mem', 'r+b', buffering=0); result = 'opened'
+except OSError as error: result = type(error).__name__
+"""
+        assert host.inside(code) == "PermissionError"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # sockets in the guard's own folders
 
 
