@@ -44,7 +44,6 @@ def ring_of(journal: Journal, policy: CompiledPolicy) -> Ring:
     surroundings = Surroundings(cluster=frozenset({THERE}), control=frozenset({THERE}))
     node = SimpleNamespace(
         meter=SimpleNamespace(flows={}),
-        proxies=SimpleNamespace(named=False),
         surroundings_changed=[],
         directory=lambda _target: SimpleNamespace(fresh=lambda _since: True),
         surroundings=lambda _target: surroundings,
