@@ -122,7 +122,7 @@ def test_a_fork_bomb_ends_with_its_call(tmp_path: Path) -> None:
             print(
                 f"a fork every {pause} s: {violation['value']} were counted, {watch.most} seen; {outcome.seconds:.2f} s"
             )
-            assert 16 < violation["value"] < (40 if pause != "0" else 400)
+            assert 16 < violation["value"] < (40 if pause != "0" else 2000)
         assert host.run("call", ["sh", "-c", "true; true; echo fine"]).stdout == "fine\n", "the next call has its own"
 
 
