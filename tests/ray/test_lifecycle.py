@@ -107,12 +107,12 @@ def test_a_worker_without_its_policy_refuses_all_work(sink: Any, tmp_path: Path)
 def test_a_policy_that_cannot_be_held_is_refused_by_name(cluster: Any) -> None:
     from ray_guard.policy.enforcement import SUPPORTED
 
-    assert "egress.proxy" not in SUPPORTED, "choose another key"
-    asks_too_much = guard(allow=[], proxy="http://127.0.0.1:3128")(ray.remote(num_cpus=0)(Worker))
-    with pytest.raises(NotEnforced, match=r"not enforced: egress\.proxy"):
+    assert "model_endpoint" not in SUPPORTED, "choose another key"
+    asks_too_much = guard(allow=[], model_endpoint="127.0.0.1:8000")(ray.remote(num_cpus=0)(Worker))
+    with pytest.raises(NotEnforced, match="not enforced: model_endpoint"):
         asks_too_much.remote()
     # A report-only policy enforces nothing that it could fail to.
-    reports = guard(allow=[], proxy="http://127.0.0.1:3128", mode="report")(ray.remote(num_cpus=0)(Worker)).remote()
+    reports = guard(allow=[], model_endpoint="127.0.0.1:8000", mode="report")(ray.remote(num_cpus=0)(Worker)).remote()
     assert ray.get(reports.pid.remote()) > 0
 
 
