@@ -86,21 +86,20 @@ def violations(confined: Host) -> set[str]:
 # caps
 
 _SENDING = """
-port, how, seconds = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+port, how, most = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 sock = socket.create_connection(('127.0.0.1', port))
 block = bytes(65536)
 file = open('/proc/self/exe', 'rb')
-began = time.monotonic()
+sent, deadline = 0, time.monotonic() + 15
 try:
     if how == 'zerocopy': sock.setsockopt(1, 60, 1)
-    while time.monotonic() < began + seconds:
-        if how == 'send': sock.sendall(block)
-        elif how == 'sendfile': os.sendfile(sock.fileno(), file.fileno(), 0, 1 << 16)
+    while sent < most and time.monotonic() < deadline:
+        if how == 'send': sent += sock.send(block)
+        elif how == 'sendfile': sent += os.sendfile(sock.fileno(), file.fileno(), 0, 1 << 16)
         elif how == 'splice':
-            r, w = os.pipe(); os.write(w, block); os.splice(r, sock.fileno(), 65536); os.close(r); os.close(w)
-        elif how == 'zerocopy': sock.send(block, 0x4000000)
-        elif how == 'sendmsg': sock.sendmsg([block, block[:5]])
-        elif how == 'bytes': sock.send(b'x')
+            r, w = os.pipe(); os.write(w, block); sent += os.splice(r, sock.fileno(), 65536); os.close(r); os.close(w)
+        elif how == 'zerocopy': sent += sock.send(block, 0x4000000)
+        elif how == 'sendmsg': sent += sock.sendmsg([block, block[:5]])
     print('never stopped')
 except OSError as error: print(type(error).__name__)
 """
@@ -111,11 +110,11 @@ def test_not_one_byte_more_is_sent(tmp_path: Path, how: str) -> None:
     cap = 3_000_001
     with served(swallow) as peer:
         with host(tmp_path, [f"127.0.0.1:{peer.port}"], {"actor": {"egress_bytes": HUGE}}) as unlimited:
-            unlimited.run("call", [PYTHON, "-I", "-S", "-c", "import os, socket, sys, time\n" + _SENDING, str(peer.port), how, "1"])  # fmt: skip
+            unlimited.run("call", [PYTHON, "-I", "-S", "-c", "import os, socket, sys, time\n" + _SENDING, str(peer.port), how, str(2 * cap)])  # fmt: skip
             wait(lambda: peer.received > cap, "the positive control: without a call cap more goes out")
         peer.received = 0
         with host(tmp_path / "capped", [f"127.0.0.1:{peer.port}"], {"call": {"egress_bytes": cap}}) as confined:
-            outcome = tool(confined, _SENDING, peer.port, how, 9)
+            outcome = tool(confined, _SENDING, peer.port, how, HUGE)
             assert outcome.stdout.strip() in ("ConnectionResetError", "BrokenPipeError")
             assert counts(confined, peer.port, 1) == (cap, 0)
             wait(lambda: peer.received >= cap, "what was within the cap has not arrived")
@@ -186,7 +185,16 @@ with ray_guard.episode(id='r', group='g', iteration=1) as episode:
 """
     budgets = {"episode": {"egress_bytes": cap}, "call": {"egress_bytes": 4_000_000}}
     with served(swallow) as peer, host(tmp_path, [f"127.0.0.1:{peer.port}"], budgets) as confined:
-        argv = [PYTHON, "-I", "-S", "-c", "import os, socket, sys, time\n" + _SENDING, str(peer.port), "send", "9"]
+        argv = [
+            PYTHON,
+            "-I",
+            "-S",
+            "-c",
+            "import os, socket, sys, time\n" + _SENDING,
+            str(peer.port),
+            "send",
+            str(HUGE),
+        ]
         confined.inside(code, argv=argv)
         sent = [s["attributes"].get("ray_guard.egress.bytes_sent", 0) for s in wait_for_flows(confined, peer.port, 4)]
         assert sum(sent) == cap

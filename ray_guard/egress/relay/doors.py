@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import socket
 import struct
+import time
 from typing import Final
 
 from ray_guard.egress.relay.crossing import Name
 from ray_guard.kernel.sock_diag import connection_cookie
 
 _LOOPBACK: Final = {int(socket.AF_INET): "127.0.0.1", int(socket.AF_INET6): "::1"}
-_SO_ATTACH_FILTER: Final = 26
-_DROP: Final = struct.pack("=HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K: keep 0 bytes
+_FILL_S: Final = 0.01
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY, errno.EINTR)
 _RESET: Final = struct.pack("ii", 1, 0)
 
@@ -66,23 +65,33 @@ def reject(sock: socket.socket) -> None:
 class Room:
     """A waiting room, for one socket that must be seen connecting: it gets no answer here.
 
-    A socket filter drops every packet at the listener, so the socket stays in SYN_SENT. :meth:`meet` connects a socket
-    of ours to it from the same port: crossed SYNs are a connection (RFC 9293, 3.5). Once the room is closed and nobody
-    has met it, its next SYN (sent anew after 1 s, 3 s, 7 s …) is refused.
+    It is a listener whose queue is full, by a connection of our own: the kernel drops every further SYN, so the socket
+    stays in SYN_SENT. (A socket filter would do the same, but needs CAP_NET_ADMIN.) :meth:`meet` connects a socket of
+    ours to it from the same port: crossed SYNs are a connection (RFC 9293, 3.5). Once the room is closed and nobody has
+    met it, its next SYN (sent anew after 1 s, 3 s, 7 s …) is refused.
     """
 
     def __init__(self, family: int) -> None:
         self.family = family
         self._sock = _shared(family)
-        code = ctypes.create_string_buffer(_DROP, len(_DROP))
-        program = struct.pack("=HxxxxxxQ", 1, ctypes.addressof(code))
+        self._own = socket.socket(family, socket.SOCK_STREAM)
         try:
-            self._sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+            self._own.setblocking(False)
             self._sock.bind((_LOOPBACK[family], 0))
-            self._sock.listen(1)
+            self._sock.listen(0)
+            self._own.connect_ex(self._sock.getsockname())
+            deadline = time.monotonic() + _FILL_S
+            while not self._full():  # on loopback it is by now
+                if time.monotonic() > deadline:
+                    raise OSError(errno.EAGAIN, "the waiting room does not fill")
         except OSError:
-            self._sock.close()
+            self.close()
             raise
+
+    def _full(self) -> bool:
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+        queued: int = struct.unpack_from("=I", info, 24)[0]  # tcpi_unacked: of a listener, those that wait
+        return queued > 0
 
     def address(self, *, mapped: bool) -> bytes:
         """Its ``sockaddr``; see :meth:`Door.address`."""
@@ -100,6 +109,7 @@ class Room:
 
     def close(self) -> None:
         self._sock.close()
+        self._own.close()
 
 
 class Meeting:
