@@ -38,6 +38,7 @@ _NOTHING: Final = Answer("NOERROR")
 _NO_NAME: Final = Answer("NXDOMAIN")
 _OVER: Final = Answer("REFUSED")
 _SHOWN: Final = 255
+_STAND_IN_TTL: Final = 60
 
 
 class Names:
@@ -182,6 +183,11 @@ class Names:
         known = self._resolver.hosts.addresses.get(name)
         if known is not None:
             return Answer("NOERROR", known)
+        if any(layer.proxy is not None for layer in self._ring.policy.layers):
+            # The proxy looks it up, and where it is the only way out nobody else could.
+            stand_in = (self._ring.node.proxies.stand_in(name),)
+            self.answered(name, stand_in, _STAND_IN_TTL, asker.origin, cached=False)
+            return Answer("NOERROR", stand_in)
         if not self._told.spend(len(name), time.monotonic()):
             self._say("", Decision(reason=Reason.BUDGET, name=name), asker)
             return _OVER

@@ -26,6 +26,8 @@ log = logging.getLogger("ray_guard.proxies")
 Endpoint = tuple[str, int]
 _KEPT_S: Final = 60.0
 _TRIED_AGAIN_S: Final = 5.0
+_FIRST_STAND_IN: Final = 0xC6120001
+_STAND_INS: Final = 1 << 16
 
 
 class Standing(Enum):
@@ -54,6 +56,7 @@ class Proxies:
         self._loop = loop
         self._changed = changed
         self._entries: dict[Endpoint, _Entry] = {}
+        self._stand_ins: dict[str, str] = {}
 
     @property
     def named(self) -> bool:
@@ -100,6 +103,21 @@ class Proxies:
     def endpoints(self) -> frozenset[Endpoint]:
         """Where they are: nobody's destination."""
         return frozenset((address, port) for (_, port), entry in self._entries.items() for address in entry.addresses)
+
+    def stand_in(self, name: str) -> str:
+        """An address that stands for ``name`` where the proxy looks it up: of 198.18.0.0/15, nobody's (RFC 2544).
+
+        Nothing is ever sent there: it only says which name a connect means. The oldest is given out again in the end.
+        """
+        found = self._stand_ins.get(name)
+        if found is None:
+            if len(self._stand_ins) >= _STAND_INS:
+                oldest = next(iter(self._stand_ins))
+                found = self._stand_ins.pop(oldest)
+            else:
+                found = socket.inet_ntoa(struct.pack(">I", _FIRST_STAND_IN + len(self._stand_ins)))
+            self._stand_ins[name] = found
+        return found
 
     def _ask(self, endpoint: Endpoint, entry: _Entry) -> None:
         entry.asking = True

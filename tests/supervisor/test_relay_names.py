@@ -334,6 +334,24 @@ def test_a_name_is_reached_through_the_proxy(stage: Stage, sink: Peer, proxy: Pr
 
 
 @pytest.mark.parametrize("how", ["blocking", "nonblocking"])
+def test_the_proxy_looks_names_up_where_nobody_else_can(stage: Stage, sink: Peer, proxy: Proxy, how: str) -> None:
+    """Names without any address here: each gets one that stands for it, and the CONNECT carries the name."""
+    allow = [f"tls://*.example.com:{sink.port}", f"http://*.example.com:{sink.port}"]
+    host = stage.host(allow, proxy=f"http://127.0.0.1:{proxy.port}")
+    for name in ("one.example.com", "two.example.com"):
+        outcome = host.run("call", stage.argv(_CONNECT, name, sink.port, how, hello(name).hex()))
+        assert outcome.stdout.split() == ["0", "32"], outcome
+    assert proxy.asked == [f"CONNECT {name}.example.com:{sink.port} HTTP/1.1" for name in ("one", "two")]
+    proxy.asked.clear()
+    before = sink.received
+    host.run("call", stage.argv(_CONNECT, "one.example.com", sink.port, how, hello("two.example.com").hex()))
+    assert proxy.asked == [f"CONNECT one.example.com:{sink.port} HTTP/1.1"]
+    assert sink.received == before, "another name than the proxy was asked for"
+    outcome = host.run("call", stage.argv(_CONNECT, "one.example.net", sink.port, how, "00"))
+    assert "gaierror" in outcome.stderr, "a name that is not listed"
+
+
+@pytest.mark.parametrize("how", ["blocking", "nonblocking"])
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
