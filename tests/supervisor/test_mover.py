@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from far_ends import Peer, echo, swallow
+from harness import wait
 
 from ray_guard.egress.relay.mover import Mover
 from ray_guard.kernel import seqpacket
@@ -168,7 +169,7 @@ def test_what_does_not_agree_never_goes_upstream(
         ended = desk.ended()
     assert isinstance(error, ConnectionError), "the tool must be told"
     assert ended["why"] == why
-    assert ended["sent"] == sink.received
+    wait(lambda: sink.received == ended["sent"], "what was moved has not arrived")
     if speech is not ADDRESS:
         assert sink.received == 0
     else:  # that is looked at as it flows: the line that tells never gets there whole

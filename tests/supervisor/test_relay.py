@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from far_ends import Crowded, Peer, answer, echo, hold, pour, reset, swallow
-from harness import PYTHON, Host, Namespace, Outcome, wait
+from harness import PYTHON, ROOT, Host, Namespace, Outcome, wait
 
 pytestmark = pytest.mark.kernel
 
@@ -484,6 +484,7 @@ def doors(supervisor: int) -> list[int]:
     return [int(each[1].split(":")[1], 16) for each in fields if each[3] == "0A" and f"socket:[{each[9]}]" in inodes]
 
 
+@pytest.mark.skipif(not ROOT, reason="an unprivileged user cannot see what the supervisor listens on")
 def test_nobody_comes_in_by_the_relays_own_ports(capped: Host) -> None:
     with served(echo) as peer:
         once = "with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as s: s.sendall(b'x'); s.recv(1)"
@@ -537,13 +538,18 @@ with ray_guard.episode(id='r', group='g', iteration=1):
         assert counts(capped, peer.port, 1) == (1, 1)
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
 def movers(supervisor: int) -> list[int]:
-    """Processes with a socket that is connected to none of ... by name of what they run: children of the zygote."""
+    """The helpers that move the bytes of this supervisor's flows: children of its zygote."""
     found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
-            if file.read().strip() == "ray-guard-mover":
-                found.append(int(pid))
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            named = Path(f"/proc/{pid}/comm").read_text().strip() == "ray-guard-mover"
+            if named and parent(parent(pid)) == supervisor:
+                found.append(pid)
     return found
 
 
@@ -557,11 +563,10 @@ except OSError as error: print(type(error).__name__)
 with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as sock: sock.sendall(b'x'); sock.shutdown(1); print(len(sock.recv(32)))
 """
     with served(swallow) as peer, host(tmp_path, [f"127.0.0.1:{peer.port}"], {"call": {"egress_bytes": cap}}) as confined:  # fmt: skip
-        before = set(movers(confined.supervisor))
 
         def kill() -> None:
-            wait(lambda: set(movers(confined.supervisor)) - before and peer.received > 0, "no mover")
-            for pid in set(movers(confined.supervisor)) - before:
+            wait(lambda: movers(confined.supervisor) and peer.received > 0, "no mover")
+            for pid in movers(confined.supervisor):
                 os.kill(pid, 9)
 
         thread = threading.Thread(target=kill)
@@ -575,6 +580,7 @@ with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as sock: sock.sen
         assert [s["attributes"].get("ray_guard.egress.bytes_exact", True) for s in ended] == [False, True]
 
 
+@pytest.mark.skipif(not ROOT, reason="an unprivileged user has one supervisor, which others of these tests use")
 def test_when_the_supervisor_dies_relayed_flows_end(tmp_path: Path) -> None:
     program = """
 sock = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
