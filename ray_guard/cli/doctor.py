@@ -10,7 +10,6 @@ from typing import Any, Final
 from ray_guard.egress.meter import TICK_S
 from ray_guard.egress.resolver import start as resolver
 from ray_guard.kernel.probe import Feature, Status, probe
-from ray_guard.policy.enforcement import SUPPORTED
 
 _EGRESS: Final = (
     "seccomp.architecture",
@@ -28,11 +27,7 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "processes": ("seccomp.user_notification", "pidfd_getfd", "subreaper", "landlock.signal_scope"),
     "gpu": ("seccomp.user_notification", "gpu.census", "gpu.meter"),
 }
-_NOT_IN_THIS_VERSION: Final = (
-    "files",
-    "compute",
-    *(() if "egress.allow.name" in SUPPORTED else ("names",)),  # those that nothing is verified of are
-)
+_NOT_IN_THIS_VERSION: Final = ("files", "compute")
 
 _SAID: Final = f"""\
 Two promises:
