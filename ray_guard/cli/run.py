@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from ray_guard.client import channel as channels
+from ray_guard.client import places
 from ray_guard.client.confine import Identity, default_evidence
 from ray_guard.client.process import (
     Control,
@@ -83,6 +84,7 @@ def _start(policy: Policy, evidence: str | None, command: list[str], passed: lis
             "identity": identity.as_message(),
             "evidence": os.path.abspath(folder),
             "export": channels.export_environment(),
+            "places": places.told(),
         }
     )
     numbers = [0, 1, 2, *sorted({number for number in passed if number > 2})]

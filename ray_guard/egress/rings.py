@@ -42,6 +42,7 @@ _REFUSE = refuse(errno.EPERM)
 _ABSENT = refuse(errno.ENOSYS)  # callers fall back to an older call that can be judged
 _NO_FAMILY = refuse(errno.EAFNOSUPPORT)
 _NO_PROTOCOL = refuse(errno.EPROTONOSUPPORT)
+_NO_IOCTL = refuse(errno.ENOTTY)
 _NO_OPTION = refuse(errno.ENOPROTOOPT)
 
 _NEW_NAMESPACES = 0x7E020080  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET,TIME}
@@ -126,6 +127,39 @@ def _ioctls() -> list[Rule]:
     return rules
 
 
+#: changes of files that Landlock does not judge; those without a name here have an older form that is judged
+_METADATA = """
+chmod fchmod fchmodat chown lchown fchown fchownat utime utimes futimesat utimensat
+setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr
+""".split()
+_NEWER_METADATA = ("fchmodat2", "setxattrat", "removexattrat", "file_setattr")
+_FLAG_IOCTLS = (0x40086602, 0x40046602, 0x401C5820, 0x40087602, 0x40047602, 0x40047211)
+"""FS_IOC_SETFLAGS, its 32-bit form, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION and its 32-bit form, FAT's attributes."""
+
+
+def _files() -> list[Rule]:
+    rules = [Rule(name, NOTIFY) for name in _METADATA]
+    rules += [Rule(name, _ABSENT) for name in _NEWER_METADATA]
+    return rules + [Rule("ioctl", _NO_IOCTL, (equals(1, number),)) for number in _FLAG_IOCTLS]
+
+
+def no_gpu(machine: str) -> tuple[Instruction, ...]:
+    """Added to a call's filter unless it is granted GPUs: an inherited descriptor of one does nothing.
+
+    By the number of the ioctl: NVIDIA's magic ``F``, its UVM_INITIALIZE and UVM_DEINITIALIZE, DRM's ``d``, KFD's ``K``
+    (the console's calls have that magic too, but no size).
+    """
+    magic = 0xFF00
+    rules = [
+        Rule("ioctl", _REFUSE, (equals(1, 0x4600, mask=magic),)),
+        Rule("ioctl", _REFUSE, (equals(1, 0x30000001),)),
+        Rule("ioctl", _REFUSE, (equals(1, 0x30000002),)),
+        Rule("ioctl", _REFUSE, (equals(1, 0x6400, mask=magic),)),
+        Rule("ioctl", _REFUSE, (equals(1, 0x4B00, mask=magic), differs(1, 0, mask=0xFFFF0000))),
+    ]
+    return assemble(rules, machine)
+
+
 def _common() -> list[Rule]:
     rules = [Rule(name, _ABSENT) for name in ("io_uring_setup", "io_uring_enter", "io_uring_register", "clone3")]
     rules += [
@@ -194,4 +228,5 @@ def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
     rules += [Rule(name, _REFUSE) for name in _FOREIGN_PROCESS]
     # Limits of another process, whichever: a tool that set the supervisor's could end it. One's own go by pid 0.
     rules += [*pointer_given("prlimit64", _REFUSE, 2, differs(0, 0))]
+    rules += _files()
     return assemble(rules, machine)

@@ -33,6 +33,9 @@ PIDFD_THREAD: Final = os.O_EXCL
 #: numbers above 423 are the same on every architecture; the two below are not
 NR_PIDFD_GETFD: Final = 438
 NR_CLOSE_RANGE: Final = 436
+NR_OPENAT2: Final = 437
+RESOLVE_NO_SYMLINKS: Final = 0x04
+AT_FDCWD: Final = -100
 _MACHINE = platform.machine()
 NR_SECCOMP: Final = {"x86_64": 317, "aarch64": 277}.get(_MACHINE, -1)
 
@@ -121,6 +124,17 @@ def write_word(pid: int, address: int, value: int) -> None:
 def close_range(first: int, last: int) -> None:
     """Close every descriptor in [first, last]."""
     syscall(NR_CLOSE_RANGE, first, last, 0)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def openat2(path: str, flags: int, resolve: int) -> int:
+    """openat2(2) of an absolute path."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    how = _OpenHow(flags, 0, resolve)
+    return syscall(NR_OPENAT2, AT_FDCWD, ctypes.addressof(name), ctypes.addressof(how), ctypes.sizeof(how))
 
 
 class _CapHeader(ctypes.Structure):

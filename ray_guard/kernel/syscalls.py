@@ -11,6 +11,8 @@ from typing import Final
 
 _X86_64 = """
 socket 41 connect 42 sendto 44 sendmsg 46 bind 49 listen 50 socketpair 53 setsockopt 54 clone 56 fork 57 vfork 58
+chmod 90 fchmod 91 chown 92 fchown 93 lchown 94 utime 132 setxattr 188 lsetxattr 189 fsetxattr 190 removexattr 197
+lremovexattr 198 fremovexattr 199 utimes 235 fchownat 260 futimesat 261 fchmodat 268 utimensat 280
 execve 59 kill 62 ptrace 101 syslog 103 ioctl 16 prctl 157 mknod 133 personality 135 setpriority 141 sched_setparam
 142 sched_setscheduler 144 vhangup 153 pivot_root 155 adjtimex 159 chroot 161 acct 163 settimeofday 164 mount 165
 umount2 166 swapon 167 swapoff 168 reboot 169 sethostname 170 setdomainname 171 iopl 172 ioperm 173 init_module 175
@@ -22,6 +24,8 @@ sched_setattr 314 seccomp 317 kexec_file_load 320 bpf 321 execveat 322 userfault
 """
 _AARCH64 = """
 socket 198 socketpair 199 bind 200 listen 201 connect 203 sendto 206 setsockopt 208 sendmsg 211 clone 220 execve 221
+setxattr 5 lsetxattr 6 fsetxattr 7 removexattr 14 lremovexattr 15 fremovexattr 16 fchmod 52 fchmodat 53 fchownat 54
+fchown 55 utimensat 88
 kill 129 ptrace 117 syslog 116 ioctl 29 prctl 167 personality 92 setpriority 140 sched_setparam 118 sched_setscheduler
 119 vhangup 58 pivot_root 41 adjtimex 171 chroot 51 acct 89 settimeofday 170 mount 40 umount2 39 swapon 224 swapoff
 225 reboot 142 sethostname 161 setdomainname 162 init_module 105 delete_module 106 quotactl 60 tkill 130
@@ -35,7 +39,7 @@ _EVERYWHERE = """
 pidfd_send_signal 424 io_uring_setup 425 io_uring_enter 426 io_uring_register 427 open_tree 428 move_mount 429 fsopen
 430 fsconfig 431 fsmount 432 fspick 433 pidfd_open 434 clone3 435 pidfd_getfd 438 process_madvise 440 mount_setattr
 442 quotactl_fd 443 landlock_create_ruleset 444 landlock_add_rule 445 landlock_restrict_self 446 process_mrelease 448
-open_tree_attr 467
+fchmodat2 452 setxattrat 463 removexattrat 466 open_tree_attr 467 file_setattr 469
 """
 
 

@@ -33,6 +33,8 @@ SUPPORTED: Final = frozenset(
         "survivors.kill",
         "require.egress",
         "require.processes",
+        "require.files",
+        *(f"files.{key}" for key in ("read", "write", "hide", "protect")),
     }
 )
 """What this version enforces on a host that offers everything. A caller removes what its host does not offer.

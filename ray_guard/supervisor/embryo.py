@@ -10,13 +10,17 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import resource
 import signal
 import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
+from ray_guard.egress import rings
 from ray_guard.kernel import borrowing, landlock, libc, seccomp, seqpacket
+from ray_guard.policy.files import Grant
+from ray_guard.supervisor.domain import Domain, read_view
 from ray_guard.supervisor.start import Start, read_start
 
 _FIRST_FREE: Final = 255
@@ -31,13 +35,13 @@ class Embryo:
         listener: where its notifications arrive, to be closed by the caller; ``-errno`` where it could not be taken.
     """
 
-    def __init__(self, program: tuple[seccomp.Instruction, ...]) -> None:
+    def __init__(self, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant]) -> None:
         armed_read, armed_write = os.pipe()
         self._failed, failed_write = os.pipe()
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:
-            _live(program, theirs.detach(), armed_write, failed_write)
+            _live(program, system, theirs.detach(), armed_write, failed_write)
         theirs.close()
         os.close(armed_write)
         os.close(failed_write)
@@ -55,7 +59,7 @@ class Embryo:
             os.close(pidfd)
 
     def prepare(self, descriptors: Sequence[int]) -> None:
-        """Tells it what it will be: [memory file of the start, working folder, the tool's own descriptors …]."""
+        """Tells it what it will be: [memory files of start and view, working folder, the tool's own descriptors …]."""
         self._tell({"op": "prepare"}, descriptors)
 
     def go(self) -> None:
@@ -76,7 +80,9 @@ class Embryo:
         return found
 
 
-def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, failed: int) -> NoReturn:
+def _live(
+    program: tuple[seccomp.Instruction, ...], system: Sequence[Grant], line: int, armed: int, failed: int
+) -> NoReturn:
     """The embryo's own life, up to exec. Every failure is told, none is passed over."""
     stage = "setup"
     try:
@@ -88,6 +94,7 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         stage = "scope"
         # Within the leader's own domain, so that the tool cannot stop, kill or take over its leader.
         landlock.enter_process_scope()
+        domain = Domain(system)
         stage = "filter"
         listener = seccomp.install_on_thread(program)
         libc.prctl(libc.PR_SET_DUMPABLE, 1)  # the zygote is not; the leader must be able to take the listener
@@ -96,18 +103,23 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         os.write(armed, b"%d" % listener)
         os.close(armed)
         stage = "setup"
-        memory, folder, *given = _told(line)
+        memory, viewed, folder, *given = _told(line)
         os.close(listener)  # the leader has it, else there would be no start
-        start = read_start(memory)
+        start, view = read_start(memory), read_view(viewed)
         os.fchdir(folder)
         # Park what must survive above the tool's own numbers, fill those, close everything else.
         free = max(_FIRST_FREE, *start.descriptors) + 1
-        line, failed = _park(line, free), _park(failed, free)
+        line, failed, domain.descriptor = _park(line, free), _park(failed, free), _park(domain.descriptor, free)
         parked = [_park(descriptor, free) for descriptor in given]
         for number, descriptor in zip(start.descriptors, parked, strict=True):
             os.dup2(descriptor, number, inheritable=True)
-        close_all_but((*start.descriptors, line, failed))
+        close_all_but((*start.descriptors, line, failed, domain.descriptor))
         _inherit(start)
+        stage = "files"
+        if not view["gpu"]:
+            seccomp.stack_on_thread(rings.no_gpu(platform.machine()))
+        domain.enter(view, [number for number in start.descriptors if number <= 2])
+        start.environment.update(view["environment"])
         libc.capset(0, 0, 0)
         _told(line)
         stage = "exec"

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from ray_guard.kernel import landlock, libc, procfs, seccomp, seqpacket
+from ray_guard.policy.files import Grant
 from ray_guard.supervisor.embryo import Embryo
 
 KILL_PATIENCE_S: Final = 1.0
@@ -24,7 +25,7 @@ TERM_PATIENCE_S: Final = 1.0
 _COURTESY_MS: Final = 20
 
 
-def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
+def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant]) -> int:
     """A leader's life: one start after the other from ``line``, until the zygote hangs up; its exit status.
 
     It ends as well behind a call that it could not end: what a call left must never be taken for the next one's.
@@ -44,7 +45,7 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
     except OSError as error:
         scope = error
     while True:
-        embryo = None if scope is not None else Embryo(program)
+        embryo = None if scope is not None else Embryo(program, system)
         received = seqpacket.receive(line)
         if received is None:
             return 0  # with this process the embryo's line closes, and it ends

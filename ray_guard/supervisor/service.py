@@ -38,6 +38,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int) -> None:
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
     node.ward = partial(zygote.ward, starts)
+    node.remove = partial(zygote.remove, starts)
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
     gc.freeze()  # what is here now stays; what comes and goes is few and small

@@ -29,6 +29,7 @@ from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import Account, Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
+from ray_guard.supervisor.metadata import Metadata
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.ring import Ring
 from ray_guard.supervisor.start import Start
@@ -64,6 +65,9 @@ class Tool:
         control: to the requester.
         zygote: to the process that forks leaders.
         descriptors: [memory file, working folder, the tool's own descriptors …], consumed.
+
+    Raises:
+        PolicyError, NotEnforced: its view of the file system cannot be made.
     """
 
     def __init__(
@@ -92,7 +96,17 @@ class Tool:
         self._span = new_span_id()
         self._implicit: SpanRecord | None = None
         self._account: Account | None = None
-        self._origin = self._find_origin(call)
+        self._call = call.span if call.span is not None and call.span in target.open else self._span
+        scratch = target.scratches.enter(self._call)
+        try:
+            self._view = target.views.of(policy, start, descriptors[1], scratch, *node.hidden())
+            descriptors.insert(1, self._view.descriptor())
+            self._origin = self._find_origin(call)
+        except BaseException:
+            target.scratches.leave(self._call, last=self._call == self._span)
+            seqpacket.close_all(descriptors)
+            control.close()
+            raise
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = os.pidfd_open(os.getpid())
         try:
@@ -167,12 +181,13 @@ class Tool:
             log.warning("a tool was not started: %s", error)
             self._link.shutdown(socket.SHUT_RDWR)  # its leader ends it
             return
-        self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin)
+        self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin, self._view)
         self._gate = Gate(
             Listener(listener),
             self._ring,
             self._node.means,
             self._unfiltered,
+            Metadata(self._view).handlers(),
         )
         seqpacket.send(self._link, {"op": "go"})
 
@@ -213,6 +228,7 @@ class Tool:
             log.exception("the end of a tool could not be journaled")
         if self._account is not None:
             self._account.close()
+        self._target.scratches.leave(self._call, last=self._call == self._span)
         if "status" in message:
             keys = ("status", "timed_out", "unkillable", "cpu_seconds", "peak_memory")
             self._answer({"op": "exited", **{key: message[key] for key in keys if key in message}})

@@ -22,7 +22,8 @@ import time
 from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
-from ray_guard.kernel import borrowing, libc, procfs, seccomp, seqpacket
+from ray_guard.kernel import borrowing, libc, procfs, seccomp, seqpacket, trees
+from ray_guard.supervisor import domain
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
 
@@ -68,6 +69,8 @@ class _Zygote:
         self._requests = requests
         self._program = rings.call_ring(platform.machine(), borrows=borrowing.works())
         seccomp.encode(self._program)
+        seccomp.encode(rings.no_gpu(platform.machine()))
+        self._system = domain.prepare()
         self._wards: dict[int, _Ward] = {}
         self._leaders: dict[int, socket.socket] = {}
         self._idle: list[socket.socket] = []
@@ -101,6 +104,8 @@ class _Zygote:
                 self._wards = {
                     pid: ward for pid, ward in self._wards.items() if ward.lifeline is not None or ward.lives
                 }
+        elif operation == "remove":
+            self._remove(str(message["path"]))
         elif operation == "release":
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
@@ -114,6 +119,15 @@ class _Zygote:
 
                 traceback.print_exc()
             seqpacket.close_all(descriptors)
+
+    @staticmethod
+    def _remove(path: str) -> None:
+        """Takes away a call's temporary folder; in a child, for it may be large."""
+        if os.fork() == 0:
+            try:
+                trees.remove(path)
+            finally:
+                os._exit(0)
 
     def _assign(self, leader: socket.socket, message: dict[str, Any], descriptors: list[int]) -> bool:
         try:
@@ -152,7 +166,7 @@ class _Zygote:
         try:
             # A leader's copies would keep alive the lines of others, and the pipes of the start that is waiting.
             close_all_but((0, 1, 2, theirs.fileno()))
-            code = lead(theirs, self._program)
+            code = lead(theirs, self._program, self._system)
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
@@ -183,6 +197,11 @@ def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None)
         return  # it has ended already
     passed = [] if lifeline is None else [lifeline.fileno()]
     seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time}, passed)
+
+
+def remove(starts: socket.socket, path: str) -> None:
+    """Takes away a call's temporary folder; called by the supervisor."""
+    seqpacket.send(starts, {"op": "remove", "path": path})
 
 
 def fork(close: list[int]) -> tuple[socket.socket, int]:

@@ -387,14 +387,22 @@ class Stage:
         allow = [f"127.0.0.1:{port}", f"[::1]:{port}", f"unix://{self.sinks.address('unix_granted')}"]
         if udp:
             allow.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
-        return {"egress": {"allow": allow}}
+        folder = str(self.folder)
+        return {
+            "egress": {"allow": allow},
+            "files": {"read": ["system", "env", "cwd", folder], "write": ["cwd", "scratch", folder]},
+        }
+
+    def evidence(self, name: str) -> Path:
+        """Beside the stage's folder, not in it: what lies around evidence cannot be granted whole."""
+        return self.folder.with_name(f"{self.folder.name}_evidence_{name}")
 
     def host(self, name: str = "plain") -> Host:
         """The confined process ``plain`` (no UDP granted) or ``udp``; a new one where an attack has ended the last."""
         host = self._hosts.get(name)
         if host is None or not host.alive:
             try:
-                host = Host(self.policy(udp=name == "udp"), self.folder / f"evidence_{name}", self.namespace)
+                host = Host(self.policy(udp=name == "udp"), self.evidence(name), self.namespace)
             except RuntimeError as error:
                 if not launcher.prefix() or "NotEnforced" not in str(error):
                     raise

@@ -1,0 +1,185 @@
+"""What each call sees of the file system, put together from its policy and its surroundings. Runs in the supervisor.
+
+The decisions are :mod:`ray_guard.policy.files`'s; the tool's own process enters what came of them
+(:mod:`ray_guard.supervisor.domain`). Here paths are resolved and folders listed, once per target where that will do.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import stat
+import threading
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from ray_guard.errors import NotEnforced
+from ray_guard.kernel import devices, landlock, libc
+from ray_guard.policy.decide import CompiledPolicy
+from ray_guard.policy.files import DEVICE, Files, Grant, Places, Plan, may_change, places_from_wire, plan, system_grants
+from ray_guard.records import Mode
+from ray_guard.supervisor.start import Start
+
+_REMEMBERED: Final = 64
+
+
+def listed(folder: str) -> list[str]:
+    """Names in ``folder`` that are no symbolic links. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if not entry.is_symlink()]
+
+
+@functools.cache
+def _system() -> tuple[Grant, ...]:
+    return system_grants(listed, os.path.realpath)
+
+
+def unavailable() -> frozenset[str]:
+    """What of a policy cannot be held on this host (names as in ``policy.enforcement``)."""
+    if landlock.abi() >= landlock.FILES_ABI:
+        return frozenset()
+    return frozenset({"require.files", *(f"files.{key}" for key in ("read", "write", "hide", "protect"))})
+
+
+class View(NamedTuple):
+    """One start's. ``writable``: one set per policy; what all of them name may be changed."""
+
+    payload: bytes
+    writable: tuple[frozenset[str], ...]
+    enforced: bool
+    """False: every policy only reports; nothing is refused."""
+
+    def may_change(self, path: str) -> bool:
+        return all(may_change(each, path) for each in self.writable)
+
+    def bind(self, duplicate: int, raw: bytes) -> int:
+        """bind(2) of a unix socket to a path, which is made where the call may write; 0 or ``-errno``.
+
+        In a thread of its own, which the kernel holds to that: looking where the path leads beforehand would be a race.
+        """
+        if not self.enforced:
+            return libc.bind(duplicate, raw)
+        results = [-errno.EACCES]
+        thread = threading.Thread(target=lambda: results.append(self._bind(duplicate, raw)))
+        thread.start()
+        thread.join()
+        return results[-1]
+
+    def _bind(self, duplicate: int, raw: bytes) -> int:
+        libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+        for paths in self.writable:
+            ruleset = landlock.Ruleset(landlock.Fs.MAKE_SOCK, landlock.Scope(0))
+            for path in paths:
+                try:
+                    folder = libc.openat2(path, os.O_PATH | os.O_CLOEXEC, libc.RESOLVE_NO_SYMLINKS)
+                except OSError:
+                    continue
+                ruleset.allow(folder, landlock.Fs.MAKE_SOCK)
+                os.close(folder)
+            ruleset.enter()
+            ruleset.close()
+        return libc.bind(duplicate, raw)
+
+    def descriptor(self) -> int:
+        """A memory file of it, for the tool's process to read."""
+        memory = os.memfd_create("ray_guard-view", os.MFD_CLOEXEC)
+        os.write(memory, self.payload)
+        return memory
+
+
+class Views:
+    """Those of one target.
+
+    Args:
+        told: the target's own account of its surroundings (``client.places``).
+
+    Raises:
+        ValueError: that account is malformed.
+    """
+
+    def __init__(self, told: Any) -> None:
+        found = places_from_wire(told or {})
+        self._found = {name: tuple(dict.fromkeys(map(os.path.realpath, paths))) for name, paths in found.items()}
+        self.temporary = (*self._found["temporary"], "/tmp")[0]  # noqa: S108 - where nothing was told
+        self._plans: dict[tuple[object, ...], tuple[Plan, ...]] = {}
+
+    def of(
+        self, policy: CompiledPolicy, start: Start, folder: int, scratch: str, hidden: Sequence[str], ray: Sequence[str]
+    ) -> View:
+        """The view of one start.
+
+        Args:
+            folder: its working folder.
+            scratch: its call's temporary folder, for whichever policy grants one.
+            hidden: folders of the guard itself.
+            ray: Ray's folders on this node.
+
+        Raises:
+            PolicyError, NotEnforced: ``files`` is malformed, or cannot be held here.
+        """
+        wires = [wire for wire in policy.wires if wire.get("mode") == Mode.ENFORCE.value]
+        if wires and landlock.abi() < landlock.FILES_ABI:
+            raise NotEnforced(["files"], f"Landlock ABI {landlock.abi()}: Linux 6.2 is needed")
+        cwd = os.readlink(f"/proc/self/fd/{folder}")
+        search_path = start.environment.get("PATH", "")
+        key = (tuple(map(id, policy.wires)), cwd, search_path, tuple(hidden), tuple(ray))
+        plans = self._plans.get(key)
+        if plans is None:
+            plans = tuple(self._plan(Files.from_wire(wire["files"]), cwd, search_path, hidden, ray) for wire in wires)
+            if all(each.exact for each in plans):  # else folders were listed, and have other entries next time
+                if len(self._plans) >= _REMEMBERED:
+                    self._plans.clear()
+                self._plans[key] = plans
+        layers = []
+        writable = []
+        own = [[scratch, "rw"]]
+        for wire, each in zip(wires, plans, strict=True):
+            grants_scratch = "scratch" in wire["files"]["write"]
+            layers.append({"system": each.system, "grants": [*each.grants, *(own if grants_scratch else ())]})
+            writable.append(each.writable() | ({scratch} if grants_scratch else frozenset()))
+        environment = {}
+        if wires and all("scratch" in wire["files"]["write"] for wire in wires):
+            environment["TMPDIR"] = scratch
+        gpu = policy.gpu == "any" or not wires
+        if gpu:
+            nodes = [[path, DEVICE] for path in devices.gpu_nodes()]
+            for layer in layers:
+                layer["grants"] += nodes
+        payload = json.dumps({"layers": layers, "environment": environment, "gpu": gpu}).encode()
+        return View(payload, tuple(writable), enforced=bool(wires))
+
+    def _plan(self, files: Files, cwd: str, search_path: str, hidden: Sequence[str], ray: Sequence[str]) -> Plan:
+        places = Places(
+            homes=self._found["homes"],
+            environment=self._found["environment"],
+            prefixes=self._found["prefixes"],
+            never=self._found["never"],
+            hidden=(*hidden, *self._found["hidden"]),
+            ray=tuple(ray),
+        )
+        folders = [os.path.realpath(path) for path in search_path.split(":") if os.path.isabs(path)]
+        found = plan(files, places, _system(), cwd, None, folders, listed, os.path.realpath)
+        return found._replace(grants=tuple(grant for grant in found.grants if _is_fit(grant)))
+
+
+def _is_fit(grant: Grant) -> bool:
+    """Whether it is no grant of a device that ``files`` cannot grant."""
+    if not grant.path.startswith("/dev/"):
+        return True
+    try:
+        status = os.stat(grant.path)
+    except OSError:
+        return False
+    return devices.kind(status.st_mode, status.st_rdev) in (None, devices.Kind.HARMLESS)
+
+
+def refused_descriptor(descriptor: int, policy: CompiledPolicy) -> str:
+    """Why this descriptor may not become a tool's; empty: it may."""
+    status = os.fstat(descriptor)
+    kind = devices.kind(status.st_mode, status.st_rdev)
+    if kind in (None, devices.Kind.HARMLESS) or (kind is devices.Kind.GPU and policy.gpu == "any"):
+        return ""
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return f"a descriptor of device {number} ({'block' if stat.S_ISBLK(status.st_mode) else 'character'})"
