@@ -118,8 +118,8 @@ class Judge(Protocol):
     def dissolved(self, cookie: int, info: bytes) -> None:
         """The socket was disconnected by AF_UNSPEC; ``info`` is its last ``struct tcp_info``."""
 
-    def make_socket(self, duplicate: int, raw: bytes) -> int:
-        """bind(2) of a unix socket to a path, where the target may make one; 0 or ``-errno``."""
+    def make_socket(self, duplicate: int, raw: bytes, tid: int) -> int:
+        """bind(2) of a unix socket to a path for thread ``tid``, where it may make one; 0 or ``-errno``."""
 
     def bound(self, pinned: int) -> None:
         """The target made the unix socket ``pinned`` (O_PATH, now the judge's): its own processes may connect to it."""
@@ -659,7 +659,7 @@ class Gate:
         mask = os.umask(procfs.umask(notification.pid))
         try:
             os.chdir(f"/proc/{notification.pid}/cwd")
-            result = self._judge.make_socket(duplicate, raw)
+            result = self._judge.make_socket(duplicate, raw, notification.pid)
             if result == 0:
                 self._claim(duplicate, os.open(address.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
             return result

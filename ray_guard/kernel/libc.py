@@ -13,7 +13,8 @@ import platform
 from collections.abc import Iterator
 from typing import Final
 
-_libc = ctypes.CDLL(None, use_errno=True)
+c_library: Final = ctypes.CDLL(None, use_errno=True)
+_libc = c_library
 get_errno = ctypes.get_errno
 
 PR_SET_PDEATHSIG: Final = 1
@@ -54,7 +55,8 @@ _bind = _libc.bind
 _bind.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
-def _check(result: int, call: str) -> int:
+def check(result: int, call: str) -> int:
+    """``result``; raises OSError where it is negative."""
     if result < 0:
         errno = get_errno()
         raise OSError(errno, f"{call}: {os.strerror(errno)}")
@@ -63,11 +65,11 @@ def _check(result: int, call: str) -> int:
 
 def syscall(number: int, *args: int) -> int:
     """Any system call by number, integer arguments only."""
-    return _check(_syscall(ctypes.c_long(number), *(ctypes.c_long(a) for a in args)), f"syscall {number}")
+    return check(_syscall(ctypes.c_long(number), *(ctypes.c_long(a) for a in args)), f"syscall {number}")
 
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
-    return _check(_prctl(option, arg2, arg3, arg4, arg5), f"prctl {option}")
+    return check(_prctl(option, arg2, arg3, arg4, arg5), f"prctl {option}")
 
 
 def pidfd_getfd(pidfd: int, descriptor: int) -> int:
@@ -151,7 +153,7 @@ _CAP_VERSION_3 = 0x20080522
 def capget() -> tuple[int, int, int]:
     """(effective, permitted, inheritable) capability sets of this thread, as bit masks."""
     header, data = _CapHeader(_CAP_VERSION_3, 0), (_CapData * 2)()
-    _check(_libc.capget(ctypes.byref(header), data), "capget")
+    check(_libc.capget(ctypes.byref(header), data), "capget")
     effective, permitted, inheritable = (
         data[0].effective | data[1].effective << 32,
         data[0].permitted | data[1].permitted << 32,
@@ -184,4 +186,4 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
         data[half].effective = effective >> shift & 0xFFFFFFFF
         data[half].permitted = permitted >> shift & 0xFFFFFFFF
         data[half].inheritable = inheritable >> shift & 0xFFFFFFFF
-    _check(_libc.capset(ctypes.byref(header), data), "capset")
+    check(_libc.capset(ctypes.byref(header), data), "capset")

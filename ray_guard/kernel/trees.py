@@ -10,38 +10,47 @@ _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def remove(path: str) -> None:
-    """Removes ``path`` and all below it, following no symbolic link; what cannot be removed is left.
+    """Removes ``path`` and all below it, following no symbolic link; what cannot be removed is left."""
+    with contextlib.suppress(OSError):
+        empty(path)
+        os.rmdir(path)
 
-    Folders in folders are moved to the top first, so that no depth is too deep.
+
+def empty(path: str) -> None:
+    """Removes all below ``path``. Folders in folders are moved to the top first, so that no depth is too deep.
+
+    Raises:
+        OSError: something cannot be removed.
     """
     try:
-        top = _open(path, None)
-    except OSError:
-        return
+        top = os.open(path, _FOLDER)
+    except PermissionError:
+        os.chmod(path, 0o700)
+        top = os.open(path, _FOLDER)
     try:
         number = 0
         while folders := _clear(top):
             for name in folders:
-                try:
-                    folder = _open(name, top)
-                except OSError:
-                    return
-                try:
-                    for inner in _clear(folder):
-                        number += 1
-                        os.rename(inner, f"ray_guard-{number}-{os.urandom(4).hex()}", src_dir_fd=folder, dst_dir_fd=top)
-                    os.rmdir(name, dir_fd=top)
-                finally:
-                    os.close(folder)
-    except OSError:
-        return
+                number += _flatten(name, top, number)
     finally:
         os.close(top)
-    with contextlib.suppress(OSError):
-        os.rmdir(path)
 
 
-def _open(name: str, folder: int | None) -> int:
+def _flatten(name: str, top: int, number: int) -> int:
+    """Removes folder ``name`` in ``top``, whose own folders go to ``top``; how many there were."""
+    folder = _open(name, top)
+    try:
+        inner = _clear(folder)
+        for at, each in enumerate(inner):
+            moved = f"ray_guard-{number + at}-{os.urandom(4).hex()}"
+            os.rename(each, moved, src_dir_fd=folder, dst_dir_fd=top)
+    finally:
+        os.close(folder)
+    os.rmdir(name, dir_fd=top)
+    return len(inner)
+
+
+def _open(name: str, folder: int) -> int:
     """A folder that can be listed and emptied, whatever mode it was left with."""
     try:
         descriptor = os.open(name, _FOLDER, dir_fd=folder)

@@ -27,6 +27,7 @@ SUPPORTED: Final = frozenset(
             for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections")
         ),
         "budgets.call.wall_seconds",
+        "gpu.none",
         "on_violation.deny",
         "subprocess.confine",
         "subprocess.plain",
@@ -40,7 +41,8 @@ SUPPORTED: Final = frozenset(
 """What this version enforces on a host that offers everything. A caller removes what its host does not offer.
 
 Names are dotted keys. Where a key is held for some values only the value follows (``survivors.kill``), and the kind of
-destination follows ``egress.allow``: ``address``, ``name``, ``unix``, ``cluster``, ``collectives``.
+destination follows ``egress.allow``: ``address``, ``name``, ``unix``, ``cluster``, ``collectives``. ``gpu.none`` holds
+for tools; where an actor's own process is concerned the caller removes it.
 """
 
 _ASKS_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {

@@ -1,9 +1,11 @@
 """The call ring's view of the file system: from ``files`` and what stands around a call to a list of grants. Pure.
 
 Runs in the supervisor (a call's own view) and the zygote (what every view begins with). Landlock knows allow-lists
-only, so an *exception* below a granted folder (hidden, protected, never writable) is made by granting its siblings
-instead, all the way down from the grant: see :func:`_carve`. What that costs is that nothing new can be created in the
-folders on the way.
+only, and an *exception* below a granted folder (hidden, protected, never writable) needs more:
+
+- where the call can have a mount namespace of its own, what exists is *covered*: bound read-only, or by emptiness;
+- elsewhere its siblings are granted instead, all the way down from the grant (:func:`_carve`). What that costs is that
+  nothing new can be created in the folders on the way. So it is, too, for what does not exist yet and must not.
 
 Precedence, for a path: always hidden, ``hide`` and ``protect`` win over every grant; what is *never writable*
 (:class:`Places`) is written only where ``write`` lists it, or something below it, literally; then grants.
@@ -11,6 +13,7 @@ Precedence, for a path: always hidden, ``hide`` and ``protect`` win over every g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +27,11 @@ LIST: Final = "l"
 """Listing folders, no more."""
 DEVICE: Final = "d"
 """A device node: reading, writing, ioctl."""
+
+HIDE: Final = "hide"
+PROTECT: Final = "protect"
+PIN: Final = "pin"
+_SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 - a path like any other
 
 _ENTRIES_LIMIT: Final = 4096
 """More grants than these are not made: an exception below a folder this large would slow every start down."""
@@ -47,8 +55,9 @@ _SYSTEM: Final = (
 )
 _SYSTEM_SECRETS: Final = (
     *("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-", "/etc/sudoers", "/etc/sudoers.d"),
-    *("/etc/krb5.keytab", "/etc/kubernetes", "/etc/docker", "/etc/wireguard", "/etc/ssl/private", "/etc/security/opasswd"),
-    *("/etc/ssh/ssh_host_rsa_key", "/etc/ssh/ssh_host_ecdsa_key", "/etc/ssh/ssh_host_ed25519_key"),
+    *("/etc/krb5.keytab", "/etc/kubernetes", "/etc/docker", "/etc/wireguard", "/etc/ssl/private"),
+    *("/etc/security/opasswd", "/etc/ssh/ssh_host_rsa_key", "/etc/ssh/ssh_host_ecdsa_key"),
+    "/etc/ssh/ssh_host_ed25519_key",
 )  # fmt: skip
 """Below ``system``, and yet nobody's business; ``read`` may list them."""
 _DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
@@ -97,7 +106,7 @@ def _places(key: str, entries: object) -> tuple[str, ...]:
         raise PolicyError(f"files.{key}", entries, "a list of paths")
     for entry in entries:
         if not isinstance(entry, str) or not (
-            entry in _WORDS[key] or entry == "~" or entry.startswith(("/", "~/")) and "\0" not in entry
+            entry in _WORDS[key] or entry == "~" or (entry.startswith(("/", "~/")) and "\0" not in entry)
         ):
             raise PolicyError(f"files.{key}", entry, "an absolute path, or one that begins with ~/")
     return tuple(entries)
@@ -146,15 +155,25 @@ class Exceptions(NamedTuple):
         return any(home == path or home.startswith(inner) for home in self.dotted)
 
 
+class Cover(NamedTuple):
+    """A mount in the call's own namespace."""
+
+    path: str
+    how: str
+    """HIDE, PROTECT, or PIN: what is above a covered place must keep its position too."""
+
+
 class Plan(NamedTuple):
     """What one policy grants one call."""
 
     grants: tuple[Grant, ...]
     """Beside what :func:`system_grants` gives, where ``system`` says so."""
+    covers: tuple[Cover, ...]
+    """What is above before what is below it."""
     system: bool
     """``system`` may be read."""
     exact: bool
-    """No exception lay below a grant: nothing was listed, and the same call gets the same plan again."""
+    """No folder was listed: the same call gets the same plan again."""
 
     def writable(self) -> frozenset[str]:
         return frozenset(grant.path for grant in self.grants if WRITE in grant.rights)
@@ -165,9 +184,9 @@ def may_change(writable: frozenset[str], path: str) -> bool:
     return any(part in writable for part in _upwards(path))
 
 
-def system_grants(listed: Listed, resolve: Callable[[str], str]) -> tuple[Grant, ...]:
-    """What ``system`` is on this host."""
-    exceptions = Exceptions(frozenset(_SYSTEM_SECRETS))
+def system_grants(listed: Listed, resolve: Callable[[str], str], *, mounts: bool) -> tuple[Grant, ...]:
+    """What ``system`` is on this host. ``mounts``: secrets in it will be covered, so need no going around."""
+    exceptions = Exceptions() if mounts else Exceptions(frozenset(_SYSTEM_SECRETS))
     grants: dict[str, str] = {}
     for path in dict.fromkeys(resolve(each) for each in _SYSTEM):
         if not any(_within(path, known) for known in grants):
@@ -181,87 +200,165 @@ def device_grants() -> tuple[Grant, ...]:
     return tuple(Grant(path, DEVICE) for path in _DEVICES)
 
 
-def plan(files: Files, places: Places, system: Iterable[Grant], cwd: str, scratch: str | None,
-         search_path: Iterable[str], listed: Listed, resolve: Callable[[str], str]) -> Plan:  # fmt: skip
-    """The grants of one policy for one call.
+class Surroundings(NamedTuple):
+    """What a view depends on beside the policy."""
 
-    Args:
-        files: the policy's.
-        places: what stands around.
-        system: see :func:`system_grants`.
-        cwd: the call's working folder, resolved.
-        scratch: its own temporary folder; None: there is none.
-        search_path: folders of its PATH, resolved.
-        listed: see :data:`Listed`; asked only for folders with an exception below them.
-        resolve: ``os.path.realpath``, for what the policy lists.
+    places: Places
+    system: tuple[Grant, ...]
+    """See :func:`system_grants`."""
+    cwd: str
+    """The call's working folder, resolved."""
+    search_path: tuple[str, ...]
+    """Folders of its PATH, resolved."""
+    mounts: bool
+    """The call can have a mount namespace of its own, and so exceptions can be covered."""
+
+
+class Looking(NamedTuple):
+    """The little that has to be asked of the file system itself."""
+
+    listed: Listed
+    resolve: Callable[[str], str]
+    """``os.path.realpath``."""
+    exists: Callable[[str], bool]
+
+
+def plan(files: Files, around: Surroundings, look: Looking) -> Plan:
+    """The grants of one policy for one call, but for its scratch folder.
 
     Raises:
         NotEnforced: a folder with an exception below it has too many entries.
     """
-    homes = places.homes
-    hide = [resolve(_expanded(each, homes)) for each in files.hide]
-    protect = [resolve(_expanded(each, homes)) for each in files.protect]
-    hidden = Exceptions(frozenset([*places.hidden, *hide]), ray=frozenset(places.ray))
-    no_devices = Exceptions(hidden.paths | {"/dev"}, ray=hidden.ray)
-    prefixes = [part for prefix in places.prefixes for part in _prefix(prefix, cwd)]
-    never = [*_NEVER, *prefixes, *places.never]
-    exact = True
-    untouched = True
-    grants: dict[str, str] = {}
+    return _Planner(files, around, look).plan()
 
-    def add(path: str, rights: str, exceptions: Exceptions) -> None:
-        nonlocal exact
-        for grant in _carve(path, rights, exceptions, listed):
-            exact &= grant.rights == rights
-            if LIST in grant.rights and any(_within(each, grant.path) and _is_folder(each, listed) for each in hide):
-                continue  # a rule for a folder holds below it, and the names in a hidden one are hidden too
-            grants[grant.path] = "".join(sorted({*grants.get(grant.path, ""), *grant.rights}))
-            if len(grants) > _ENTRIES_LIMIT:
+
+class _Planner:
+    def __init__(self, files: Files, around: Surroundings, look: Looking) -> None:
+        self._files = files
+        self._around = around
+        self._look = look
+        places = around.places
+        self._homes = places.homes
+        self._hide = [look.resolve(_expanded(each, self._homes)) for each in files.hide]
+        self._protect = [look.resolve(_expanded(each, self._homes)) for each in files.protect]
+        self._hidden = Exceptions(frozenset([*places.hidden, *self._hide]), ray=frozenset(places.ray))
+        prefixes = [part for prefix in places.prefixes for part in _prefix(prefix, around.cwd)]
+        self._never = (*_NEVER, *prefixes, *places.never)
+        self._grants: dict[str, str] = {}
+        self._covers: dict[str, str] = {}
+        self._exact = True
+        self._untouched = True
+
+    def plan(self) -> Plan:
+        for entry in self._files.read:
+            self._read(entry)
+        for entry in self._files.write:
+            self._write(entry)
+        covers = sorted(self._covers.items(), key=lambda item: item[0].count("/"))
+        return Plan(
+            tuple(Grant(path, rights) for path, rights in self._grants.items()),
+            tuple(Cover(path, how) for path, how in covers if not self._is_under_a_hide(path)),
+            "system" in self._files.read and self._untouched,
+            self._exact,
+        )
+
+    def _is_under_a_hide(self, path: str) -> bool:
+        return any(self._covers.get(above) == HIDE for above in _upwards(path) if above != path)
+
+    def _read(self, entry: str) -> None:
+        devices = frozenset({"/dev"})
+        if entry == "system":
+            self._read_system()
+        elif entry == "env":
+            programs = (each for path in self._around.search_path for each in _installed(path, self._homes))
+            for path in (*self._around.places.prefixes, *self._around.places.environment, *programs):
+                if path != "/" and not any(_within(home, path) for home in self._homes):
+                    self._add(path, READ, devices)
+        elif entry == "cwd":
+            if self._around.cwd != "/":
+                dotted = frozenset(home for home in self._homes if _within(home, self._around.cwd))
+                self._add(self._around.cwd, READ, devices, dotted)
+        elif entry != "scratch":
+            path = self._resolved(entry)
+            self._add(path, READ, frozenset() if path.startswith("/dev/") else devices)
+
+    def _read_system(self) -> None:
+        system = self._around.system
+        touched = [g for g in system if self._hidden.cover(g.path) or self._hidden.below(g.path)]
+        self._untouched = not touched
+        for grant in system if touched else ():
+            self._add(grant.path, grant.rights, frozenset())
+        for secret in _SYSTEM_SECRETS if self._around.mounts else ():
+            if secret not in self._files.read and self._look.exists(secret):
+                self._covers[secret] = HIDE
+        for home in self._homes:
+            for name in _GIT_CONFIGURATION:
+                self._add(f"{home}/{name}", READ, frozenset())
+
+    def _write(self, entry: str) -> None:
+        if entry == "scratch" or (entry == "cwd" and self._around.cwd == "/"):
+            return
+        path = self._around.cwd if entry == "cwd" else self._resolved(entry)
+        if any(_within(path, each) for each in self._around.places.ray):
+            return  # a passage is for reading: what Ray keeps for tasks is run by others too
+        literal = None if entry == "cwd" else _expanded(entry, self._homes)
+        never = frozenset(each for each in self._never if literal is None or not _within(literal, each))
+        dotted = frozenset(home for home in self._homes if literal is None or not literal.startswith(home + "/."))
+        device = path.startswith("/dev/") and not _within(path, _SHARED_MEMORY)
+        self._add(path, DEVICE if device else READ + WRITE, never | frozenset(self._protect), dotted)
+
+    def _resolved(self, entry: str) -> str:
+        return self._look.resolve(_expanded(entry, self._homes))
+
+    def _add(self, path: str, rights: str, more: frozenset[str], dotted: frozenset[str] = frozenset()) -> None:
+        """Grants ``path`` but for what is hidden, and ``more``."""
+        exceptions = Exceptions(self._hidden.paths | more, dotted, self._hidden.ray)
+        if exceptions.cover(path):
+            return
+        below = [each for each in (*exceptions.paths, *exceptions.ray) if each != path and _within(each, path)]
+        if self._around.mounts and below:
+            covered = frozenset(each for each in below if each != "/dev" and self._look.exists(each))
+            for each in covered:
+                self._cover(each, path)
+            exceptions = Exceptions(exceptions.paths - covered, dotted, exceptions.ray - covered)
+        for grant in _carve(path, rights, exceptions, self._look.listed):
+            if grant.rights != rights:
+                self._exact = False
+                if self._hides_names_below(grant.path):
+                    continue
+            self._grants[grant.path] = "".join(sorted({*self._grants.get(grant.path, ""), *grant.rights}))
+            if len(self._grants) > _ENTRIES_LIMIT:
                 raise NotEnforced(["files"], f"{path} has too many entries for exceptions below it")
 
-    for entry in files.read:
-        if entry == "cwd" and cwd != "/" and not _within(cwd, "/dev"):
-            dotted = frozenset(home for home in homes if _within(home, cwd))
-            add(cwd, READ, Exceptions(no_devices.paths, dotted, hidden.ray))
-        elif entry == "env":
-            for path in (*places.prefixes, *places.environment, *search_path):
-                if path != "/" and not any(_within(home, path) for home in homes):
-                    add(path, READ, no_devices)
-        elif entry == "system":
-            untouched = not any(hidden.cover(grant.path) or hidden.below(grant.path) for grant in system)
-            for grant in () if untouched else system:
-                add(grant.path, grant.rights, hidden)
-            for home in homes:
-                for name in _GIT_CONFIGURATION:
-                    add(f"{home}/{name}", READ, hidden)
-        elif entry.startswith(("/", "~")):
-            path = resolve(_expanded(entry, homes))
-            add(path, READ, hidden if path.startswith("/dev/") else no_devices)
-    for entry in files.write:
-        if entry == "scratch":
-            if scratch is not None:
-                grants[scratch] = READ + WRITE
-            continue
-        path = cwd if entry == "cwd" else resolve(_expanded(entry, homes))
-        if entry == "cwd" and cwd == "/":
-            continue
-        literal = None if entry == "cwd" else _expanded(entry, homes)
-        kept = frozenset(each for each in never if literal is None or not _within(literal, each))
-        dotted = frozenset(home for home in homes if literal is None or not literal.startswith(home + "/."))
-        exceptions = Exceptions(hidden.paths | kept | frozenset(protect), dotted, hidden.ray)
-        rights = DEVICE if entry.startswith("/dev/") and not entry.startswith("/dev/shm") else READ + WRITE
-        # A passage is for reading: what Ray keeps for tasks is run by others too.
-        if not any(_within(path, each) for each in places.ray):
-            add(path, rights, exceptions)
-    ordered = tuple(Grant(path, rights) for path, rights in grants.items())
-    return Plan(ordered, "system" in files.read and untouched, exact)
+    def _cover(self, path: str, grant: str) -> None:
+        hidden = path in self._hidden.paths or path in self._hidden.ray
+        if hidden or self._covers.get(path) != HIDE:
+            self._covers[path] = HIDE if hidden else PROTECT
+        for above in _upwards(path):
+            if above == grant:
+                break
+            self._covers.setdefault(above, PIN)
+
+    def _hides_names_below(self, folder: str) -> bool:
+        """Whether ``folder`` must not be listed: the rule would hold below it, where names are hidden too."""
+        return any(_within(each, folder) and _is_folder(each, self._look.listed) for each in self._hide)
+
+
+def _installed(folder: str, homes: tuple[str, ...]) -> Iterator[str]:
+    """A folder of PATH, and where it belongs to an installation (``…/bin``, pyenv's ``shims``) all of that.
+
+    Folders such as ~/.local and ~/.cargo, which hold more than programs, are not taken for one.
+    """
+    yield folder
+    above, _, name = folder.rpartition("/")
+    home = above.rpartition("/")[0]
+    if above and (name == "shims" or (name == "bin" and not (home in homes and above.startswith(home + "/.")))):
+        yield above
 
 
 def _is_passage(path: str) -> bool:
     parts = path.split("/")
-    return any(
-        above.startswith("session_") and name == _PASSAGE for above, name in zip(parts, parts[1:], strict=False)
-    )
+    return any(above.startswith("session_") and name == _PASSAGE for above, name in itertools.pairwise(parts))
 
 
 def _is_folder(path: str, listed: Listed) -> bool:

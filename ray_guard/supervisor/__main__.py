@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from ray_guard.kernel import borrowing
+from ray_guard.kernel import borrowing, mounting
 from ray_guard.supervisor import zygote
 
 
@@ -19,7 +19,8 @@ def main(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # it ends after its last target, not with a terminal or a job's group
     os.umask(0o077)
-    borrowing.works()  # asked here, so that the zygote goes by the same answer
+    borrowing.works()  # asked here, so that the zygote goes by the same answers
+    mounting.works()
     starts, zygote_pid = zygote.fork(close=[descriptor])
     import logging
 

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from ray_guard.kernel import devices, landlock, libc
+from ray_guard.kernel import devices, landlock, libc, mounting
 from ray_guard.kernel.landlock import Fs
 from ray_guard.policy.files import DEVICE, LIST, READ, WRITE, Grant, device_grants, system_grants
 
@@ -29,7 +29,7 @@ _RIGHTS: Final = {
 
 def prepare() -> tuple[Grant, ...]:
     """What a domain begins with on this host; asked once by the zygote."""
-    return system_grants(_listed, os.path.realpath)
+    return system_grants(_listed, os.path.realpath, mounts=mounting.works())
 
 
 def _listed(folder: str) -> list[str]:

@@ -106,7 +106,7 @@ def _live(
         memory, viewed, folder, *given = _told(line)
         os.close(listener)  # the leader has it, else there would be no start
         start, view = read_start(memory), read_view(viewed)
-        os.fchdir(folder)
+        _enter(folder, view["cwd"])
         # Park what must survive above the tool's own numbers, fill those, close everything else.
         free = max(_FIRST_FREE, *start.descriptors) + 1
         line, failed, domain.descriptor = _park(line, free), _park(failed, free), _park(domain.descriptor, free)
@@ -129,6 +129,16 @@ def _live(
         report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         os.write(failed, json.dumps(report).encode()[:4000])
     os._exit(127)
+
+
+def _enter(folder: int, path: str | None) -> None:
+    """The working folder; by its path where something is covered: the descriptor leads around what is."""
+    if path is None:
+        os.fchdir(folder)
+        return
+    os.chdir(path)
+    if not os.path.samestat(os.stat("."), os.fstat(folder)):
+        raise OSError(errno.ESTALE, f"{path} is another folder by now")
 
 
 def _hand_over(line: int, listener: int) -> None:

@@ -15,8 +15,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final, Self
 
-from ray_guard.kernel import landlock, libc, procfs, seccomp, seqpacket
+from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacket
 from ray_guard.policy.files import Grant
+from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
 
 KILL_PATIENCE_S: Final = 1.0
@@ -25,7 +26,12 @@ TERM_PATIENCE_S: Final = 1.0
 _COURTESY_MS: Final = 20
 
 
-def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant]) -> int:
+def lead(
+    line: socket.socket,
+    program: tuple[seccomp.Instruction, ...],
+    system: Sequence[Grant],
+    covers: Sequence[Sequence[object]],
+) -> int:
     """A leader's life: one start after the other from ``line``, until the zygote hangs up; its exit status.
 
     It ends as well behind a call that it could not end: what a call left must never be taken for the next one's.
@@ -37,9 +43,14 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...], system: 
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     os.setsid()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
+    scope: OSError | None = None
+    if mounting.works():
+        try:
+            mounts.enter(covers)
+        except OSError as error:
+            scope = error
     # A domain of its own, with the tool's within: from here on kill(-1) means this call's processes, and no others.
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-    scope: OSError | None = None
     try:
         landlock.enter_process_scope()
     except OSError as error:
@@ -53,10 +64,12 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...], system: 
         call = _Call(socket.socket(fileno=link), supervisor, wake_read, message.get("wall_seconds"))
         with call:
             if embryo is None:
-                call.refuse("scope", scope.errno if scope else None, f"Landlock: {scope.strerror if scope else ''}")
+                call.refuse("scope", scope.errno if scope else None, f"its own domain: {scope}")
                 seqpacket.close_all(own)
             elif not call.run(embryo, own):
                 return 0
+        if mounting.works():
+            mounts.clear()
         try:
             seqpacket.send(line, {"op": "ready"})
         except OSError:

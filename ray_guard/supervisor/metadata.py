@@ -1,4 +1,4 @@
-"""chmod, chown, utime and xattr of a tool, which Landlock does not judge: done here on its behalf. Runs in the supervisor.
+"""chmod, chown, utime and xattr of a tool, which no Landlock judges: done on its behalf. Runs in the supervisor.
 
 What a path or descriptor means to the caller is pinned once; where it lies in what the call may write, the change is
 made to what was pinned, without a capability, so with the rights that the tool has itself. Elsewhere it is EPERM.

@@ -64,6 +64,7 @@ class Ring:
         policy: CompiledPolicy,
         root: int,
         origin: Origin | None = None,
+        *,
         view: View | None = None,
     ) -> None:
         self._node = node
@@ -145,8 +146,8 @@ class Ring:
             sent, again = struct.unpack_from("=QQ", info, 200)
             self._meter.settle(cookie, sent - again, received)
 
-    def make_socket(self, duplicate: int, raw: bytes) -> int:
-        return libc.bind(duplicate, raw) if self._view is None else self._view.bind(duplicate, raw)
+    def make_socket(self, duplicate: int, raw: bytes, tid: int) -> int:
+        return libc.bind(duplicate, raw) if self._view is None else self._view.bind(duplicate, raw, tid)
 
     def bound(self, pinned: int) -> None:
         found = os.fstat(pinned)

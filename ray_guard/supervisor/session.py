@@ -504,7 +504,8 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
         raise PolicyError("policy", wire, "a mapping")
     policy = CompiledPolicy.from_wire(wire, role=Role.TOOL if kind == "run" else Role.ENV)
     if policy.mode is Mode.ENFORCE:
-        missing = unenforced(wire, SUPPORTED - unavailable())
+        detected = frozenset({"gpu.none"} if policy.role is not Role.TOOL else ())  # an actor's own is not, yet
+        missing = unenforced(wire, SUPPORTED - unavailable() - detected)
         if missing:
             raise NotEnforced(missing, "this version does not enforce that yet")
         if not borrows:

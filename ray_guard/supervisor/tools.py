@@ -99,7 +99,7 @@ class Tool:
         self._call = call.span if call.span is not None and call.span in target.open else self._span
         scratch = target.scratches.enter(self._call)
         try:
-            self._view = target.views.of(policy, start, descriptors[1], scratch, *node.hidden())
+            self._view = target.views.of(policy, start, descriptors[1], scratch, node.hidden())
             descriptors.insert(1, self._view.descriptor())
             self._origin = self._find_origin(call)
         except BaseException:
@@ -111,7 +111,7 @@ class Tool:
         own = os.pidfd_open(os.getpid())
         try:
             wall = policy.limits(Scope.CALL).get("wall_seconds")
-            request = {"op": "start", "wall_seconds": wall}
+            request = {"op": "start", "wall_seconds": wall, "mounts": self._view.mounts()}
             seqpacket.send(zygote, request, [theirs.fileno(), own, *descriptors])
         finally:
             os.close(own)
@@ -181,7 +181,8 @@ class Tool:
             log.warning("a tool was not started: %s", error)
             self._link.shutdown(socket.SHUT_RDWR)  # its leader ends it
             return
-        self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin, self._view)
+        policy = self._policy.with_role(Role.TOOL)
+        self._ring = Ring(self._node, self._target, policy, pid, self._origin, view=self._view)
         self._gate = Gate(
             Listener(listener),
             self._ring,

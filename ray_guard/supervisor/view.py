@@ -12,13 +12,31 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from ray_guard.errors import NotEnforced
-from ray_guard.kernel import devices, landlock, libc
+from ray_guard.kernel import devices, landlock, libc, mounting
 from ray_guard.policy.decide import CompiledPolicy
-from ray_guard.policy.files import DEVICE, Files, Grant, Places, Plan, may_change, places_from_wire, plan, system_grants
+from ray_guard.policy.files import (
+    DEVICE,
+    HIDE,
+    PIN,
+    PROTECT,
+    READ,
+    WRITE,
+    Cover,
+    Files,
+    Grant,
+    Looking,
+    Places,
+    Plan,
+    Surroundings,
+    may_change,
+    places_from_wire,
+    plan,
+    system_grants,
+)
 from ray_guard.records import Mode
 from ray_guard.supervisor.start import Start
 
@@ -33,7 +51,7 @@ def listed(folder: str) -> list[str]:
 
 @functools.cache
 def _system() -> tuple[Grant, ...]:
-    return system_grants(listed, os.path.realpath)
+    return system_grants(listed, os.path.realpath, mounts=mounting.works())
 
 
 def unavailable() -> frozenset[str]:
@@ -44,49 +62,83 @@ def unavailable() -> frozenset[str]:
 
 
 class View(NamedTuple):
-    """One start's. ``writable``: one set per policy; what all of them name may be changed."""
+    """One start's."""
 
     payload: bytes
     writable: tuple[frozenset[str], ...]
+    """One set per policy; what all of them name may be changed."""
+    covers: tuple[Cover, ...]
     enforced: bool
     """False: every policy only reports; nothing is refused."""
 
     def may_change(self, path: str) -> bool:
-        return all(may_change(each, path) for each in self.writable)
+        covered = frozenset(cover.path for cover in self.covers if cover.how != PIN)
+        return all(may_change(each, path) for each in self.writable) and not may_change(covered, path)
 
-    def bind(self, duplicate: int, raw: bytes) -> int:
-        """bind(2) of a unix socket to a path, which is made where the call may write; 0 or ``-errno``.
+    def mounts(self) -> list[list[object]]:
+        """What the leader has to mount: path, how, and which file it was when this was decided."""
+        made: list[list[object]] = []
+        for cover in self.covers:
+            status = os.stat(cover.path, follow_symlinks=False)
+            made.append([cover.path, cover.how, status.st_dev, status.st_ino])
+        return made
+
+    def bind(self, duplicate: int, raw: bytes, tid: int) -> int:
+        """bind(2) of a unix socket to a path for a thread of the call, where it may write; 0 or ``-errno``.
 
         In a thread of its own, which the kernel holds to that: looking where the path leads beforehand would be a race.
         """
         if not self.enforced:
             return libc.bind(duplicate, raw)
         results = [-errno.EACCES]
-        thread = threading.Thread(target=lambda: results.append(self._bind(duplicate, raw)))
+        thread = threading.Thread(target=lambda: results.append(self._bind(duplicate, raw, tid)))
         thread.start()
         thread.join()
         return results[-1]
 
-    def _bind(self, duplicate: int, raw: bytes) -> int:
-        libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-        for paths in self.writable:
-            ruleset = landlock.Ruleset(landlock.Fs.MAKE_SOCK, landlock.Scope(0))
-            for path in paths:
-                try:
-                    folder = libc.openat2(path, os.O_PATH | os.O_CLOEXEC, libc.RESOLVE_NO_SYMLINKS)
-                except OSError:
-                    continue
-                ruleset.allow(folder, landlock.Fs.MAKE_SOCK)
-                os.close(folder)
-            ruleset.enter()
-            ruleset.close()
+    def _bind(self, duplicate: int, raw: bytes, tid: int) -> int:
+        try:
+            if mounting.works():
+                self._enter_namespace(tid)
+            libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+            for paths in self.writable:
+                _allow_sockets(paths)
+        except OSError as error:
+            return -(error.errno or errno.EACCES)
         return libc.bind(duplicate, raw)
+
+    @staticmethod
+    def _enter_namespace(tid: int) -> None:
+        """This thread sees what the call sees, from where it stands."""
+        folder = os.open(f"/proc/{tid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        namespace = os.open(f"/proc/{tid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        mounting.unshare(mounting.CLONE_FS)
+        mounting.setns(namespace, mounting.CLONE_NEWNS)
+        os.fchdir(folder)
+        os.close(folder)
+        os.close(namespace)
 
     def descriptor(self) -> int:
         """A memory file of it, for the tool's process to read."""
         memory = os.memfd_create("ray_guard-view", os.MFD_CLOEXEC)
         os.write(memory, self.payload)
         return memory
+
+
+def _allow_sockets(paths: Iterable[str]) -> None:
+    """From here on this thread makes sockets below ``paths`` alone."""
+    ruleset = landlock.Ruleset(landlock.Fs.MAKE_SOCK, landlock.Scope(0))
+    try:
+        for path in paths:
+            try:
+                folder = libc.openat2(path, os.O_PATH | os.O_CLOEXEC, libc.RESOLVE_NO_SYMLINKS)
+            except OSError:
+                continue
+            ruleset.allow(folder, landlock.Fs.MAKE_SOCK)
+            os.close(folder)
+        ruleset.enter()
+    finally:
+        ruleset.close()
 
 
 class Views:
@@ -106,15 +158,14 @@ class Views:
         self._plans: dict[tuple[object, ...], tuple[Plan, ...]] = {}
 
     def of(
-        self, policy: CompiledPolicy, start: Start, folder: int, scratch: str, hidden: Sequence[str], ray: Sequence[str]
+        self, policy: CompiledPolicy, start: Start, folder: int, scratch: str, hidden: tuple[list[str], list[str]]
     ) -> View:
         """The view of one start.
 
         Args:
             folder: its working folder.
             scratch: its call's temporary folder, for whichever policy grants one.
-            hidden: folders of the guard itself.
-            ray: Ray's folders on this node.
+            hidden: folders of the guard itself, and Ray's on this node.
 
         Raises:
             PolicyError, NotEnforced: ``files`` is malformed, or cannot be held here.
@@ -122,33 +173,44 @@ class Views:
         wires = [wire for wire in policy.wires if wire.get("mode") == Mode.ENFORCE.value]
         if wires and landlock.abi() < landlock.FILES_ABI:
             raise NotEnforced(["files"], f"Landlock ABI {landlock.abi()}: Linux 6.2 is needed")
+        mounts = mounting.works()
         cwd = os.readlink(f"/proc/self/fd/{folder}")
         search_path = start.environment.get("PATH", "")
-        key = (tuple(map(id, policy.wires)), cwd, search_path, tuple(hidden), tuple(ray))
+        key = (tuple(map(id, policy.wires)), cwd, search_path, *map(tuple, hidden))
         plans = self._plans.get(key)
         if plans is None:
-            plans = tuple(self._plan(Files.from_wire(wire["files"]), cwd, search_path, hidden, ray) for wire in wires)
+            plans = tuple(self._plan(Files.from_wire(wire["files"]), cwd, search_path, *hidden) for wire in wires)
             if all(each.exact for each in plans):  # else folders were listed, and have other entries next time
                 if len(self._plans) >= _REMEMBERED:
                     self._plans.clear()
                 self._plans[key] = plans
-        layers = []
+        layers: list[dict[str, Any]] = []
         writable = []
-        own = [[scratch, "rw"]]
+        own = [Grant(scratch, READ + WRITE)]
         for wire, each in zip(wires, plans, strict=True):
             grants_scratch = "scratch" in wire["files"]["write"]
-            layers.append({"system": each.system, "grants": [*each.grants, *(own if grants_scratch else ())]})
-            writable.append(each.writable() | ({scratch} if grants_scratch else frozenset()))
+            if grants_scratch and mounts:
+                own.append(Grant("/dev/shm", READ + WRITE))  # noqa: S108 - the call's own
+            grants = [*each.grants, *(own if grants_scratch else ())]
+            if mounts:
+                grants.append(Grant("/dev/pts", DEVICE))
+            layers.append({"system": each.system, "grants": grants})
+            own_paths = frozenset(grant.path for grant in own) if grants_scratch else frozenset()
+            writable.append(each.writable() | own_paths)
         environment = {}
         if wires and all("scratch" in wire["files"]["write"] for wire in wires):
             environment["TMPDIR"] = scratch
         gpu = policy.gpu == "any" or not wires
         if gpu:
-            nodes = [[path, DEVICE] for path in devices.gpu_nodes()]
+            nodes = [Grant(path, DEVICE) for path in devices.gpu_nodes()]
             for layer in layers:
                 layer["grants"] += nodes
-        payload = json.dumps({"layers": layers, "environment": environment, "gpu": gpu}).encode()
-        return View(payload, tuple(writable), enforced=bool(wires))
+        covers = {cover.path: cover for each in plans for cover in each.covers if cover.how == PIN}
+        covers |= {cover.path: cover for each in plans for cover in each.covers if cover.how == PROTECT}
+        covers |= {cover.path: cover for each in plans for cover in each.covers if cover.how == HIDE}
+        ordered = sorted(covers.values(), key=lambda cover: cover.path.count("/"))
+        content = {"layers": layers, "environment": environment, "gpu": gpu, "cwd": cwd if ordered else None}
+        return View(json.dumps(content).encode(), tuple(writable), tuple(ordered), enforced=bool(wires))
 
     def _plan(self, files: Files, cwd: str, search_path: str, hidden: Sequence[str], ray: Sequence[str]) -> Plan:
         places = Places(
@@ -159,8 +221,9 @@ class Views:
             hidden=(*hidden, *self._found["hidden"]),
             ray=tuple(ray),
         )
-        folders = [os.path.realpath(path) for path in search_path.split(":") if os.path.isabs(path)]
-        found = plan(files, places, _system(), cwd, None, folders, listed, os.path.realpath)
+        folders = tuple(os.path.realpath(path) for path in search_path.split(":") if os.path.isabs(path))
+        around = Surroundings(places, _system(), cwd, folders, mounts=mounting.works())
+        found = plan(files, around, Looking(listed, os.path.realpath, os.path.exists))
         return found._replace(grants=tuple(grant for grant in found.grants if _is_fit(grant)))
 
 

@@ -74,6 +74,8 @@ class _Zygote:
         self._wards: dict[int, _Ward] = {}
         self._leaders: dict[int, socket.socket] = {}
         self._idle: list[socket.socket] = []
+        self._covers: dict[int, Any] = {}
+        """What each leader has mounted, by its line's number: it serves calls with the same alone."""
         self._poll = select.poll()
         self._poll.register(requests, select.POLLIN)
 
@@ -112,7 +114,7 @@ class _Zygote:
                 os.close(ward.lifeline)
         else:
             try:
-                while not self._assign(self._idle.pop() if self._idle else self._fork_leader(), message, descriptors):
+                while not self._assign(self._leader(message["mounts"]), message, descriptors):
                     pass  # that one died while it was idle
             except OSError:  # no more processes: this start is lost, and says so, for its link closes here
                 import traceback
@@ -129,6 +131,12 @@ class _Zygote:
             finally:
                 os._exit(0)
 
+    def _leader(self, covers: Any) -> socket.socket:
+        for at, leader in enumerate(self._idle):
+            if self._covers[leader.fileno()] == covers:
+                return self._idle.pop(at)
+        return self._fork_leader(covers)
+
     def _assign(self, leader: socket.socket, message: dict[str, Any], descriptors: list[int]) -> bool:
         try:
             seqpacket.send(leader, message, descriptors)
@@ -143,30 +151,33 @@ class _Zygote:
             received = seqpacket.receive(leader)
         except (OSError, seqpacket.BadPacket):
             received = None
-        if received is None or len(self._idle) >= SPARE:
-            self._forget(leader)  # one too many ends when its line closes
-        else:
-            self._idle.append(leader)
+        if received is None:
+            self._forget(leader)
+            return
+        self._idle.append(leader)
+        if len(self._idle) > SPARE:
+            self._forget(self._idle[0])  # one too many ends when its line closes
 
     def _forget(self, leader: socket.socket) -> None:
         self._poll.unregister(leader)
-        del self._leaders[leader.fileno()]
+        del self._leaders[leader.fileno()], self._covers[leader.fileno()]
         if leader in self._idle:
             self._idle.remove(leader)
         leader.close()
 
-    def _fork_leader(self) -> socket.socket:
+    def _fork_leader(self, covers: Any) -> socket.socket:
         line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() != 0:
             theirs.close()
             self._leaders[line.fileno()] = line
+            self._covers[line.fileno()] = covers
             self._poll.register(line, select.POLLIN)
             return line
         code = 1
         try:
             # A leader's copies would keep alive the lines of others, and the pipes of the start that is waiting.
             close_all_but((0, 1, 2, theirs.fileno()))
-            code = lead(theirs, self._program, self._system)
+            code = lead(theirs, self._program, self._system, covers)
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,3 +16,11 @@ from harness import Stage, staged
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with staged(tmp_path_factory.mktemp("stage")) as found:
         yield found
+
+
+@pytest.fixture
+def folder(stage: Stage) -> Path:
+    """A new folder that tools may write."""
+    made = stage.folder / secrets.token_hex(4)
+    made.mkdir()
+    return made

@@ -372,6 +372,11 @@ class Attack:
         return self.name
 
 
+def grants(folder: Path) -> dict[str, list[str]]:
+    """``files`` with its defaults, and ``folder``: for what an attack is given to work with."""
+    return {"read": ["system", "env", "cwd", str(folder)], "write": ["cwd", "scratch", str(folder)]}
+
+
 class Stage:
     """Sinks and hosts of one session."""
 
@@ -387,11 +392,7 @@ class Stage:
         allow = [f"127.0.0.1:{port}", f"[::1]:{port}", f"unix://{self.sinks.address('unix_granted')}"]
         if udp:
             allow.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
-        folder = str(self.folder)
-        return {
-            "egress": {"allow": allow},
-            "files": {"read": ["system", "env", "cwd", folder], "write": ["cwd", "scratch", folder]},
-        }
+        return {"egress": {"allow": allow}, "files": grants(self.folder)}
 
     def evidence(self, name: str) -> Path:
         """Beside the stage's folder, not in it: what lies around evidence cannot be granted whole."""

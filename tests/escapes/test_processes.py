@@ -183,7 +183,7 @@ def main():
 
 @pytest.mark.parametrize("whom", ["leader", "zygote", "supervisor"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
-def test_a_tool_cannot_signal_its_keepers(tmp_path: Path, stage: Stage, whom: str, number: signal.Signals) -> None:
+def test_a_tool_cannot_signal_its_keepers(stage: Stage, whom: str, number: signal.Signals) -> None:
     program = """
 import os, sys, time
 above = {"leader": os.getppid(), "supervisor": int(sys.argv[2])}
@@ -387,15 +387,15 @@ _SURVIVORS = {
 
 
 @pytest.mark.parametrize("kind", _SURVIVORS)
-def test_survivors_end_with_the_call(stage: Stage, tmp_path: Path, kind: str) -> None:
+def test_survivors_end_with_the_call(stage: Stage, folder: Path, kind: str) -> None:
     # no pipe in a survivor's hands: subprocess would wait for its end
     script = "exec >/dev/null 2>&1; " + _SURVIVORS[kind] + "; while ! [ -s PID ]; do sleep 0.01; done"
-    loose = tmp_path / "loose"
+    loose = folder / "loose"
     subprocess.run(["sh", "-c", script.replace("PID", str(loose))], check=True)
     pid = int(loose.read_text())
     assert _exists(pid), "the attack does not even work unconfined"
     os.kill(pid, signal.SIGKILL)
-    held = tmp_path / "held"
+    held = folder / "held"
     outcome = stage.host().run("call", ["sh", "-c", script.replace("PID", str(held))])
     ended = time.monotonic()
     pid = int(held.read_text())
@@ -405,9 +405,9 @@ def test_survivors_end_with_the_call(stage: Stage, tmp_path: Path, kind: str) ->
     )
 
 
-def test_a_reforking_swarm_ends_with_the_call(stage: Stage, tmp_path: Path) -> None:
+def test_a_reforking_swarm_ends_with_the_call(stage: Stage, folder: Path) -> None:
     """Processes that replace themselves faster than a list of them can be read."""
-    tmp_path.chmod(0o777)
+    folder.chmod(0o777)
     swarm = """
 import os, sys, time
 for _ in range(8):
@@ -422,7 +422,7 @@ for _ in range(8):
         os._exit(0)
 time.sleep(0.2)
 """
-    mark = tmp_path / "mark"
+    mark = folder / "mark"
     argv = ["sh", "-c", 'exec "$@" >/dev/null 2>&1', "sh", PYTHON, "-I", "-S", "-c", swarm, str(mark)]
     outcome = stage.host().run("call", argv)
     assert outcome.status == 0

@@ -109,7 +109,7 @@ def _made(what: str) -> object:
 
 
 def _doing(name: str, body: str, error: str = "EPERM", *, privileged: bool = False, **more: object) -> Attack:
-    """Something that must fail as such: the attack leaves a file behind once it got it."""
+    """Something that must fail as such, with one of ``error``: the attack leaves a file behind once it got it."""
     lines = "\n".join("    " + line for line in body.strip().splitlines())
     program = f"""
 def main():
@@ -120,7 +120,7 @@ def main():
         name,
         program,
         sink="",
-        refused=(error,),
+        refused=tuple(error.split()),
         judge=_made(name),
         privileged=privileged,
         **more,  # type: ignore[arg-type]
@@ -198,6 +198,7 @@ libc.umount2(target, 2)
         "descriptor = os.open('/dev/net/tun', os.O_RDWR)\n"
         "import fcntl\n"
         "fcntl.ioctl(descriptor, 0x400454ca, struct.pack('16sH22x', b'rg%d', 0x1001))",
+        "EPERM EACCES",
         privileged=True,
     ),
     _doing(

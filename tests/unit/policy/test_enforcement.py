@@ -37,16 +37,16 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"egress": {"verify_names": False, "allow": ["a.b:443"]}}, ("egress.allow[0]",)),
         ({"model_endpoint": "engine:8000"}, ("model_endpoint",)),
         ({"model_endpoint": None}, ()),
-        ({"gpu": "none"}, ("gpu",)),
+        ({"gpu": "none"}, ()),
         ({"gpu": "any"}, ()),
-        ({"files": {"read": ["cwd"]}}, ("files.read",)),
-        ({"files": {"hide": [], "protect": ["/srv"]}}, ("files.protect",)),
+        ({"gpu": "engine"}, ("gpu",)),
+        ({"files": {"read": ["cwd"], "hide": [], "protect": ["/srv"]}}, ()),
         ({"budgets": {"call": {"memory": 1, "egress_bytes": 1, "wall_seconds": 1}}}, ("budgets.call.memory",)),
         ({"budgets": {"episode": {"wall_seconds": 1, "connections": 0}}}, ("budgets.episode.wall_seconds",)),
         ({"budgets": {"call": {"memory": None}}}, ()),
         ({"subprocess": "plain", "survivors": "kill", "on_violation": "deny"}, ()),
         ({"survivors": "keep", "on_violation": "kill_call"}, ("survivors", "on_violation")),
-        ({"require": ["egress", "files"]}, ("require.files",)),
+        ({"require": ["egress", "files", "gpu"]}, ("require.gpu",)),
         ({"require": []}, ()),
     ],
 )
@@ -77,10 +77,15 @@ def test_every_key_that_asks_for_something_is_named_when_nothing_is_supported() 
 
 
 def test_a_host_that_offers_less_takes_away() -> None:
-    less = SUPPORTED - {"egress.allow.unix", "egress.listen", "subprocess.confine"}
-    data = {"egress": {"allow": ["unix:///a"], "listen": [80]}, "subprocess": "confine"}
+    less = SUPPORTED - {"egress.allow.unix", "egress.listen", "subprocess.confine", "gpu.none", "files.read"}
+    data = {
+        "egress": {"allow": ["unix:///a"], "listen": [80]},
+        "subprocess": "confine",
+        "gpu": "none",
+        "files": {"read": ["cwd"], "write": ["cwd"]},
+    }
     assert named(data) == ()
-    assert named(data, less) == ("egress.allow[0]", "egress.listen", "subprocess")
+    assert set(named(data, less)) == {"egress.allow[0]", "egress.listen", "subprocess", "gpu", "files.read"}
 
 
 def test_every_supported_name_can_come_up() -> None:
@@ -89,6 +94,7 @@ def test_every_supported_name_can_come_up() -> None:
         "mode": "enforce",
         "role": "env",
         "egress": {"listen": [1]},
+        "files": {"read": ["cwd"], "write": ["cwd"], "hide": ["/a"], "protect": ["/a"]},
         "budgets": {
             scope: {kind: 1 for kind in KINDS if f"budgets.{scope}.{kind}" in SUPPORTED}
             for scope in ("call", "episode", "actor", "job")
@@ -97,14 +103,14 @@ def test_every_supported_name_can_come_up() -> None:
     keys = set(Policy.model_validate(data).to_wire()["set"])
     keys |= {f"egress.allow.{kind}" for kind in ("address", "unix", "cluster", "collectives")}
     keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "on_violation.deny"}
-    keys |= {"require.egress", "require.processes"}
+    keys |= {"require.egress", "require.processes", "require.files", "gpu.none"}
     assert keys == SUPPORTED
 
 
 def test_an_intersection_names_each_once() -> None:
     one = Policy.model_validate({"gpu": "none", "survivors": "keep"}).to_wire()
     two = Policy.model_validate({"gpu": "engine"}).to_wire()
-    assert unenforced(intersect(one, two)) == ("gpu", "survivors")
+    assert unenforced(intersect(one, two)) == ("survivors", "gpu")
 
 
 def test_a_message_that_does_not_say_what_was_set_is_refused() -> None:
