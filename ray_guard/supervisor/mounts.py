@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ray_guard.kernel import mounting, trees
+from ray_guard.kernel import libc, mounting, trees
 from ray_guard.policy.files import HIDE, PROTECT
 
 _SHM: Final = "/dev/shm"  # noqa: S108 - a mount point
@@ -28,7 +28,9 @@ def enter(covers: Iterable[Sequence[object]]) -> None:
     Raises:
         OSError: one cannot be made, or is another file by now.
     """
-    mounting.enter_own_namespace()
+    libc.prctl(libc.PR_SET_DUMPABLE, 1)  # for a moment: else /proc/self belongs to root
+    mounting.enter_own_namespace(mounting.way())
+    libc.prctl(libc.PR_SET_DUMPABLE, 0)
     flags = mounting.MS_NOSUID | mounting.MS_NODEV
     if os.path.isdir(_SHM):
         mounting.mount("tmpfs", _SHM, "tmpfs", flags, "mode=1777")

@@ -41,6 +41,7 @@ from ray_guard.records import Mode
 from ray_guard.supervisor.start import Start
 
 _REMEMBERED: Final = 64
+_SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 - with a mount namespace the call's own
 
 
 def listed(folder: str) -> list[str]:
@@ -98,14 +99,20 @@ class View(NamedTuple):
 
     def _bind(self, duplicate: int, raw: bytes, tid: int) -> int:
         try:
-            if mounting.works():
+            if mounting.way() is mounting.Way.PRIVILEGED:
                 self._enter_namespace(tid)
             libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
             for paths in self.writable:
-                _allow_sockets(paths)
+                _allow_sockets(path for path in paths if not self._is_elsewhere(path))
         except OSError as error:
             return -(error.errno or errno.EACCES)
         return libc.bind(duplicate, raw)
+
+    def _is_elsewhere(self, folder: str) -> bool:
+        """Whether the call sees something else there, in a namespace that this process cannot enter."""
+        if mounting.way() is not mounting.Way.USER:
+            return False
+        return folder == _SHARED_MEMORY or any(cover.path.startswith(folder + "/") for cover in self.covers)
 
     @staticmethod
     def _enter_namespace(tid: int) -> None:
@@ -190,7 +197,7 @@ class Views:
         for wire, each in zip(wires, plans, strict=True):
             grants_scratch = "scratch" in wire["files"]["write"]
             if grants_scratch and mounts:
-                own.append(Grant("/dev/shm", READ + WRITE))  # noqa: S108 - the call's own
+                own.append(Grant(_SHARED_MEMORY, READ + WRITE))
             grants = [*each.grants, *(own if grants_scratch else ())]
             if mounts:
                 grants.append(Grant("/dev/pts", DEVICE))
