@@ -60,7 +60,11 @@ def lead(
         received = seqpacket.receive(line)
         if received is None:
             return 0  # with this process the embryo's line closes, and it ends
-        message, (link, supervisor, *own) = received
+        message, descriptors = received
+        if not mounts.stand(covers):
+            seqpacket.send(line, {"op": "again", "start": message}, descriptors)
+            return 0
+        link, supervisor, *own = descriptors
         call = _Call(socket.socket(fileno=link), supervisor, wake_read, message.get("wall_seconds"))
         with call:
             if embryo is None:

@@ -1,7 +1,7 @@
 """The mount namespace of a leader and its tools: what is below a grant and must not be seen or changed. Runs in zygote.
 
 Made before the leader confines itself, because nobody in a Landlock domain may mount. So it is the leader's for good:
-a call whose covers are others gets another leader.
+a call whose covers are others, or do not stand any more, gets another leader.
 """
 
 from __future__ import annotations
@@ -57,6 +57,24 @@ def _cover(path: str, how: str, identity: tuple[object, object]) -> None:
         mounting.mount(path, path, "none", mounting.MS_BIND | mounting.MS_REC)
         if how == PROTECT:
             mounting.make_read_only(path)
+
+
+def stand(covers: Iterable[Sequence[object]]) -> bool:
+    """Whether what :func:`enter` covered still is.
+
+    The kernel takes a mount away where somebody outside removes or replaces what it covers, and a new file may have the
+    old one's number: so the path itself is asked.
+    """
+    for path, how, device, inode in covers:
+        try:
+            if how == PROTECT and not os.statvfs(str(path)).f_flag & os.ST_RDONLY:
+                return False
+            found = os.stat(str(path), follow_symlinks=False)
+        except OSError:
+            return False
+        if ((found.st_dev, found.st_ino) == (device, inode)) is (how == HIDE):
+            return False  # what is hidden is seen, or what is bound is another
+    return True
 
 
 def clear() -> None:

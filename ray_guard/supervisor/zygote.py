@@ -113,14 +113,17 @@ class _Zygote:
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
         else:
-            try:
-                while not self._assign(self._leader(message["mounts"]), message, descriptors):
-                    pass  # that one died while it was idle
-            except OSError:  # no more processes: this start is lost, and says so, for its link closes here
-                import traceback
+            self._start(message, descriptors)
 
-                traceback.print_exc()
-            seqpacket.close_all(descriptors)
+    def _start(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        try:
+            while not self._assign(self._leader(message["mounts"]), message, descriptors):
+                pass  # that one died while it was idle
+        except OSError:  # no more processes: this start is lost, and says so, for its link closes here
+            import traceback
+
+            traceback.print_exc()
+        seqpacket.close_all(descriptors)
 
     @staticmethod
     def _remove(path: str) -> None:
@@ -153,6 +156,10 @@ class _Zygote:
             received = None
         if received is None:
             self._forget(leader)
+            return
+        if received[0].get("op") == "again":  # what it had covered is not any more: another takes the start
+            self._forget(leader)
+            self._start(received[0]["start"], received[1])
             return
         self._idle.append(leader)
         if len(self._idle) > SPARE:

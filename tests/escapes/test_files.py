@@ -1,0 +1,361 @@
+# ruff: noqa: E501 - an attack a line
+"""Files, devices and metadata: what a tool must not read, write, change or open, and what it needs all the same.
+
+Every attack is run unconfined first, where it must work, then as a tool. The judge looks at the files themselves, and
+for what was read at a token that only the secret holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import EPILOGUE, PRELUDE, PYTHON, ROOT, Host, Namespace, Outcome, launcher, run_unconfined
+
+import ray_guard
+
+pytestmark = pytest.mark.kernel
+
+_OLD = 1_000_000_000
+"""Time stamps of victims: whatever touches one is seen."""
+
+
+class Ground:
+    """A folder to fight over.
+
+    ``work`` may be written; in it ``secret`` and ``secrets/`` are hidden, ``repo/.git/hooks/`` is protected, ``cache``
+    is a compile cache. ``readable`` may be read. ``outside`` is not granted. ``home`` is HOME, and may be written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.token = secrets.token_hex(16)
+        self.paths = {
+            "work": root / "work",
+            "secret": root / "work/secret",
+            "key": root / "work/secrets/key",
+            "token_file": root / "work/token",
+            "hooks": root / "work/repo/.git/hooks",
+            "hook": root / "work/repo/.git/hooks/pre-commit",
+            "cache": root / "work/cache",
+            "readable": root / "readable/file",
+            "victim": root / "outside/victim",
+            "home": root / "home",
+            "bashrc": root / "home/.bashrc",
+            "site": Path(sysconfig.get_path("purelib")),
+            "package": Path(ray_guard.__file__).parent,
+        }
+
+    def reset(self) -> None:
+        for name in ("work", "readable", "outside", "home"):
+            _clear(self.root / name)
+        for name in ("secret", "key", "token_file", "hook", "readable", "victim", "bashrc"):
+            path = self.paths[name]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.token)
+            path.chmod(0o644)
+            os.utime(path, (_OLD, _OLD))
+        self.paths["cache"].mkdir()
+        (self.paths["work"] / "repo/.git/config").write_text("")
+        (self.paths["work"] / "mine").write_text("mine")
+
+    def harm(self, name: str) -> str:
+        """What was done to a victim; empty: nothing."""
+        path = self.paths[name]
+        try:
+            status = path.lstat()
+            content = path.read_text()
+        except OSError as error:
+            return f"{name} is gone: {error}"
+        if content != self.token or not stat.S_ISREG(status.st_mode):
+            return f"{name} holds something else"
+        if stat.S_IMODE(status.st_mode) != 0o644:
+            return f"{name} has mode {stat.S_IMODE(status.st_mode):o}"
+        if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            return f"{name} belongs to {status.st_uid}:{status.st_gid}"
+        if status.st_mtime != _OLD:
+            return f"{name} has another time"
+        if status.st_nlink != 1:
+            return f"{name} has another name too"
+        if os.listxattr(path):
+            return f"{name} has attributes"
+        return ""
+
+
+def _clear(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        elif path.name != "evidence":
+            shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    found = Ground(tmp_path_factory.mktemp("ground").resolve())
+    found.reset()
+    return found
+
+
+@pytest.fixture(scope="module")
+def host(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    paths = {name: str(path) for name, path in ground.paths.items()}
+    policy = {
+        "egress": {"allow": []},
+        "files": {
+            "read": ["system", "env", str(ground.root / "readable")],
+            "write": ["scratch", paths["work"], paths["home"]],
+            "hide": [paths["secret"], str(ground.root / "work/secrets")],
+            "protect": [paths["hooks"]],
+        },
+    }
+    namespace = Namespace()
+    more = {"HOME": "home", "TORCHINDUCTOR_CACHE_DIR": "cache", "RAY_AUTH_TOKEN_PATH": "token_file"}
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in more.items():
+            patched.setenv(name, paths[value])
+        evidence = ground.root / "work/evidence"
+        try:
+            made = Host(policy, evidence, namespace)
+        except RuntimeError as error:
+            namespace.close()
+            if not launcher.prefix() or "NotEnforced" not in str(error):
+                raise
+            pytest.skip(f"refuses to start on this host: {error}")
+    try:
+        yield made
+    finally:
+        made.close()
+        namespace.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attacks
+
+
+@dataclass(frozen=True)
+class Attack:
+    """``body`` is Python after prelude.py; A holds the paths. ``harm`` looks at what became of them.
+
+    Args:
+        reads: what counts is whether the token was printed.
+        privileged: only root can do this unconfined.
+    """
+
+    name: str
+    body: str
+    harm: Callable[[Ground], str] | None = None
+    reads: bool = False
+    privileged: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _of(name: str) -> Callable[[Ground], str]:
+    return lambda ground: ground.harm(name)
+
+
+def _exists(path: Callable[[Ground], Path]) -> Callable[[Ground], str]:
+    def harm(ground: Ground) -> str:
+        found = path(ground)
+        if not os.path.lexists(found):
+            return ""
+        if found.is_dir() and not found.is_symlink():
+            found.rmdir()
+        else:
+            found.unlink()
+        return f"{found} was made"
+
+    return harm
+
+
+def _reading(name: str, body: str, **more: Any) -> Attack:
+    return Attack(name, body, reads=True, **more)
+
+
+SHOW = "print(open({}).read(), flush=True)"
+READS = [
+    _reading("a hidden file", SHOW.format("A['secret']")),
+    _reading("a file in a hidden folder", SHOW.format("A['key']")),
+    _reading("a hidden file by a symbolic link", "os.symlink(A['secret'], A['work'] + '/s')\n" + SHOW.format("A['work'] + '/s'")),
+    _reading("a hidden file by a hard link", "os.link(A['secret'], A['work'] + '/h')\n" + SHOW.format("A['work'] + '/h'")),
+    _reading("a hidden file, renamed", "os.rename(A['secret'], A['work'] + '/r')\n" + SHOW.format("A['work'] + '/r'")),
+    _reading("a hidden folder, renamed", "os.rename(A['work'] + '/secrets', A['work'] + '/r')\n" + SHOW.format("A['work'] + '/r/key'")),
+    _reading("by /proc/self/root", SHOW.format("'/proc/self/root' + A['secret']")),
+    _reading("by /proc/self/cwd", "os.chdir(A['work'])\n" + SHOW.format("'/proc/self/cwd/secret'")),
+    _reading("by a descriptor of the folder", "at = os.open(A['work'], os.O_PATH)\nprint(os.read(os.open('secret', os.O_RDONLY, dir_fd=at), 99).decode(), flush=True)"),
+    _reading("by an O_PATH descriptor opened again", "pin = os.open(A['secret'], os.O_PATH)\n" + SHOW.format("'/proc/self/fd/%d' % pin")),
+    _reading("by another process's root", SHOW.format("'/proc/%d/root%s' % (A['stranger'], A['victim'])")),
+    _reading("by another process's folder", SHOW.format("'/proc/%d/cwd/victim' % A['stranger']")),
+    _reading("by another process's descriptor", SHOW.format("'/proc/%d/fd/0' % A['stranger']")),
+    _reading("a token file", SHOW.format("A['token_file']")),
+    _reading("a file that is not granted", SHOW.format("A['victim']")),
+    _reading("a file above what is granted", "os.chdir(A['work'])\n" + SHOW.format("'../outside/victim'")),
+    _reading("a dotfile", "os.chdir(A['home'])\nos.chdir('..')\n" + SHOW.format("A['victim']")),
+    _reading("a mapping of a hidden file", "import mmap\nf = open(A['secret'], 'rb')\nprint(mmap.mmap(f.fileno(), 0, prot=1)[:].decode(), flush=True)"),
+    _reading("a hidden file as a program's input", "print(subprocess.run(['cat'], stdin=open(A['secret']), capture_output=True, text=True).stdout, flush=True)"),
+    _reading("a hidden file, copied by another program", "subprocess.run(['cp', A['secret'], A['work'] + '/c'])\n" + SHOW.format("A['work'] + '/c'")),
+]  # fmt: skip
+
+CHANGES = [
+    Attack("overwrite", "open(A['victim'], 'w').write('x')", _of("victim")),
+    Attack("append", "open(A['victim'], 'a').write('x')", _of("victim")),
+    Attack("overwrite what may be read", "open(A['readable'], 'w').write('x')", _of("readable")),
+    Attack("truncate", "os.truncate(A['victim'], 0)", _of("victim")),
+    Attack("truncate what may be read", "os.truncate(A['readable'], 0)", _of("readable")),
+    Attack("truncate by opening", "os.open(A['readable'], os.O_RDONLY | os.O_TRUNC)", _of("readable")),
+    Attack("by a symbolic link", "os.symlink(A['victim'], A['work'] + '/s')\nopen(A['work'] + '/s', 'w').write('x')", _of("victim")),
+    Attack("hard link", "os.link(A['readable'], A['work'] + '/h')", _of("readable")),
+    Attack("hard link, then write", "os.link(A['victim'], A['work'] + '/h')\nopen(A['work'] + '/h', 'w').write('x')", _of("victim")),
+    Attack("rename away", "os.rename(A['victim'], A['work'] + '/v')", _of("victim")),
+    Attack("rename over", "os.rename(A['work'] + '/mine', A['victim'])", _of("victim")),
+    Attack("exchange", "call(316, -100, ctypes.c_char_p((A['work'] + '/mine').encode()), -100, ctypes.c_char_p(A['victim'].encode()), 2)", _of("victim")),
+    Attack("unlink", "os.unlink(A['victim'])", _of("victim")),
+    Attack("by /proc/self/root", "open('/proc/self/root' + A['victim'], 'w').write('x')", _of("victim")),
+    Attack("by a descriptor opened again", "fd = os.open(A['readable'], os.O_RDONLY)\nopen('/proc/self/fd/%d' % fd, 'w').write('x')", _of("readable")),
+    Attack("by another process's root", "open('/proc/%d/root%s' % (A['stranger'], A['victim']), 'w').write('x')", _of("victim")),
+    Attack("by another process's descriptor", "open('/proc/%d/fd/0' % A['stranger'], 'w').write('x')", _of("victim")),
+    Attack("remove the folder", "import shutil\nshutil.rmtree(os.path.dirname(A['victim']))", _of("victim")),
+    Attack("rename the folder", "os.rename(os.path.dirname(A['victim']), A['work'] + '/o')", _of("victim")),
+    # what is protected below a grant
+    Attack("a protected file", "open(A['hook'], 'w').write('x')", _of("hook")),
+    Attack("a protected file's mode", "os.chmod(A['hook'], 0o755)", _of("hook")),
+    Attack("unlink a protected file", "os.unlink(A['hook'])", _of("hook")),
+    Attack("a new file in a protected folder", "open(A['hooks'] + '/post-merge', 'w').write('x')", _exists(lambda g: g.paths["hooks"] / "post-merge")),
+    Attack("a protected folder, replaced", "os.rename(A['hooks'], A['work'] + '/old')\nos.mkdir(A['hooks'])\nopen(A['hook'], 'w').write('x')", _of("hook")),
+    Attack("above a protected folder", "os.rename(A['work'] + '/repo/.git', A['work'] + '/old')\nos.makedirs(A['hooks'])\nopen(A['hook'], 'w').write('x')", _of("hook")),
+    Attack("far above a protected folder", "os.rename(A['work'] + '/repo', A['work'] + '/old')\nos.makedirs(A['hooks'])\nopen(A['hook'], 'w').write('x')", _of("hook")),
+    Attack("a protected file by a hard link", "os.link(A['hook'], A['work'] + '/h')\nopen(A['work'] + '/h', 'w').write('x')", _of("hook")),
+    Attack("a protected file from its folder", "os.chdir(A['hooks'])\nopen('pre-commit', 'w').write('x')", _of("hook")),
+    Attack("a hidden file", "open(A['secret'], 'w').write('x')", _of("secret")),
+    Attack("a hidden file's mode", "os.chmod(A['secret'], 0o777)", _of("secret")),
+    Attack("a hidden file, removed", "os.unlink(A['secret'])", _of("secret")),
+    Attack("a hidden folder's file", "open(A['key'], 'w').write('x')", _of("key")),
+    Attack("a token file", "open(A['token_file'], 'w').write('x')", _of("token_file")),
+    # what something unconfined runs or reads later
+    Attack("~/.bashrc", "open(A['bashrc'], 'a').write('x')", _of("bashrc")),
+    Attack("~/.bashrc by rename", "os.rename(A['work'] + '/mine', A['bashrc'])", _of("bashrc")),
+    Attack("a new ~/.bash_profile", "open(A['home'] + '/.bash_profile', 'w').write('x')", _exists(lambda g: g.paths["home"] / ".bash_profile")),
+    Attack("a new ~/.ssh", "os.mkdir(A['home'] + '/.ssh')", _exists(lambda g: g.paths["home"] / ".ssh")),
+    Attack("a .pth in site-packages", "open(A['site'] + '/ray_guard_escape.pth', 'w').write('#')", _exists(lambda g: g.paths["site"] / "ray_guard_escape.pth")),
+    Attack("a module of ray_guard", "open(A['package'] + '/escape.py', 'w').write('#')", _exists(lambda g: g.paths["package"] / "escape.py")),
+    Attack("a compile cache", "open(A['cache'] + '/kernel.so', 'w').write('x')", _exists(lambda g: g.paths["cache"] / "kernel.so")),
+    Attack("/dev/shm", "open('/dev/shm/ray_guard_escape', 'w').write('x')", _exists(lambda _: Path("/dev/shm/ray_guard_escape"))),
+    Attack("cron", "open('/etc/cron.d/ray_guard_escape', 'w').write('#')", _exists(lambda _: Path("/etc/cron.d/ray_guard_escape")), privileged=True),
+    Attack("/etc", "open('/etc/ray_guard_escape', 'w').write('#')", _exists(lambda _: Path("/etc/ray_guard_escape")), privileged=True),
+    Attack("/usr/local/bin", "open('/usr/local/bin/ray_guard_escape', 'w').write('#')", _exists(lambda _: Path("/usr/local/bin/ray_guard_escape")), privileged=True),
+    Attack("a unix socket where nothing may be made", "s = socket.socket(AF_UNIX)\ns.bind(os.path.dirname(A['victim']) + '/s')", _exists(lambda g: g.paths["victim"].parent / "s")),
+    Attack("a unix socket in a protected folder", "s = socket.socket(AF_UNIX)\ns.bind(A['hooks'] + '/s')", _exists(lambda g: g.paths["hooks"] / "s")),
+    Attack("a fifo", "os.mkfifo(os.path.dirname(A['victim']) + '/f')", _exists(lambda g: g.paths["victim"].parent / "f")),
+    Attack("a folder", "os.mkdir(os.path.dirname(A['victim']) + '/d')", _exists(lambda g: g.paths["victim"].parent / "d")),
+    Attack("a symbolic link", "os.symlink('x', os.path.dirname(A['victim']) + '/l')", _exists(lambda g: g.paths["victim"].parent / "l")),
+    Attack("a device", "os.mknod(A['work'] + '/n', 0o666 | 0o020000, os.makedev(1, 3))", _exists(lambda g: g.paths["work"] / "n"), privileged=True),
+    Attack("a block device", "os.mknod(A['work'] + '/n', 0o666 | 0o060000, os.makedev(7, 0))", _exists(lambda g: g.paths["work"] / "n"), privileged=True),
+]  # fmt: skip
+
+_CHMODS = {
+    "chmod": "os.chmod(P, 0o777)",
+    "fchmod": "os.fchmod(os.open(P, os.O_RDONLY), 0o777)",
+    "fchmodat": "at = os.open(os.path.dirname(P), os.O_PATH)\nos.chmod(os.path.basename(P), 0o777, dir_fd=at)",
+    "fchmodat2": "call(452, -100, ctypes.c_char_p(P.encode()), 0o777, 0)",
+    "chmod by a symbolic link": "os.symlink(P, A['work'] + '/s')\nos.chmod(A['work'] + '/s', 0o777)",
+    "chmod by /proc/self/fd": "os.chmod('/proc/self/fd/%d' % os.open(P, os.O_RDONLY), 0o777)",
+    "chmod by /dev/fd": "os.chmod('/dev/fd/%d' % os.open(P, os.O_RDONLY), 0o777)",
+    "chmod by /proc/self/root": "os.chmod('/proc/self/root' + P, 0o777)",
+    "chmod from within": "os.chdir(os.path.dirname(P))\nos.chmod(os.path.basename(P), 0o777)",
+    "chmod over ..": "os.chdir(A['work'])\nos.chmod('../' + os.path.relpath(P, os.path.dirname(A['work'])), 0o777)",
+    "utime": "os.utime(P, (1, 1))",
+    "utime to now": "call(280, -100, ctypes.c_char_p(P.encode()), 0, 0)",
+    "futimens": "os.utime(os.open(P, os.O_RDONLY), (1, 1))",
+    "old utime": "call(132, ctypes.c_char_p(P.encode()), struct.pack('=qq', 1, 1))",
+    "old utimes": "call(235, ctypes.c_char_p(P.encode()), struct.pack('=4q', 1, 0, 1, 0))",
+    "futimesat": "call(261, -100, ctypes.c_char_p(P.encode()), struct.pack('=4q', 1, 0, 1, 0))",
+    "setxattr": "os.setxattr(P, 'user.x', b'x')",
+    "fsetxattr": "os.setxattr(os.open(P, os.O_RDONLY), 'user.x', b'x')",
+    "setxattrat": (
+        "value = ctypes.create_string_buffer(b'x')\n"
+        "args = struct.pack('=QII', ctypes.addressof(value), 1, 0)\n"
+        "call(463, -100, ctypes.c_char_p(P.encode()), 0, ctypes.c_char_p(b'user.x'), args, 16)"
+    ),
+}
+_CHOWNS = {
+    "chown": "os.chown(P, 1, 1)",
+    "lchown": "os.lchown(P, 1, 1)",
+    "fchown": "os.fchown(os.open(P, os.O_RDONLY), 1, 1)",
+    "fchownat": "call(260, os.open(P, os.O_RDONLY), ctypes.c_char_p(b''), 1, 1, 0x1000)",
+}
+METADATA = [
+    Attack(f"{name} of {where}", f"P = A['{where}']\n{body}", _of(where), privileged=body in _CHOWNS.values())
+    for where in ("victim", "readable", "hook")
+    for name, body in {**_CHMODS, **_CHOWNS}.items()
+    if where != "victim" or "O_RDONLY" not in body  # it cannot even be opened
+]
+
+
+def _argv(ground: Ground, attack: Attack, stranger: int) -> list[str]:
+    told = {"token": "", "stranger": stranger, **{name: str(path) for name, path in ground.paths.items()}}
+    lines = "\n".join("    " + line for line in attack.body.splitlines())
+    return [PYTHON, "-I", "-S", "-c", f"{PRELUDE}\ndef main():\n{lines}\n{EPILOGUE}", json.dumps(told)]
+
+
+@contextmanager
+def _stranger(ground: Ground) -> Iterator[int]:
+    """A process of the same user that stands in the victim's folder and has the victim open."""
+    with ground.paths["victim"].open("r+") as victim:
+        process = subprocess.Popen(["sleep", "1000"], stdin=victim, cwd=ground.paths["victim"].parent)
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _try(host: Host, ground: Ground, attack: Attack) -> None:
+    if attack.privileged and not ROOT:
+        pytest.skip(f"{attack.name}: needs root even unconfined")
+
+    def once(run: Callable[[list[str]], Outcome]) -> tuple[Outcome, str]:
+        ground.reset()
+        with _stranger(ground) as stranger:
+            outcome = run(_argv(ground, attack, stranger))
+        if attack.reads:
+            return outcome, "it was read" if ground.token in outcome.stdout else ""
+        assert attack.harm is not None
+        return outcome, attack.harm(ground)
+
+    free, harm = once(run_unconfined)
+    missing = free.said.get("errno") in ("ENOSYS", "EOPNOTSUPP")
+    assert missing or harm, f"the attack does not even work unconfined: {free.said or free.stderr}"
+    held, harm = once(lambda argv: host.run("call", argv))
+    assert not harm, f"ESCAPED: {harm}; {held.said or held.stderr}"
+    assert held.said or held.stderr, held  # it ran
+    if missing:
+        pytest.skip(f"{attack.name}: refused, but proves nothing here: unconfined it says {free.said['errno']}")
+
+
+@pytest.mark.parametrize("attack", READS, ids=str)
+def test_reading(host: Host, ground: Ground, attack: Attack) -> None:
+    _try(host, ground, attack)
+
+
+@pytest.mark.parametrize("attack", CHANGES, ids=str)
+def test_changing(host: Host, ground: Ground, attack: Attack) -> None:
+    _try(host, ground, attack)
+
+
+@pytest.mark.parametrize("attack", METADATA, ids=str)
+def test_metadata(host: Host, ground: Ground, attack: Attack) -> None:
+    _try(host, ground, attack)
