@@ -530,6 +530,7 @@ class Gate:
         for own in (b"/proc/self/", b"/proc/thread-self/"):  # would mean the supervisor
             if path.startswith(own):
                 path = b"/proc/%d/" % notification.pid + path[len(own) :]
+        path = _as_seen(path, notification.pid)
         folder = None
         try:
             if not path.startswith(b"/"):
@@ -661,7 +662,8 @@ class Gate:
             os.chdir(f"/proc/{notification.pid}/cwd")
             result = self._judge.make_socket(duplicate, raw, notification.pid)
             if result == 0:
-                self._claim(duplicate, os.open(address.path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+                pinned = os.open(_as_seen(address.path, notification.pid), os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self._claim(duplicate, pinned, notification.pid)
             return result
         except OSError as error:
             return -(error.errno or errno.EACCES)
@@ -670,7 +672,7 @@ class Gate:
             os.fchdir(home)
             os.close(home)
 
-    def _claim(self, duplicate: int, pinned: int) -> None:
+    def _claim(self, duplicate: int, pinned: int, tid: int) -> None:
         """Makes the bound socket file the target's own, if it is the one that was bound.
 
         The path may mean another by now: a folder or a name swapped in between would make somebody else's socket,
@@ -678,7 +680,7 @@ class Gate:
         """
         try:
             bound = unix_file(os.fstat(duplicate).st_ino)
-            found = (procfs.mounted_device(pinned), os.fstat(pinned).st_ino & 0xFFFFFFFF)
+            found = (procfs.mounted_device(pinned, tid), os.fstat(pinned).st_ino & 0xFFFFFFFF)
         except OSError as error:
             os.close(pinned)
             self._judge.fault(f"what a unix socket is bound to cannot be asked: {error}")
@@ -986,6 +988,11 @@ class Gate:
             self.listener.proceed(notification.id)
         else:
             self.refuse(notification, errno.EPERM)
+
+
+def _as_seen(path: bytes, tid: int) -> bytes:
+    """``path``, where a thread may see a /dev/shm of its call's own."""
+    return b"/proc/%d/root%s" % (tid, path) if path.startswith(b"/dev/shm/") else path
 
 
 _SOL_UDP, _IP_TOS, _IP_TTL, _IP_PKTINFO = 17, 1, 2, 8

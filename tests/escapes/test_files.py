@@ -13,6 +13,7 @@ import secrets
 import shutil
 import stat
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import EPILOGUE, PRELUDE, PYTHON, ROOT, Host, Namespace, Outcome, launcher, run_unconfined
+from harness import EPILOGUE, PRELUDE, PYTHON, ROOT, Host, Namespace, Outcome, launcher, run_unconfined, wait
 
 import ray_guard
+from ray_guard.kernel import mounting
 
 pytestmark = pytest.mark.kernel
 
@@ -362,3 +364,328 @@ def test_changing(host: Host, ground: Ground, attack: Attack) -> None:
 @pytest.mark.parametrize("attack", METADATA, ids=str)
 def test_metadata(host: Host, ground: Ground, attack: Attack) -> None:
     _try(host, ground, attack)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the guard's own files
+
+
+OWN = [
+    _reading("the evidence", "[print(open(A['evidence'] + '/' + n).read(), flush=True) for n in os.listdir(A['evidence'])]"),
+    Attack("the evidence, appended to", "[open(A['evidence'] + '/' + n, 'a').write('x') for n in A['segments']]"),
+    Attack("the evidence, cut short", "[os.truncate(A['evidence'] + '/' + n, 0) for n in A['segments']]"),
+    Attack("the evidence, removed", "[os.unlink(A['evidence'] + '/' + n) for n in A['segments']]"),
+    Attack("the evidence, moved", "os.rename(A['evidence'], A['work'] + '/elsewhere')"),
+    Attack("above the evidence", "os.rename(A['work'], A['home'] + '/elsewhere')"),
+    Attack("the evidence's mode", "os.chmod(A['evidence'], 0o777)"),
+    Attack("the supervisor's folder", "print(os.listdir(A['supervisor']))"),
+    Attack("the supervisor's log", "[open(A['supervisor'] + '/' + n, 'a').write('x') for n in A['logs']]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", OWN, ids=str)
+def test_the_guards_own_files(host: Host, ground: Ground, attack: Attack) -> None:
+    """Its evidence lies below what this policy lets be written. Not tried unconfined: that would work, and be missed."""
+    assert host.run("call", ["true"]).status == 0  # there is evidence
+    supervisor = Path(f"/tmp/ray_guard-{os.geteuid()}")
+    segments = sorted(path.name for path in host.evidence.glob("*.otlp.jsonl"))
+    assert segments
+    logs = sorted(path.name for path in supervisor.glob("*.log"))
+    assert logs
+    told = {"token": "", **{name: str(path) for name, path in ground.paths.items()}}
+    told |= {"evidence": str(host.evidence), "supervisor": str(supervisor), "segments": segments, "logs": logs}
+    lines = "\n".join("    " + line for line in attack.body.splitlines())
+    program = f"{PRELUDE}\ndef main():\n{lines}\n{EPILOGUE}"
+    sizes = {name: (host.evidence / name).stat().st_size for name in segments}
+    assert all(sizes.values())
+    mode = host.evidence.stat().st_mode
+    outcome = host.run("call", [PYTHON, "-I", "-S", "-c", program, json.dumps(told)])
+    assert "traceId" not in outcome.stdout
+    assert ".sock" not in outcome.stdout
+    assert {name: (host.evidence / name).stat().st_size >= size for name, size in sizes.items()} == dict.fromkeys(
+        sizes, True
+    )
+    assert not any((host.evidence / name).read_bytes().endswith(b"x") for name in segments)
+    assert not any((supervisor / name).read_bytes().endswith(b"x") for name in logs)
+    assert host.evidence.stat().st_mode == mode
+    assert attack.reads or "errno" in outcome.said or "Error" in outcome.stderr, outcome
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# devices
+
+
+def _device(host: Host | None, path: str, flags: str) -> Outcome:
+    program = f"{PRELUDE}\ndef main(): os.open({path!r}, os.{flags})\n{EPILOGUE}"
+    argv = [PYTHON, "-I", "-S", "-c", program, '{"token": ""}']
+    return run_unconfined(argv) if host is None else host.run("call", argv)
+
+
+@pytest.mark.parametrize(
+    "path", ["/dev/kmsg", "/dev/loop-control", "/dev/kvm", "/dev/fuse", "/dev/net/tun", "/dev/vda"]
+)
+def test_a_device_that_is_not_granted(host: Host, path: str) -> None:
+    """Any of them stands for a GPU here: nodes are granted one by one, by what is behind them."""
+    if _device(None, path, "O_RDONLY").said.get("done") is None:
+        pytest.skip(f"{path} cannot be opened unconfined")
+    assert _device(host, path, "O_RDONLY").said.get("errno") == "EACCES"
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"])
+def test_a_device_that_everybody_needs(host: Host, path: str) -> None:
+    assert _device(host, path, "O_RDWR").said == {"done": True}
+
+
+_IOCTL = """
+import errno, fcntl, sys
+for number in sys.argv[2:]:
+    try: fcntl.ioctl(int(sys.argv[1]), int(number), bytes(64))
+    except OSError as error: print(errno.errorcode[error.errno])
+    else: print('done')
+"""
+GPU_CALLS = {
+    "NV_ESC_RM_ALLOC": 0xC030462B,
+    "NV_ESC_REGISTER_FD": 0xC00446C9,
+    "UVM_INITIALIZE": 0x30000001,
+    "DRM_IOCTL_VERSION": 0xC0406400,
+    "AMDKFD_IOC_GET_VERSION": 0x80084B01,
+}
+
+
+def test_a_gpu_descriptor_that_was_passed_on_does_nothing(host: Host) -> None:
+    """The number of the call decides, whatever it is made on: unconfined a pipe says that it knows no such call."""
+    numbers = [str(number) for number in GPU_CALLS.values()]
+    argv = [PYTHON, "-I", "-S", "-c", _IOCTL, "0", *numbers]
+    free = subprocess.run(argv, capture_output=True, text=True, check=True, input="")
+    assert free.stdout.split() == ["ENOTTY"] * len(numbers)
+    assert host.run("call", argv).stdout.split() == ["EPERM"] * len(numbers)
+
+
+def test_what_others_use_of_the_same_magic_stays(host: Host) -> None:
+    # KDGKBTYPE, asked of a terminal to learn whether it is the console; TCGETS
+    argv = [PYTHON, "-I", "-S", "-c", _IOCTL, "0", str(0x4B33), str(0x5401)]
+    assert host.run("call", argv).stdout.split() == ["ENOTTY", "ENOTTY"]
+
+
+@pytest.mark.parametrize(("gpu", "said"), [("none", "EPERM"), ("any", "ENOTTY")])
+def test_gpus_are_granted_by_the_policy(tmp_path: Path, gpu: str, said: str) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"version: 1\nrole: tool\ngpu: {gpu}\negress: {{allow: []}}\n")
+    command = [*launcher.prefix(), PYTHON, "-m", "ray_guard.cli", "run", "--policy", str(policy), "--evidence",
+               str(tmp_path / "evidence"), "--", PYTHON, "-I", "-S", "-c", _IOCTL, "0", str(0xC030462B)]  # fmt: skip
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    if launcher.prefix() and done.returncode == 125:
+        pytest.skip(f"refuses to start on this host: {done.stderr}")
+    assert done.stdout.split() == [said], done.stderr
+
+
+def test_a_device_is_not_passed_on(host: Host) -> None:
+    code = """
+import os
+try:
+    descriptor = os.open(path, os.O_RDONLY)
+except OSError as error:
+    result = f'missing {error}'
+else:
+    try: ray_guard.run(['true'], pass_fds=[descriptor])
+    except (ValueError, ray_guard.NotEnforced) as error: result = str(error)
+    else: result = 'passed on'
+    os.close(descriptor)
+"""
+    said = host.inside(code, path="/dev/kmsg")
+    if said.startswith("missing"):
+        pytest.skip(said)
+    assert "device 1:11" in said
+    assert host.inside(code, path="/dev/null") == "passed on"
+
+
+def test_a_file_that_was_passed_on_keeps_its_mode(host: Host, ground: Ground) -> None:
+    """The descriptor is the tool's, to read or write; mode and owner are not its to change."""
+    ground.reset()
+    code = """
+with open(victim) as file:
+    result = ray_guard.run([python, '-I', '-S', '-c', program], stdin=file, capture_output=True, text=True).stdout
+"""
+    program = """
+import os
+for change in (lambda: os.fchmod(0, 0o777), lambda: os.utime(0, (1, 1)), lambda: os.setxattr(0, 'user.x', b'x'),
+               lambda: os.chmod('/proc/self/fd/0', 0o777), lambda: os.chmod('/dev/stdin', 0o777),
+               lambda: open('/dev/stdin', 'w')):
+    try: change(); print('changed')
+    except PermissionError: print('refused')
+print(len(open('/dev/stdin').read()))
+"""
+    said = host.inside(code, victim=str(ground.paths["victim"]), program=program, python=PYTHON)
+    assert said.split() == ["refused"] * 6 + [str(len(ground.token))]
+    assert ground.harm("victim") == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what must work
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Path]]:
+    """A process that stands in a folder of its own, under the defaults."""
+    folder = tmp_path_factory.mktemp("bench")
+    namespace = Namespace()
+    work = folder / "work"
+    work.mkdir()
+    before = os.getcwd()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HOME", str(folder / "home"))
+        patched.setenv("PATH", f"{Path(PYTHON).parent}:{os.environ['PATH']}")
+        (folder / "home").mkdir()
+        (folder / "home/.gitconfig").write_text("[user]\n  name = T\n  email = t@example.org\n")
+        try:
+            host = Host({"egress": {"allow": []}}, folder / "evidence", namespace)
+        except RuntimeError as error:
+            namespace.close()
+            if not launcher.prefix() or "NotEnforced" not in str(error):
+                raise
+            pytest.skip(f"refuses to start on this host: {error}")
+    host.inside(f"import os; os.chdir({str(work)!r})")
+    assert os.getcwd() == before
+    yield host, work
+    host.close()
+    namespace.close()
+
+
+def _has(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not here")
+
+
+WORKS = {
+    "git": """
+git init -q repo && cd repo && echo one > file && git add . && git commit -qm one && git checkout -qb other
+echo two > file && git commit -qam two && git checkout -q - && git merge -q other && git stash list
+git clone -q . ../clone && git clone -q --no-hardlinks . ../copy && cd ../clone && git log --oneline | wc -l | grep -qx 2
+git gc -q && git config user.name x && rm -rf ../copy""",
+    "compilers": """
+mkdir -p c && cd c && printf '#include <stdio.h>\\nint main(void) { puts("hello"); }\\n' > hello.c
+gcc -O1 -o hello hello.c && ./hello | grep -q hello && printf 'all: ; @echo made\\n' > Makefile && make | grep -q made""",
+    "venv and pip": """
+python -m venv --without-pip made && test -x made/bin/python && made/bin/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'
+mkdir -p src/thing && echo 'x = 1' > src/thing/__init__.py
+python - <<'END'
+import zipfile
+with zipfile.ZipFile('thing-1-py3-none-any.whl', 'w') as wheel:
+    wheel.writestr('thing.py', 'x = 41 + 1')
+    wheel.writestr('thing-1.dist-info/METADATA', 'Metadata-Version: 2.1\\nName: thing\\nVersion: 1\\n')
+    wheel.writestr('thing-1.dist-info/WHEEL', 'Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n')
+    wheel.writestr('thing-1.dist-info/RECORD', '')
+END
+python -m pip --version && python -m pip install -q --no-index --target installed ./thing-1-py3-none-any.whl
+PYTHONPATH=installed python -c 'import thing; assert thing.x == 42'""",
+    "pytest": """
+mkdir -p t && cd t && printf 'import subprocess, tempfile\\ndef test_it(tmp_path):\\n    (tmp_path / "x").write_text("x")\\n    subprocess.run(["true"], check=True)\\n' > test_it.py
+python -m pytest -q test_it.py | grep -q '1 passed'""",
+    "node": """
+node -e "const fs = require('fs'), os = require('os'), path = require('path');
+fs.writeFileSync('n.txt', 'x'); const d = fs.mkdtempSync(path.join(os.tmpdir(), 'n')); fs.writeFileSync(d + '/x', 'y');
+require('child_process').execFileSync('true'); console.log(fs.readFileSync('n.txt', 'utf8'))" | grep -qx x""",
+    "archives": """
+mkdir -p a/b && echo x > a/b/f && chmod 640 a/b/f && touch -d 2001-01-01 a/b/f && tar czf a.tgz a && rm -r a && tar xzpf a.tgz
+test "$(stat -c %a.%Y a/b/f)" = "640.$(date -d 2001-01-01 +%s)" && cp -a a c2 && mv c2 c3 && ln a/b/f hard && ln -s a soft
+test -x "$(command -v rsync)" && rsync -a a/ r/; rm -rf a c3 r hard soft""",
+    "shell": """
+cat > here <<'END'
+line
+END
+sort -S 1K here > sorted && sed -i s/line/word/ here && grep -q word here && mkfifo pipe && (echo x > pipe & read y < pipe; test "$y" = x)
+diff <(echo 1) <(echo 1) && echo out > /dev/stdout && echo err > /dev/stderr && head -c 9 /dev/urandom > /dev/null
+printf '#!/bin/sh\\necho ran\\n' > script && chmod +x script && ./script | grep -qx ran""",
+    "unix sockets": """
+python - <<'END'
+import os, socket, sys, tempfile
+for folder in ('.', tempfile.mkdtemp(), *sys.argv[1:]):
+    server = socket.socket(socket.AF_UNIX); server.bind(folder + '/sock'); server.listen()
+    assert server.getsockname() == folder + '/sock'
+    client = socket.socket(socket.AF_UNIX); client.connect(folder + '/sock'); client.send(b'x')
+    assert server.accept()[0].recv(1) == b'x'
+    os.chmod(folder + '/sock', 0o600); os.unlink(folder + '/sock')
+END""",
+    "sqlite": """
+python -c "import sqlite3; c = sqlite3.connect('d.db'); c.execute('pragma journal_mode=wal'); c.execute('create table t (x)'); c.commit(); c.close()" """,
+}
+_NEEDED = {"git": "git", "compilers": "gcc", "node": "node"}
+
+
+@pytest.mark.parametrize("what", WORKS)
+def test_what_must_work(bench: tuple[Host, Path], what: str) -> None:
+    if shutil.which(_NEEDED.get(what, "bash")) is None:
+        pytest.skip(f"{_NEEDED[what]} is not here")
+    host, _ = bench
+    outcome = host.run("call", ["bash", "-ec", WORKS[what]], timeout=60)
+    assert outcome.status == 0, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.skipif(not mounting.works() or launcher.prefix() != [], reason="needs mounts of the call's own")
+def test_what_works_with_mounts(bench: tuple[Host, Path]) -> None:
+    """POSIX semaphores and shared memory need /dev/shm, terminals /dev/pts: a call has its own."""
+    program = """
+import multiprocessing, multiprocessing.shared_memory, os
+with multiprocessing.Pool(2) as pool: print(pool.map(abs, [-1, 2]))
+memory = multiprocessing.shared_memory.SharedMemory(create=True, size=4096)
+memory.unlink()
+print(os.ttyname(os.openpty()[1]), os.listdir('/dev/shm'))
+open('/dev/shm/left', 'w')
+import socket
+server = socket.socket(socket.AF_UNIX); server.bind('/dev/shm/sock'); server.listen()
+socket.socket(socket.AF_UNIX).connect('/dev/shm/sock')
+"""
+    host, _ = bench
+    for _ in range(2):  # what a call leaves there is not the next one's
+        outcome = host.run("call", [PYTHON, "-c", program])
+        assert outcome.stdout == "[1, 2]\n/dev/pts/0 []\n", outcome
+    assert not Path("/dev/shm/left").exists()
+
+
+def test_scratch(bench: tuple[Host, Path]) -> None:
+    """A call's processes share it, other calls have another, and nothing is left."""
+    code = """
+import os, ray_guard
+def tell(script): return ray_guard.run(['bash', '-c', script], capture_output=True, text=True, check=True).stdout.strip()
+result = []
+with ray_guard.tool_call('one', {}):
+    result.append(tell('mkdir -p $TMPDIR/a/b; echo x > $TMPDIR/a/b/f; chmod 0 $TMPDIR/a; echo $TMPDIR'))
+    result.append(tell('ls $TMPDIR'))
+with ray_guard.tool_call('two', {}):
+    result.append(tell('echo $TMPDIR; ls $TMPDIR'))
+result.append(tell('echo $TMPDIR; ls $TMPDIR; mktemp > /dev/null'))
+"""
+    host, _ = bench
+    first, held, second, third = host.inside(code)
+    assert held == "a"
+    assert len({first, second, third}) == 3
+    for path in (first, second, third):
+        wait(lambda path=path: not os.path.lexists(path), f"{path} is still there")
+
+
+def test_a_very_deep_folder_in_scratch_is_removed(bench: tuple[Host, Path]) -> None:
+    host, _ = bench
+    program = "import os\nos.chdir(os.environ['TMPDIR'])\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\nprint(os.environ['TMPDIR'])"
+    path = host.run("call", [PYTHON, "-I", "-S", "-c", program]).stdout.strip()
+    wait(lambda: not os.path.lexists(path), f"{path} is still there", 20)
+
+
+def test_the_working_folder_holds_what_is_never_writable(tmp_path: Path) -> None:
+    """A project with its environment in it, the common case: all may be made beside it, nothing in it."""
+    project = tmp_path / "project"
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(project / ".venv")], check=True)
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"version": 1, "egress": {"allow": []}}')
+    outer = Path(ray_guard.__file__).parents[1]
+    script = "touch .venv/bin/x .venv/x; mv .venv gone; rm -rf .venv/bin/python; echo made > new; mkdir -p d && mv new d/; cat d/new"
+    paths = [str(outer), *(path for path in sys.path if path.endswith("site-packages"))]
+    command = [*launcher.prefix(), str(project / ".venv/bin/python"), "-m", "ray_guard.cli", "run", "--policy", str(policy),
+               "--evidence", str(project / "evidence"), "--", "bash", "-c", script]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": ":".join(paths)}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=60)
+    if launcher.prefix() and done.returncode == 125:
+        pytest.skip(f"refuses to start on this host: {done.stderr}")
+    assert (project / ".venv/bin/python").exists(), done
+    assert not (project / ".venv/x").exists()
+    assert not (project / ".venv/bin/x").exists()
+    if mounting.works() and not launcher.prefix():
+        assert done.stdout == "made\n", done
