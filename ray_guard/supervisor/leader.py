@@ -6,6 +6,7 @@ when the tool has ended, when it is told to, or when the supervisor is gone. Not
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -43,34 +44,37 @@ def lead(
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     os.setsid()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
-    scope: OSError | None = None
+    obstacle: tuple[str, OSError] | None = None
     if mounting.works():
         try:
             mounts.enter(covers)
+            if not mounts.stand(covers):
+                raise OSError(errno.ESTALE, "what is to be covered changes all the time")
         except OSError as error:
-            scope = error
+            obstacle = ("files", error)
     # A domain of its own, with the tool's within: from here on kill(-1) means this call's processes, and no others.
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     try:
         landlock.enter_process_scope()
     except OSError as error:
-        scope = error
+        obstacle = ("scope", error)
     while True:
-        embryo = None if scope is not None else Embryo(program, system)
+        embryo = None if obstacle is not None else Embryo(program, system)
         received = seqpacket.receive(line)
         if received is None:
             return 0  # with this process the embryo's line closes, and it ends
         message, descriptors = received
-        if not mounts.stand(covers):
+        if obstacle is None and not mounts.stand(covers):
             seqpacket.send(line, {"op": "again", "start": message}, descriptors)
             return 0
         link, supervisor, *own = descriptors
         call = _Call(socket.socket(fileno=link), supervisor, wake_read, message.get("wall_seconds"))
         with call:
             if embryo is None:
-                call.refuse("scope", scope.errno if scope else None, f"its own domain: {scope}")
+                _refuse(call, obstacle)
                 seqpacket.close_all(own)
-            elif not call.run(embryo, own):
+                return 0
+            if not call.run(embryo, own):
                 return 0
         if mounting.works():
             mounts.clear()
@@ -78,6 +82,11 @@ def lead(
             seqpacket.send(line, {"op": "ready"})
         except OSError:
             return 0  # the zygote is gone
+
+
+def _refuse(call: _Call, obstacle: tuple[str, OSError] | None) -> None:
+    stage, error = obstacle or ("scope", OSError())
+    call.refuse(stage, error.errno, f"{'Landlock' if stage == 'scope' else 'mounts'}: {error.strerror or error}")
 
 
 class _Call:

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from ray_guard.errors import NotEnforced
 from ray_guard.kernel import devices, landlock, libc, mounting
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.policy.files import (
@@ -175,11 +174,10 @@ class Views:
             hidden: folders of the guard itself, and Ray's on this node.
 
         Raises:
-            PolicyError, NotEnforced: ``files`` is malformed, or cannot be held here.
+            PolicyError, NotEnforced: ``files`` is malformed, or cannot be held here. (Where there is no Landlock, or an
+                old one, the leader says so.)
         """
         wires = [wire for wire in policy.wires if wire.get("mode") == Mode.ENFORCE.value]
-        if wires and landlock.abi() < landlock.FILES_ABI:
-            raise NotEnforced(["files"], f"Landlock ABI {landlock.abi()}: Linux 6.2 is needed")
         mounts = mounting.works()
         cwd = os.readlink(f"/proc/self/fd/{folder}")
         search_path = start.environment.get("PATH", "")
