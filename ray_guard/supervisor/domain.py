@@ -67,7 +67,7 @@ class Domain:
         return ruleset
 
     def enter(self, view: dict[str, Any], given: Sequence[int]) -> None:
-        """The calling thread is bound by ``view`` from here on.
+        """Binds the calling thread to ``view``, for good; it reaches no process outside, its leader least of all.
 
         Args:
             view: as ``supervisor.view`` made it.
@@ -86,8 +86,9 @@ class Domain:
             _add_streams(system, given)
             system.enter()
             system.close()
-        if self._ready is not None:
+        if self._ready is not None:  # nothing about files is enforced
             self._ready.close()
+            landlock.enter_process_scope()
 
 
 def _add(ruleset: landlock.Ruleset, grants: Iterable[Grant]) -> None:

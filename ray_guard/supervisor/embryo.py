@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
 from ray_guard.egress import rings
-from ray_guard.kernel import borrowing, landlock, libc, seccomp, seqpacket
+from ray_guard.kernel import borrowing, libc, seccomp, seqpacket
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor.domain import Domain, read_view
 from ray_guard.supervisor.start import Start, read_start
@@ -92,8 +92,6 @@ def _live(
         _reset_signals()
         bound_capabilities()
         stage = "scope"
-        # Within the leader's own domain, so that the tool cannot stop, kill or take over its leader.
-        landlock.enter_process_scope()
         domain = Domain(system)
         stage = "filter"
         listener = seccomp.install_on_thread(program)
