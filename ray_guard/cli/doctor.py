@@ -22,8 +22,9 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
         "yama",
     ),
     "processes": ("seccomp.user_notification", "pidfd_getfd", "subreaper", "landlock.signal_scope"),
+    "files": ("seccomp.user_notification", "proc_mem", "landlock.signal_scope", "landlock.files", "mounts"),
 }
-_NOT_IN_THIS_VERSION: Final = ("files", "gpu", "names", "compute")
+_NOT_IN_THIS_VERSION: Final = ("gpu", "names", "compute")
 
 _SAID: Final = f"""\
 Two promises:
@@ -34,6 +35,9 @@ Two promises:
 Direct flows: bytes are exact at a flow's end (off by one where a tool closes while its peer still sends). Under a byte
 cap they are read every {1000 * TICK_S:g} ms and cut late: by the flow's rate times that, and what its socket had queued
 by then (0.3 to 1.4 MB past a cap of 4 MiB were measured at 65 MB/s).
+Files: the view of a tool process. A hidden or protected place that somebody outside replaces while a call runs is no
+longer covered for that call; one in a hidden or protected folder is. Existence, size and mode of files can be asked
+(stat) wherever their folders may be entered. gpu: none is held in tools (nodes, inherited descriptors).
 Datagrams: an actor's own sockets are mute unless the policy lists udp:// destinations (sendmsg is then judged too,
 which costs every Ray call about 15 %)."""
 

@@ -254,7 +254,7 @@ class _Planner:
             self._read(entry)
         for entry in self._files.write:
             self._write(entry)
-        covers = sorted(self._covers.items(), key=lambda item: item[0].count("/"))
+        covers = sorted(self._covers.items(), key=lambda item: (item[0].count("/"), item[0]))
         return Plan(
             tuple(Grant(path, rights) for path, rights in self._grants.items()),
             tuple(Cover(path, how) for path, how in covers if not self._is_under_a_hide(path)),

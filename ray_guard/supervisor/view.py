@@ -213,7 +213,7 @@ class Views:
         covers = {cover.path: cover for each in plans for cover in each.covers if cover.how == PIN}
         covers |= {cover.path: cover for each in plans for cover in each.covers if cover.how == PROTECT}
         covers |= {cover.path: cover for each in plans for cover in each.covers if cover.how == HIDE}
-        ordered = sorted(covers.values(), key=lambda cover: cover.path.count("/"))
+        ordered = sorted(covers.values(), key=lambda cover: (cover.path.count("/"), cover.path))
         content = {"layers": layers, "environment": environment, "gpu": gpu, "cwd": cwd if ordered else None}
         return View(json.dumps(content).encode(), tuple(writable), tuple(ordered), enforced=bool(wires))
 
