@@ -143,21 +143,20 @@ def _files() -> list[Rule]:
     return rules + [Rule("ioctl", _NO_IOCTL, (equals(1, number),)) for number in _FLAG_IOCTLS]
 
 
-def no_gpu(machine: str) -> tuple[Instruction, ...]:
-    """Added to a call's filter unless it is granted GPUs: an inherited descriptor of one does nothing.
+def _no_gpu() -> list[Rule]:
+    """Unless GPUs are granted an inherited descriptor of one does nothing.
 
     By the number of the ioctl: NVIDIA's magic ``F``, its UVM_INITIALIZE and UVM_DEINITIALIZE, DRM's ``d``, KFD's ``K``
     (the console's calls have that magic too, but no size).
     """
     magic = 0xFF00
-    rules = [
+    return [
         Rule("ioctl", _REFUSE, (equals(1, 0x4600, mask=magic),)),
         Rule("ioctl", _REFUSE, (equals(1, 0x30000001),)),
         Rule("ioctl", _REFUSE, (equals(1, 0x30000002),)),
         Rule("ioctl", _REFUSE, (equals(1, 0x6400, mask=magic),)),
         Rule("ioctl", _REFUSE, (equals(1, 0x4B00, mask=magic), differs(1, 0, mask=0xFFFF0000))),
     ]
-    return assemble(rules, machine)
 
 
 def _common() -> list[Rule]:
@@ -214,8 +213,13 @@ def _streams_only() -> list[Rule]:
     ]
 
 
-def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
-    """The filter of a tool process and all it will ever start. ``borrows``: see :func:`actor_ring`."""
+def call_ring(machine: str, *, borrows: bool = True, gpu: bool = False) -> tuple[Instruction, ...]:
+    """The filter of a tool process and all it will ever start.
+
+    Args:
+        borrows: see :func:`actor_ring`.
+        gpu: it may use GPUs.
+    """
     if borrows:
         rules = _common() + _sockets(stream=RUN, datagram=RUN, netlink=NOTIFY)
         rules.insert(0, Rule("socket", RUN, (equals(0, AF_UNIX), equals(1, DGRAM, mask=_TYPE), equals(2, 0))))
@@ -229,4 +233,6 @@ def call_ring(machine: str, *, borrows: bool = True) -> tuple[Instruction, ...]:
     # Limits of another process, whichever: a tool that set the supervisor's could end it. One's own go by pid 0.
     rules += [*pointer_given("prlimit64", _REFUSE, 2, differs(0, 0))]
     rules += _files()
+    if not gpu:
+        rules += _no_gpu()
     return assemble(rules, machine)

@@ -71,6 +71,11 @@ class _PathBeneathAttr(ctypes.Structure):
     _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
+_add_rule = libc.c_library["syscall"]  # a function object of its own, whose types are known: called often
+_add_rule.restype = ctypes.c_long
+_add_rule.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.POINTER(_PathBeneathAttr), ctypes.c_uint32)
+
+
 def abi() -> int:
     """The interface version of this kernel; 0: there is no Landlock."""
     try:
@@ -120,7 +125,7 @@ class Ruleset:
             rights &= OF_FILES
         if rights:
             rule = _PathBeneathAttr(rights, descriptor)
-            libc.syscall(_ADD_RULE, self.descriptor, _RULE_PATH_BENEATH, ctypes.addressof(rule), 0)
+            libc.check(_add_rule(_ADD_RULE, self.descriptor, _RULE_PATH_BENEATH, rule, 0), "landlock_add_rule")
 
     def enter(self) -> None:
         """The calling thread, and what it will start, are bound by it from here on. Needs no_new_privs."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import stat
@@ -25,6 +26,18 @@ _RIGHTS: Final = {
     DEVICE: Fs.READ_FILE | Fs.WRITE_FILE | Fs.IOCTL_DEV | Fs.TRUNCATE,
 }  # fmt: skip
 """No letter stands for making device nodes."""
+
+
+_NOTHING_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
+"""Not there, or not for this user: then nothing is granted."""
+
+
+@functools.cache
+def _rights(letters: str) -> int:
+    rights = Fs(0)
+    for letter in letters:
+        rights |= _RIGHTS[letter]
+    return int(rights)
 
 
 def prepare() -> tuple[Grant, ...]:
@@ -93,18 +106,14 @@ class Domain:
 
 def _add(ruleset: landlock.Ruleset, grants: Iterable[Grant]) -> None:
     for path, letters in grants:
+        # What was resolved when the policy was read must not lead elsewhere now.
+        descriptor = libc.openat2(path, os.O_PATH | os.O_CLOEXEC, libc.RESOLVE_NO_SYMLINKS)
+        if -descriptor in _NOTHING_THERE:
+            continue
+        if descriptor < 0:
+            raise OSError(-descriptor, os.strerror(-descriptor), path)
         try:
-            # What was resolved when the policy was read must not lead elsewhere now.
-            descriptor = libc.openat2(path, os.O_PATH | os.O_CLOEXEC, libc.RESOLVE_NO_SYMLINKS)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG):
-                continue  # not there, or not for this user: then nothing is granted
-            raise
-        try:
-            rights = Fs(0)
-            for letter in letters:
-                rights |= _RIGHTS[letter]
-            ruleset.allow(descriptor, rights)
+            ruleset.allow(descriptor, _rights(letters))
         finally:
             os.close(descriptor)
 

@@ -10,14 +10,13 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import resource
 import signal
 import socket
+import stat
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
-from ray_guard.egress import rings
 from ray_guard.kernel import borrowing, libc, seccomp, seqpacket
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor.domain import Domain, read_view
@@ -114,8 +113,7 @@ def _live(
         close_all_but((*start.descriptors, line, failed, domain.descriptor))
         _inherit(start)
         stage = "files"
-        if not view["gpu"]:
-            seccomp.stack_on_thread(rings.no_gpu(platform.machine()))
+        _make_scratch(view["scratch"])
         domain.enter(view, [number for number in start.descriptors if number <= 2])
         start.environment.update(view["environment"])
         libc.capset(0, 0, 0)
@@ -127,6 +125,18 @@ def _live(
         report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         os.write(failed, json.dumps(report).encode()[:4000])
     os._exit(127)
+
+
+def _make_scratch(path: str | None) -> None:
+    """The call's temporary folder, unless an earlier process of the same call has made it."""
+    if path is None:
+        return
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise
 
 
 def _enter(folder: int, path: str | None) -> None:

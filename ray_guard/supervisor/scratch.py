@@ -1,14 +1,12 @@
-"""Temporary folders of calls: made with a call's first start, gone with its end. Runs in the supervisor."""
+"""Temporary folders of calls: made by a call's processes when they start, gone with its end. Runs in the supervisor.
+
+Nothing here touches the disk: that can take as long as it likes, and this process has others to answer.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
-
-from ray_guard.errors import NotEnforced
-
-log = logging.getLogger("ray_guard.scratch")
 
 
 class Scratches:
@@ -16,7 +14,7 @@ class Scratches:
 
     Args:
         base: where they are made: the target's own temporary folder.
-        remove: takes away what is not empty, elsewhere: it may be large.
+        remove: has one taken away, elsewhere.
     """
 
     def __init__(self, base: str, remove: Callable[[str], None]) -> None:
@@ -25,24 +23,10 @@ class Scratches:
         self._users: dict[str, int] = {}
         self._ended: set[str] = set()
 
-    def path(self, call: str) -> str:
-        return f"{self._base}/ray_guard-call-{call}"
-
     def enter(self, call: str) -> str:
-        """One more process of ``call`` starts; the folder's path.
-
-        Raises:
-            NotEnforced: it cannot be made.
-        """
-        path = self.path(call)
-        if call not in self._users:
-            try:
-                os.mkdir(path, 0o700)
-            except OSError as error:
-                raise NotEnforced(["files.write"], f"no scratch folder: {path}: {error.strerror}") from error
-            self._users[call] = 0
-        self._users[call] += 1
-        return path
+        """One more process of ``call`` starts; the folder's path."""
+        self._users[call] = self._users.get(call, 0) + 1
+        return self._path(call)
 
     def leave(self, call: str, *, last: bool = False) -> None:
         """One of its processes has ended with all it started. ``last``: the call was that process alone."""
@@ -61,16 +45,12 @@ class Scratches:
         for call in list(self._users):
             self.end(call)
 
+    def _path(self, call: str) -> str:
+        return f"{self._base}/ray_guard-call-{call}"
+
     def _clear(self, call: str) -> None:
         if self._users[call] > 0 or call not in self._ended:
             return
         del self._users[call]
         self._ended.discard(call)
-        path = self.path(call)
-        try:
-            os.rmdir(path)
-        except OSError:
-            try:
-                self._remove(path)
-            except OSError as error:
-                log.warning("%s cannot be removed: %s", path, error)
+        self._remove(self._path(call))

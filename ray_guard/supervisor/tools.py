@@ -111,7 +111,7 @@ class Tool:
         own = os.pidfd_open(os.getpid())
         try:
             wall = policy.limits(Scope.CALL).get("wall_seconds")
-            request = {"op": "start", "wall_seconds": wall, "mounts": self._view.mounts()}
+            request = {"op": "start", "wall_seconds": wall, "mounts": self._view.mounts(), "gpu": self._view.gpu}
             seqpacket.send(zygote, request, [theirs.fileno(), own, *descriptors])
         finally:
             os.close(own)
@@ -229,11 +229,11 @@ class Tool:
             log.exception("the end of a tool could not be journaled")
         if self._account is not None:
             self._account.close()
-        self._target.scratches.leave(self._call, last=self._call == self._span)
         if "status" in message:
             keys = ("status", "timed_out", "unkillable", "cpu_seconds", "peak_memory")
             self._answer({"op": "exited", **{key: message[key] for key in keys if key in message}})
         self._hang_up()
+        self._target.scratches.leave(self._call, last=self._call == self._span)
 
     def _wall_violation(self) -> None:
         limit = self._policy.limits(Scope.CALL)["wall_seconds"]

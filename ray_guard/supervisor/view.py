@@ -70,6 +70,8 @@ class View(NamedTuple):
     covers: tuple[Cover, ...]
     enforced: bool
     """False: every policy only reports; nothing is refused."""
+    gpu: bool
+    """GPUs may be used."""
 
     def may_change(self, path: str) -> bool:
         covered = frozenset(cover.path for cover in self.covers if cover.how != PIN)
@@ -136,9 +138,8 @@ def _allow_sockets(paths: Iterable[str]) -> None:
     ruleset = landlock.Ruleset(landlock.Fs.MAKE_SOCK, landlock.Scope(0))
     try:
         for path in paths:
-            try:
-                folder = libc.openat2(path, os.O_PATH | os.O_CLOEXEC, libc.RESOLVE_NO_SYMLINKS)
-            except OSError:
+            folder = libc.openat2(path, os.O_PATH | os.O_CLOEXEC, libc.RESOLVE_NO_SYMLINKS)
+            if folder < 0:
                 continue
             ruleset.allow(folder, landlock.Fs.MAKE_SOCK)
             os.close(folder)
@@ -214,8 +215,13 @@ class Views:
         covers |= {cover.path: cover for each in plans for cover in each.covers if cover.how == PROTECT}
         covers |= {cover.path: cover for each in plans for cover in each.covers if cover.how == HIDE}
         ordered = sorted(covers.values(), key=lambda cover: (cover.path.count("/"), cover.path))
-        content = {"layers": layers, "environment": environment, "gpu": gpu, "cwd": cwd if ordered else None}
-        return View(json.dumps(content).encode(), tuple(writable), tuple(ordered), enforced=bool(wires))
+        content = {
+            "layers": layers,
+            "environment": environment,
+            "scratch": environment.get("TMPDIR"),
+            "cwd": cwd if ordered else None,
+        }
+        return View(json.dumps(content).encode(), tuple(writable), tuple(ordered), enforced=bool(wires), gpu=gpu)
 
     def _plan(self, files: Files, cwd: str, search_path: str, hidden: Sequence[str], ray: Sequence[str]) -> Plan:
         places = Places(

@@ -11,6 +11,7 @@ out to them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import platform
@@ -67,15 +68,16 @@ _WARDS_SWEPT: Final = 256
 class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._program = rings.call_ring(platform.machine(), borrows=borrowing.works())
-        seccomp.encode(self._program)
-        seccomp.encode(rings.no_gpu(platform.machine()))
+        self._programs = {
+            gpu: rings.call_ring(platform.machine(), borrows=borrowing.works(), gpu=gpu) for gpu in (False, True)
+        }
+        seccomp.encode(self._programs[False])
         self._system = domain.prepare()
         self._wards: dict[int, _Ward] = {}
         self._leaders: dict[int, socket.socket] = {}
         self._idle: list[socket.socket] = []
-        self._covers: dict[int, Any] = {}
-        """What each leader has mounted, by its line's number: it serves calls with the same alone."""
+        self._fit: dict[int, tuple[Any, bool]] = {}
+        """What each leader has mounted and whether it grants GPUs, by its line's number: it serves such calls alone."""
         self._poll = select.poll()
         self._poll.register(requests, select.POLLIN)
 
@@ -117,7 +119,7 @@ class _Zygote:
 
     def _start(self, message: dict[str, Any], descriptors: list[int]) -> None:
         try:
-            while not self._assign(self._leader(message["mounts"]), message, descriptors):
+            while not self._assign(self._leader((message["mounts"], message["gpu"])), message, descriptors):
                 pass  # that one died while it was idle
         except OSError:  # no more processes: this start is lost, and says so, for its link closes here
             import traceback
@@ -127,18 +129,25 @@ class _Zygote:
 
     @staticmethod
     def _remove(path: str) -> None:
-        """Takes away a call's temporary folder; in a child, for it may be large."""
+        """Takes away a call's temporary folder: mostly it is empty, else a child does it, for it may be large."""
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+        else:
+            return
         if os.fork() == 0:
             try:
                 trees.remove(path)
             finally:
                 os._exit(0)
 
-    def _leader(self, covers: Any) -> socket.socket:
+    def _leader(self, fit: tuple[Any, bool]) -> socket.socket:
         for at, leader in enumerate(self._idle):
-            if self._covers[leader.fileno()] == covers:
+            if self._fit[leader.fileno()] == fit:
                 return self._idle.pop(at)
-        return self._fork_leader(covers)
+        return self._fork_leader(fit)
 
     def _assign(self, leader: socket.socket, message: dict[str, Any], descriptors: list[int]) -> bool:
         try:
@@ -167,24 +176,24 @@ class _Zygote:
 
     def _forget(self, leader: socket.socket) -> None:
         self._poll.unregister(leader)
-        del self._leaders[leader.fileno()], self._covers[leader.fileno()]
+        del self._leaders[leader.fileno()], self._fit[leader.fileno()]
         if leader in self._idle:
             self._idle.remove(leader)
         leader.close()
 
-    def _fork_leader(self, covers: Any) -> socket.socket:
+    def _fork_leader(self, fit: tuple[Any, bool]) -> socket.socket:
         line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() != 0:
             theirs.close()
             self._leaders[line.fileno()] = line
-            self._covers[line.fileno()] = covers
+            self._fit[line.fileno()] = fit
             self._poll.register(line, select.POLLIN)
             return line
         code = 1
         try:
             # A leader's copies would keep alive the lines of others, and the pipes of the start that is waiting.
             close_all_but((0, 1, 2, theirs.fileno()))
-            code = lead(theirs, self._program, self._system, covers)
+            code = lead(theirs, self._programs[fit[1]], self._system, fit[0])
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 

@@ -198,9 +198,9 @@ def test_the_word_system_leaves_secrets_out() -> None:
 
 
 def test_programs_on_the_path_and_what_belongs_to_them() -> None:
-    found = planned(
-        Files(), path=["/home/me/.nvm/v20/bin", "/home/me/.cargo/bin", "/home/me/.pyenv/shims", "/home/me/bin"]
-    )
+    path = ("/home/me/.nvm/v20/bin", "/home/me/.cargo/bin", "/home/me/.pyenv/shims", "/home/me/bin")
+    around = Surroundings(PLACES, SYSTEM, "/srv/data", path, mounts=False)
+    found = plan(Files(), around, Looking(listed, lambda each: each, lambda _path: True))
     granted = {grant.path for grant in found.grants}
     assert {"/home/me/.nvm/v20", "/home/me/.cargo/bin", "/home/me/.pyenv", "/home/me/bin"} <= granted
     assert not {"/home/me/.cargo", "/home/me", "/"} & granted
