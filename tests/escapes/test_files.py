@@ -689,3 +689,48 @@ def test_the_working_folder_holds_what_is_never_writable(tmp_path: Path) -> None
     assert not (project / ".venv/bin/x").exists()
     if mounting.works() and not launcher.prefix():
         assert done.stdout == "made\n", done
+
+
+@pytest.fixture
+def making(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Host]]:
+    """Hosts with a policy of their own."""
+    namespace = Namespace()
+    made: list[Host] = []
+
+    def make(policy: dict[str, Any]) -> Host:
+        try:
+            made.append(Host(policy, tmp_path / f"evidence{len(made)}", namespace))
+        except RuntimeError as error:
+            if not launcher.prefix() or "NotEnforced" not in str(error):
+                raise
+            pytest.skip(f"refuses to start on this host: {error}")
+        return made[-1]
+
+    yield make
+    for host in made:
+        host.close()
+    namespace.close()
+
+
+def test_report_mode_blocks_nothing(making: Callable[[dict[str, Any]], Host], tmp_path: Path) -> None:
+    host = making({"mode": "report", "egress": {"allow": []}})
+    script = f"cd {tmp_path}; touch new && chmod 600 new && touch -d 2001-01-01 new && ls"
+    outcome = host.run("call", ["bash", "-ec", script])
+    assert "new" in outcome.stdout, outcome
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600
+
+
+def test_a_second_policy_narrows_the_view(making: Callable[[dict[str, Any]], Host], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+
+    def policy(*, read: list[str], write: list[str]) -> dict[str, Any]:
+        return {"egress": {"allow": []}, "files": {"read": ["system", "env", *read], "write": ["scratch", *write]}}
+
+    host = making(policy(read=[], write=[str(tmp_path / "a"), str(tmp_path / "b")]))
+    script = f"for n in a b; do (touch {tmp_path}/$n/new) 2>/dev/null && chmod 600 {tmp_path}/$n/new && echo $n; done; echo ok > $TMPDIR/x; cat $TMPDIR/x"
+    assert host.run("call", ["bash", "-c", script]).stdout == "a\nb\nok\n"
+    second = policy(read=[str(tmp_path)], write=[str(tmp_path / "a")])
+    host.inside("ray_guard.confine(policy)", policy=second)
+    assert host.run("call", ["bash", "-c", script]).stdout == "a\nok\n"
+    assert host.run("call", ["ls", str(tmp_path)]).status != 0, "the first policy does not let it be read"
