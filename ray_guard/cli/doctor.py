@@ -25,9 +25,10 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "egress": _EGRESS,
     "names": (*_EGRESS, "resolver"),
     "processes": ("seccomp.user_notification", "pidfd_getfd", "subreaper", "landlock.signal_scope"),
+    "files": ("seccomp.user_notification", "proc_mem", "landlock.signal_scope", "landlock.files", "mounts"),
     "gpu": ("seccomp.user_notification", "gpu.census", "gpu.meter"),
 }
-_NOT_IN_THIS_VERSION: Final = ("files", "compute")
+_NOT_IN_THIS_VERSION: Final = ("compute",)
 
 _SAID: Final = f"""\
 Two promises:
@@ -39,6 +40,9 @@ Byte caps of calls and episodes hold on the byte: such flows are relayed, and ge
 direct: their bytes are exact at the flow's end (off by one where a tool closes while its peer still sends). Under a cap
 of actor or job alone they are read every {1000 * TICK_S:g} ms and cut late: by the flow's rate times that, and what its
 socket had queued by then.
+Files: the view of a tool process. A hidden or protected place that somebody outside replaces while a call runs is no
+longer covered for that call; one in a hidden or protected folder is. Existence, size and mode of files can be asked
+(stat) wherever their folders may be entered. gpu: none is held in tools (nodes, inherited descriptors).
 Datagrams: an actor's own sockets are mute unless the policy lists udp:// destinations (sendmsg is then judged too,
 which costs every Ray call about 15 %).
 Names: whatever name server a process asks, the guard answers. Programs that send without connecting and then want the

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ray_guard.client import channel as channels
+from ray_guard.client import places
 from ray_guard.errors import RayGuardError
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def _introduce(summons: channels.Summons, policy: dict[str, Any], evidence: str 
             "identity": identity.as_message(),
             "evidence": os.path.abspath(identity.evidence),
             "export": channels.export_environment(),
+            "places": places.told(),
         }
     )
     return channel

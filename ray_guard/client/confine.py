@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ray_guard.client import channel as channels
+from ray_guard.client import places
 from ray_guard.client.audit import install_audit
 from ray_guard.client.carry import install_carriers
 from ray_guard.client.channel import Channel
@@ -155,6 +156,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
             "sockets": _connections(),
             "listening": _listening(),
             "descriptor": channel.fileno(),
+            "places": places.told(),
             "cluster": None if cluster is None else cluster.as_message(),
         }
         answer, passed = channel.exchange(hello)

@@ -147,6 +147,9 @@ class Judge(Protocol):
     def dissolved(self, cookie: int, info: bytes) -> None:
         """The socket was disconnected by AF_UNSPEC; ``info`` is its last ``struct tcp_info``."""
 
+    def make_socket(self, duplicate: int, raw: bytes, tid: int) -> int:
+        """bind(2) of a unix socket to a path for thread ``tid``, where it may make one; 0 or ``-errno``."""
+
     def bound(self, pinned: int) -> None:
         """The target made the unix socket ``pinned`` (O_PATH, now the judge's): its own processes may connect to it."""
 
@@ -688,7 +691,7 @@ class Gate:
         if address.path is None:
             self._judge.rule(Operation.CONNECT, Transport.UNIX, notification.pid)
             raise sockaddr.BadAddress(errno.EACCES)
-        path = _as_the_target(address.path, notification.pid)
+        path = _as_seen(_as_the_target(address.path, notification.pid), notification.pid)
         folder = None
         try:
             if not path.startswith(b"/"):
@@ -832,9 +835,11 @@ class Gate:
                 ruling = self._judge.rule(Operation.BIND, Transport.UNIX, notification.pid, path=where)
                 if ruling.error:
                     return -ruling.error
-            result = libc.bind(duplicate, raw if path == address.path else sockaddr.encode_path(path))
+            named = raw if path == address.path else sockaddr.encode_path(path)
+            result = self._judge.make_socket(duplicate, named, notification.pid)
             if result == 0:
-                self._claim(duplicate, os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+                pinned = os.open(_as_seen(path, notification.pid), os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self._claim(duplicate, pinned, notification.pid)
             return result
         except OSError as error:
             return -(error.errno or errno.EACCES)
@@ -843,7 +848,7 @@ class Gate:
             os.fchdir(home)
             os.close(home)
 
-    def _claim(self, duplicate: int, pinned: int) -> None:
+    def _claim(self, duplicate: int, pinned: int, tid: int) -> None:
         """Makes the bound socket file the target's own, if it is the one that was bound.
 
         The path may mean another by now: a folder or a name swapped in between would make somebody else's socket,
@@ -851,7 +856,7 @@ class Gate:
         """
         try:
             bound = unix_file(os.fstat(duplicate).st_ino)
-            found = (procfs.mounted_device(pinned), os.fstat(pinned).st_ino & 0xFFFFFFFF)
+            found = (procfs.mounted_device(pinned, tid), os.fstat(pinned).st_ino & 0xFFFFFFFF)
         except OSError as error:
             os.close(pinned)
             self._judge.fault(f"what a unix socket is bound to cannot be asked: {error}")
@@ -1183,6 +1188,11 @@ class Gate:
             self.listener.proceed(notification.id)
         else:
             self.refuse(notification, errno.EPERM)
+
+
+def _as_seen(path: bytes, tid: int) -> bytes:
+    """``path``, where a thread may see a /dev/shm of its call's own."""
+    return b"/proc/%d/root%s" % (tid, path) if path.startswith(b"/dev/shm/") else path
 
 
 _SOL_UDP, _IP_TOS, _IP_TTL, _IP_PKTINFO = 17, 1, 2, 8

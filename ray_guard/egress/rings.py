@@ -45,6 +45,7 @@ _REFUSE = refuse(errno.EPERM)
 _ABSENT = refuse(errno.ENOSYS)  # callers fall back to an older call that can be judged
 _NO_FAMILY = refuse(errno.EAFNOSUPPORT)
 _NO_PROTOCOL = refuse(errno.EPROTONOSUPPORT)
+_NO_IOCTL = refuse(errno.ENOTTY)
 _NO_OPTION = refuse(errno.ENOPROTOOPT)
 
 _NEW_NAMESPACES = 0x7E020080  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET,TIME}
@@ -135,6 +136,38 @@ def _ioctls() -> list[Rule]:
         Rule("ioctl", _REFUSE, (equals(request, 0x541C),)),  # TIOCLINUX
     ]
     return rules
+
+
+#: changes of files that Landlock does not judge; those without a name here have an older form that is judged
+_METADATA = """
+chmod fchmod fchmodat chown lchown fchown fchownat utime utimes futimesat utimensat
+setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr
+""".split()
+_NEWER_METADATA = ("fchmodat2", "setxattrat", "removexattrat", "file_setattr")
+_FLAG_IOCTLS = (0x40086602, 0x40046602, 0x401C5820, 0x40087602, 0x40047602, 0x40047211)
+"""FS_IOC_SETFLAGS, its 32-bit form, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION and its 32-bit form, FAT's attributes."""
+
+
+def _files() -> list[Rule]:
+    rules = [Rule(name, NOTIFY) for name in _METADATA]
+    rules += [Rule(name, _ABSENT) for name in _NEWER_METADATA]
+    return rules + [Rule("ioctl", _NO_IOCTL, (equals(1, number),)) for number in _FLAG_IOCTLS]
+
+
+def _no_gpu() -> list[Rule]:
+    """Unless GPUs are granted an inherited descriptor of one does nothing.
+
+    By the number of the ioctl: NVIDIA's magic ``F``, its UVM_INITIALIZE and UVM_DEINITIALIZE, DRM's ``d``, KFD's ``K``
+    (the console's calls have that magic too, but no size).
+    """
+    magic = 0xFF00
+    return [
+        Rule("ioctl", _REFUSE, (equals(1, 0x4600, mask=magic),)),
+        Rule("ioctl", _REFUSE, (equals(1, 0x30000001),)),
+        Rule("ioctl", _REFUSE, (equals(1, 0x30000002),)),
+        Rule("ioctl", _REFUSE, (equals(1, 0x6400, mask=magic),)),
+        Rule("ioctl", _REFUSE, (equals(1, 0x4B00, mask=magic), differs(1, 0, mask=0xFFFF0000))),
+    ]
 
 
 def _common() -> list[Rule]:
@@ -240,12 +273,15 @@ def _bystanders() -> list[Rule]:
     return rules
 
 
-def call_ring(machine: str, *, borrows: bool = True, own_ipc: bool = True) -> tuple[Instruction, ...]:
+def call_ring(
+    machine: str, *, borrows: bool = True, own_ipc: bool = True, gpu: bool = False
+) -> tuple[Instruction, ...]:
     """The filter of a tool process and all it will ever start.
 
     Args:
         borrows: see :func:`actor_ring`.
         own_ipc: each has System V IPC and message queues of its own; else there are none.
+        gpu: it may use GPUs.
     """
     if borrows:
         rules = _common() + _sockets(stream=RUN, datagram=RUN, netlink=NOTIFY)
@@ -262,4 +298,7 @@ def call_ring(machine: str, *, borrows: bool = True, own_ipc: bool = True) -> tu
         rules += [Rule(name, _ABSENT) for name in _SHARED_IPC]
     # Observed and let through: what is executed, and how it ends. Not fork: interrupted by a signal it would fail.
     rules += [Rule(name, NOTIFY) for name in ("execve", "execveat", "exit_group")]
+    rules += _files()
+    if not gpu:
+        rules += _no_gpu()
     return assemble(rules, machine)

@@ -1,7 +1,7 @@
 """System calls that the standard library does not offer. Runs in target, supervisor and zygote.
 
 Each function is the call of the same name in section 2 of the manual; failures are ``OSError`` with the call's errno.
-Hot calls (connect, pidfd_getfd) return ``-errno`` instead: raising costs more than the call.
+Hot calls (connect, openat2, pidfd_getfd) return ``-errno`` instead: raising costs more than the call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
-_libc = ctypes.CDLL(None, use_errno=True)
+c_library: Final = ctypes.CDLL(None, use_errno=True)
+_libc = c_library
 get_errno = ctypes.get_errno
 
 PR_SET_PDEATHSIG: Final = 1
@@ -33,6 +34,9 @@ PIDFD_THREAD: Final = os.O_EXCL
 #: numbers above 423 are the same on every architecture; the two below are not
 NR_PIDFD_GETFD: Final = 438
 NR_CLOSE_RANGE: Final = 436
+NR_OPENAT2: Final = 437
+RESOLVE_NO_SYMLINKS: Final = 0x04
+AT_FDCWD: Final = -100
 _MACHINE = os.uname().machine
 NR_SECCOMP: Final = {"x86_64": 317, "aarch64": 277}.get(_MACHINE, -1)
 
@@ -54,7 +58,8 @@ _bind = _libc.bind
 _bind.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
-def _check(result: int, call: str) -> int:
+def check(result: int, call: str) -> int:
+    """``result``; raises OSError where it is negative."""
     if result < 0:
         errno = get_errno()
         raise OSError(errno, f"{call}: {os.strerror(errno)}")
@@ -63,15 +68,15 @@ def _check(result: int, call: str) -> int:
 
 def syscall(number: int, *args: int) -> int:
     """Any system call by number, integer arguments only."""
-    return _check(_syscall(ctypes.c_long(number), *(ctypes.c_long(a) for a in args)), f"syscall {number}")
+    return check(_syscall(ctypes.c_long(number), *(ctypes.c_long(a) for a in args)), f"syscall {number}")
 
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
-    return _check(_prctl(option, arg2, arg3, arg4, arg5), f"prctl {option}")
+    return check(_prctl(option, arg2, arg3, arg4, arg5), f"prctl {option}")
 
 
 def unshare(flags: int) -> None:
-    _check(_unshare(flags), "unshare")
+    check(_unshare(flags), "unshare")
 
 
 def pidfd_getfd(pidfd: int, descriptor: int) -> int:
@@ -164,6 +169,22 @@ def close_range(first: int, last: int) -> None:
     syscall(NR_CLOSE_RANGE, first, last, 0)
 
 
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+_openat2 = c_library["syscall"]  # a function object of its own: with its types known the call costs a third
+_openat2.restype = ctypes.c_long
+_openat2.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t)
+
+
+def openat2(path: str, flags: int, resolve: int) -> int:
+    """openat2(2) of an absolute path; ``-errno`` where it fails."""
+    how = _OpenHow(flags, 0, resolve)
+    opened: int = _openat2(NR_OPENAT2, AT_FDCWD, os.fsencode(path), how, ctypes.sizeof(how))
+    return opened if opened >= 0 else -get_errno()
+
+
 class _CapHeader(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
@@ -178,7 +199,7 @@ _CAP_VERSION_3 = 0x20080522
 def capget() -> tuple[int, int, int]:
     """(effective, permitted, inheritable) capability sets of this thread, as bit masks."""
     header, data = _CapHeader(_CAP_VERSION_3, 0), (_CapData * 2)()
-    _check(_libc.capget(ctypes.byref(header), data), "capget")
+    check(_libc.capget(ctypes.byref(header), data), "capget")
     effective, permitted, inheritable = (
         data[0].effective | data[1].effective << 32,
         data[0].permitted | data[1].permitted << 32,
@@ -221,4 +242,4 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
         data[half].effective = effective >> shift & 0xFFFFFFFF
         data[half].permitted = permitted >> shift & 0xFFFFFFFF
         data[half].inheritable = inheritable >> shift & 0xFFFFFFFF
-    _check(_libc.capset(ctypes.byref(header), data), "capset")
+    check(_libc.capset(ctypes.byref(header), data), "capset")

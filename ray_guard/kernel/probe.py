@@ -23,7 +23,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from ray_guard.kernel import borrowing, gpu_devices, ipc, landlock, libc, nvml, procfs, seccomp, sock_diag
+from ray_guard.kernel import borrowing, gpu_devices, ipc, landlock, libc, mounting, nvml, procfs, seccomp, sock_diag
 from ray_guard.kernel.perf import TreeClock
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
@@ -67,6 +67,8 @@ def probe(more: Mapping[str, Callable[[], str]] = NOTHING_MORE) -> list[Feature]
         _tried("subreaper", _subreaper),
         _tried("landlock.signal_scope", _landlock),
         _tried("ipc.own", _own_ipc),
+        _tried("landlock.files", _files),
+        _tried("mounts", _mounts),
         _tried("unix_diag", _unix_diag),
         _tried("yama", _yama),
         _tried("perf.tree_clock", _tree_clock),
@@ -259,7 +261,56 @@ def _landlock() -> str:
             errno.ENOSYS, f"Landlock ABI {abi}: Linux 6.12 is needed to keep a tool's signals within its call"
         )
     _in_child(_enter_scope)
-    return f"ABI {abi}: a tool's signals stay within its call (its file rules are not used by this version)"
+    return f"ABI {abi}: a tool's signals stay within its call"
+
+
+def _files() -> str:
+    """A child is granted one folder: it reads there, and neither reads, writes nor truncates outside."""
+    abi = landlock.abi()
+    if abi < landlock.FILES_ABI:
+        raise OSError(errno.ENOSYS, f"Landlock ABI {abi}: Linux 6.2 is needed to keep files from being truncated")
+    with tempfile.TemporaryDirectory() as granted, tempfile.TemporaryDirectory() as other:
+        for folder in (granted, other):
+            with open(f"{folder}/file", "w") as file:
+                file.write("content")
+        _in_child(lambda: _try_files(granted, other))
+    return f"ABI {abi}: tools see the files they are granted"
+
+
+def _try_files(granted: str, other: str) -> None:
+    abi = landlock.abi()
+    ruleset = landlock.Ruleset(landlock.known_rights(abi), landlock.known_scopes(abi))
+    ruleset.allow(os.open(granted, os.O_PATH), landlock.Fs.READ_FILE)
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+    ruleset.enter()
+    os.close(os.open(f"{granted}/file", os.O_RDONLY))
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: os.open(f"{other}/file", os.O_RDONLY),
+        lambda: os.open(f"{granted}/file", os.O_WRONLY),
+        lambda: os.truncate(f"{granted}/file", 0),
+        lambda: os.unlink(f"{granted}/file"),
+    )
+    for attempt in attempts:
+        try:
+            attempt()
+        except PermissionError:
+            continue
+        raise OSError(errno.EPROTO, "a file that was not granted could be reached")
+
+
+def _mounts() -> Feature | str:
+    how = {
+        mounting.Way.PRIVILEGED: "a call has a mount namespace of its own",
+        mounting.Way.USER: "a call has a mount namespace of its own, in a user namespace",
+    }.get(mounting.way())
+    if how is None:
+        return Feature(
+            "mounts",
+            Status.PARTLY,
+            "no mount namespaces here: where something hidden or protected lies below a grant, nothing new can be made "
+            "beside it; no /dev/shm and no new terminals in tools",
+        )
+    return f"{how}: hidden and protected places below a grant are covered; /dev/shm is the call's own"
 
 
 def _enter_scope() -> None:

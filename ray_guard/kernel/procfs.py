@@ -180,22 +180,24 @@ def is_in_tree(pid: int, root: int) -> bool:
     return False
 
 
-def mounted_device(descriptor: int) -> int | None:
+def mounted_device(descriptor: int, other: int) -> int | None:
     """The device of the file system that an own descriptor's file is on, as the kernel numbers it; None: unknown.
 
-    Not ``st_dev``: btrfs and overlayfs tell another number there.
+    Not ``st_dev``: btrfs and overlayfs tell another number there. The mount may be in the namespace of process
+    ``other``, where the descriptor was opened by way of that.
     """
     mount = b""
     with open(f"/proc/self/fdinfo/{descriptor}", "rb", buffering=0) as file:
         for line in file.read(4096).splitlines():
             if line.startswith(b"mnt_id:"):
                 mount = line.split()[1]
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            fields = line.split(maxsplit=3)
-            if fields[0] == mount:
-                major, minor = fields[2].split(b":")
-                return int(major) << 20 | int(minor)
+    for process in ("self", other):
+        with open(f"/proc/{process}/mountinfo", "rb") as file:
+            for line in file:
+                fields = line.split(maxsplit=3)
+                if fields[0] == mount:
+                    major, minor = fields[2].split(b":")
+                    return int(major) << 20 | int(minor)
     return None
 
 

@@ -46,12 +46,15 @@ SUPPORTED: Final = frozenset(
         "require.egress",
         "require.gpu",
         "require.processes",
+        "require.files",
+        *(f"files.{key}" for key in ("read", "write", "hide", "protect")),
     }
 )
 """What this version enforces on a host that offers everything. A caller removes what its host does not offer.
 
 Names are dotted keys. Where a key is held for some values only the value follows (``survivors.kill``), and the kind of
-destination follows ``egress.allow``: ``address``, ``name``, ``unix``, ``cluster``, ``collectives``.
+destination follows ``egress.allow``: ``address``, ``name``, ``unix``, ``cluster``, ``collectives``. ``gpu.none`` holds
+for tools; where an actor's own process is concerned the caller removes it.
 """
 
 _ASKS_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {

@@ -14,11 +14,15 @@ import os
 import resource
 import signal
 import socket
+import stat
 import termios
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
-from ray_guard.kernel import borrowing, ipc, landlock, libc, seccomp, seqpacket
+from ray_guard.kernel import borrowing, ipc, libc, seccomp, seqpacket
+from ray_guard.policy.files import Grant
+from ray_guard.supervisor import mounts
+from ray_guard.supervisor.domain import Domain, read_view
 from ray_guard.supervisor.start import Start, read_start
 
 _FIRST_FREE: Final = 255
@@ -33,14 +37,16 @@ class Embryo:
         listener: where its notifications arrive; ``-errno`` where it could not be taken.
     """
 
-    def __init__(self, program: tuple[seccomp.Instruction, ...]) -> None:
+    def __init__(
+        self, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant], covers: mounts.Covers
+    ) -> None:
         armed_read, armed_write = os.pipe()
         self._failed, failed_write = os.pipe()
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _altered_signals()
         self.pid = os.fork()
         if self.pid == 0:
-            _live(program, theirs.detach(), armed_write, failed_write)
+            _live(program, system, covers, theirs.detach(), armed_write, failed_write)
         theirs.close()
         os.close(armed_write)
         os.close(failed_write)
@@ -83,7 +89,14 @@ class Embryo:
         return {"stage": "filter", "errno": -self.listener, "text": error}
 
 
-def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, failed: int) -> NoReturn:
+def _live(  # noqa: PLR0917 - everything that the process will ever know
+    program: tuple[seccomp.Instruction, ...],
+    system: Sequence[Grant],
+    covers: mounts.Covers,
+    line: int,
+    armed: int,
+    failed: int,
+) -> NoReturn:
     """The embryo's own life, up to exec. Every failure is told, none is passed over."""
     stage = "setup"
     try:
@@ -95,8 +108,7 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         if ipc.can_be_own():
             ipc.enter_own_namespace()
         stage = "scope"
-        # Within the leader's own domain, so that the tool cannot stop, kill or take over its leader.
-        landlock.enter_process_scope()
+        domain = Domain(system)
         stage = "filter"
         listener = seccomp.install_on_thread(program)
         libc.prctl(libc.PR_SET_DUMPABLE, 1)  # the zygote is not; the leader must be able to take the listener
@@ -105,21 +117,27 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         os.write(armed, b"%d" % listener)
         os.close(armed)
         stage = "setup"
-        told, (memory, folder, *given) = _told(line)
+        told, (memory, viewed, folder, *given) = _told(line)
         os.close(listener)  # the leader has it, else there would be no start
-        start = read_start(memory)
-        os.fchdir(folder)
+        start, view = read_start(memory), read_view(viewed)
+        _enter(folder, view["cwd"])
         # Park what must survive above the tool's own numbers, fill those, close everything else.
         free = max(_FIRST_FREE, *start.descriptors) + 1
-        line, failed = _park(line, free), _park(failed, free)
+        line, failed, domain.descriptor = _park(line, free), _park(failed, free), _park(domain.descriptor, free)
         parked = [_park(descriptor, free) for descriptor in given]
         for number, descriptor in zip(start.descriptors, parked, strict=True):
             os.dup2(descriptor, number, inheritable=True)
-        close_all_but((*start.descriptors, line, failed))
+        close_all_but((*start.descriptors, line, failed, domain.descriptor))
         if start.terminal is not None:
             fcntl.ioctl(start.terminal, termios.TIOCSCTTY, 0)
         _inherit(start)
         _limit_data(told.get("memory"))
+        stage = "files"
+        if not mounts.stand(covers):
+            raise OSError(errno.ESTALE, "what is hidden or protected was replaced this moment; try again")
+        _make_scratch(view["scratch"])
+        domain.enter(view, [number for number in start.descriptors if number <= 2])
+        start.environment.update(view["environment"])
         libc.capset(0, 0, 0)
         _told(line)
         stage = "exec"
@@ -129,6 +147,28 @@ def _live(program: tuple[seccomp.Instruction, ...], line: int, armed: int, faile
         report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         os.write(failed, json.dumps(report).encode()[:4000])
     _end()
+
+
+def _make_scratch(path: str | None) -> None:
+    """The call's temporary folder, unless an earlier process of the same call has made it."""
+    if path is None:
+        return
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise
+
+
+def _enter(folder: int, path: str | None) -> None:
+    """The working folder; by its path where something is covered: the descriptor leads around what is."""
+    if path is None:
+        os.fchdir(folder)
+        return
+    os.chdir(path)
+    if not os.path.samestat(os.stat("."), os.fstat(folder)):
+        raise OSError(errno.ESTALE, f"{path} is another folder by now")
 
 
 def _hand_over(line: int, listener: int) -> None:

@@ -6,6 +6,7 @@ when the tool has ended, when it is told to, or when the supervisor is gone. Not
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -15,7 +16,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from ray_guard.kernel import landlock, libc, procfs, seccomp, seqpacket
+from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacket
+from ray_guard.policy.files import Grant
+from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
 
 KILL_PATIENCE_S: Final = 1.0
@@ -23,7 +26,12 @@ KILL_PATIENCE_S: Final = 1.0
 TERM_PATIENCE_S: Final = 1.0
 
 
-def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
+def lead(
+    line: socket.socket,
+    program: tuple[seccomp.Instruction, ...],
+    system: Sequence[Grant],
+    covers: mounts.Covers,
+) -> int:
     """A leader's life: one start after the other from ``line``, until the supervisor hangs up; its exit status.
 
     It ends as well behind a call that it could not end: what a call left must never be taken for the next one's.
@@ -35,17 +43,25 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     os.setsid()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
+    obstacle: tuple[str, str, OSError] | None = None
+    if mounting.works():
+        try:
+            mounts.enter(covers)
+            if not mounts.stand(covers):
+                raise OSError(errno.ESTALE, "what is to be covered changes all the time")
+        except OSError as error:
+            obstacle = ("files", "mounts", error)
     # A domain of its own, with the tool's within: from here on kill(-1) means this call's processes, and no others.
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-    scope: OSError | None = None
     try:
         landlock.enter_process_scope()
     except OSError as error:
-        scope = error
-    if scope is not None:
-        return _unfit(line, {"stage": "scope", "errno": scope.errno, "text": f"Landlock: {scope.strerror}"})
+        obstacle = ("scope", "Landlock", error)
+    if obstacle is not None:
+        stage, what, why = obstacle
+        return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
     while True:
-        embryo = Embryo(program)
+        embryo = Embryo(program, system, covers)
         if embryo.listener < 0:
             fault = embryo.fault()
             if fault is None:
@@ -62,6 +78,8 @@ def lead(line: socket.socket, program: tuple[seccomp.Instruction, ...]) -> int:
         call = _Call(line, wake_read, message)
         if not call.run(embryo, asking) or not call.await_release():
             return 0
+        if mounting.works():
+            mounts.clear()
 
 
 def _unfit(line: socket.socket, fault: dict[str, Any]) -> int:

@@ -9,15 +9,25 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ray_guard.kernel import seqpacket
+from ray_guard.supervisor import mounts
 from ray_guard.supervisor.loop import Loop
 
 SPARE: Final = 8
 """How many idle leaders are kept."""
+
+
+class Fit(NamedTuple):
+    """Which calls a leader can serve: what it has mounted and which filter its processes have are for good."""
+
+    covers: tuple[tuple[object, ...], ...] = ()
+    """See :mod:`ray_guard.supervisor.mounts`."""
+    gpu: bool = False
+
 
 Heard = Callable[[dict[str, Any] | None, list[int]], None]
 """Called with each message of a leader, its descriptors the callee's; None: the leader is lost."""
@@ -33,8 +43,9 @@ class Leader:
         heard: set by whoever has taken it.
     """
 
-    def __init__(self, leaders: Leaders, line: socket.socket) -> None:
+    def __init__(self, leaders: Leaders, line: socket.socket, fit: Fit) -> None:
         self._leaders = leaders
+        self.fit = fit
         self._line = line
         self._embryo: socket.socket | None = None
         self._started = True
@@ -132,51 +143,76 @@ class Leaders:
 
     Args:
         ask: has one more forked; gives the line to it.
-        made: lines to those that were asked for already.
+        made: lines to those that were asked for already, for calls that need nothing special.
     """
 
-    def __init__(self, loop: Loop, ask: Callable[[], socket.socket], made: Sequence[socket.socket] = ()) -> None:
+    def __init__(self, loop: Loop, ask: Callable[[Fit], socket.socket], made: Sequence[socket.socket] = ()) -> None:
         self._loop = loop
         self._ask = ask
         self._idle: list[Leader] = []
-        self._made = 0
-        self._waiting: deque[Callable[[Leader | None], None]] = deque()
+        self._made: Counter[Fit] = Counter()
+        self._waiting: deque[tuple[Fit, Use]] = deque()
         for line in made:
-            self._adopt(line)
+            self._adopt(line, Fit())
 
-    def take(self, use: Callable[[Leader | None], None]) -> None:
+    def take(self, fit: Fit, use: Use) -> None:
         """Calls ``use`` with a leader: at once where one is idle, else as soon as one is ready; None: none can be."""
-        if self._idle:
-            use(self._idle.pop())
-            return
-        self._waiting.append(use)
-        if self._made < len(self._waiting):
-            self._adopt(self._ask())
+        for leader in self._idle[::-1]:
+            if leader.fit == fit:
+                self._idle.remove(leader)
+                if mounts.stand(fit.covers, f"/proc/{leader.pid}/root"):
+                    use(leader)
+                    return
+                leader.drop()
+        self._waiting.append((fit, use))
+        if self._made[fit] < sum(wanted == fit for wanted, _ in self._waiting):
+            self._adopt(self._ask(fit), fit)
 
-    def _adopt(self, line: socket.socket) -> None:
-        leader = Leader(self, line)
-        self._made += 1
+    def _adopt(self, line: socket.socket, fit: Fit) -> None:
+        leader = Leader(self, line, fit)
+        self._made[fit] += 1
         self._loop.watch(line.fileno(), select.EPOLLIN, lambda _events: leader.receive())
 
     def ready(self, leader: Leader) -> None:
         """``leader`` has a process ready, or says why it has none."""
-        if leader.fresh:
-            leader.fresh = False
-            self._made -= 1
-        if self._waiting:
-            self._waiting.popleft()(leader)
-        elif leader.fault or len(self._idle) >= SPARE:
+        self._is_made(leader)
+        use = self._next(leader.fit)
+        if use is not None:
+            use(leader)
+        elif leader.fault:
             leader.drop()
         else:
             self._idle.append(leader)
+            if len(self._idle) > SPARE:
+                self._idle[0].drop()
 
     def forget(self, leader: Leader) -> None:
         """``leader`` is gone, or let go."""
         self._loop.forget(leader.fileno())
         if leader in self._idle:
             self._idle.remove(leader)
-        if leader.fresh:
-            leader.fresh = False
-            self._made -= 1
-            if self._waiting:  # it was made for this one: no more processes can be had
-                self._waiting.popleft()(None)
+        if self._is_made(leader):
+            use = self._next(leader.fit)
+            if use is not None:  # it was made for this one: no more processes can be had
+                use(None)
+
+    def _is_made(self, leader: Leader) -> bool:
+        """Whether ``leader`` was on its way until now."""
+        fresh, leader.fresh = leader.fresh, False
+        if fresh:
+            self._made[leader.fit] -= 1
+            if not self._made[leader.fit]:
+                del self._made[leader.fit]
+        return fresh
+
+    def _next(self, fit: Fit) -> Use | None:
+        """Who has waited longest for a leader like that."""
+        for at, (wanted, use) in enumerate(self._waiting):
+            if wanted == fit:
+                del self._waiting[at]
+                return use
+        return None
+
+
+Use = Callable[[Leader | None], None]
+"""Takes a leader; None: there can be none."""

@@ -96,6 +96,8 @@ class Node:
         """Its pid; set by whoever has one."""
         self.ward: Callable[[int], None] = lambda _pid: None
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
+        self.remove: Callable[[str], None] = lambda _path: None
+        """Has the zygote take away a folder; set likewise."""
         self.gpus = Gpus(loop)
         self.census = Census(loop)
         self._own_folders = own_folders
@@ -210,6 +212,12 @@ class Node:
         announced = self._announced.setdefault(target.run_id, set())
         announced |= {(each, port) for each in hosts}
         self._changed()
+
+    def hidden(self) -> tuple[list[str], list[str]]:
+        """What no tool may read or change: the guard's own folders, and Ray's."""
+        ray = {folder for m in self._memberships.values() for folder in m.folders}
+        own = [*self._own_folders, *self._journals]
+        return [os.path.realpath(path) for path in own], [os.path.realpath(path) for path in sorted(ray)]
 
     def surroundings(self, target: Target) -> Surroundings:
         membership = self._memberships.get(id(target))

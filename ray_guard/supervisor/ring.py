@@ -23,7 +23,7 @@ from ray_guard.egress.relay.proxy import Proxied
 from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
-from ray_guard.kernel import procfs
+from ray_guard.kernel import libc, procfs
 from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Account, Exceeded
 from ray_guard.policy.decide import (
     CompiledPolicy,
@@ -44,6 +44,7 @@ from ray_guard.supervisor.target import Origin, Target, new_span_id
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.node import Node
+    from ray_guard.supervisor.view import View
 
 log = logging.getLogger("ray_guard.ring")
 
@@ -62,10 +63,18 @@ class Ring:
         policy: with the role that applies behind this listener.
         root: the process whose tree this is.
         origin: the call that everything here belongs to; None: ask thread by thread (actor ring).
+        view: what may be written behind this listener; None: whatever its user may.
     """
 
     def __init__(
-        self, node: Node, target: Target, policy: CompiledPolicy, root: int, origin: Origin | None = None
+        self,
+        node: Node,
+        target: Target,
+        policy: CompiledPolicy,
+        root: int,
+        origin: Origin | None = None,
+        *,
+        view: View | None = None,
     ) -> None:
         self.node = self._node = node
         self._meter: Meter = node.meter
@@ -75,6 +84,7 @@ class Ring:
         self._origin = origin
         self.origin_of: Callable[[int], Origin] = target.origin_of_thread if origin is None else lambda _tid: origin
         """Whose doing a thread's calls are; within a call a process of its own may be known (see processes)."""
+        self._view = view
         self.mute = origin is None and not grants_datagrams(policy)
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
@@ -163,6 +173,9 @@ class Ring:
             (received,) = struct.unpack_from("=Q", info, 128)
             sent, again = struct.unpack_from("=QQ", info, 200)
             self._meter.settle(cookie, sent - again, received)
+
+    def make_socket(self, duplicate: int, raw: bytes, tid: int) -> int:
+        return libc.bind(duplicate, raw) if self._view is None else self._view.bind(duplicate, raw, tid)
 
     def bound(self, pinned: int) -> None:
         found = os.fstat(pinned)

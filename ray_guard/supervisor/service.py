@@ -37,13 +37,14 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = Loop()
-    pool = Leaders(loop, partial(zygote.ask_for_leader, starts), leaders)
+    pool = Leaders(loop, lambda fit: zygote.ask_for_leader(starts, fit.covers, gpu=fit.gpu), leaders)
     node = Node(loop, (rendezvous.folder(),), pool)
     listener = socket.socket(fileno=descriptor)
     log.info("started, pid %d", os.getpid())
     node.zygote = zygote_pid
     node.ward = partial(zygote.ward, starts)
     node.means.relay.start = partial(zygote.start_mover, starts)
+    node.remove = partial(zygote.remove, starts)
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
     gc.freeze()  # what is here now stays; what comes and goes is few and small

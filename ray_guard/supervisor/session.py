@@ -29,15 +29,17 @@ from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import Scope
 from ray_guard.policy.decide import CompiledPolicy, Operation, Process, Request, decide
 from ray_guard.policy.destination import Group, Transport, canonical_address
-from ray_guard.policy.enforcement import unenforced
+from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.ring import Ring, grants_datagrams
+from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.start import read_start
 from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
+from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
 
 log = logging.getLogger("ray_guard.session")
 
@@ -189,6 +191,7 @@ class Session:
             if policy.names:
                 self._node.resolver.require()
             self._require_proxies(policy)
+        views = Views(message.get("places"))
         target = Target(
             pid=pid,
             kind=str(kind),
@@ -198,6 +201,8 @@ class Session:
             around=self._node.charged(str(identity.get("actor_id") or ""), str(identity.get("run_id") or ""), policy),
             run_id=str(identity.get("run_id") or ""),
             actor_id=str(identity.get("actor_id") or pid),
+            views=views,
+            scratches=Scratches(views.temporary, self._node.remove),
         )
         target.pump = self.pump
         if membership is not None:
@@ -354,6 +359,7 @@ class Session:
             if tool.call == span and tool.running and target.policy.survivors != "keep":
                 tool.end()  # what a call started ends with the call
         self._tools = [tool for tool in self._tools if tool.running]
+        target.scratches.end(str(span))
         target.end(message)
 
     def _intent(self, message: dict[str, Any], _descriptors: list[int]) -> None:
@@ -415,6 +421,10 @@ class Session:
             raise seqpacket.BadPacket(f"{len(descriptors) - 3} descriptors for {len(start.descriptors)} numbers")
         if not self._node.means.borrows and any(_sends_anywhere(descriptor) for descriptor in descriptors[3:]):
             raise NotEnforced(["pass_fds"], "messages on a datagram socket cannot be judged: pidfd_getfd is refused")
+        for descriptor in descriptors[3:]:
+            reason = refused_descriptor(descriptor, target.policy)
+            if reason and target.policy.mode is Mode.ENFORCE:
+                raise NotEnforced(["pass_fds"], f"{reason}: no rule grants it")
         control = _line(descriptors[0])
         given = descriptors[1:]
         del descriptors[1:]  # the tool's now
@@ -505,6 +515,7 @@ class Session:
                 seqpacket.send(self._zygote, {"op": "release", "pid": self._target.pid})
         if self._target is not None:
             self._node.leave(self._target)
+            self._target.scratches.end_all()
             self._target.account.close()
         self._ended(self)
 
@@ -558,7 +569,7 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
         raise PolicyError("policy", wire, "a mapping")
     policy = CompiledPolicy.from_wire(wire, role=Role.TOOL if kind == "run" else Role.ENV)
     if policy.mode is Mode.ENFORCE:
-        missing = unenforced(wire)
+        missing = unenforced(wire, SUPPORTED - unavailable())
         if missing:
             raise NotEnforced(missing, "this version does not enforce that yet")
         if not borrows:

@@ -23,6 +23,8 @@ from ray_guard.policy.budgets import Account, Exceeded, Limits, Scope, limits_fr
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
+from ray_guard.supervisor.scratch import Scratches
+from ray_guard.supervisor.view import Views
 
 log = logging.getLogger("ray_guard.target")
 
@@ -112,6 +114,8 @@ class Target:
     around: Account
     run_id: str
     actor_id: str
+    views: Views
+    scratches: Scratches
     account: Account = field(init=False)
     trace_id: str = field(default_factory=new_trace_id)
     open: dict[str, OpenSpan] = field(default_factory=dict)

@@ -30,6 +30,7 @@ from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, Status
 from ray_guard.supervisor import arguments, bystanders
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
+from ray_guard.supervisor.metadata import Metadata
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.process_spans import exit_attributes
 from ray_guard.supervisor.processes import Processes, Usage
@@ -68,6 +69,7 @@ class Tool:
 
     Raises:
         BudgetExceeded: there is no room for it; that is in the journal.
+        PolicyError, NotEnforced: its view of the file system cannot be made.
         RayGuardError: what its call or episode was ended for (``on_violation``).
     """
 
@@ -99,22 +101,35 @@ class Tool:
         self._processes: Processes | None = None
         self._why: str | None = None
         self._left = False
-        self._origin = self._find_origin(call)
-        ended = target.ended_for((self._origin.call or "", self._origin.episode or ""))
-        if ended is not None:
-            seqpacket.close_all(descriptors)
-            raise errors.of_violation(ended.as_message())
-        self._clocks = [*target.clocks(self._origin), *self._own_clock()]
-        self._descriptors = descriptors
         self._strays: list[str] = []
         self._leader: Leader | None = None
-        exceeded = self._enter()
-        if exceeded is not None:
+        self._descriptors = descriptors
+        self._call = call.span if call.span is not None and call.span in target.open else self._span
+        scratch = target.scratches.enter(self._call)
+        try:
+            self._view = target.views.of(policy, start, descriptors[1], scratch, node.hidden())
+            descriptors.insert(1, self._view.descriptor())
+            self._fit = self._view.fit()
+            self._origin = self._find_origin(call)
+            self._clocks = [*target.clocks(self._origin), *self._own_clock()]
+            self._admit()
+        except BaseException:
+            target.scratches.leave(self._call, last=self._call == self._span)
             self._close_descriptors()
-            raise exceeded.error()
+            control.close()
+            raise
         self.running = True
         node.loop.watch(control.fileno(), select.EPOLLIN, lambda _events: self._from_requester())
-        node.leaders.take(self._begin)
+        node.leaders.take(self._fit, self._begin)
+
+    def _admit(self) -> None:
+        """Raises what keeps it from starting: its scope was ended, or has no room."""
+        ended = self._target.ended_for((self._origin.call or "", self._origin.episode or ""))
+        if ended is not None:
+            raise errors.of_violation(ended.as_message())
+        exceeded = self._enter()
+        if exceeded is not None:
+            raise exceeded.error()
 
     def _find_origin(self, call: Call) -> Origin:
         if call.span is not None and call.span in self._target.open:
@@ -208,7 +223,7 @@ class Tool:
         memory = _least(self._origin.account, MEMORY)
         if not leader.prepare({"op": "prepare", "memory": memory}, self._descriptors):
             leader.drop()  # what it held ready has died
-            self._node.leaders.take(self._begin)
+            self._node.leaders.take(self._fit, self._begin)
             return
         self._close_descriptors()
         self._leader = leader
@@ -254,7 +269,8 @@ class Tool:
             log.warning("a tool was not started: %s", error)
             self._failed({"stage": "journal", "text": str(error)})
             return
-        self._ring = Ring(self._node, self._target, self._policy.with_role(Role.TOOL), pid, self._origin)
+        policy = self._policy.with_role(Role.TOOL)
+        self._ring = Ring(self._node, self._target, policy, pid, self._origin, view=self._view)
         self._processes = Processes(self._node, self._target, self._origin, pid, self._over)
         self._ring.origin_of = self._processes.origin_of
         self._gate = Gate(
@@ -262,7 +278,7 @@ class Tool:
             self._ring,
             self._node.means,
             self._unfiltered,
-            {**self._processes.handlers, **bystanders.handlers(pid)},
+            {**self._processes.handlers, **bystanders.handlers(pid), **Metadata(self._view).handlers()},
         )
         self._node.gpus.began(pid, self._target, self._origin)
         if self._leader is not None:
@@ -337,6 +353,7 @@ class Tool:
                 ended["why"] = self._why
             self._answer({"op": "exited", "pid": self._pid, **ended})
         self._hang_up()
+        self._target.scratches.leave(self._call, last=self._call == self._span)
 
     def _process_record(self, ended: dict[str, Any] | None) -> SpanRecord:
         attributes: dict[str, AttributeValue] = {

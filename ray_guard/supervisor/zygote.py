@@ -14,6 +14,7 @@ talk to the supervisor alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -23,7 +24,8 @@ import time
 from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
-from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, syscalls
+from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, syscalls, trees
+from ray_guard.supervisor import domain, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
 
@@ -65,8 +67,12 @@ _WARDS_SWEPT: Final = 256
 class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._program = rings.call_ring(syscalls.MACHINE, borrows=borrowing.works(), own_ipc=ipc.can_be_own())
-        seccomp.encode(self._program)
+        self._programs = {
+            gpu: rings.call_ring(syscalls.MACHINE, borrows=borrowing.works(), own_ipc=ipc.can_be_own(), gpu=gpu)
+            for gpu in (False, True)
+        }
+        seccomp.encode(self._programs[False])
+        self._system = domain.prepare()
         self._wards: dict[int, _Ward] = {}
 
     def step(self) -> bool:
@@ -91,6 +97,8 @@ class _Zygote:
                 self._wards = {
                     pid: ward for pid, ward in self._wards.items() if ward.lifeline is not None or ward.lives
                 }
+        elif operation == "remove":
+            self._remove(str(message["path"]))
         elif operation == "release":
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
@@ -100,21 +108,38 @@ class _Zygote:
         elif operation == "leader":
             (line,) = descriptors
             try:
-                self._fork_leader(line)
+                self._fork_leader(line, message["covers"], gpu=bool(message["gpu"]))
             except OSError:  # no more processes: this leader is lost, and says so, for its line closes here
                 import traceback
 
                 traceback.print_exc()
             os.close(line)
 
-    def _fork_leader(self, line: int) -> None:
+    @staticmethod
+    def _remove(path: str) -> None:
+        """Takes away a call's temporary folder: mostly it is empty, else a child does it, for it may be large."""
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+        else:
+            return
+        if os.fork() == 0:
+            try:
+                trees.remove(path)
+            finally:
+                os._exit(0)
+
+    def _fork_leader(self, line: int, covers: mounts.Covers, *, gpu: bool) -> None:
         if os.fork() != 0:
             return
         code = 1
         try:
             # A leader's copies would keep alive the lines of targets that are the zygote's wards.
             close_all_but((0, 1, 2, line))
-            code = lead(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line), self._program)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
+            code = lead(sock, self._programs[gpu], self._system, covers)
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
@@ -163,17 +188,26 @@ def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None)
     seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time}, passed)
 
 
+def remove(starts: socket.socket, path: str) -> None:
+    """Takes away a call's temporary folder; called by the supervisor."""
+    seqpacket.send(starts, {"op": "remove", "path": path})
+
+
 def start_mover(starts: socket.socket, line: socket.socket) -> None:
     """Starts a mover of relayed bytes at this end of its line; called by the supervisor."""
     seqpacket.send(starts, {"op": "mover"}, [line.fileno()])
 
 
-def ask_for_leader(starts: socket.socket) -> socket.socket:
-    """The line to a new leader; called by the supervisor. Where it cannot be forked the line ends at once."""
+def ask_for_leader(starts: socket.socket, covers: mounts.Covers = (), *, gpu: bool = False) -> socket.socket:
+    """The line to a new leader; called by the supervisor. Where it cannot be forked the line ends at once.
+
+    Args:
+        covers, gpu: see :class:`ray_guard.supervisor.leaders.Fit`.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         try:
-            seqpacket.send(starts, {"op": "leader"}, [theirs.fileno()])
+            seqpacket.send(starts, {"op": "leader", "covers": covers, "gpu": gpu}, [theirs.fileno()])
         except OSError:
             pass  # the zygote is gone, and the supervisor about to end
     return ours

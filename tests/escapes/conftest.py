@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -79,3 +80,11 @@ def stage() -> Iterator[Stage]:
         staged(Path(folder)) as found,
     ):
         yield found
+
+
+@pytest.fixture
+def folder(stage: Stage) -> Path:
+    """A new folder that tools may write."""
+    made = stage.folder / secrets.token_hex(4)
+    made.mkdir()
+    return made

@@ -404,6 +404,11 @@ class CannotBuild(Exception):
     """A program in C that this host has no compiler, or no library, for."""
 
 
+def grants(folder: Path) -> dict[str, list[str]]:
+    """``files`` with its defaults, and ``folder``: for what an attack is given to work with."""
+    return {"read": ["system", "env", "cwd", str(folder)], "write": ["cwd", "scratch", str(folder)]}
+
+
 class Stage:
     """Sinks and hosts of one session."""
 
@@ -420,20 +425,30 @@ class Stage:
     def policy(self, name: str = "plain") -> dict[str, Any]:
         """``plain``: TCP and a unix socket; ``udp``: UDP too; ``wide``: every address, TCP; ``nothing``."""
         if name == "nothing":
-            return {"egress": {"allow": []}}
+            return {"egress": {"allow": []}, "files": grants(self.folder)}
         port = self.sinks.address("granted")
         allow = [f"127.0.0.1:{port}", f"[::1]:{port}", f"unix://{self.sinks.address('unix_granted')}"]
         if name == "udp":
             allow.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
         if name == "wide":
             allow += [f"{network}:{self.sinks.address('tcp')}" for network in ("0.0.0.0/0", "[::/0]")]
-        return {"egress": {"allow": allow}}
+        return {"egress": {"allow": allow}, "files": grants(self.folder)}
+
+    def evidence(self, name: str) -> Path:
+        """Beside the stage's folder, not in it: what lies around evidence cannot be granted whole."""
+        return self.folder.with_name(f"{self.folder.name}_evidence_{name}")
 
     def host(self, name: str = "plain") -> Host:
         """A confined process under the policy of that name (:meth:`policy`); a new one where the last has ended."""
         host = self._hosts.get(name)
         if host is None or not host.alive:
-            host = self._hosts[name] = Host(self.policy(name), self.folder / f"evidence_{name}", self.namespace)
+            try:
+                host = Host(self.policy(name), self.evidence(name), self.namespace)
+            except RuntimeError as error:
+                if not launcher.prefix() or "NotEnforced" not in str(error):
+                    raise
+                pytest.skip(f"refuses to start on this host: {error}")
+            self._hosts[name] = host
         return host
 
     def peer_command(self, peer: Column, attack: Attack, argv: list[str], arguments: dict[str, Any]) -> list[str]:

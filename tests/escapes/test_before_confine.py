@@ -36,7 +36,7 @@ print(json.dumps(said))
 def test_datagram_sockets_from_before(stage: Stage) -> None:
     stage.sinks.clear()
     argv = [*stage.namespace.prefix, PYTHON, "-c", _PROGRAM, json.dumps(stage.sinks.addresses())]
-    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(stage.folder / "evidence_before")}
+    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(stage.evidence("before"))}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     said = json.loads(done.stdout)
     for sink in ("udp", "unix_dgram"):
@@ -52,7 +52,7 @@ listening = socket.create_server(('127.0.0.1', 0))
 try: ray_guard.confine({'egress': {'allow': []}})
 except ray_guard.NotEnforced as error: print('refused')
 """
-    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(stage.folder / "evidence_listening")}
+    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(stage.evidence("listening"))}
     argv = [*stage.namespace.prefix, PYTHON, "-c", program]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -340,7 +340,7 @@ def test_a_survivors_connection_is_cut_with_the_call(stage: Stage) -> None:
     """The flow of a process that a call left behind ends with the call, within a second."""
     server = socket.create_server(("127.0.0.1", 0))
     server.settimeout(10)
-    evidence = stage.folder / "evidence_cut"
+    evidence = stage.evidence("cut")
     namespace = Namespace()
     host = Host({"egress": {"allow": [f"127.0.0.1:{server.getsockname()[1]}"]}}, evidence, namespace)
     try:

@@ -117,7 +117,7 @@ def _doing(
     privileged: bool = False,
     rings: tuple[str, ...] = ("actor", "call"),
 ) -> Attack:
-    """Something that must fail as such: the attack leaves a file behind once it got it."""
+    """Something that must fail as such, with one of ``error``: the attack leaves a file behind once it got it."""
     lines = "\n".join("    " + line for line in body.strip().splitlines())
     program = f"""
 def main():
@@ -128,7 +128,7 @@ def main():
         name,
         program,
         sink="",
-        refused=(error,),
+        refused=tuple(error.split()),
         judge=_made(name),
         surface=True,
         privileged=privileged,
@@ -207,6 +207,7 @@ libc.umount2(target, 2)
         "descriptor = os.open('/dev/net/tun', os.O_RDWR)\n"
         "import fcntl\n"
         "fcntl.ioctl(descriptor, 0x400454ca, struct.pack('16sH22x', b'rg%d', 0x1001))",
+        "EPERM EACCES",
         privileged=True,
     ),
     _doing(

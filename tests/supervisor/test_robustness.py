@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, Stage, wait
+from harness import PYTHON, ROOT, Host, Namespace, Stage, grants, wait
 
 pytestmark = pytest.mark.kernel
 
@@ -29,7 +29,8 @@ def hosts(folder: Path, policy: dict[str, object], count: int = 1) -> Iterator[l
     made: list[Host] = []
     try:
         for number in range(count):
-            made.append(Host(policy, folder / f"evidence{number}", namespace))
+            evidence = folder.with_name(f"{folder.name}_evidence{number}")
+            made.append(Host({**policy, "files": grants(folder)}, evidence, namespace))
         yield made
     finally:
         for host in made:

@@ -1,5 +1,6 @@
 """Hands a command to Ray's job API, with the user's own token: submit.py URL --submission-id ID COMMAND…"""
 
+import contextlib
 import json
 import pathlib
 import shlex
@@ -9,7 +10,7 @@ import urllib.request
 url, _, name, *command = sys.argv[1:]
 headers = {"Content-Type": "application/json"}
 token = pathlib.Path.home() / ".ray" / "auth_token"
-if token.exists():
+with contextlib.suppress(OSError):  # there is none, or it may not be read: then it is tried without
     headers["Authorization"] = "Bearer " + token.read_text().strip()
 body = json.dumps({"entrypoint": shlex.join(command), "submission_id": name}).encode()
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -38,8 +38,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"gpu": "engine"}, ()),
         ({"budgets": {"call": {"gpu_seconds": 1}, "actor": {"gpu_seconds": 1}}}, ("budgets.call.gpu_seconds",)),
         ({"gpu": "any"}, ()),
-        ({"files": {"read": ["cwd"]}}, ("files.read",)),
-        ({"files": {"hide": [], "protect": ["/srv"]}}, ("files.protect",)),
+        ({"files": {"read": ["cwd"], "hide": [], "protect": ["/srv"]}}, ()),
         ({"budgets": {"call": {"tokens": 1, "egress_bytes": 1, "wall_seconds": 1}}}, ("budgets.call.tokens",)),
         ({"budgets": {"episode": {"gpu_seconds": 1, "connections": 0}}}, ("budgets.episode.gpu_seconds",)),
         ({"budgets": {s: {"processes": 1, "memory": 1, "cpu_seconds": 1} for s in ("call", "episode", "actor")}}, ()),
@@ -47,7 +46,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"budgets": {"call": {"memory": None}}}, ()),
         ({"subprocess": "plain", "survivors": "kill", "on_violation": "deny"}, ()),
         ({"survivors": "keep", "on_violation": "kill_call"}, ()),
-        ({"require": ["egress", "files"]}, ("require.files",)),
+        ({"require": ["egress", "files", "gpu"]}, ()),
         ({"require": []}, ()),
     ],
 )
@@ -81,10 +80,15 @@ def test_a_host_that_offers_less_takes_away() -> None:
     named_ones = {"egress": {"verify_names": True, "allow": ["a.b:443"]}}
     without_names = SUPPORTED - {"egress.allow.name", "egress.verify_names"}
     assert named(named_ones, without_names) == ("egress.allow[0]", "egress.verify_names")
-    less = SUPPORTED - {"egress.allow.unix", "egress.listen", "subprocess.confine"}
-    data = {"egress": {"allow": ["unix:///a"], "listen": [80]}, "subprocess": "confine"}
+    less = SUPPORTED - {"egress.allow.unix", "egress.listen", "subprocess.confine", "gpu.none", "files.read"}
+    data = {
+        "egress": {"allow": ["unix:///a"], "listen": [80]},
+        "subprocess": "confine",
+        "gpu": "none",
+        "files": {"read": ["cwd"], "write": ["cwd"]},
+    }
     assert named(data) == ()
-    assert named(data, less) == ("egress.allow[0]", "egress.listen", "subprocess")
+    assert set(named(data, less)) == {"egress.allow[0]", "egress.listen", "subprocess", "gpu", "files.read"}
 
 
 def test_every_supported_name_can_come_up() -> None:
@@ -93,6 +97,7 @@ def test_every_supported_name_can_come_up() -> None:
         "mode": "enforce",
         "role": "env",
         "egress": {"listen": [1], "proxy": "http://p:3128", "verify_names": True},
+        "files": {"read": ["cwd"], "write": ["cwd"], "hide": ["/a"], "protect": ["/a"]},
         "budgets": {
             scope: {kind: 1 for kind in KINDS if f"budgets.{scope}.{kind}" in SUPPORTED}
             for scope in ("call", "episode", "actor", "job")
@@ -102,7 +107,7 @@ def test_every_supported_name_can_come_up() -> None:
     keys |= {f"egress.allow.{kind}" for kind in ("address", "name", "unix", "cluster", "collectives")}
     keys |= {"subprocess.confine", "subprocess.plain", "survivors.kill", "survivors.keep"}
     keys |= {f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")}
-    keys |= {"require.egress", "require.processes", "require.gpu", "gpu.none", "gpu.engine"}
+    keys |= {"require.egress", "require.processes", "require.files", "require.gpu", "gpu.none", "gpu.engine"}
     assert keys == SUPPORTED
 
 

@@ -1,0 +1,114 @@
+"""mount(2) and mount namespaces. Runs in the zygote, and in the supervisor that asks whether it may.
+
+Source: mount(2), mount_setattr(2), mount_namespaces(7).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from enum import Enum
+from typing import Final
+
+from ray_guard.kernel import libc
+
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_BIND: Final = 0x1000
+MS_REC: Final = 0x4000
+MS_SLAVE: Final = 1 << 19
+CLONE_FS: Final = 0x200
+CLONE_NEWNS: Final = 0x20000
+CLONE_NEWUSER: Final = 0x10000000
+
+_NR_MOUNT_SETATTR = 442
+_AT_RECURSIVE = 0x8000
+_MOUNT_ATTR_RDONLY = 1
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
+
+
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    texts = [ctypes.create_string_buffer(os.fsencode(text)) for text in (source, target, kind, options)]
+    libc.check(libc.c_library.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount {target}")
+
+
+def make_read_only(target: str) -> None:
+    """The mount at ``target`` and all below it."""
+    name = ctypes.create_string_buffer(os.fsencode(target))
+    attributes = _MountAttr(_MOUNT_ATTR_RDONLY, 0, 0, 0)
+    size = ctypes.sizeof(attributes)
+    address = ctypes.addressof(attributes)
+    libc.syscall(_NR_MOUNT_SETATTR, libc.AT_FDCWD, ctypes.addressof(name), _AT_RECURSIVE, address, size)
+
+
+def unshare(flags: int) -> None:
+    libc.check(libc.c_library.unshare(ctypes.c_int(flags)), "unshare")
+
+
+def setns(descriptor: int, kind: int) -> None:
+    libc.check(libc.c_library.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
+
+
+class Way(Enum):
+    """How a process comes by a mount namespace of its own."""
+
+    NONE = 0
+    """Not at all."""
+    PRIVILEGED = 1
+    """It has CAP_SYS_ADMIN."""
+    USER = 2
+    """In a user namespace, in which its user and group are the only ones."""
+
+
+def enter_own_namespace(how: Way) -> None:
+    """A mount namespace of this process's own: what is mounted outside appears in it, nothing the other way round.
+
+    Raises:
+        OSError: EPERM where that is not for this process.
+    """
+    if how is Way.USER:
+        user, group = os.geteuid(), os.getegid()
+        unshare(CLONE_NEWUSER | CLONE_NEWNS)
+        for name, content in (
+            ("setgroups", "deny"),  # or no group could be mapped
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(content)
+    else:
+        unshare(CLONE_NEWNS)
+    mount("none", "/", "none", MS_REC | MS_SLAVE)
+
+
+@functools.cache
+def way() -> Way:
+    """How this process and its children could have one, and mount in it; tried in a child, once."""
+    return next((each for each in (Way.PRIVILEGED, Way.USER) if _works(each)), Way.NONE)
+
+
+def works() -> bool:
+    return way() is not Way.NONE
+
+
+def _works(how: Way) -> bool:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            libc.prctl(libc.PR_SET_DUMPABLE, 1)  # else /proc/self is root's
+            enter_own_namespace(how)
+            mount("tmpfs", "/dev", "tmpfs", MS_RDONLY, "size=4k")
+            make_read_only("/dev")
+            code = 0
+        except OSError:
+            pass
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
