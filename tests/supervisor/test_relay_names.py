@@ -239,7 +239,7 @@ def test_tls_from_end_to_end(stage: Stage, tmp_path: Path) -> None:
                 tls.sendall(data)
 
     program = """
-context = ssl.create_default_context(cafile=sys.argv[2])
+context = ssl.create_default_context(cadata=sys.argv[2])
 with context.wrap_socket(socket.create_connection(('index.example.org', int(sys.argv[1]))), server_hostname='index.example.org') as tls:
     mine = os.urandom(300_000); got = b''
     for at in range(0, len(mine), 10_000):
@@ -249,7 +249,7 @@ print(got == mine)
 """
     with served(serve) as peer:
         host = stage.host([f"tls://index.example.org:{peer.port}"])
-        assert host.run("call", stage.argv(program, peer.port, cert)).stdout == "True\n"
+        assert host.run("call", stage.argv(program, peer.port, cert.read_text())).stdout == "True\n"
         assert peer.received == 300_000
 
 
