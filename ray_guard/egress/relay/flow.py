@@ -23,7 +23,7 @@ from ray_guard.egress.relay.speech import Refused, Verifier
 from ray_guard.egress.relay.speech.choice import Speech
 
 _READ: Final = 1 << 16
-TURN: Final = 1 << 20
+TURN: Final = 1 << 22
 """Bytes that one direction moves before others have their turn."""
 _STREAM: Final = 1 << 17
 _F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032
