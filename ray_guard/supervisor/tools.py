@@ -107,7 +107,11 @@ class Tool:
         self._call = call.span if call.span is not None and call.span in target.open else self._span
         scratch = target.scratches.enter(self._call)
         try:
-            self._view = target.views.of(policy, start, descriptors[1], scratch, node.hidden())
+            asking = target.open.get(self._call)
+            since = self._began if asking is None else asking.record.start_ns
+            self._view = target.views.of(
+                policy, start, descriptors[1], scratch=scratch, since=since, hidden=node.hidden()
+            )
             descriptors.insert(1, self._view.descriptor())
             self._fit = self._view.fit()
             self._origin = self._find_origin(call)

@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from ray_guard.kernel import devices, landlock, libc, mounting
@@ -40,6 +40,8 @@ from ray_guard.records import Mode
 from ray_guard.supervisor.leaders import Fit
 from ray_guard.supervisor.start import Start
 
+_CLOCK_NS: Final = 10_000_000
+"""How far the times of files may lag behind: they go by the kernel's tick."""
 _REMEMBERED: Final = 64
 _SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 - with a mount namespace the call's own
 
@@ -166,13 +168,21 @@ class Views:
         self._plans: dict[tuple[object, ...], tuple[Plan, ...]] = {}
 
     def of(
-        self, policy: CompiledPolicy, start: Start, folder: int, scratch: str, hidden: tuple[list[str], list[str]]
+        self,
+        policy: CompiledPolicy,
+        start: Start,
+        folder: int,
+        *,
+        scratch: str,
+        since: int,
+        hidden: tuple[list[str], list[str]],
     ) -> View:
         """The view of one start.
 
         Args:
             folder: its working folder.
             scratch: its call's temporary folder, for whichever policy grants one.
+            since: when the call began (Unix ns).
             hidden: folders of the guard itself, and Ray's on this node.
 
         Raises:
@@ -194,11 +204,12 @@ class Views:
         layers: list[dict[str, Any]] = []
         writable = []
         own = [Grant(scratch, READ + WRITE)]
+        handed_over = [Grant(path, READ) for path in self._handed_over(start.argv, since, (*hidden[0], *hidden[1]))]
         for wire, each in zip(wires, plans, strict=True):
             grants_scratch = "scratch" in wire["files"]["write"]
             if grants_scratch and mounts:
                 own.append(Grant(_SHARED_MEMORY, READ + WRITE))
-            grants = [*each.grants, *(own if grants_scratch else ())]
+            grants = [*each.grants, *((*own, *handed_over) if grants_scratch else ())]
             if mounts:
                 grants.append(Grant("/dev/pts", DEVICE))
             layers.append({"system": each.system, "grants": grants})
@@ -224,6 +235,27 @@ class Views:
         }
         return View(json.dumps(content).encode(), tuple(writable), tuple(ordered), enforced=bool(wires), gpu=gpu)
 
+    def _handed_over(self, argv: Sequence[str], since: int, hidden: Sequence[str]) -> Iterator[str]:
+        """Files named in the arguments that the target has made in its own temporary folder for this very call.
+
+        That is how frameworks hand a program to an interpreter. They are as good as the call's own scratch, for the
+        time of one start and to be read alone.
+        """
+        for word in argv[1:]:
+            path = os.path.normpath(word)
+            above = os.path.dirname(path)
+            if path != word or self.temporary not in (above, os.path.dirname(above)):
+                continue
+            if any(path.startswith(f"{folder}/") for folder in hidden):
+                continue
+            places = (path,) if above == self.temporary else (above, path)
+            try:
+                found = [os.lstat(place) for place in places]
+            except (OSError, ValueError):
+                continue
+            if stat.S_ISREG(found[-1].st_mode) and all(_is_own(status, since) for status in found):
+                yield path
+
     def _plan(self, files: Files, cwd: str, search_path: str, hidden: Sequence[str], ray: Sequence[str]) -> Plan:
         places = Places(
             homes=self._found["homes"],
@@ -237,6 +269,13 @@ class Views:
         around = Surroundings(places, _system(), cwd, folders, mounts=mounting.works())
         found = plan(files, around, Looking(listed, os.path.realpath, os.path.exists))
         return found._replace(grants=tuple(grant for grant in found.grants if _is_fit(grant)))
+
+
+def _is_own(status: os.stat_result, since: int) -> bool:
+    """Whether it is the user's and was made, or last changed, after that; never what a symbolic link leads to."""
+    return (
+        status.st_uid == os.geteuid() and status.st_ctime_ns >= since - _CLOCK_NS and not stat.S_ISLNK(status.st_mode)
+    )
 
 
 def _is_fit(grant: Grant) -> bool:

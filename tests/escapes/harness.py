@@ -409,6 +409,11 @@ def grants(folder: Path) -> dict[str, list[str]]:
     return {"read": ["system", "env", "cwd", str(folder)], "write": ["cwd", "scratch", str(folder)]}
 
 
+def host_in(folder: Path, policy: dict[str, Any], namespace: Namespace) -> Host:
+    """A confined process whose tools may work in ``folder``, with its evidence beside it."""
+    return Host({"files": grants(folder), **policy}, folder.with_name(f"{folder.name}_evidence"), namespace)
+
+
 class Stage:
     """Sinks and hosts of one session."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from gpu_host import GpuHost, gpu_host
-from harness import PYTHON, Host, wait
+from harness import PYTHON, Host, grants, wait
 
 pytestmark = pytest.mark.kernel
 
@@ -38,7 +38,8 @@ def fresh(tmp_path: Path) -> Iterator[GpuHost]:
 
 @contextmanager
 def confined(gpus: GpuHost, folder: Path, **policy: Any) -> Iterator[Host]:
-    host = Host(policy, folder / "evidence", gpus.namespace)
+    # A folder that is granted brings its devices along: what is opened all the same is found.
+    host = Host({"files": grants(gpus.gpu.parent), **policy}, folder / "evidence", gpus.namespace)
     try:
         time.sleep(0.7)  # the helper has started, and made its first census
         yield host

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, wait
+from harness import PYTHON, ROOT, Host, Namespace, host_in, wait
 
 pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own")]
 
@@ -98,7 +98,7 @@ def leave(host: Host, sink: Sink, mark: Path) -> int:
 
 def test_a_kept_process_lives_on_and_is_still_its_calls(tmp_path: Path, namespace: Namespace, sink: Sink) -> None:
     policy = {"survivors": "keep", "egress": {"allow": [f"127.0.0.1:{sink.port}"]}}
-    host = Host(policy, tmp_path / "evidence", namespace)
+    host = host_in(tmp_path, policy, namespace)
     try:
         pid = leave(host, sink, tmp_path / "mark")
         assert lives(pid)
@@ -127,7 +127,7 @@ def test_a_kept_process_lives_on_and_is_still_its_calls(tmp_path: Path, namespac
 def test_limits_of_the_call_go_on_for_what_it_left(tmp_path: Path, namespace: Namespace, sink: Sink) -> None:
     limits = {"cpu_seconds": 0.15, "connections": 0}
     policy = {"survivors": "keep", "egress": {"allow": [f"127.0.0.1:{sink.port}"]}, "budgets": {"call": limits}}
-    host = Host(policy, tmp_path / "evidence", namespace)
+    host = host_in(tmp_path, policy, namespace)
     try:
         pid = leave(host, sink, tmp_path / "mark")
         assert lives(pid)
@@ -140,7 +140,7 @@ def test_limits_of_the_call_go_on_for_what_it_left(tmp_path: Path, namespace: Na
 
 
 def test_without_keep_it_ends_with_the_call(tmp_path: Path, namespace: Namespace, sink: Sink) -> None:
-    host = Host({"egress": {"allow": [f"127.0.0.1:{sink.port}"]}}, tmp_path / "evidence", namespace)
+    host = host_in(tmp_path, {"egress": {"allow": [f"127.0.0.1:{sink.port}"]}}, namespace)
     try:
         leave(host, sink, tmp_path / "mark")
         assert survivor(str(tmp_path / "mark")) == 0
@@ -154,7 +154,7 @@ with ray_guard.tool_call('starts', {}):
     tool = ray_guard.Popen(['sleep', '600'])
 result = tool.pid
 """
-    host = Host({"survivors": "keep", "egress": {"allow": []}}, tmp_path / "evidence", namespace)
+    host = host_in(tmp_path, {"survivors": "keep", "egress": {"allow": []}}, namespace)
     try:
         pid = host.inside(code)
         time.sleep(0.3)
@@ -202,7 +202,7 @@ def marked(mark: str) -> list[int]:
 @pytest.mark.parametrize("kind", [*LEFT, "swarm"])
 def test_everything_is_dead_when_the_call_has_ended(tmp_path: Path, namespace: Namespace, kind: str) -> None:
     """The tool's end is told only when all it left is dead; how long that took is the time past its own exit."""
-    host = Host({"egress": {"allow": []}}, tmp_path / "evidence", namespace)
+    host = host_in(tmp_path, {"egress": {"allow": []}}, namespace)
     mark = "sleep\0" + "1001" if kind != "swarm" else f"swarm-{os.getpid()}"
     argv = [PYTHON, "-I", "-S", "-c", SWARM.replace("MARK", mark)] if kind == "swarm" else ["sh", "-c", LEFT[kind]]
     wrapped = ["sh", "-c", 'exec >/dev/null 2>&1; "$@"; date +%s.%N > ' + str(tmp_path / "ended"), "sh", *argv]

@@ -48,7 +48,7 @@ def host(stage: Stage) -> Host:
         "subprocess.Popen(['sh', '-c', WHERE], stdout=-1, text=True, preexec_fn=os.setsid).communicate()[0]",
         "subprocess.Popen(['sh', '-c', WHERE], stdout=-1, text=True, start_new_session=True).communicate()[0]",
         "os.popen(WHERE).read()",
-        "(os.system(f'({WHERE}) > {tempfile.gettempdir()}/where'), open(f'{tempfile.gettempdir()}/where').read())[1]",
+        "(os.system(f'({WHERE}) > where'), open('where').read())[1]",
         "asyncio.run(_communicate(asyncio.create_subprocess_shell(WHERE, stdout=-1)))",
         "asyncio.run(_communicate(asyncio.create_subprocess_exec('sh', '-c', WHERE, stdout=-1, stdin=-3)))",
         "ThreadPoolExecutor(1).submit(subprocess.getoutput, WHERE).result()",
@@ -76,7 +76,7 @@ def test_what_a_framework_does_needs_no_change(host: Host) -> None:
     """A file with the model's program, run by the interpreter with a timeout: as in many Python tools."""
     code = """
 def execute(program, timeout):
-    with tempfile.NamedTemporaryFile('w', suffix='.py', dir=os.getcwd()) as file:
+    with tempfile.NamedTemporaryFile('w', suffix='.py') as file:
         file.write(program); file.flush()
         try:
             done = subprocess.run([sys.executable, '-I', '-S', file.name], capture_output=True, text=True, timeout=timeout)
@@ -194,3 +194,27 @@ def test_subprocess_plain_leaves_it_alone(plain_host: Host) -> None:
     assert _inside(plain_host, f"globals().update(locals()); result = both(lambda: {start})") == [["none", "none"]] * 2
     code = "with ray_guard.tool_call('b', {}): result = ray_guard.run(WHERE, shell=True, capture_output=True, text=True).stdout"
     assert _inside(plain_host, code).split()[0] != "none"
+
+
+def test_a_script_made_for_the_call_is_read_by_it_and_nothing_else_beside_it(host: Host) -> None:
+    """The temporary folder is not granted: only what was made there during the call and is named in the arguments."""
+    code = """
+def script(**more):
+    file = tempfile.NamedTemporaryFile('w', suffix='.py', delete=False, **more)
+    file.write("print('read')"); file.close()
+    return file.name
+def read(path, *arguments):
+    return subprocess.run([sys.executable, '-I', '-S', path, *arguments], capture_output=True, text=True).stdout.strip()
+earlier = script()
+time.sleep(0.05)
+with ray_guard.tool_call('bash', {}):
+    made = script()
+    link = made + '.link'; os.symlink(earlier, link)
+    within = tempfile.mkdtemp()
+    of_the_call = script(dir=within)
+    found = [read(made), read(of_the_call), read(earlier), read(link)]
+    other = script()
+    found.append(subprocess.run(['sh', '-c', f'cat {other}'], capture_output=True, text=True).stdout)
+result = found
+"""
+    assert _inside(host, code) == ["read", "read", "", "", ""]

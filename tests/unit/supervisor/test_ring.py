@@ -20,7 +20,9 @@ from ray_guard.records import Resource, Role
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.proxies import Proxies, Standing
 from ray_guard.supervisor.ring import Ring
+from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.target import Target
+from ray_guard.supervisor.view import Views
 
 THERE = ("10.0.0.9", 6379)
 STRANGER = 1 << 30
@@ -59,6 +61,8 @@ def ring_of(journal: Journal, policy: CompiledPolicy) -> Ring:
         around=Account(Scope.JOB, "run", {}),
         run_id="run",
         actor_id="actor",
+        views=Views(None),
+        scratches=Scratches("/tmp", lambda _path: None),
     )
     return Ring(cast("Node", node), target, policy, os.getpid())
 
