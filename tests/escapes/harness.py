@@ -252,9 +252,16 @@ class Host:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def run(self, ring: str, argv: list[str], *, timeout: float = 20.0, tool: str = "attack") -> Outcome:
-        """Runs ``argv`` in ``ring``: ``actor`` (a child of the confined process) or ``call`` (``ray_guard.run``)."""
-        return Outcome.of(self._ask({"ring": ring, "argv": argv, "timeout": timeout, "tool": tool}))
+    def run(
+        self, ring: str, argv: list[str], *, timeout: float = 20.0, tool: str = "attack", folder: Path | None = None
+    ) -> Outcome:
+        """Runs ``argv`` in ``ring``: ``actor`` (a child of the confined process) or ``call`` (``ray_guard.run``).
+
+        Args:
+            folder: the working folder; the confined process's own where there is none.
+        """
+        where = None if folder is None else str(folder)
+        return Outcome.of(self._ask({"ring": ring, "argv": argv, "timeout": timeout, "tool": tool, "folder": where}))
 
     def inside(self, code: str, **arguments: Any) -> Any:
         """Executes ``code`` within the confined process itself; what it leaves in ``result`` comes back."""

@@ -16,6 +16,7 @@ from ray_guard.client import confine
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     options = {"capture_output": True, "text": True, "timeout": job["timeout"], "stdin": subprocess.DEVNULL}
+    options["cwd"] = job.get("folder")
     began = time.monotonic()
     try:
         if job["ring"] == "call":

@@ -433,7 +433,7 @@ def test_a_device_that_is_not_granted(host: Host, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"])
 def test_a_device_that_everybody_needs(host: Host, path: str) -> None:
-    assert _device(host, path, "O_RDWR").said == {"done": True}
+    assert _device(host, path, "O_RDWR").said["done"] is True
 
 
 _IOCTL = """

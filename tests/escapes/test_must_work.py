@@ -150,16 +150,17 @@ class Place:
     ssh: int
     host: Host
 
-    def run(self, ring: str, argv: list[str], timeout: float = 60.0) -> Outcome:
+    def run(self, ring: str, argv: list[str], folder: Path, timeout: float = 60.0) -> Outcome:
+        """With the files that every tool has by default: above all, its working folder."""
         if ring == "unconfined":
-            return run_unconfined(argv, timeout)
-        return self.host.run(ring, argv, timeout=timeout)
+            return run_unconfined(argv, timeout, str(folder))
+        return self.host.run(ring, argv, timeout=timeout, folder=folder)
 
     def shell(self, ring: str, script: str, timeout: float = 60.0) -> str:
         """What ``script`` says, within a folder of its own; it must not fail."""
         folder = self.folder / ring / str(len(os.listdir(self.folder / ring)))
         folder.mkdir()
-        outcome = self.run(ring, ["sh", "-euc", f"cd {folder}\nexport HOME={folder}\n{script}"], timeout)
+        outcome = self.run(ring, ["sh", "-euc", f"export HOME={folder}\n{script}"], folder, timeout)
         assert outcome.status == 0, f"{ring}: {outcome.stdout[-2000:]}{outcome.stderr[-3000:]}"
         return outcome.stdout
 
@@ -167,7 +168,7 @@ class Place:
         """What ``program`` says; written to a file, as multiprocessing needs it."""
         file = self.folder / ring / f"program{len(os.listdir(self.folder / ring))}.py"
         file.write_text(program)
-        outcome = self.run(ring, [PYTHON, str(file), *map(str, arguments)])
+        outcome = self.run(ring, [PYTHON, str(file), *map(str, arguments)], file.parent)
         assert outcome.status == 0, f"{ring}: {outcome.stdout[-2000:]}{outcome.stderr[-3000:]}"
         return outcome.stdout
 
@@ -191,7 +192,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         namespace = Namespace()
         stack.callback(namespace.close)
         allow = [f"127.0.0.1:{port}" for port in (web, digest, ssh)]
-        host = Host({"egress": {"allow": allow}}, folder / "evidence", namespace)
+        files = {"read": ["system", "env", "cwd", str(folder / "key")]}  # ssh's
+        host = Host({"egress": {"allow": allow}, "files": files}, folder / "evidence", namespace)
         stack.callback(host.close)
         yield Place(folder, web, digest, ssh, host)
 
@@ -570,4 +572,4 @@ def test_what_is_not_granted_is_refused_all_the_same(place: Place) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         program = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}))"
         for ring in ("actor", "call"):
-            assert "PermissionError" in place.run(ring, [PYTHON, "-c", program]).stderr
+            assert "PermissionError" in place.run(ring, [PYTHON, "-c", program], place.folder / ring).stderr

@@ -35,11 +35,22 @@ def test_what_a_command_did_arrives_at_the_endpoint_its_environment_names(
         assert done.returncode == 1, done.stderr
         assert "Permission denied" in done.stderr
         received.wait(lambda r: {"execute_tool bash", "egress connect"} <= {span.name for _, _, span in r.spans})
-    spans = {span.name: span for _, _, span in received.spans}
-    tool, process, egress = (spans[name] for name in ("execute_tool bash", "process bash", "egress connect"))
-    assert (process.parent_span_id, egress.parent_span_id) == (tool.span_id, process.span_id)
+    named = {span.name: span for _, _, span in received.spans}
+    tool, egress = named["execute_tool bash"], named["egress connect"]
+    # The inner bash, which the outer one made itself into: a process span below that of the outer one.
+    process, outer, above = _upwards(received, egress)
+    assert (process.name, outer.name, above.span_id) == ("process bash", "process bash", tool.span_id)
     attributes = plain(egress.attributes)
     assert attributes["ray_guard.egress.decision"] == "deny"
     assert attributes["rl.run.id"] == "run-of-the-test"
     written = b"".join(path.read_bytes() for path in evidence.glob("*.otlp.jsonl"))
     assert all(span.span_id.hex().encode() in written for span in (tool, process, egress))
+
+
+def _upwards(received: Any, span: Any) -> list[Any]:
+    """The spans above ``span``, the nearest first."""
+    by_id = {each.span_id: each for _, _, each in received.spans}
+    found = []
+    while (span := by_id.get(span.parent_span_id)) is not None:
+        found.append(span)
+    return found
