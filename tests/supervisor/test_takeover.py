@@ -22,6 +22,12 @@ WHERE = "echo ${RAY_GUARD_CALL:-none} $PPID"
 _RUN = """
 import asyncio, os, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
+def in_a_folder(action):
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try: return action()
+        finally: os.chdir(before)
 def both(start):
     with ray_guard.tool_call('bash', {}):
         inside = start()
@@ -48,7 +54,7 @@ def host(stage: Stage) -> Host:
         "subprocess.Popen(['sh', '-c', WHERE], stdout=-1, text=True, preexec_fn=os.setsid).communicate()[0]",
         "subprocess.Popen(['sh', '-c', WHERE], stdout=-1, text=True, start_new_session=True).communicate()[0]",
         "os.popen(WHERE).read()",
-        "(os.system(f'({WHERE}) > where'), open('where').read())[1]",
+        "in_a_folder(lambda: (os.system(f'({WHERE}) > where'), open('where').read())[1])",
         "asyncio.run(_communicate(asyncio.create_subprocess_shell(WHERE, stdout=-1)))",
         "asyncio.run(_communicate(asyncio.create_subprocess_exec('sh', '-c', WHERE, stdout=-1, stdin=-3)))",
         "ThreadPoolExecutor(1).submit(subprocess.getoutput, WHERE).result()",
