@@ -45,8 +45,8 @@ longer covered for that call; one in a hidden or protected folder is. Existence,
 (stat) wherever their folders may be entered. gpu: none is held in tools (nodes, inherited descriptors).
 Datagrams: an actor's own sockets are mute unless the policy lists udp:// destinations (sendmsg is then judged too,
 which costs every Ray call about 15 %).
-Names: whatever name server a process asks, the guard answers. Programs that send without connecting and then want the
-answer to come from that very server (musl, dnspython) get none they believe; RES_OPTIONS=use-vc is set for c-ares."""
+Names: whatever name server a process asks, the guard answers. Programs that send without connecting (musl, dnspython)
+believe the answer where the supervisor has CAP_NET_RAW, else they give up; RES_OPTIONS=use-vc is set for c-ares."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
