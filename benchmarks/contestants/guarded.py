@@ -10,16 +10,22 @@ granted.
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
+from typing import Any
 
 import ray_guard
 
 
 def main() -> int:
     kind, port, *command = sys.argv[1:]
-    policy = {"egress": {"allow": [f"127.0.0.1:{each}" for each in port.split(",")]}}
+    readable = ["system", "env", "cwd", *{os.path.dirname(os.path.abspath(word)) for word in command if "/" in word}]
+    policy: dict[str, Any] = {
+        "egress": {"allow": [f"127.0.0.1:{each}" for each in port.split(",")]},
+        "files": {"read": readable},  # the command itself may lie anywhere
+    }
     if kind == "capped":
         policy["budgets"] = {"actor": {"egress_bytes": "1000GiB"}}
     if kind == "relayed":
