@@ -338,25 +338,18 @@ class Listener:
 
     def answer_with_descriptor(self, notification_id: int, descriptor: int, *, close_on_exec: bool) -> bool:
         """Installs a duplicate of ``descriptor`` in the caller and completes the call with its number there."""
-        request = _ADDFD.pack(notification_id, _ADDFD_FLAG_SEND, descriptor, 0, _O_CLOEXEC if close_on_exec else 0)
-        # Interrupted, the kernel has answered already, without the descriptor: the caller would take 0 for its number.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _TICK)
-        try:
-            fcntl.ioctl(self.fd, _IOCTL_ADDFD, request)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return False
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        return True
+        flags = _O_CLOEXEC if close_on_exec else 0
+        return self._add(_ADDFD.pack(notification_id, _ADDFD_FLAG_SEND, descriptor, 0, flags))
 
     def replace_descriptor(self, notification_id: int, descriptor: int, number: int) -> bool:
         """Puts a duplicate of ``descriptor``, close-on-exec, in the place of the caller's ``number``.
 
         The call itself is still to be answered. False: the caller is gone.
         """
-        request = _ADDFD.pack(notification_id, _ADDFD_FLAG_SETFD, descriptor, number, _O_CLOEXEC)
+        return self._add(_ADDFD.pack(notification_id, _ADDFD_FLAG_SETFD, descriptor, number, _O_CLOEXEC))
+
+    def _add(self, request: bytes) -> bool:
+        # Interrupted, the kernel has answered already, without the descriptor: the caller would take 0 for its number.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _TICK)
         try:
             fcntl.ioctl(self.fd, _IOCTL_ADDFD, request)

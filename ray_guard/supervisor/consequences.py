@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ray_guard.consequences")
 
-KILL_CALL: Final = "kill_call"
 END_EPISODE: Final = "end_episode"
 KILL_ACTOR: Final = "kill_actor"
 

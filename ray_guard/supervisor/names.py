@@ -132,24 +132,20 @@ class Names:
 
     def admits(self, size: int, origin: Origin) -> bool:
         """Whether a query of ``size`` bytes may be asked: they are sent, and count as that."""
-        if self.waiting >= _WAITING or origin.account.closed:
-            return False
-        exceeded = origin.account.reserve(SENT, size)
-        if exceeded is not None and not exceeded.report_only:
-            self._passed(exceeded, origin)
-            return False
-        origin.account.settle(SENT, size, size)
-        return True
+        return self.waiting < _WAITING and self._books(SENT, size, origin)
 
     def takes(self, size: int, origin: Origin) -> bool:
         """Whether there is room for an answer of that size."""
+        return self._books(RECEIVED, size, origin)
+
+    def _books(self, kind: str, size: int, origin: Origin) -> bool:
         if origin.account.closed:
             return False
-        exceeded = origin.account.reserve(RECEIVED, size)
+        exceeded = origin.account.reserve(kind, size)
         if exceeded is not None and not exceeded.report_only:
             self._passed(exceeded, origin)
             return False
-        origin.account.settle(RECEIVED, size, size)
+        origin.account.settle(kind, size, size)
         return True
 
     def _passed(self, exceeded: Exceeded, origin: Origin) -> None:

@@ -55,7 +55,7 @@ class Session:
 
     Args:
         sock: the accepted connection.
-        zygote: where tool starts are sent.
+        zygote: in whose care the process is put.
         ended: called once, when the process and all it started are gone.
     """
 
