@@ -20,6 +20,7 @@ from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacke
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
+from ray_guard.supervisor.groups import Everybody, Groups, Scope
 
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
@@ -51,7 +52,8 @@ def lead(
                 raise OSError(errno.ESTALE, "what is to be covered changes all the time")
         except OSError as error:
             obstacle = ("files", "mounts", error)
-    # A domain of its own, with the tool's within: from here on kill(-1) means this call's processes, and no others.
+    # A domain of its own, with the tool's within: from here on kill(-1) means this call's processes, and no others
+    # (where signals are scoped).
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     try:
         landlock.enter_process_scope()
@@ -60,6 +62,7 @@ def lead(
     if obstacle is not None:
         stage, what, why = obstacle
         return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
+    scoped = landlock.abi() >= landlock.SIGNAL_SCOPE_ABI
     while True:
         embryo = Embryo(program, system, covers)
         if embryo.listener < 0:
@@ -75,7 +78,7 @@ def lead(
         if received is None:
             return 0  # the embryo's line is the supervisor's too, and it ends with that, or with this process
         message, asking = received
-        call = _Call(line, wake_read, message)
+        call = _Call(line, wake_read, message, Scope() if scoped else Groups(embryo.pid))
         if not call.run(embryo, asking) or not call.await_release():
             return 0
         if mounting.works():
@@ -95,9 +98,10 @@ def _unfit(line: socket.socket, fault: dict[str, Any]) -> int:
 class _Call:
     """One start, from its request to the death of its tree."""
 
-    def __init__(self, line: socket.socket, wake: int, request: dict[str, Any]) -> None:
+    def __init__(self, line: socket.socket, wake: int, request: dict[str, Any], everybody: Everybody) -> None:
         self._line = line
         self._wake = wake
+        self._everybody = everybody
         wall = request.get("wall_seconds")
         self._wall = None if wall is None else float(wall)
         self._keeps = request.get("survivors") == "keep"
@@ -192,7 +196,7 @@ class _Call:
                     return True
                 timed_out = True
                 limit = time.monotonic() + TERM_PATIENCE_S
-                self._signal_all(signal.SIGTERM)
+                self._everybody.signal(signal.SIGTERM)
         return timed_out
 
     def _obey(self) -> bool:
@@ -201,6 +205,9 @@ class _Call:
             received = seqpacket.receive(self._line)
         except (OSError, seqpacket.BadPacket):
             return False
+        if received is not None and received[0].get("op") == "group":
+            self._everybody.add(int(received[0]["number"]))
+            return True
         if received is None or received[0].get("op") != "signal":
             self._released = received is not None and received[0].get("op") == "again"
             return False
@@ -225,25 +232,16 @@ class _Call:
             if pid == self._pid:
                 self._status = status
 
-    @staticmethod
-    def _signal_all(number: int) -> None:
-        """Signals every process of the call at once.
-
-        The kernel walks them under one lock that no fork can slip through, and the domain keeps everybody else out of
-        it. A list read from /proc does not work: processes that replace themselves are quicker than its reader.
-        """
-        try:
-            os.kill(-1, number)
-        except OSError:
-            pass  # ESRCH: nobody is left; EPERM: others exist, none of this call
-
     def _end_all(self) -> list[int]:
         """Kills until nothing is left below this process; what cannot be killed in time is returned."""
         deadline = time.monotonic() + KILL_PATIENCE_S
-        while True:
-            self._signal_all(signal.SIGKILL)
-            if not self._reap():
-                return []
+        if self._everybody.grows and self._reap():
+            self._tell({"op": "ending"})  # from then on no process leaves its group
+        while self._reap():
+            while self._everybody.grows and select.select([self._line], [], [], 0)[0] and self._obey():
+                pass
+            self._everybody.signal(signal.SIGKILL)
             if time.monotonic() > deadline:
                 return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
             time.sleep(0.0005)
+        return []

@@ -79,6 +79,14 @@ class Leader:
         self._started = True
         self.tell({**message, "op": "start"}, descriptors)
 
+    def announce(self, group: int) -> bool:
+        """Tells the leader of a process group; False: it could not be told now."""
+        try:
+            seqpacket.send(self._line, {"op": "group", "number": group}, flags=socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        return True
+
     def _tell_embryo(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> bool:
         if self._embryo is None:
             return False

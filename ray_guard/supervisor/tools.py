@@ -22,7 +22,7 @@ from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import cgroup, seqpacket
+from ray_guard.kernel import cgroup, landlock, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
@@ -35,6 +35,7 @@ from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.process_spans import exit_attributes
 from ray_guard.supervisor.processes import Processes, Usage
 from ray_guard.supervisor.ring import Ring
+from ray_guard.supervisor.signals import Signals
 from ray_guard.supervisor.start import Start
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
 
@@ -258,6 +259,8 @@ class Tool:
             self._started = True
         elif operation == "failed":
             self._failed(message)
+        elif operation == "ending":
+            self._disarm()
         elif operation == "left":
             self._left_behind(message)
         elif operation == "exited":
@@ -277,13 +280,11 @@ class Tool:
         self._ring = Ring(self._node, self._target, policy, pid, self._origin, view=self._view)
         self._processes = Processes(self._node, self._target, self._origin, pid, self._over)
         self._ring.origin_of = self._processes.origin_of
-        self._gate = Gate(
-            Listener(listener),
-            self._ring,
-            self._node.means,
-            self._unfiltered,
-            {**self._processes.handlers, **bystanders.handlers(pid), **Metadata(self._view).handlers()},
-        )
+        within = bystanders.within(pid)
+        handlers = {**self._processes.handlers, **bystanders.handlers(within), **Metadata(self._view).handlers()}
+        if self._leader is not None and landlock.abi() < landlock.SIGNAL_SCOPE_ABI:
+            handlers |= Signals(within, self._leader.announce).handlers()
+        self._gate = Gate(Listener(listener), self._ring, self._node.means, self._unfiltered, handlers)
         self._node.gpus.began(pid, self._target, self._origin)
         if self._leader is not None:
             self._leader.go()
@@ -291,6 +292,12 @@ class Tool:
     def _unfiltered(self) -> None:
         """The last process of the tool's tree is gone."""
         self._gate = None
+
+    def _disarm(self) -> None:
+        """What is left of the tree is being killed: every call that asks fails from now on."""
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
 
     def _failed(self, message: dict[str, Any]) -> None:
         if message.get("stage") == "exec":
@@ -317,9 +324,7 @@ class Tool:
         self._node.gpus.ended(self._pid, self._target)
         self.running = False
         self._close_descriptors()
-        if self._gate is not None:
-            self._gate.close()
-            self._gate = None
+        self._disarm()
         if self._ring is not None:
             self._ring.close()
             self._ring = None

@@ -129,13 +129,13 @@ def test_what_a_call_is_answered(
     machine: str, name: str, arguments: tuple[int, ...], in_actor: int, in_call: int
 ) -> None:
     assert answer(rings.actor_ring(Role.ENV, machine, datagrams=False), machine, name, *arguments) == in_actor
-    assert answer(rings.call_ring(machine), machine, name, *arguments) == in_call
+    assert answer(rings.call_ring(machine, landlock=7), machine, name, *arguments) == in_call
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("name", ["shmget", "shmat", "shmctl", "semop", "semctl", "msgsnd", "msgctl", "mq_open"])
 def test_what_would_be_shared_with_others_does_not_exist(machine: str, name: str) -> None:
-    assert answer(rings.call_ring(machine, own_ipc=False), machine, name, 1) == ENOSYS
+    assert answer(rings.call_ring(machine, landlock=7, own_ipc=False), machine, name, 1) == ENOSYS
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -195,14 +195,14 @@ def test_an_actor_with_udp_destinations_has_its_messages_judged(machine: str) ->
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("number", [LAST_KNOWN + 1, 0x40000000 | 42, 0xFFFFFFFF])
 def test_numbers_nobody_knows_and_x32_do_not_exist(machine: str, number: int) -> None:
-    for program in (rings.actor_ring(Role.ENV, machine, datagrams=False), rings.call_ring(machine)):
+    for program in (rings.actor_ring(Role.ENV, machine, datagrams=False), rings.call_ring(machine, landlock=7)):
         assert run(program, number, (), AUDIT_ARCH[machine]) == ENOSYS
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_another_architecture_does_not_exist(machine: str) -> None:
     i386 = 0x40000003
-    assert run(rings.call_ring(machine), 102, (3,), i386) == ENOSYS  # socketcall
+    assert run(rings.call_ring(machine, landlock=7), 102, (3,), i386) == ENOSYS  # socketcall
 
 
 _CALLS = sorted(TABLES[MACHINES[0]].keys() & TABLES[MACHINES[-1]].keys())[:9]

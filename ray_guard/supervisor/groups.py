@@ -1,0 +1,95 @@
+"""Signalling every process of a call at once, and nobody else. Runs in the zygote, in a leader.
+
+The kernel walks the processes that are signalled under one lock that no fork can slip through. A list read from /proc
+does not work: processes that replace themselves are quicker than its reader.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Final, Protocol
+
+from ray_guard.kernel import procfs
+
+_MANY: Final = 256
+"""With more groups than that, it is looked which of them there still are."""
+
+
+class Everybody(Protocol):
+    """All processes of the call that is going on."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether there may be more to :meth:`add` as long as the supervisor answers."""
+
+    def signal(self, number: int) -> None:
+        """Signals them all. What is not this leader's call is never signalled."""
+
+    def add(self, group: int) -> None:
+        """A process of the call makes, or enters, this process group."""
+
+
+class Scope:
+    """By kill(-1), where Landlock keeps everybody else out of it."""
+
+    grows: Final = False
+
+    def signal(self, number: int) -> None:
+        with suppress(OSError):  # ESRCH: nobody is left; EPERM: others exist, none of this call
+            os.kill(-1, number)
+
+    def add(self, group: int) -> None:
+        """Whatever their group."""
+
+
+class Groups:
+    """By process group, where signals are not scoped: which there are is told before they are made.
+
+    A group lies within one session, and the first process of a call leads its own: so a group is the call's or it is
+    not. Its number may be another's once it is empty, so who is in it is looked at first.
+
+    Args:
+        first: that of the call's first process.
+    """
+
+    grows: Final = True
+
+    def __init__(self, first: int) -> None:
+        self._groups = {first}
+        self._recent: set[int] = set()
+
+    def add(self, group: int) -> None:
+        self._recent.add(group)
+        if len(self._recent) > _MANY:  # those of before are made by now, or will never be
+            self._groups = {each for each in self._groups if _exists(each)} | self._recent
+            self._recent = set()
+
+    def signal(self, number: int) -> None:
+        leader = os.getpid()
+        for pid in procfs.descendants(leader):
+            with suppress(OSError):
+                self._groups.add(os.getpgid(pid))
+        groups = self._groups | self._recent
+        for group in groups - _foreign(groups, leader):
+            with suppress(OSError):
+                os.killpg(group, number)
+
+
+def _exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _foreign(groups: set[int], leader: int) -> set[int]:
+    """Those with a member that certainly does not descend from ``leader``."""
+    found: set[int] = set()
+    for pid in procfs.processes():
+        with suppress(OSError):
+            group = os.getpgid(pid)
+            if group in groups and group not in found and procfs.is_stranger(pid, leader):
+                found.add(group)
+    return found
