@@ -528,18 +528,6 @@ def _sends_anywhere(descriptor: int) -> bool:
         return sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
 
 
-def _refuse_what_needs_descriptors(policy: CompiledPolicy) -> None:
-    """Raises NotEnforced for what cannot be held where pidfd_getfd is refused (see ``egress.made``)."""
-    if grants_datagrams(policy):
-        raise NotEnforced(
-            ["egress.allow"], "udp:// destinations cannot be judged here: pidfd_getfd is refused (CAP_SYS_PTRACE)"
-        )
-    capped = [s for s in Scope if any("egress" in kind for kind in policy.limits(s))]
-    if capped:
-        names = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
-        raise NotEnforced(names, "direct flows cannot be cut here: pidfd_getfd is refused (CAP_SYS_PTRACE)")
-
-
 def _line(descriptor: int) -> socket.socket:
     """A duplicate of what somebody passed to be answered on. Raises OSError where it is no socket."""
     duplicate = os.dup(descriptor)
@@ -572,8 +560,9 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
         missing = unenforced(wire, SUPPORTED - unavailable())
         if missing:
             raise NotEnforced(missing, "this version does not enforce that yet")
-        if not borrows:
-            _refuse_what_needs_descriptors(policy)
+        if not borrows and grants_datagrams(policy):  # see egress.made
+            text = "udp:// destinations cannot be judged here: pidfd_getfd is refused (CAP_SYS_PTRACE)"
+            raise NotEnforced(["egress.allow"], text)
         capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
         if uncounted and any(layer.listen for layer in policy.layers):
