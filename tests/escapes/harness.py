@@ -199,8 +199,9 @@ class Namespace:
         self._holder: subprocess.Popen[bytes] | None = None
         if ROOT:
             flags = ["-m", *(["-n"] if network else [])]
+            entered = launcher.prefix()  # in the mount namespace that it makes, if it makes one
             self._holder = subprocess.Popen(
-                ["unshare", *flags, "--propagation", "private", "sh", "-c", "echo; exec sleep 1000"],
+                ["unshare", *flags, "--propagation", "private", *entered, "sh", "-c", "echo; exec sleep 1000"],
                 stdout=subprocess.PIPE,
             )
             assert self._holder.stdout is not None

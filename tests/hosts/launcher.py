@@ -296,8 +296,11 @@ OPENAT(openat64)
 def _preload(source: str, **defined: str) -> None:
     """Into every process from here on, whatever its environment: ld.so.preload, in a mount namespace of its own.
 
-    Library and list lie in an overlay of /etc, where tools may read: else each of their programs would complain.
+    Library and list lie in an overlay of /etc, where tools may read: else each of their programs would complain. Where
+    that is so already, it stays so: processes of one namespace share a supervisor.
     """
+    if os.path.exists("/etc/ray_guard_host.so"):
+        return
     folder = tempfile.mkdtemp(prefix="ray_guard_host_", dir="/tmp")
     os.chmod(folder, 0o755)
     upper, work, notes = (f"{folder}/{name}" for name in ("upper", "work", "notes"))
@@ -309,9 +312,16 @@ def _preload(source: str, **defined: str) -> None:
     subprocess.run(command, input=source.encode(), check=True)
     Path(f"{upper}/ld.so.preload").write_text("/etc/ray_guard_host.so\n")
     names = _own_mounts()
+    # What a test has put over a file in there (resolv.conf) would be below the overlay: it is put over that again.
+    places = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    mounted = {place: os.open(place, os.O_PATH) for place in places if place.startswith("/etc/")}
     options = f"lowerdir=/etc,upperdir={upper},workdir={work}".encode()
     if names.mount(b"overlay", b"/etc", b"overlay", 0, options) != 0:
         raise SystemExit(f"launcher: no overlay over /etc: {os.strerror(ctypes.get_errno())}")
+    for place, held in mounted.items():
+        if names.mount(f"/proc/self/fd/{held}".encode(), place.encode(), None, 0x1000, None) != 0:
+            raise SystemExit(f"launcher: cannot put {place} back: {os.strerror(ctypes.get_errno())}")
+        os.close(held)
 
 
 def _own_mounts() -> ctypes.CDLL:
