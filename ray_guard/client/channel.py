@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -22,6 +23,9 @@ from ray_guard.kernel import rendezvous, seqpacket
 
 ANSWER_TIMEOUT_S: Final = 30.0
 
+_PATIENCE_S: Final = 10.0
+"""How long a supervisor that neither lets in nor ends is waited for."""
+_LOOK_S: Final = 0.002
 _LISTENER: Final = 3
 """The number at which a new supervisor finds its listening socket."""
 _BOOT: Final = (
@@ -166,15 +170,19 @@ class Summons:
     """
 
     def __init__(self, *, starts: int = 0) -> None:
-        self._path = rendezvous.socket_path()
         self._starter: int | None = None
-        self._sock = rendezvous.connect(self._path)
-        if self._sock is None:
-            with rendezvous.start_lock(self._path):
-                self._sock = rendezvous.connect(self._path)  # somebody else may have been quicker
-                if self._sock is None:
-                    self._starter = _start_supervisor(self._path, starts)
-                    self._sock = rendezvous.connect(self._path)
+        deadline = time.monotonic() + _PATIENCE_S
+        while (sock := rendezvous.connect()) is None:
+            listener = rendezvous.bind()
+            if listener is not None:
+                with listener:
+                    self._starter = _start_supervisor(listener, starts)
+                    sock = rendezvous.connect()
+                break
+            if time.monotonic() >= deadline:
+                raise NotEnforced(["supervisor"], "one that lets nobody in does not end")
+            time.sleep(_LOOK_S)  # one is leaving, or about to listen
+        self._sock = sock
 
     def connect(self) -> Channel:
         """The channel. Call once. Raises NotEnforced: the supervisor could not be started."""
@@ -189,18 +197,17 @@ class Summons:
             if status != 0:
                 sock = None
         if sock is None:
-            log = rendezvous.log_path(self._path)
+            log = rendezvous.log_path()
             raise NotEnforced(["supervisor"], f"no supervisor can be started; its log is {log}")
         return Channel(sock)
 
 
-def _start_supervisor(path: str, prepared: int) -> int:
-    """Binds its socket and starts it; the pid of the process in between, which ends as soon as that stands alone."""
+def _start_supervisor(listener: socket.socket, prepared: int) -> int:
+    """Starts it on ``listener``; the pid of the process in between, which ends as soon as that stands alone."""
     opened: list[int] = []
     try:
-        with rendezvous.bind(path) as listener:
-            opened.append(fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1))
-        log = os.open(rendezvous.log_path(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        opened.append(fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1))
+        log = os.open(rendezvous.log_path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             opened.append(fcntl.fcntl(log, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1))
         finally:

@@ -175,8 +175,9 @@ def _pidfd_getfd() -> Feature | str:
     return Feature(
         "pidfd_getfd",
         Status.PARTLY,
-        "refused (CAP_SYS_PTRACE is missing): the supervisor makes the sockets itself; no udp:// destinations, "
-        "no byte caps, and sockets from before the guard cannot be connected",
+        "refused (CAP_SYS_PTRACE is missing): the supervisor makes the sockets itself; no udp:// destinations; what is "
+        "capped goes by relay, and who holds a flow of the cluster past its cap is killed; a socket from before the "
+        "guard, or one that was connected, cannot be connected again",
     )
 
 

@@ -233,7 +233,7 @@ class Host:
         about = self._ask({"policy": policy})
         if "error" in about:
             self.close()
-            _skip_refused(about["error"])
+            skip_refused(about["error"])
             raise RuntimeError(about["error"])
         self.pid: int = about["pid"]
         self.supervisor: int = about["supervisor"]
@@ -268,7 +268,7 @@ class Host:
         """Executes ``code`` within the confined process itself; what it leaves in ``result`` comes back."""
         answer = self._ask({"ring": "inside", "code": code, "arguments": arguments})
         if "error" in answer:
-            _skip_refused(answer["error"])
+            skip_refused(answer["error"])
             raise AssertionError(answer["error"])
         return answer["result"]
 
@@ -298,11 +298,18 @@ class Host:
             self._process.stdout.close()
 
 
-def _skip_refused(error: str) -> None:
-    """On a simulated host (RAY_GUARD_TEST_HOST) the guard may refuse, by name, what it cannot hold there."""
-    if launcher.prefix() and "NotEnforced: " in error:
-        said = error[error.rindex("NotEnforced: ") :].splitlines()[0]
-        pytest.skip(f"refused on {os.environ[launcher.VARIABLE]}: {said.removeprefix('NotEnforced: ')}")
+def skip_refused(error: str) -> None:
+    """On a simulated host the guard may refuse, by name, what it cannot hold there."""
+    host = launcher.current()
+    _, refused, said = error.rpartition("not enforced: ")
+    if refused and any(word in said for word in launcher.missing(host)):
+        pytest.skip(f"refused on {host}: {said.splitlines()[0]}")
+
+
+def needs(what: str) -> pytest.MarkDecorator:
+    """For a test of something that takes ``what`` (a word of launcher.missing)."""
+    host = launcher.current()
+    return pytest.mark.skipif(what in launcher.missing(host), reason=f"{host}: {what} is missing")
 
 
 @dataclass(frozen=True)
@@ -318,7 +325,7 @@ class Outcome:
     @classmethod
     def of(cls, answer: dict[str, Any]) -> Outcome:
         if "error" in answer:
-            _skip_refused(answer["error"])
+            skip_refused(answer["error"])
             raise AssertionError(answer["error"])
         said: dict[str, Any] = {}
         for line in answer["stdout"].splitlines():
@@ -455,13 +462,7 @@ class Stage:
         """A confined process under the policy of that name (:meth:`policy`); a new one where the last has ended."""
         host = self._hosts.get(name)
         if host is None or not host.alive:
-            try:
-                host = Host(self.policy(name), self.evidence(name), self.namespace)
-            except RuntimeError as error:
-                if not launcher.prefix() or "NotEnforced" not in str(error):
-                    raise
-                pytest.skip(f"refuses to start on this host: {error}")
-            self._hosts[name] = host
+            host = self._hosts[name] = Host(self.policy(name), self.evidence(name), self.namespace)
         return host
 
     def peer_command(self, peer: Column, attack: Attack, argv: list[str], arguments: dict[str, Any]) -> list[str]:
@@ -571,7 +572,8 @@ def escape(stage: Stage, attack: Attack, ring: str) -> None:
     assert not harm, f"ESCAPED: {harm}; {shown}"
     assert ran, f"the attack did not even start: {shown}"
     if attack.refused:
-        connected = ("EISCONN",) if launcher.prefix() else ()  # all that is said there of a socket that is connected
+        # all that is said of a socket that is connected, where it cannot be taken
+        connected = ("EISCONN",) if "pidfd_getfd" in launcher.missing(launcher.current()) else ()
         assert outcome.said.get("errno") in (*attack.refused, *connected), f"not refused as it should be: {shown}"
     if missing:
         pytest.skip(f"{attack.name}: refused, but proves nothing here: unconfined it says {missing}")

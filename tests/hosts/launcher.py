@@ -40,6 +40,8 @@ HOSTS: Final = (
 UNPRIVILEGED: Final = ("k8s", "unprivileged", "yama", "k8s-landlock-2")
 """Those whose user is nobody: a root that enters them becomes uid 65534."""
 VARIABLE: Final = "RAY_GUARD_TEST_HOST"
+_WITHIN: Final = "RAY_GUARD_TEST_WITHIN"
+"""Set for what runs on a host: which one it is."""
 
 #: chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod audit_write
 #: setfcap: what Docker leaves to root
@@ -68,6 +70,26 @@ def prefix(name: str | None = None) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), name, "--"] if name else []
 
 
+def current() -> str:
+    """The host on which tests run, or start what they confine; empty: the real one."""
+    return os.environ.get(_WITHIN) or os.environ.get(VARIABLE) or ""
+
+
+def missing(name: str) -> tuple[str, ...]:
+    """What is not there, in the words in which the guard says so."""
+    container = ("pidfd_getfd", "mount namespaces", "CAP_SYS_PTRACE")
+    return {
+        "docker": container,
+        "k8s": container,
+        "k8s-landlock-2": (*container, "signal scopes"),
+        "yama": ("memory of an actor's children",),
+        "listener": ("another sandbox",),
+        "landlock-none": ("Landlock",),
+        "landlock-1": ("signal scopes", "links between folders"),
+        "landlock-4": ("signal scopes",),
+    }.get(name, ())
+
+
 def rules(name: str) -> list[Rule]:
     """What this host refuses."""
     docker = [Rule(call, _EPERM) for call in _REFUSED_BY_DOCKER]
@@ -84,6 +106,7 @@ def enter(name: str) -> None:
     """Makes this process, and what it starts, one of this host's."""
     if name not in HOSTS:
         raise SystemExit(f"launcher: no host is called {name!r}")
+    os.environ[_WITHIN] = name
     root = os.geteuid() == 0
     _, is_old, version = name.partition("landlock-")
     if is_old and version != "none":
