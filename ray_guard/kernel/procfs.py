@@ -180,17 +180,6 @@ def is_in_tree(pid: int, root: int) -> bool:
     return False
 
 
-def is_stranger(pid: int, root: int) -> bool:
-    """Whether ``pid`` certainly does not descend from ``root``: the line of its parents, read whole, leads past it."""
-    seen = 0
-    at: int | None = pid
-    while at is not None and at > 1 and seen < 4096:
-        if at == root:
-            return False
-        at, seen = parent(at), seen + 1
-    return at is not None
-
-
 def mounted_device(descriptor: int, other: int) -> int | None:
     """The device of the file system that an own descriptor's file is on, as the kernel numbers it; None: unknown.
 
@@ -210,6 +199,16 @@ def mounted_device(descriptor: int, other: int) -> int | None:
                     major, minor = fields[2].split(b":")
                     return int(major) << 20 | int(minor)
     return None
+
+
+def kinship() -> dict[int, tuple[int, int]]:
+    """(parent, process group) of every process."""
+    found: dict[int, tuple[int, int]] = {}
+    for pid in processes():
+        fields = _stat_fields(pid)
+        if fields is not None:
+            found[pid] = (int(fields[1]), int(fields[2]))
+    return found
 
 
 def processes() -> Iterator[int]:

@@ -7,6 +7,7 @@ does not work: processes that replace themselves are quicker than its reader.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final, Protocol
 
@@ -66,12 +67,8 @@ class Groups:
             self._recent = set()
 
     def signal(self, number: int) -> None:
-        leader = os.getpid()
-        for pid in procfs.descendants(leader):
-            with suppress(OSError):
-                self._groups.add(os.getpgid(pid))
-        groups = self._groups | self._recent
-        for group in groups - _foreign(groups, leader):
+        known = self._groups | self._recent
+        for group in _ours(known, procfs.kinship(), os.getpid()):
             with suppress(OSError):
                 os.killpg(group, number)
 
@@ -84,12 +81,24 @@ def _exists(group: int) -> bool:
     return True
 
 
-def _foreign(groups: set[int], leader: int) -> set[int]:
-    """Those with a member that certainly does not descend from ``leader``."""
-    found: set[int] = set()
-    for pid in procfs.processes():
-        with suppress(OSError):
-            group = os.getpgid(pid)
-            if group in groups and group not in found and procfs.is_stranger(pid, leader):
-                found.add(group)
-    return found
+def _ours(known: set[int], kinship: Mapping[int, tuple[int, int]], leader: int) -> set[int]:
+    """The ``known`` groups and those seen below ``leader``, without what has a member that is certainly a stranger.
+
+    That is one whose parents, up to the first process, are all there, with the leader not among them. Where one is
+    missing it has just ended, and the leader is about to adopt.
+    """
+    within: dict[int, bool | None] = {leader: True, 0: False, 1: False}
+    ours, foreign = set(known), set[int]()
+    for pid, (_, group) in kinship.items():
+        line: list[int] = []
+        at: int | None = pid
+        while at is not None and at not in within and len(line) <= len(kinship):
+            line.append(at)
+            at = kinship[at][0] if at in kinship else None
+        verdict = None if at is None else within.get(at)
+        within.update(dict.fromkeys(line, verdict))
+        if verdict and pid != leader:
+            ours.add(group)
+        elif verdict is False:
+            foreign.add(group)
+    return ours - foreign

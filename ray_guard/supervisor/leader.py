@@ -25,6 +25,7 @@ from ray_guard.supervisor.groups import Everybody, Groups, Scope
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
 TERM_PATIENCE_S: Final = 1.0
+_REAPED_AT_ONCE: Final = 256
 
 
 def lead(
@@ -219,8 +220,11 @@ class _Call:
         return True
 
     def _reap(self) -> bool:
-        """Takes in what has ended; whether any child is left. Orphans of the call are children too."""
-        while True:
+        """Takes in what has ended; whether any child is left. Orphans of the call are children too.
+
+        Not more at once than there is time for: a swarm may leave them quicker than they are taken in.
+        """
+        for _ in range(_REAPED_AT_ONCE):
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
@@ -231,17 +235,31 @@ class _Call:
             self._peak_memory = max(self._peak_memory, usage.ru_maxrss * 1024)
             if pid == self._pid:
                 self._status = status
+        return True
 
     def _end_all(self) -> list[int]:
         """Kills until nothing is left below this process; what cannot be killed in time is returned."""
         deadline = time.monotonic() + KILL_PATIENCE_S
-        if self._everybody.grows and self._reap():
-            self._tell({"op": "ending"})  # from then on no process leaves its group
-        while self._reap():
-            while self._everybody.grows and select.select([self._line], [], [], 0)[0] and self._obey():
-                pass
+        told = False
+        while _has_children():
+            if self._everybody.grows:
+                if not told:
+                    told = True
+                    self._tell({"op": "ending"})  # from then on no process leaves its group
+                while select.select([self._line], [], [], 0)[0] and self._obey():
+                    pass
             self._everybody.signal(signal.SIGKILL)
+            if not self._reap():
+                break
             if time.monotonic() > deadline:
                 return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
             time.sleep(0.0005)
         return []
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
