@@ -335,6 +335,7 @@ def call_ring(
     # Observed and let through: what is executed, and how it ends. Not fork: interrupted by a signal it would fail.
     rules += [Rule(name, NOTIFY) for name in ("execve", "execveat", "exit_group")]
     rules += _files()
+    rules.append(Rule("ioctl", _REFUSE, (equals(1, 0x1B00, mask=0xFF00),)))  # RDMA verbs, by whatever descriptor
     if not gpu:
         rules += _no_gpu()
     return assemble(rules, machine)

@@ -87,7 +87,7 @@ def _ours(known: set[int], kinship: Mapping[int, tuple[int, int]], leader: int) 
     That is one whose parents, up to the first process, are all there, with the leader not among them. Where one is
     missing it has just ended, and the leader is about to adopt.
     """
-    within: dict[int, bool | None] = {leader: True, 0: False, 1: False}
+    within: dict[int, bool | None] = {0: False, 1: False, leader: True}
     ours, foreign = set(known), set[int]()
     for pid, (_, group) in kinship.items():
         line: list[int] = []
@@ -97,8 +97,8 @@ def _ours(known: set[int], kinship: Mapping[int, tuple[int, int]], leader: int) 
             at = kinship[at][0] if at in kinship else None
         verdict = None if at is None else within.get(at)
         within.update(dict.fromkeys(line, verdict))
-        if verdict and pid != leader:
-            ours.add(group)
-        elif verdict is False:
+        if verdict is False or pid == leader:
             foreign.add(group)
+        elif verdict:
+            ours.add(group)
     return ours - foreign

@@ -50,8 +50,8 @@ class Signals:
             "rt_sigqueueinfo": lambda gate, n: self._with_information(gate, n, n.arg2, n.arg1),
             "rt_tgsigqueueinfo": lambda gate, n: self._with_information(gate, n, n.arg3, n.arg1, n.arg2),
             "fcntl": self._own,
-            "setsid": lambda gate, n: self._new_group(gate, n, 0),
-            "setpgid": lambda gate, n: self._new_group(gate, n, _signed(n.arg1) or _signed(n.arg0)),
+            "setsid": lambda gate, n: self._new_group(gate, n, procfs.thread_group(n.pid)),
+            "setpgid": self._set_group,
         }
 
     # -- who is signalled ----------------------------------------------------------------------------------------------
@@ -126,10 +126,19 @@ class Signals:
 
     # -- groups --------------------------------------------------------------------------------------------------------
 
-    def _new_group(self, gate: Gate, n: Notification, group: int) -> None:
-        """``group``: which the call is about; 0: the caller's own number."""
-        own = group or procfs.thread_group(n.pid)
-        if own is not None and self._announce(own):
+    def _set_group(self, gate: Gate, n: Notification) -> None:
+        who = _signed(n.arg0) or procfs.thread_group(n.pid) or 0
+        group = _signed(n.arg1) or who
+        if group != who:
+            gate.listener.proceed(n.id)  # one of its session, which is known already, or the kernel refuses
+        elif self._is_within(who):
+            self._new_group(gate, n, who)
+        else:
+            gate.refuse(n, errno.ESRCH)
+
+    def _new_group(self, gate: Gate, n: Notification, first: int | None) -> None:
+        """``first``: the process that is going to lead it, one of the call's."""
+        if first is not None and self._announce(first):
             gate.listener.proceed(n.id)
         else:
             gate.refuse(n, errno.EPERM)
