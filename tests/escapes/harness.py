@@ -306,10 +306,20 @@ def skip_refused(error: str) -> None:
         pytest.skip(f"refused on {host}: {said.splitlines()[0]}")
 
 
+def lacks(what: str) -> bool:
+    """Whether ``what`` (words of launcher.missing) is not there on the host that tests run on."""
+    return what in launcher.missing(launcher.current())
+
+
 def needs(what: str) -> pytest.MarkDecorator:
-    """For a test of something that takes ``what`` (a word of launcher.missing)."""
-    host = launcher.current()
-    return pytest.mark.skipif(what in launcher.missing(host), reason=f"{host}: {what} is missing")
+    """For a test of something that takes ``what``."""
+    return pytest.mark.skipif(lacks(what), reason=f"{launcher.current()}: {what} missing")
+
+
+def skip_without(what: str) -> None:
+    """:func:`needs`, for a test of which only a part does."""
+    if lacks(what):
+        pytest.skip(f"{launcher.current()}: {what} missing")
 
 
 @dataclass(frozen=True)
@@ -573,7 +583,7 @@ def escape(stage: Stage, attack: Attack, ring: str) -> None:
     assert ran, f"the attack did not even start: {shown}"
     if attack.refused:
         # all that is said of a socket that is connected, where it cannot be taken
-        connected = ("EISCONN",) if "pidfd_getfd" in launcher.missing(launcher.current()) else ()
+        connected = ("EISCONN",) if lacks("pidfd_getfd") else ()
         assert outcome.said.get("errno") in (*attack.refused, *connected), f"not refused as it should be: {shown}"
     if missing:
         pytest.skip(f"{attack.name}: refused, but proves nothing here: unconfined it says {missing}")

@@ -30,6 +30,7 @@ from harness import (
     Host,
     Namespace,
     Outcome,
+    lacks,
     launcher,
     needs,
     run_unconfined,
@@ -694,7 +695,7 @@ def test_the_working_folder_holds_what_is_never_writable(tmp_path: Path) -> None
     assert (project / ".venv/bin/python").exists(), done
     assert not (project / ".venv/x").exists()
     assert not (project / ".venv/bin/x").exists()
-    if mounting.works() and "mount namespaces" not in launcher.missing(launcher.current()):
+    if mounting.works() and not lacks("mount namespaces"):
         assert done.stdout == "made\n", done
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, Host, Namespace, launcher, needs, wait
+from harness import PYTHON, Host, Namespace, lacks, needs, wait
 
 from ray_guard.egress.meter import TICK_S
 
@@ -261,7 +261,7 @@ print(time.monotonic() - began)
         rate = 65536 / 0.001
         # An orphan must be looked for among all processes of the node first.
         allowed = cap + rate * (TICK_S * 8 if how == "plain" else 0.3) + (1 << 20)
-        if "pidfd_getfd" in launcher.missing(launcher.current()):
+        if lacks("pidfd_getfd"):
             allowed = cap  # it cannot be cut there, so it goes by relay
         print(f"{server.received - cap} bytes past the cap (bound {allowed - cap:.0f}), {outcome.stdout.strip()} s")
         assert cap - len(b"flood 0 0\n") <= server.received <= allowed

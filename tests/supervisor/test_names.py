@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
-from harness import Host, wait
+from harness import Host, lacks, skip_without, wait
 from names import UPSTREAM, Names, named
 
 from ray_guard.egress.resolver.told import LEAST_S
@@ -121,7 +120,7 @@ def main():
 def test_whoever_is_asked_the_guard_answers(
     names: Names, program: str, rings: tuple[str, ...] | None, ring: str
 ) -> None:
-    if rings is not None and (ring not in rings or "pidfd_getfd" in launcher.missing(launcher.current())):
+    if rings is not None and (ring not in rings or lacks("pidfd_getfd")):
         pytest.skip("not of such a socket in this ring, or where pidfd_getfd is missing")
     if "def main" not in program:
         program = f"def main(): return {program}"
@@ -181,8 +180,7 @@ def main():
 
 @pytest.mark.parametrize("server", [UPSTREAM, "203.0.113.53", "::ffff:203.0.113.53", "2001:db8::53"])
 def test_a_program_that_takes_answers_from_whom_it_asked_alone(names: Names, server: str) -> None:
-    if "pidfd_getfd" in launcher.missing(launcher.current()):
-        pytest.skip("pidfd_getfd is missing: datagram sockets cannot send on this host, and get a line of their own")
+    skip_without("pidfd_getfd")  # datagram sockets cannot send there, and get a line of their own
     for ring in ("call", "actor_udp"):
         said = names.run(ring, STRICT, server=server).said
         assert said.get("result", [])[:2] == [server, 53], said
