@@ -24,9 +24,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ray_guard.errors import BudgetExceeded, PolicyError
+
+if TYPE_CHECKING:
+    from ray_guard.policy.bill import Bill
 
 
 class Scope(StrEnum):
@@ -174,6 +177,8 @@ class Account:
         )
         """Neither this scope nor one around it limits connections or bytes, and none is barred."""
         self._children: dict[Account, None] = {}
+        self._bills: dict[Bill, None] = {}
+        """What is held here by several paths together."""
         self._closing: list[Callable[[], None]] = []
         if parent is not None:
             if parent.closed:
@@ -255,11 +260,7 @@ class Account:
 
     def reserve_all(self, amounts: Limits) -> Exceeded | None:
         """:meth:`reserve` for several kinds at once: all of them or none."""
-        summed: dict[str, Amount] = {}
-        for kind, amount in amounts.items():
-            for each in _charged(kind):
-                summed[each] = summed.get(each, 0) + _amount(amount)
-        return self._take(list(summed.items()))
+        return self._take(list(charged_amounts(amounts).items()))
 
     def settle(self, kind: str, reserved: Amount, actual: Amount) -> Exceeded | None:
         """Gives ``reserved`` back and books ``actual`` instead, here and in every scope around.
@@ -351,6 +352,8 @@ class Account:
             child.close()
         while self._closing:
             self._closing.pop()()
+        for bill in list(self._bills):
+            bill.leave(self)
         for kind, amount in list(self._held.items()):
             self._release((kind,), amount)
         self._closed = True
@@ -421,6 +424,15 @@ class Account:
                 left = node._held.get(kind, 0) - reserved
                 node._held[kind] = max(0, left)
             node = node._parent
+
+
+def charged_amounts(amounts: Limits) -> dict[str, Amount]:
+    """What ``amounts`` come to by kind: bytes of one direction count as bytes too."""
+    summed: dict[str, Amount] = {}
+    for kind, amount in amounts.items():
+        for each in _charged(kind):
+            summed[each] = summed.get(each, 0) + _amount(amount)
+    return summed
 
 
 def _known(kind: str) -> str:

@@ -27,7 +27,15 @@ SUPPORTED: Final = frozenset(
         *(
             f"budgets.{scope}.{kind}"
             for scope in ("call", "episode", "actor", "job")
-            for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections", "cpu_seconds")
+            for kind in (
+                "egress_bytes",
+                "egress_sent_bytes",
+                "egress_received_bytes",
+                "connections",
+                "cpu_seconds",
+                "tokens",
+                "flops",
+            )
         ),
         # of tool processes, as cpu_seconds is
         *(f"budgets.{scope}.{kind}" for scope in ("call", "episode", "actor") for kind in ("memory", "processes")),

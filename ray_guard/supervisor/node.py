@@ -28,6 +28,7 @@ from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.proxies import Proxies
+from ray_guard.supervisor.quota import Quotas
 from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Node:
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
         self.gpus = Gpus(loop)
+        self.quotas = Quotas()
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
@@ -194,6 +196,7 @@ class Node:
         self._changed()
 
     def leave(self, target: Target) -> None:
+        self.quotas.leave(target)
         self.gpus.leave(target)
         membership = self._memberships.pop(id(target), None)
         if membership is not None and all(m.address != membership.address for m in self._memberships.values()):

@@ -88,6 +88,8 @@ class Session:
             "start": self._start,
             "violations": self._violations,
             "ended": self._ended_for,
+            "reserve": self._reserve,
+            "settle": self._settle,
             "engine": self._engine,
             "engine_state": self._engine_state,
             "tighten": self._tighten,
@@ -223,9 +225,7 @@ class Session:
                 raise
         self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
         self._target = target
-        Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
-        if kind == "run":
-            self._node.gpus.join(target)
+        self._joined(target)
         self._lifeline, stops = socket.socketpair()
         with stops, self._ward(pid) as kills:
             welcome = {
@@ -239,6 +239,12 @@ class Session:
                 "acts": acts(policy),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _joined(self, target: Target) -> None:
+        Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
+        self._node.quotas.join(target)
+        if target.kind == "run":
+            self._node.gpus.join(target)
 
     def _later(self, message: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
         """Handles ``message`` once more, when what it needs is known; its descriptors are kept until then."""
@@ -391,6 +397,12 @@ class Session:
         found = self._known().ended_for(str(span) for span in message["spans"])
         self._reply(descriptors[0], {"ended": None if found is None else found.as_message()})
 
+    def _reserve(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        self._reply(descriptors[0], self._node.quotas.reserve(self._known(), message))
+
+    def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        self._node.quotas.settle(self._known(), message)
+
     def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
         self._node.gpus.register(self._known(), int(message["pid"]), str(message.get("phase")))
         self._reply(descriptors[0], {"ok": True})
@@ -479,6 +491,7 @@ class Session:
             os.close(self._pidfd)
             self._pidfd = -1
         if self._target is not None:
+            self._node.quotas.leave(self._target)
             try:
                 self._target.lost()
             except JournalError:

@@ -324,6 +324,12 @@ class Target:
             span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call)
         return span.origin if parent is None else replace(span.origin, parent_id=parent)
 
+    def origin_of_episode(self, episode: str) -> Origin:
+        """The open episode ``episode``, where no call of it is known."""
+        span = self.open[episode]
+        identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
+        return Origin(span.record.trace_id, episode, identity, span.account or self.account, episode, None)
+
     def clocks(self, origin: Origin) -> list[tuple[Account, float]]:
         """The open scopes whose elapsed time counts for ``origin``, with when each began (``time.monotonic()``)."""
         spans = [self.open.get(span_id or "") for span_id in (origin.call, origin.episode)]

@@ -39,7 +39,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"budgets": {"call": {"gpu_seconds": 1}, "actor": {"gpu_seconds": 1}}}, ("budgets.call.gpu_seconds",)),
         ({"gpu": "any"}, ()),
         ({"files": {"read": ["cwd"], "hide": [], "protect": ["/srv"]}}, ()),
-        ({"budgets": {"call": {"tokens": 1, "egress_bytes": 1, "wall_seconds": 1}}}, ("budgets.call.tokens",)),
+        ({"budgets": {s: {"tokens": 1, "flops": 1.0} for s in ("call", "episode", "actor", "job")}}, ()),
         ({"budgets": {"episode": {"gpu_seconds": 1, "connections": 0}}}, ("budgets.episode.gpu_seconds",)),
         ({"budgets": {s: {"processes": 1, "memory": 1, "cpu_seconds": 1} for s in ("call", "episode", "actor")}}, ()),
         ({"budgets": {"job": {"cpu_seconds": 1}, "episode": {"wall_seconds": 1}}}, ()),
