@@ -241,10 +241,16 @@ class Session:
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
     def _joined(self, target: Target) -> None:
+        target.warn = self._warn
         Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
         self._node.quotas.join(target)
         if target.kind == "run":
             self._node.gpus.join(target)
+
+    def _warn(self, text: str) -> None:
+        """Says something unasked, to be read at the end of a call."""
+        with contextlib.suppress(OSError):
+            seqpacket.send(self._sock, {"warning": text})
 
     def _later(self, message: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
         """Handles ``message`` once more, when what it needs is known; its descriptors are kept until then."""
