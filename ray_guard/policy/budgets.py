@@ -342,6 +342,20 @@ class Account:
         self._notice((kind,))
         return self._find([(kind, 0)])
 
+    def tighten(self, limits: Limits, watched: Limits = NO_LIMITS) -> None:
+        """Another policy holds as well: the smaller limit of each kind. What was used already counts."""
+        for kind in (*limits, *watched):
+            _known(kind)
+        self._limits = tightest(self._limits, limits)
+        self._watched = tightest(self._watched, watched)
+        if any(kind in NETWORK_KINDS for kind in (*limits, *watched)):
+            self._watch_network()
+
+    def _watch_network(self) -> None:
+        self.free = False
+        for child in self._children:
+            child._watch_network()
+
     def extend(self, kind: str, amount: Amount) -> None:
         """Raises this scope's limit: the job's limit arrives in leased chunks. Absent means unlimited and stays so."""
         if _known(kind) in self._limits:

@@ -88,6 +88,10 @@ class Quotas:
             self._book(target, reserved, reserved.bill.reserved)
         _record_unsettled(target, charged)
 
+    def of_job(self, run_id: str) -> list[Target]:
+        """The targets of a job that are here."""
+        return [spender.target for spender in self._spenders.values() if spender.target.run_id == run_id]
+
     def reserve(self, target: Target, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request's reservation. Raises BadPacket for what is none, JournalError."""
         opened = self._spenders[id(target)].open
@@ -170,8 +174,7 @@ class Quotas:
 
     def _neighbours(self, target: Target) -> list[Target]:
         """The other targets of this job."""
-        all_ = [spender.target for spender in self._spenders.values()]
-        return [each for each in all_ if each is not target and each.run_id == target.run_id]
+        return [each for each in self.of_job(target.run_id) if each is not target]
 
 
 def _refusal(target: Target, bill: Bill, asking: Asking, tokens: int, flops: float | None) -> RayGuardError | None:

@@ -436,3 +436,33 @@ say([*found, refused(reserve, tokens=1)])
     assert own is None
     env.says("BudgetExceeded, said the engine")
     assert env.hears() == ["tokens", 101, 100, "episode"]
+
+
+def test_a_job_is_under_the_least_of_what_its_programs_policies_say(job: Job) -> None:
+    first = job.start("say(0)\nhear()\nsay(refused(reserve, tokens=101))")
+    first.hears()
+    second = job.start("say(refused(reserve, tokens=101))\nhear()", _tokens("job", 100))
+    assert second.hears() == ["tokens", 101, 100, "job"]
+    first.says(None)
+    assert first.hears() == ["tokens", 101, 100, "job"]
+    second.says(None)
+
+
+def test_a_second_policy_in_a_process_tightens_its_budgets(job: Job) -> None:
+    program = """
+reserve(tokens=60).settle(tokens=60)
+ray_guard.confine({"egress": {"allow": []}, "budgets": {"actor": {"tokens": 100}, "episode": {"tokens": 10}}})
+found = [refused(reserve, tokens=41)]
+with episode(id="r"):
+    found.append(refused(reserve, tokens=11))
+say(found)
+"""
+    assert job.says(program, _tokens("actor", 1000)) == [["tokens", 101, 100, "actor"], ["tokens", 11, 10, "episode"]]
+
+
+def test_a_lone_command_cannot_have_a_limit_of_tokens(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("budgets: {call: {tokens: 100}}\n")
+    argv = [sys.executable, "-m", "ray_guard.cli", "run", "--policy", "policy.yaml", "--", "true"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 125
+    assert "not enforced: budgets.call.tokens" in done.stderr
