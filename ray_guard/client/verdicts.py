@@ -16,7 +16,7 @@ def violations(*, raise_: bool = False) -> list[dict[str, Any]]:
 
     Returns:
         One dict each: ``kind``, ``limit`` and ``value`` in the limit's own unit, ``span``, ``time`` (Unix ns),
-        ``reason``, ``destination``.
+        ``reason``, ``destination``, ``source`` (id of the scope whose limit it is; empty where it is no limit's).
 
     Raises:
         EgressDenied, BudgetExceeded: the first violation, where `raise_`.

@@ -94,13 +94,15 @@ class Violation:
     reason: str
     destination: str
     episode: str | None
+    source: str = ""
+    """Id of the scope whose limit it is."""
 
     def text(self) -> str:
         where = f" {self.destination}" if self.destination else ""
         return f"{self.kind}{where}: {self.reason}"
 
     def as_message(self) -> dict[str, Any]:
-        names = ("kind", "limit", "value", "span", "reason", "destination")
+        names = ("kind", "limit", "value", "span", "reason", "destination", "source")
         return {**{name: getattr(self, name) for name in names}, "time": self.time_ns}
 
 
@@ -355,6 +357,7 @@ class Target:
         destination: str = "",
         limit: AttributeValue | None = None,
         value: AttributeValue | None = None,
+        source: str = "",
         report_only: bool = False,
     ) -> SpanEvent:
         """Journals a violation below ``span_id`` and remembers it; returns the event for the offending span."""
@@ -379,8 +382,8 @@ class Target:
             status_message=f"{kind}: {reason}",
         )
         self.write(record, origin.identity)
-        offending = span_id or origin.call or ""
-        found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode)
+        offending = span_id or origin.call or origin.episode or ""
+        found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode, source)
         self.violations.append(found)
         if origin.episode is not None and (episode := self.open.get(origin.episode)) is not None:
             episode.violations += 1
@@ -397,6 +400,7 @@ class Target:
             destination=destination,
             limit=exceeded.limit,
             value=exceeded.value,
+            source=exceeded.source,
             report_only=exceeded.report_only,
         )
 

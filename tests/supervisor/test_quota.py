@@ -39,6 +39,8 @@ def refused(action, *args, **kwargs):
     try:
         action(*args, **kwargs)
     except ray_guard.BudgetExceeded as error:
+        if not error.source:
+            return "nobody's"
         return [error.kind, error.value, error.limit, error.scope]
     except ray_guard.RayGuardError as error:
         return f"{type(error).__name__}: {error}"
