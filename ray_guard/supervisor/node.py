@@ -18,13 +18,14 @@ from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
-from ray_guard.policy.budgets import Account, Near, Scope
+from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
+from ray_guard.supervisor.leases import Lease, Leases
 from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.proxies import Proxies
@@ -100,6 +101,7 @@ class Node:
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
         self.gpus = Gpus(loop)
+        self.leases = Leases(loop)
         self.quotas = Quotas()
         self.census = Census(loop)
         self._own_folders = own_folders
@@ -198,20 +200,36 @@ class Node:
 
     def join(self, target: Target, membership: Membership) -> None:
         self._memberships[id(target)] = membership
+        self._directory(membership).include(membership.endpoints)
+        self._changed()
+
+    def _directory(self, membership: Membership) -> Directory:
         directory = self._directories.get(membership.address)
         if directory is None:
             environment = {**membership.environment}
             directory = Directory(membership.argv, environment, self.loop, self._changed)
             self._directories[membership.address] = directory
-        directory.include(membership.endpoints)
-        self._changed()
+        return directory
+
+    def must_lease(
+        self, run_id: str, job_id: str, policy: CompiledPolicy, membership: Membership
+    ) -> list[tuple[Lease, Amount]]:
+        """Leases of the job's limits of which nothing is known yet: to be waited for before a target's work begins."""
+        account = self.job(run_id, policy)
+        if not account.limits:
+            return []
+        return self.leases.enter(account, f"{job_id}/{run_id}", self._directory(membership))
 
     def leave(self, target: Target) -> None:
         self.quotas.leave(target)
+        if target.run_id in self._jobs and not self.quotas.of_job(target.run_id):
+            self.leases.leave(self._jobs[target.run_id])
         self.gpus.leave(target)
         membership = self._memberships.pop(id(target), None)
         if membership is not None and all(m.address != membership.address for m in self._memberships.values()):
-            self._directories.pop(membership.address).close()
+            directory = self._directories.pop(membership.address)
+            self.leases.lose(directory)
+            directory.close()
 
     def directory(self, target: Target) -> Directory | None:
         membership = self._memberships.get(id(target))
