@@ -45,6 +45,7 @@ SUPPORTED: Final = frozenset(
         "budgets.job.gpu_seconds",
         "gpu.engine",
         "gpu.none",
+        "model_endpoint",
         "budgets.episode.wall_seconds",
         *(f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")),
         "subprocess.confine",

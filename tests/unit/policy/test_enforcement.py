@@ -32,7 +32,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"egress": {"verify_names": True}}, ()),
         ({"egress": {"verify_names": True, "allow": ["a.b:443"]}}, ()),
         ({"egress": {"verify_names": False, "allow": ["a.b:443"]}}, ()),
-        ({"model_endpoint": "engine:8000"}, ("model_endpoint",)),
+        ({"model_endpoint": "engine:8000"}, ()),
         ({"model_endpoint": None}, ()),
         ({"gpu": "none"}, ()),
         ({"gpu": "engine"}, ()),
