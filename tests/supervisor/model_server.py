@@ -155,8 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
         usage = {"input_tokens": PROMPT_TOKENS, "output_tokens": count, "input_tokens_details": {"cached_tokens": 4}}
         content = [{"type": "output_text", "text": "".join(PIECES), "annotations": []}]
         output = [{"type": "message", "role": "assistant", "id": "m-1", "status": "completed", "content": content}]
-        answer = {"id": "r-1", "object": "response", "created_at": 1, "status": "completed", "model": MODEL,
-                  "output": output, "usage": usage, "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}  # fmt: skip
+        about = {"id": "r-1", "object": "response", "created_at": 1, "status": "completed", "model": MODEL}
+        more = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+        answer = {**about, **more, "output": output, "usage": usage}
         if not body.get("stream"):
             self._json(answer)
             return

@@ -96,6 +96,7 @@ def test_every_supported_name_can_come_up() -> None:
     data: dict[str, Any] = {
         "mode": "enforce",
         "role": "env",
+        "model_endpoint": "engine:8000",
         "egress": {"listen": [1], "proxy": "http://p:3128", "verify_names": True},
         "files": {"read": ["cwd"], "write": ["cwd"], "hide": ["/a"], "protect": ["/a"]},
         "budgets": {

@@ -363,6 +363,8 @@ class Dialogue:
         error = {"message": f"ray_guard: {text}", "type": kind, "param": param, "code": code}
         body = json.dumps({"error": error}).encode()
         named = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        if status == 429:
+            named["x-should-retry"] = "false"  # it would not be another answer
         self.closing = self.closing or self._head is None or not self._head.keep
         if self.closing:
             named["Connection"] = "close"
