@@ -7,6 +7,7 @@ What would make the engine fetch, load, remember or run something on a tool's be
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -65,6 +66,11 @@ _MEDIA_PARTS: Final[Mapping[str, int]] = {
     **dict.fromkeys("image_url input_image input_audio audio_url image audio".split(), _IMAGE),
     "video_url": _VIDEO,
 }
+_ITEMS: Final = frozenset(
+    "message reasoning function_call function_call_output custom_tool_call custom_tool_call_output local_shell_call "
+    "local_shell_call_output shell_call shell_call_output apply_patch_call apply_patch_call_output".split()
+)
+"""What the input of the Responses API is made of."""
 _LOCAL_TOOLS: Final = frozenset({"function", "custom", "local_shell", "shell", "apply_patch"})
 """Tools that the client itself runs."""
 
@@ -157,8 +163,11 @@ def _decode(body: bytes) -> dict[str, Any]:
     def constant(word: str) -> NoReturn:
         raise BadRequest(f"{word} is not JSON")
 
+    def number(word: str) -> float:
+        return float(word) if math.isfinite(float(word)) else constant(word)
+
     try:
-        given = json.loads(body.decode(), object_pairs_hook=unique, parse_constant=constant)
+        given = json.loads(body.decode(), object_pairs_hook=unique, parse_constant=constant, parse_float=number)
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON") from None
     if not isinstance(given, dict):
@@ -259,9 +268,12 @@ def _judge_content(path: str, content: Mapping[str, Any]) -> int:
 def _judge_message(message: object) -> int:
     if not isinstance(message, dict):
         raise BadRequest("a message is an object", "messages")
+    kind = _kind(message, "message")
+    if kind in _TEXT_PARTS or kind in _MEDIA_PARTS:  # the Responses API takes parts without a message around them
+        return _judge_part(message)
+    if kind not in _ITEMS:
+        raise NotAllowed("content", f"{kind[:40]!r}: messages, and calls of the client's own tools with their outputs")
     count = 0
-    if message.get("type") in _MEDIA_PARTS:  # the Responses API takes parts without a message around them
-        count += _judge_part(message)
     for field in ("content", "output", "summary"):
         parts = message.get(field)
         if isinstance(parts, dict):
@@ -271,14 +283,19 @@ def _judge_message(message: object) -> int:
     return count
 
 
+def _kind(value: Mapping[str, Any], absent: str) -> str:
+    kind = value.get("type")
+    return absent if kind is None else kind if isinstance(kind, str) else "?"
+
+
 def _judge_part(part: object) -> int:
     if isinstance(part, str):
         return 0
     if not isinstance(part, dict):
         raise BadRequest("a part of a message is an object", "messages")
-    kind = part.get("type")
-    if not isinstance(kind, str) or (kind not in _TEXT_PARTS and kind not in _MEDIA_PARTS):
-        raise NotAllowed("content", f"a part of a message is text, an image, sound or video, not {str(kind)[:40]!r}")
+    kind = _kind(part, "")
+    if kind not in _TEXT_PARTS and kind not in _MEDIA_PARTS:
+        raise NotAllowed("content", f"a part of a message is text, an image, sound or video, not {kind[:40]!r}")
     carried = 0
     for key, value in part.items():
         if key.endswith(("_embeds", "file_id")) and value is not None:
@@ -306,13 +323,11 @@ def _carried(key: str, value: object) -> int:
 def _judge_tools(content: Mapping[str, Any]) -> None:
     choice = content.get("tool_choice")
     for tool in [*_tools(content.get("tools")), *([choice] if isinstance(choice, dict) else [])]:
-        kind = tool.get("type", "function") if isinstance(tool, dict) else None
-        if kind == "allowed_tools" and isinstance(tool, dict):
+        kind = _kind(tool, "function") if isinstance(tool, dict) else ""
+        if kind == "allowed_tools":
             _judge_tools({"tools": tool.get("tools")})
         elif kind not in _LOCAL_TOOLS:
-            raise NotAllowed(
-                "remote_tool", f"the server would run {str(kind)[:40]!r}; a tool is a function of the client"
-            )
+            raise NotAllowed("remote_tool", f"the server would run {kind[:40]!r}; a tool is a function of the client")
 
 
 def _tools(tools: object) -> list[Any]:
