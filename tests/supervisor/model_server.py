@@ -6,6 +6,7 @@ It has what an engine has beside its API: paths that load weights, put it to sle
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,7 +42,10 @@ class ModelServer:
         class Handler(_Handler):
             server_of = owner
 
-        self._server = ThreadingHTTPServer((host, 0), Handler)
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        self._server = Server((host, 0), Handler)
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -76,7 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             body = raw.decode("latin-1")
         self._saw(body)
-        if self.path == "/v1/completions":
+        if self.path.startswith("/v1/") and not isinstance(body, dict):
+            self._json({"error": {"message": "no JSON object", "code": 400}}, 400)
+        elif self.path == "/v1/completions":
             self._complete(body, "text_completion")
         elif self.path == "/v1/chat/completions":
             self._complete(body, "chat.completion")

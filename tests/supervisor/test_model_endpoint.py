@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import launcher
 import pytest
-from harness import PYTHON, Host, Namespace, wait
+from harness import PYTHON, ROOT, Host, Namespace, wait
 from model_server import ADMIN, LENGTH, LOOKS, MODEL, PIECES, PROMPT_TOKENS, ModelServer
 
 pytestmark = pytest.mark.kernel
@@ -559,3 +560,51 @@ def test_the_server_that_is_not_there(scene: Scene) -> None:
         argv = scene.argv(_REACH)
         argv[-2] = str(port)
         assert json.loads(host.run("call", argv).stdout.splitlines()[-1]) == 111
+
+
+def test_an_endpoint_of_ipv6(tmp_path: Path) -> None:
+    server = ModelServer("::1")
+    try:
+        with contextlib.ExitStack() as stack:
+            namespace = Namespace()
+            stack.callback(namespace.close)
+            host = Host({"model_endpoint": f"[::1]:{server.port}"}, tmp_path / "evidence", namespace)
+            stack.callback(host.close)
+            program = 'say([post("/v1/chat/completions", GIVEN)[0], post("/update_weights", {})[0]])'
+            text = _CLIENT.replace("127.0.0.1", "::1") + program
+            argv = [PYTHON, "-I", "-S", "-c", text, str(server.port), json.dumps(HELLO)]
+            assert json.loads(host.run("call", argv).stdout) == [200, 403]
+            assert server.paths() == ["POST /v1/chat/completions"]
+            assert server.seen[-1].headers["host"] == f"[::1]:{server.port}"
+    finally:
+        server.close()
+
+
+@pytest.mark.skipif(not ROOT, reason="a hosts file of its own needs root")
+@pytest.mark.parametrize("proxy", [None, "http://127.0.0.1:9"])
+def test_an_endpoint_that_is_a_name(scene: Scene, tmp_path: Path, proxy: str | None) -> None:
+    """By the hosts file here; no proxy is on the way to it."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n127.0.0.1 engine.example.org other.example.org\n")
+    with contextlib.ExitStack() as stack:
+        namespace = Namespace()
+        stack.callback(namespace.close)
+        own = len(launcher.prefix())  # a simulated host may refuse to mount
+        outside = namespace.prefix[:-own] if own else namespace.prefix
+        subprocess.run([*outside, "mount", "--bind", str(hosts), "/etc/hosts"], check=True)
+        policy = {"model_endpoint": f"engine.example.org:{scene.server.port}", "egress": {"proxy": proxy}}
+        host = Host(policy, tmp_path / "evidence", namespace)
+        stack.callback(host.close)
+
+        def ask(name: str) -> Any:
+            program = 'say([post("/v1/chat/completions", GIVEN)[0], post("/update_weights", {})[0]])'
+            text = _CLIENT.replace("127.0.0.1", name) + program
+            argv = [PYTHON, "-I", "-S", "-c", text, str(scene.server.port), json.dumps(HELLO)]
+            return host.run("call", argv)
+
+        scene.server.seen.clear()
+        assert json.loads(ask("engine.example.org").stdout) == [200, 403]
+        assert scene.server.seen[-1].headers["host"] == f"engine.example.org:{scene.server.port}"
+        assert scene.server.paths() == ["POST /v1/chat/completions"]
+        assert json.loads(ask("other.example.org").stdout) == [403, 403]  # the address is right, the host is not
+        assert scene.server.paths() == ["POST /v1/chat/completions"]
