@@ -18,13 +18,14 @@ from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
-from ray_guard.policy.budgets import Account, Scope
+from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
+from ray_guard.supervisor.leases import Lease, Leases
 from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.proxies import Proxies
@@ -103,6 +104,7 @@ class Node:
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
         self.gpus = Gpus(loop)
+        self.leases = Leases(loop)
         self.quotas = Quotas()
         self.census = Census(loop)
         self._own_folders = own_folders
@@ -168,11 +170,21 @@ class Node:
     # -- budgets -------------------------------------------------------------------------------------------------------
 
     def job(self, run_id: str, policy: CompiledPolicy) -> Account:
-        """The account of a job: the first target's policy sets its limits."""
-        if run_id not in self._jobs:
-            limits, watched = policy.limits(Scope.JOB), policy.watched(Scope.JOB)
-            self._jobs[run_id] = Account(Scope.JOB, run_id, limits, watched=watched)
-        return self._jobs[run_id]
+        """The account of a job, under the least of what its targets' policies say (a driver's says nothing)."""
+        account = self._jobs.get(run_id)
+        if account is None:
+            account = self._jobs[run_id] = Account(Scope.JOB, run_id)
+            account.near = self._job_is_near
+        account.tighten(policy.limits(Scope.JOB), policy.watched(Scope.JOB))
+        return account
+
+    def _job_is_near(self, near: Near) -> None:
+        """A limit of a job is almost reached: journaled once, logged by all its targets."""
+        targets = self.quotas.of_job(near.source)
+        for target in targets[:1]:
+            target.near(near)
+        for target in targets[1:]:
+            target.warn(near.text())
 
     def actor_started(self, actor_id: str, account: Account) -> None:
         """An actor has learnt its id: what it submits to Ray is charged to it from here on."""
@@ -180,30 +192,47 @@ class Node:
 
     def charged(self, submitter: str, run_id: str, policy: CompiledPolicy) -> Account:
         """Whose account a new target's stands under: its submitter's on this node, else the job's."""
+        job = self.job(run_id, policy)
         account = self._actors.get(submitter)
         if account is not None and account.closed:
             del self._actors[submitter]
             account = None
-        return account if account is not None else self.job(run_id, policy)
+        return job if account is None else account
 
     # -- surroundings --------------------------------------------------------------------------------------------------
 
     def join(self, target: Target, membership: Membership) -> None:
         self._memberships[id(target)] = membership
+        self._directory(membership).include(membership.endpoints)
+        self._changed()
+
+    def _directory(self, membership: Membership) -> Directory:
         directory = self._directories.get(membership.address)
         if directory is None:
             environment = {**membership.environment}
             directory = Directory(membership.argv, environment, self.loop, self._changed)
             self._directories[membership.address] = directory
-        directory.include(membership.endpoints)
-        self._changed()
+        return directory
+
+    def must_lease(
+        self, run_id: str, job_id: str, policy: CompiledPolicy, membership: Membership
+    ) -> list[tuple[Lease, Amount]]:
+        """Leases of the job's limits of which nothing is known yet: to be waited for before a target's work begins."""
+        account = self.job(run_id, policy)
+        if not account.limits:
+            return []
+        return self.leases.enter(account, f"{job_id}/{run_id}", self._directory(membership))
 
     def leave(self, target: Target) -> None:
         self.quotas.leave(target)
+        if target.run_id in self._jobs and not self.quotas.of_job(target.run_id):
+            self.leases.leave(self._jobs[target.run_id])
         self.gpus.leave(target)
         membership = self._memberships.pop(id(target), None)
         if membership is not None and all(m.address != membership.address for m in self._memberships.values()):
-            self._directories.pop(membership.address).close()
+            directory = self._directories.pop(membership.address)
+            self.leases.lose(directory)
+            directory.close()
 
     def directory(self, target: Target) -> Directory | None:
         membership = self._memberships.get(id(target))
