@@ -33,6 +33,7 @@ from ray_guard.supervisor.quota import Quotas
 from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
+    from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.target import Target
 
 log = logging.getLogger("ray_guard.node")
@@ -93,6 +94,8 @@ class Node:
         self.meter = Meter(SockDiag(), loop, self._flush)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
+        self.paid: dict[str, Paid] = {}
+        """Model calls that the relay has admitted and charged, by the word that each carries to the engine."""
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""

@@ -332,9 +332,9 @@ class Session:
                 continue  # Ray's own server accepted it
             address = canonical_address(str(host))
             request = Request(Operation.CONNECT, Transport.TCP, address, int(port), process=Process.OWN)
-            if (address, int(port)) not in told and not decide(
-                target.policy, surroundings, target.account, request
-            ).allowed:
+            decision = decide(target.policy, surroundings, target.account, request)
+            # What leads to a model endpoint goes by relay, which none of these does.
+            if (address, int(port)) not in told and (not decision.allowed or decision.model is not None):
                 refused.append(f"tcp://{address}:{port}")
         return refused
 
