@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,18 @@ class Served:
         assert status == 0, f"exit status {status}\n{self.log()}"
         return self.said()
 
+    def says(self, name: str, within: float = 150) -> Any:
+        """Waits until it has said that."""
+        deadline = time.monotonic() + within
+        while name not in (said := self.said()):
+            assert self.process.poll() is None, f"exit status {self.process.returncode}\n{self.log()}"
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.2)
+        return said[name]
+
     def said(self) -> dict[str, Any]:
         lines = self._said.read_text().splitlines() if self._said.exists() else []
-        return {name: value for name, value in map(json.loads, lines)}
+        return dict(map(json.loads, lines))
 
     def close(self) -> None:
         if self.process.poll() is None:

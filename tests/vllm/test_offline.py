@@ -12,13 +12,13 @@ import pytest
 from ray_guard.compute.moe import cost
 from ray_guard.records import SpanKind, SpanRecord, StatusCode
 
+Ran = tuple[dict[str, Any], list[SpanRecord]]
+
 pytestmark = [pytest.mark.vllm, pytest.mark.kernel, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def ran(
-    serve: Callable[..., Any], spans: Callable[[Path], list[SpanRecord]]
-) -> tuple[dict[str, Any], list[SpanRecord]]:
+def ran(serve: Callable[..., Any], spans: Callable[[Path], list[SpanRecord]]) -> Ran:
     program = serve("offline")
     said = program.ends()
     return said, spans(program.evidence)
@@ -34,7 +34,7 @@ def used(span: SpanRecord) -> tuple[Any, Any, Any]:
     return tuple(span.attributes.get(name) for name in names)  # type: ignore[return-value]
 
 
-def test_each_request_is_a_chat_span_below_its_turn(ran: tuple[dict[str, Any], list[SpanRecord]]) -> None:
+def test_each_request_is_a_chat_span_below_its_turn(ran: Ran) -> None:
     said, found = ran
     mine = chats(found, "several")
     (turn,) = [s for s in found if s.name == "rl.turn" and s.attributes.get("rl.rollout.id") == "several"]
@@ -52,7 +52,7 @@ def test_each_request_is_a_chat_span_below_its_turn(ran: tuple[dict[str, Any], l
     assert {span.attributes["ray_guard.charge_scope"] for span in mine} == {"episode"}
 
 
-def test_time_is_measured_by_the_engine(ran: tuple[dict[str, Any], list[SpanRecord]]) -> None:
+def test_time_is_measured_by_the_engine(ran: Ran) -> None:
     for span in chats(ran[1], "several"):
         assert span.end_ns is not None
         lasted = (span.end_ns - span.start_ns) / 1e9
@@ -63,7 +63,7 @@ def test_time_is_measured_by_the_engine(ran: tuple[dict[str, Any], list[SpanReco
         assert 0 < sum(parts) <= lasted + 0.05  # type: ignore[arg-type]
 
 
-def test_flops_are_those_of_what_was_computed(ran: tuple[dict[str, Any], list[SpanRecord]], model: Path) -> None:
+def test_flops_are_those_of_what_was_computed(ran: Ran, model: Path) -> None:
     price = cost(json.loads((model / "config.json").read_text()))
     first, *_, twice, again = chats(ran[1], "several")
     prompt, output, cached = used(first)
@@ -78,7 +78,7 @@ def test_flops_are_those_of_what_was_computed(ran: tuple[dict[str, Any], list[Sp
     assert once < twice.attributes["ray_guard.flops"] <= 2 * once  # type: ignore[operator]
 
 
-def test_a_budget_runs_out_midway(ran: tuple[dict[str, Any], list[SpanRecord]]) -> None:
+def test_a_budget_runs_out_midway(ran: Ran) -> None:
     said, found = ran
     served, refusal = said["short"], said["short refused"]
     assert served, "some requests were served"
@@ -100,7 +100,18 @@ def test_a_budget_runs_out_midway(ran: tuple[dict[str, Any], list[SpanRecord]]) 
     assert said["batch"]["type"] == "BudgetExceeded"
 
 
-def test_beams_are_requests_of_their_own(ran: tuple[dict[str, Any], list[SpanRecord]]) -> None:
+def test_a_preempted_request_is_charged_for_being_computed_again(ran: Ran, model: Path) -> None:
+    said, found = ran
+    price = cost(json.loads((model / "config.json").read_text()))
+    mine = chats(found, "preempted")
+    assert [used(span)[:2] for span in mine] == [(o["input"], o["output"]) for o in said["preempted"]]
+    again = [span for span in mine if span.attributes.get("ray_guard.preemptions")]
+    assert again, "the cache is too small for all of them"
+    for span in again:
+        assert span.attributes["ray_guard.flops"] > price.flops(sum(used(span)[:2]), 0)  # type: ignore[operator]
+
+
+def test_beams_are_requests_of_their_own(ran: Ran) -> None:
     said, found = ran
     assert said["beams"]
     mine = chats(found, "beams")
@@ -108,7 +119,7 @@ def test_beams_are_requests_of_their_own(ran: tuple[dict[str, Any], list[SpanRec
     assert all(span.end_ns is not None and span.status is not StatusCode.ERROR for span in mine)
 
 
-def test_an_aborted_request_pays_what_it_took(ran: tuple[dict[str, Any], list[SpanRecord]]) -> None:
+def test_an_aborted_request_pays_what_it_took(ran: Ran) -> None:
     said, found = ran
     assert said["aborted"][1] == 0
     (span,) = chats(found, "aborted")
@@ -116,7 +127,7 @@ def test_an_aborted_request_pays_what_it_took(ran: tuple[dict[str, Any], list[Sp
     assert 0 < used(span)[1] < 200
 
 
-def test_engine_processes_are_registered_with_their_phases(ran: tuple[dict[str, Any], list[SpanRecord]]) -> None:
+def test_engine_processes_are_registered_with_their_phases(ran: Ran) -> None:
     engines = ran[0]["engines"]
     titles = engines["titles"].values()
     assert any("EngineCore" in title for title in titles)
@@ -126,7 +137,7 @@ def test_engine_processes_are_registered_with_their_phases(ran: tuple[dict[str, 
         assert mine == ["warm_up", "rollout", "weight_sync", "rollout"]
 
 
-def test_the_engine_dies_and_what_it_took_is_charged_once(ran: tuple[dict[str, Any], list[SpanRecord]]) -> None:
+def test_the_engine_dies_and_what_it_took_is_charged_once(ran: Ran) -> None:
     said, found = ran
     assert said["dead"]["type"] == "EngineDeadError"
     (span,) = chats(found, "dead")
@@ -137,7 +148,7 @@ def test_the_engine_dies_and_what_it_took_is_charged_once(ran: tuple[dict[str, A
     assert not [span for span in found if span.name == "ray_guard.unsettled"], "everything was settled by the hook"
 
 
-def test_beside_vllms_own_estimate(ran: tuple[dict[str, Any], list[SpanRecord]], model: Path) -> None:
+def test_beside_vllms_own_estimate(ran: Ran, model: Path) -> None:
     """Equal, once what vLLM leaves out and counts twice is allowed for."""
     estimate, config = ran[0]["perf"], json.loads((model / "config.json").read_text())
     price = cost(config)

@@ -27,7 +27,7 @@ from ray_guard.client.engine import Phase
 from ray_guard.errors import NotEnforced
 from ray_guard.integrations.vllm import engines
 from ray_guard.integrations.vllm.engines import Engines
-from ray_guard.integrations.vllm.requests import FROM_HTTP, Ledger, Model, model_of
+from ray_guard.integrations.vllm.requests import PLACE, Ledger, Model, Place, here, model_of
 
 logger = logging.getLogger("ray_guard")
 
@@ -229,6 +229,48 @@ def _add_to_async_engine(original: Method) -> Method:
     return add_request
 
 
+class _Placed:
+    """vLLM's answers, admitted from where they were asked for.
+
+    An async generator runs where it is iterated, from the first step on: for a streamed HTTP response that is another
+    task than the one that knows the request.
+    """
+
+    def __init__(self, answers: Any, place: Place) -> None:
+        self._answers = answers
+        self._place: Place | None = place
+
+    def __aiter__(self) -> Any:
+        return self
+
+    def __anext__(self) -> Any:
+        return self._answers.__anext__() if self._place is None else self.asend(None)
+
+    async def asend(self, value: Any) -> Any:
+        place, self._place = self._place, None
+        if place is None:
+            return await self._answers.asend(value)
+        token = PLACE.set(place)
+        try:
+            return await self._answers.asend(value)
+        finally:
+            PLACE.reset(token)
+
+    def athrow(self, *error: Any) -> Any:
+        return self._answers.athrow(*error)
+
+    def aclose(self) -> Any:
+        return self._answers.aclose()
+
+
+def _generate(original: Method) -> Method:
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _Placed(original(self, *args, **kwargs), here())
+
+    return generate
+
+
 def _step(original: Method) -> Method:
     @functools.wraps(original)
     def step(self: Any) -> Any:
@@ -312,10 +354,9 @@ def _trace_headers(original: Method) -> Method:
 
     @functools.wraps(original)
     async def get_trace_headers(self: Any, headers: Any) -> Any:
-        place = parse_traceparent(headers.get("traceparent"))
-        FROM_HTTP.set(
-            None if place is None else read_context({"trace": place[0], "span": place[1], "sampled": place[2]})
-        )
+        named = parse_traceparent(headers.get("traceparent"))
+        above = None if named is None else read_context({"trace": named[0], "span": named[1], "sampled": named[2]})
+        PLACE.set(Place(above, is_http=True))
         return await original(self, headers)
 
     return get_trace_headers
@@ -360,6 +401,8 @@ POINTS: Final[dict[str, tuple[Point, ...]]] = {
     "vllm.v1.engine.async_llm": (
         Point("AsyncLLM", "__init__", ("vllm_config",), _init),
         Point("AsyncLLM", "add_request", ("request_id",), _add_to_async_engine),
+        Point("AsyncLLM", "generate", ("prompt",), _generate),
+        Point("AsyncLLM", "encode", ("prompt",), _generate),
         Point("AsyncLLM", "shutdown", (), _shutdown),
         Point("AsyncLLM", "collective_rpc", ("method",), _during(Phase.WEIGHT_SYNC), required=False),
         Point("AsyncLLM", "sleep", (), _during(Phase.SLEEP, after=Phase.SLEEP), required=False),

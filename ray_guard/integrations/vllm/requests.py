@@ -31,15 +31,26 @@ from ray_guard.integrations.vllm import versions
 from ray_guard.integrations.vllm.experts import load
 from ray_guard.records import SpanKind
 
-FROM_HTTP: ContextVar[Node | None] = ContextVar("ray_guard_vllm_http")
-"""Set in the task that serves an HTTP request: whose span its ``traceparent`` names, None without one.
 
-Whatever scope the server was started in is not the one that asks; and a header proves nothing about whose budget it is,
-so it names a parent and no episode.
-"""
+class Place(NamedTuple):
+    """Where a request was asked for.
+
+    An HTTP request comes from no scope of this process, least of all from the one the server was started in. Its
+    ``traceparent`` names a parent; it is no proof of whose budget to charge, so whoever computes pays alone.
+    """
+
+    above: Node | None
+    is_http: bool = False
 
 
-_UNSET: Final = Node()
+PLACE: ContextVar[Place | None] = ContextVar("ray_guard_vllm_place", default=None)
+"""Where what this task hands to the engine was asked for, where that is not where it runs."""
+
+
+def here() -> Place:
+    return PLACE.get() or Place(carry.current())
+
+
 _NOBODY: Final[Mapping[str, Any]] = {"trace": None, "span": None}
 """A context outside of any scope: the process that computes pays, and nobody else."""
 
@@ -296,10 +307,9 @@ class Ledger:
         if sequences > 1:
             opening["gen_ai.request.choice.count"] = sequences
         span = Chat(self.model.name, opening, self.version or versions.current())
-        before = carry.current()
-        above = FROM_HTTP.get(_UNSET)
-        payer = None if above is _UNSET else _NOBODY
-        carry.move_to(before if above is _UNSET else above)
+        before, place = carry.current(), here()
+        payer = _NOBODY if place.is_http else None
+        carry.move_to(place.above)
         try:
             span.__enter__()
             try:

@@ -40,7 +40,7 @@ def refused(action: Callable[[], Any]) -> Any:
     """What an action was refused with, as data."""
     try:
         action()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it was is what is asked
         return described(error)
     return None
 

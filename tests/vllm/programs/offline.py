@@ -30,7 +30,8 @@ def main() -> None:
     def most(tokens: int, **more: Any) -> SamplingParams:
         return SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=1, **more)
 
-    llm = LLM(**ENGINE, disable_log_stats=False, enable_prefix_caching=True)
+    # Blocks of 128 tokens: eight of them are too few for what comes last.
+    llm = LLM(**ENGINE, disable_log_stats=False, enable_prefix_caching=True, num_gpu_blocks_override=8)
     quiet = {"use_tqdm": False}
     long = "the quick brown fox jumps over the lazy dog " * 4
 
@@ -52,6 +53,10 @@ def main() -> None:
                 break
         say("short", [counted(each) for each in served])
         say("batch", refused(lambda: llm.generate(["over", "over"], most(90), **quiet)))
+
+    with ray_guard.episode(id="preempted"):
+        outputs = llm.generate([f"the fox {n}" for n in range(6)], most(150), **quiet)
+        say("preempted", [counted(each) for each in outputs])
 
     with ray_guard.episode(id="beams"):
         found = llm.beam_search([{"prompt": "brown"}], BeamSearchParams(beam_width=2, max_tokens=3))
