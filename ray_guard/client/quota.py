@@ -16,6 +16,7 @@ from ray_guard.client import carry, channel
 from ray_guard.client.channel import Channel
 from ray_guard.client.context import read_context
 from ray_guard.client.spans import new_span_id
+from ray_guard.client.verdicts import log_warnings
 from ray_guard.errors import SupervisorLost
 
 __all__ = ["Reservation", "reserve"]
@@ -61,11 +62,20 @@ class Reservation:
         """The request was never admitted: nothing was used. Raises SupervisorLost."""
         self._settle(0, 0)
 
-    def _settle(self, tokens: int, flops: float | None) -> None:
+    def leave_unmeasured(self, *, told: bool) -> None:
+        """Nobody knows what was used, nor will: it is charged as reserved. Raises SupervisorLost.
+
+        Args:
+            told: an error has said so. Else it is a violation where a scope limits tokens.
+        """
+        self._settle(self._tokens, self._flops, measured=told)
+
+    def _settle(self, tokens: int, flops: float | None, *, measured: bool = True) -> None:
         with self._lock:
             line, self._line = self._line, None
         if line is not None and self._pid == os.getpid():  # a forked child has a copy of what is its parent's
-            line.send({"op": "settle", "id": self._key, "tokens": tokens, "flops": flops})
+            message = {"op": "settle", "id": self._key, "tokens": tokens, "flops": flops}
+            line.send(message if measured else {**message, "measured": False})
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +117,7 @@ def reserve(*, tokens: int, flops: float | None = None, context: Mapping[str, An
     if where is not None:
         place = {"trace": where.trace, "span": where.span, "call": where.call, "episode": where.episode}
     key = new_span_id()
+    log_warnings()
     answer = line.request({"op": "reserve", "id": key, "tokens": tokens, "flops": flops, "place": place})
     return Reservation(line, key, tokens, flops, scope=str(answer.get("scope")), unknown=answer.get("unknown") is True)
 

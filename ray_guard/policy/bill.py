@@ -78,6 +78,7 @@ class Bill:
                 self.leave(node)
             for kind, amount in booked.items():
                 node._used[kind] = node._used.get(kind, 0) + amount
+                node._warn(kind, node._used[kind])
         self._held = {}
         return self._find(dict.fromkeys(booked, 0))
 

@@ -82,6 +82,11 @@ KINDS: Final[Mapping[str, frozenset[Scope]]] = MappingProxyType(
 )
 """Every limit of the policy, and the scopes it can be set for."""
 
+NEAR: Final = 0.8
+"""The share of a limit at which it is warned of."""
+
+_LEVELS: Final = frozenset({"memory", "processes"})
+"""Kinds that are held and given back, never used up."""
 _BYTES: Final = frozenset({EGRESS, SENT, RECEIVED})
 _EXACT_SCOPES: Final = frozenset({Scope.CALL, Scope.EPISODE})
 _FRACTIONAL: Final = frozenset({"cpu_seconds", "gpu_seconds", "wall_seconds", "flops"})
@@ -106,6 +111,19 @@ class Exceeded(NamedTuple):
 
     def error(self) -> BudgetExceeded:
         return BudgetExceeded(self.kind, self.value, self.limit, self.scope.value, self.source)
+
+
+class Near(NamedTuple):
+    """A limit that is almost reached: :data:`NEAR` of it is used. Told once for each scope and kind."""
+
+    kind: str
+    value: Amount
+    limit: Amount
+    scope: Scope
+    source: str
+
+    def text(self) -> str:
+        return f"{self.scope.value} {self.source}: {self.kind} is at {self.value:g} of {self.limit:g}"
 
 
 def limits_from_wire(scope: Scope, limits: object, *, key: str = "budgets") -> dict[str, Amount]:
@@ -164,6 +182,9 @@ class Account:
         self._books: tuple[dict[str, Amount], ...] = (self._used, *(() if parent is None else parent._books))
         """What was used here and in each scope around."""
         self._held: dict[str, Amount] = {}
+        self._warned: set[str] = set()
+        self.near: Callable[[Near], None] = lambda _near: None
+        """Told when a limit of this scope is almost reached. It must not raise."""
         self._refused = 0
         self._closed = False
         self.closing = False
@@ -217,6 +238,15 @@ class Account:
         for node in self._upwards():
             if kind in node._limits:
                 own = max(0, node._limits[kind] - node._taken(kind))
+                least = own if least is UNLIMITED else min(least, own)
+        return least
+
+    def calm(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
+        """:meth:`room`, up to the next warning where one is still to come: nothing need be looked at before that."""
+        least = self.room(kind)
+        for node in self._upwards():
+            if kind in node._limits and kind not in node._warned:
+                own = max(0, math.ceil(NEAR * node._limits[kind]) - 1 - node._taken(kind))
                 least = own if least is UNLIMITED else min(least, own)
         return least
 
@@ -276,6 +306,7 @@ class Account:
             for used in self._books:
                 for each in charged:
                     used[each] = used.get(each, 0) + actual
+            self._notice(charged)
         return self._find([(each, 0) for each in charged])
 
     def charge(self, kind: str, actual: Amount) -> Exceeded | None:
@@ -287,9 +318,10 @@ class Account:
         self.settle(kind, reserved, 0)
 
     def measured(self, kind: str, value: Amount) -> Exceeded | None:
-        """Judges a level (``memory``, ``wall_seconds``) of this scope alone; nothing is booked."""
+        """Judges a level (``gpu_memory``, ``wall_seconds``) of this scope alone; nothing is booked."""
+        self._warn(_known(kind), value)
         for limits, report_only in ((self._limits, False), (self._watched, True)):
-            if _known(kind) in limits and not value <= limits[kind]:
+            if kind in limits and not value <= limits[kind]:
                 return Exceeded(kind, value, limits[kind], self.scope, self.source, report_only)
         return None
 
@@ -307,7 +339,22 @@ class Account:
         while node is not None:
             node._held[kind] = node._held.get(kind, 0) + now
             node = node._parent
+        self._notice((kind,))
         return self._find([(kind, 0)])
+
+    def tighten(self, limits: Limits, watched: Limits = NO_LIMITS) -> None:
+        """Another policy holds as well: the smaller limit of each kind. What was used already counts."""
+        for kind in (*limits, *watched):
+            _known(kind)
+        self._limits = tightest(self._limits, limits)
+        self._watched = tightest(self._watched, watched)
+        if any(kind in NETWORK_KINDS for kind in (*limits, *watched)):
+            self._watch_network()
+
+    def _watch_network(self) -> None:
+        self.free = False
+        for child in self._children:
+            child._watch_network()
 
     def extend(self, kind: str, amount: Amount) -> None:
         """Raises this scope's limit: the job's limit arrives in leased chunks. Absent means unlimited and stays so."""
@@ -370,6 +417,21 @@ class Account:
 
     def _taken(self, kind: str) -> Amount:
         return self._used.get(kind, 0) + self._held.get(kind, 0)
+
+    def _notice(self, kinds: Iterable[str]) -> None:
+        """Warns of what is almost used up, here and in the scopes around."""
+        for node in self._upwards():
+            if node._limits or node._watched:
+                for kind in kinds:
+                    node._warn(kind, node._held.get(kind, 0) if kind in _LEVELS else node._used.get(kind, 0))
+
+    def _warn(self, kind: str, value: Amount) -> None:
+        if kind in self._warned or not value:
+            return
+        limits = [limits[kind] for limits in (self._limits, self._watched) if kind in limits]
+        if limits and value >= NEAR * min(limits):
+            self._warned.add(kind)
+            self.near(Near(kind, value, min(limits), self.scope, self.source))
 
     def _find(self, asked: list[tuple[str, Amount]]) -> Exceeded | None:
         """The first limit that ``asked`` would pass, enforced ones first, from this scope outwards."""

@@ -33,6 +33,7 @@ SUPPORTED: Final = frozenset(
                 "egress_received_bytes",
                 "connections",
                 "cpu_seconds",
+                "gpu_seconds",
                 "tokens",
                 "flops",
             )
@@ -40,9 +41,7 @@ SUPPORTED: Final = frozenset(
         # of tool processes, as cpu_seconds is
         *(f"budgets.{scope}.{kind}" for scope in ("call", "episode", "actor") for kind in ("memory", "processes")),
         "budgets.call.wall_seconds",
-        "budgets.actor.gpu_memory",
-        "budgets.actor.gpu_seconds",
-        "budgets.job.gpu_seconds",
+        *(f"budgets.{scope}.gpu_memory" for scope in ("call", "actor")),
         "gpu.engine",
         "gpu.none",
         "budgets.episode.wall_seconds",

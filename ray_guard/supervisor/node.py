@@ -18,7 +18,7 @@ from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
-from ray_guard.policy.budgets import Account, Scope
+from ray_guard.policy.budgets import Account, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
@@ -165,11 +165,21 @@ class Node:
     # -- budgets -------------------------------------------------------------------------------------------------------
 
     def job(self, run_id: str, policy: CompiledPolicy) -> Account:
-        """The account of a job: the first target's policy sets its limits."""
-        if run_id not in self._jobs:
-            limits, watched = policy.limits(Scope.JOB), policy.watched(Scope.JOB)
-            self._jobs[run_id] = Account(Scope.JOB, run_id, limits, watched=watched)
-        return self._jobs[run_id]
+        """The account of a job, under the least of what its targets' policies say (a driver's says nothing)."""
+        account = self._jobs.get(run_id)
+        if account is None:
+            account = self._jobs[run_id] = Account(Scope.JOB, run_id)
+            account.near = self._job_is_near
+        account.tighten(policy.limits(Scope.JOB), policy.watched(Scope.JOB))
+        return account
+
+    def _job_is_near(self, near: Near) -> None:
+        """A limit of a job is almost reached: journaled once, logged by all its targets."""
+        targets = self.quotas.of_job(near.source)
+        for target in targets[:1]:
+            target.near(near)
+        for target in targets[1:]:
+            target.warn(near.text())
 
     def actor_started(self, actor_id: str, account: Account) -> None:
         """An actor has learnt its id: what it submits to Ray is charged to it from here on."""
@@ -177,11 +187,12 @@ class Node:
 
     def charged(self, submitter: str, run_id: str, policy: CompiledPolicy) -> Account:
         """Whose account a new target's stands under: its submitter's on this node, else the job's."""
+        job = self.job(run_id, policy)
         account = self._actors.get(submitter)
         if account is not None and account.closed:
             del self._actors[submitter]
             account = None
-        return account if account is not None else self.job(run_id, policy)
+        return job if account is None else account
 
     # -- surroundings --------------------------------------------------------------------------------------------------
 

@@ -88,6 +88,10 @@ class Quotas:
             self._book(target, reserved, reserved.bill.reserved)
         _record_unsettled(target, charged)
 
+    def of_job(self, run_id: str) -> list[Target]:
+        """The targets of a job that are here."""
+        return [spender.target for spender in self._spenders.values() if spender.target.run_id == run_id]
+
     def reserve(self, target: Target, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request's reservation. Raises BadPacket for what is none, JournalError."""
         opened = self._spenders[id(target)].open
@@ -111,6 +115,8 @@ class Quotas:
         tokens, flops = _count(message.get("tokens")), _flops(message.get("flops"))
         if flops is None:
             flops = reserved.bill.reserved.get(FLOPS, 0) if tokens else 0
+        if message.get("measured") is False and reserved.bill.limiting(TOKENS) is not None:
+            _tell_unmeasured(target, reserved.asking, TOKENS)
         self._book(target, reserved, {TOKENS: tokens, FLOPS: flops})
 
     @staticmethod
@@ -168,8 +174,7 @@ class Quotas:
 
     def _neighbours(self, target: Target) -> list[Target]:
         """The other targets of this job."""
-        all_ = [spender.target for spender in self._spenders.values()]
-        return [each for each in all_ if each is not target and each.run_id == target.run_id]
+        return [each for each in self.of_job(target.run_id) if each is not target]
 
 
 def _refusal(target: Target, bill: Bill, asking: Asking, tokens: int, flops: float | None) -> RayGuardError | None:
@@ -180,7 +185,7 @@ def _refusal(target: Target, bill: Bill, asking: Asking, tokens: int, flops: flo
     if flops is not None:
         amounts[FLOPS] = flops
     elif tokens and (limited := bill.limiting(FLOPS)) is not None:
-        target.violation(target.own_origin(), None, FLOPS, reason="unmeasured", report_only=True)
+        _tell_unmeasured(target, asking, FLOPS)
         detail = "what a token of this model costs is not known here: give its config.json"
         return NotEnforced([f"budgets.{limited.scope.value}.{FLOPS}"], detail)
     exceeded = bill.reserve(amounts)
@@ -189,6 +194,13 @@ def _refusal(target: Target, bill: Bill, asking: Asking, tokens: int, flops: flo
         if not exceeded.report_only:
             return exceeded.error()
     return None
+
+
+def _tell_unmeasured(target: Target, asking: Asking, kind: str) -> None:
+    """Nobody knows how much it is that a scope limits. Found out, not done: it has no consequences."""
+    owner, span = next(iter(asking.scopes), (target, None))
+    origin = target.own_origin() if span is None else owner.origin_of(span)
+    owner.violation(origin, None, kind, reason="unmeasured", report_only=True)
 
 
 def _ended(asking: Asking) -> RayGuardError:
@@ -212,14 +224,9 @@ def _whose(target: Target, asking: Asking, exceeded: Exceeded) -> tuple[Target, 
         account = span.account
         while account is not None and (owner is target or account.scope is not Scope.JOB):
             if (account.scope, account.source) == (exceeded.scope, exceeded.source):
-                return owner, _origin(owner, span)
+                return owner, owner.origin_of(span)
             account = account.parent
     return target, target.own_origin()
-
-
-def _origin(target: Target, span: OpenSpan) -> Origin:
-    span_id = span.record.span_id
-    return target.origin_of_call(span_id) if span.scope == "tool" else target.origin_of_episode(span_id)
 
 
 def _record_unsettled(target: Target, charged: Mapping[str, Amount]) -> None:

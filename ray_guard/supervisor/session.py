@@ -34,6 +34,7 @@ from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
+from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.start import read_start
@@ -241,10 +242,16 @@ class Session:
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
     def _joined(self, target: Target) -> None:
+        target.warn = self._warn
         Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
         self._node.quotas.join(target)
         if target.kind == "run":
             self._node.gpus.join(target)
+
+    def _warn(self, text: str) -> None:
+        """Says something unasked, to be read at the end of a call."""
+        with contextlib.suppress(OSError):
+            seqpacket.send(self._sock, {"warning": text})
 
     def _later(self, message: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
         """Handles ``message`` once more, when what it needs is known; its descriptors are kept until then."""
@@ -352,6 +359,8 @@ class Session:
             self._node.resolver.require()
         self._require_proxies(added)
         target.policy = target.policy.intersect(added)
+        target.account.tighten(added.limits(Scope.ACTOR), added.watched(Scope.ACTOR))
+        self._node.job(target.run_id, added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
         self._reply(descriptors[0], {"ok": True, "acts": acts(target.policy)})
@@ -553,6 +562,19 @@ def _refuse_what_needs_descriptors(policy: CompiledPolicy) -> None:
         raise NotEnforced(names, "direct flows cannot be cut here: pidfd_getfd is refused (CAP_SYS_PTRACE)")
 
 
+def _refuse_what_nobody_counts(policy: CompiledPolicy) -> None:
+    """Raises NotEnforced for limits of tokens in a lone command: nobody but the relay sees what it asks a model."""
+    if any(wire.get("model_endpoint") for wire in policy.wires):
+        return
+    kinds = [
+        f"budgets.{scope.value}.{kind}" for scope in Scope for kind in (TOKENS, FLOPS) if kind in policy.limits(scope)
+    ]
+    if kinds:
+        raise NotEnforced(
+            kinds, "a command's tokens are counted at the model_endpoint alone, and the policy names none"
+        )
+
+
 def _line(descriptor: int) -> socket.socket:
     """A duplicate of what somebody passed to be answered on. Raises OSError where it is no socket."""
     duplicate = os.dup(descriptor)
@@ -585,6 +607,8 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
         missing = unenforced(wire, SUPPORTED - unavailable())
         if missing:
             raise NotEnforced(missing, "this version does not enforce that yet")
+        if kind == "run":
+            _refuse_what_nobody_counts(policy)
         if not borrows:
             _refuse_what_needs_descriptors(policy)
         capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]
