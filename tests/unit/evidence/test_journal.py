@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 from ray_guard.errors import NotEnforced, RayGuardError
-from ray_guard.evidence.journal import Journal, JournalError
+from ray_guard.evidence.journal import Bounds, Journal, JournalError
+
+UNRESERVED = Bounds(reserve=0)
+
+
+def content(journal: Journal) -> bytes:
+    """The current segment's, after the line in which it says what it is."""
+    header, _, rest = journal.path.read_bytes().partition(b"\n")
+    assert b'"ray_guard.journal.schema","value":{"intValue":"1"}' in header
+    return rest
 
 
 def test_a_segment_of_its_own_in_a_private_folder(tmp_path: Path) -> None:
@@ -23,16 +32,17 @@ def test_a_segment_of_its_own_in_a_private_folder(tmp_path: Path) -> None:
     with Journal(folder) as first, Journal(folder) as second:
         assert first.path != second.path
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-[\w.]+-{os.getpid()}-[0-9a-f]{{8}}\.otlp\.jsonl", first.path.name)
+        assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-[\w.]+-{os.getpid()}-[0-9a-f]{{8}}-000001\.otlp\.jsonl", first.path.name)
         for journal in (first, second):
             assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
             assert not os.get_inheritable(journal.fileno())
         first.append(b"{}\n")
         first.append(b"{}\n{}\n")
         first.sync()
-        assert first.size == 9
-        assert first.path.read_bytes() == b"{}\n{}\n{}\n"
-        assert second.path.read_bytes() == b""
+        assert first.size == first.path.stat().st_size
+        assert first.records == 4
+        assert content(first) == b"{}\n{}\n{}\n"
+        assert content(second) == b""
 
 
 def test_a_folder_reached_through_a_symlink_is_fine_but_not_one_that_is_a_symlink(tmp_path: Path) -> None:
@@ -81,7 +91,7 @@ def test_only_whole_lines(tmp_path: Path, line: bytes) -> None:
     with Journal(tmp_path / "e") as journal:
         with pytest.raises(ValueError, match="whole lines"):
             journal.append(line)
-        assert journal.path.read_bytes() == b""
+        assert content(journal) == b""
 
 
 def test_closed(tmp_path: Path) -> None:
@@ -98,8 +108,8 @@ def test_a_full_file_system_is_an_error_and_leaves_whole_lines(tmp_path: Path) -
     """RLIMIT_FSIZE makes the kernel do what a full disk does: a short write first, then an error."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     line = b"x" * 99 + b"\n"
-    with Journal(tmp_path / "e") as journal:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (250, hard))
+    with Journal(tmp_path / "e", UNRESERVED) as journal:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.size + 250, hard))
         try:
             journal.append(line)
             journal.append(line)
@@ -108,35 +118,34 @@ def test_a_full_file_system_is_an_error_and_leaves_whole_lines(tmp_path: Path) -
                     journal.append(line)
                 assert isinstance(caught.value, RayGuardError)
                 assert caught.value.filename == str(journal.path)
-                assert journal.path.read_bytes() == line * 2
+                assert content(journal) == line * 2
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         journal.append(line)  # there is room again
-        assert journal.path.read_bytes() == line * 3
-        assert journal.size == 300
+        assert content(journal) == line * 3
 
 
 def test_what_is_postponed_comes_before_what_is_appended_after_it(tmp_path: Path) -> None:
-    with Journal(tmp_path / "e") as journal:
+    with Journal(tmp_path / "e", UNRESERVED) as journal:
         journal.append(b"1\n")
         journal.postpone(b"2\n")
         journal.postpone(b"3\n")
-        assert journal.path.read_bytes() == b"1\n"
+        assert content(journal) == b"1\n"
         journal.append(b"4\n")
-        assert journal.path.read_bytes() == b"1\n2\n3\n4\n"
+        assert content(journal) == b"1\n2\n3\n4\n"
         journal.postpone(b"5\n")
         journal.flush()
-        assert journal.path.read_bytes() == b"1\n2\n3\n4\n5\n"
+        assert content(journal) == b"1\n2\n3\n4\n5\n"
         for number in range(5000):  # they do not pile up
             journal.postpone(b"%d\n" % number)
-        assert len(journal.path.read_bytes().splitlines()) > 4000
-    assert journal.path.read_bytes().splitlines()[5:] == [b"%d" % number for number in range(5000)]
+        assert len(content(journal).splitlines()) > 4000
+    assert content(journal).splitlines()[5:] == [b"%d" % number for number in range(5000)]
 
 
 def test_what_is_postponed_outlasts_a_full_file_system(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Journal(tmp_path / "e") as journal:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3, hard))
+    with Journal(tmp_path / "e", UNRESERVED) as journal:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.size + 3, hard))
         try:
             journal.postpone(b"first\n")
             for _ in range(2):
@@ -144,12 +153,11 @@ def test_what_is_postponed_outlasts_a_full_file_system(tmp_path: Path) -> None:
                     journal.flush()
                 with pytest.raises(JournalError, match="cannot be written"):
                     journal.append(b"x\n")  # although it alone would have room: nothing overtakes
-            assert journal.path.read_bytes() == b""
+            assert content(journal) == b""
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         journal.append(b"second\n")
-        assert journal.path.read_bytes() == b"first\nsecond\n"
-        assert journal.size == 13
+        assert content(journal) == b"first\nsecond\n"
 
 
 def test_what_was_appended_survives_sigkill(tmp_path: Path) -> None:
@@ -165,14 +173,14 @@ def test_what_was_appended_survives_sigkill(tmp_path: Path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "e")], timeout=60, check=False)
     assert ended.returncode == -signal.SIGKILL
-    (segment,) = (tmp_path / "e").iterdir()
-    assert segment.read_bytes().split() == [b"%d" % number for number in range(300)]
+    (segment,) = (tmp_path / "e").glob("*.otlp.jsonl")
+    assert segment.read_bytes().split(b"\n")[1:-1] == [b"%d" % number for number in range(300)]
 
 
 def test_the_supervisors_part_imports_the_standard_library_only() -> None:
     program = (
-        "import sys; import ray_guard.evidence.journal, ray_guard.evidence.otlp;"
-        "print([m for m in ('opentelemetry', 'pydantic', 'yaml', 'asyncio', 'ray') if m in sys.modules])"
+        "import sys; import ray_guard.evidence.journal, ray_guard.supervisor.sealing;"
+        "print([m for m in ('cryptography', 'opentelemetry', 'pydantic', 'yaml', 'asyncio', 'ray') if m in sys.modules])"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
