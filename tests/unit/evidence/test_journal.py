@@ -32,7 +32,9 @@ def test_a_segment_of_its_own_in_a_private_folder(tmp_path: Path) -> None:
     with Journal(folder) as first, Journal(folder) as second:
         assert first.path != second.path
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-[\w.]+-{os.getpid()}-[0-9a-f]{{8}}-000001\.otlp\.jsonl", first.path.name)
+        assert re.fullmatch(
+            rf"\d{{8}}T\d{{6}}Z-[\w.]+-{os.getpid()}-[0-9a-f]{{8}}-000001\.otlp\.jsonl", first.path.name
+        )
         for journal in (first, second):
             assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
             assert not os.get_inheritable(journal.fileno())
@@ -180,7 +182,8 @@ def test_what_was_appended_survives_sigkill(tmp_path: Path) -> None:
 def test_the_supervisors_part_imports_the_standard_library_only() -> None:
     program = (
         "import sys; import ray_guard.evidence.journal, ray_guard.supervisor.sealing;"
-        "print([m for m in ('cryptography', 'opentelemetry', 'pydantic', 'yaml', 'asyncio', 'ray') if m in sys.modules])"
+        "heavy = ('cryptography', 'opentelemetry', 'pydantic', 'yaml', 'asyncio', 'ray');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
