@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from ray_guard.errors import NotEnforced, RayGuardError
-from ray_guard.evidence.layout import RECOVERED_SUFFIX, SCHEMA, SEAL_SUFFIX, SHORT, segment_name
+from ray_guard.evidence.layout import SCHEMA, SEAL_SUFFIX, SHORT, VOUCHED_SUFFIX, segment_name
 from ray_guard.evidence.merkle import Tree
 from ray_guard.evidence.note import Checkpoint, Key
 from ray_guard.evidence.otlp import LINE_LIMIT, resource_line
@@ -406,7 +406,7 @@ class Journal:
         )
         old, segment, seal = self.log, self._fd, self._seal_fd
         self._begin()
-        os.close(self._create(f"{old}{RECOVERED_SUFFIX}"))  # what is open in it goes on here
+        os.close(self._create(f"{old}{VOUCHED_SUFFIX}"))  # what is open in it goes on here
         os.close(segment)
         os.close(seal)
         self.keep(before)

@@ -2,7 +2,7 @@
 
 ``<log>-<number>.otlp.jsonl``   a segment of a log: records
 ``<log>.seal.jsonl``            its seal: key and signed checkpoints
-``<log>.recovered``             empty: what a killed supervisor left open in it has been seen to
+``<log>.vouched``               empty: a later log vouches for this one, and has closed what was left open in it
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 SUFFIX: Final = ".otlp.jsonl"
 SEAL_SUFFIX: Final = ".seal.jsonl"
-RECOVERED_SUFFIX: Final = ".recovered"
+VOUCHED_SUFFIX: Final = ".vouched"
 SCHEMA: Final = 1
 """Of segments and seals alike; each says it in its first line."""
 SHORT: Final = 8

@@ -28,6 +28,7 @@ from ray_guard.evidence.note import ORIGIN, Key
 from ray_guard.evidence.otlp import LineEncoder, resource_line
 from ray_guard.kernel import seqpacket
 from ray_guard.records import AttributeValue, Resource, Source, SpanKind, SpanRecord, StatusCode
+from ray_guard.supervisor.recovery import Recovery
 
 SEAL_S: Final = 1.0
 """How often journals are forced to disk, and sealed."""
@@ -82,6 +83,8 @@ class Sealer:
     def __init__(self, loop: Waiting) -> None:
         self.start: Callable[[socket.socket], None] = lambda _line: None
         """Starts a signer at that end of its line; set by whoever has a zygote."""
+        self.recover: Callable[[socket.socket], None] = lambda _line: None
+        """Starts a recoverer at that end of its line; set likewise."""
         self._loop = loop
         self._syncer = Syncer()
         self._journals: list[Journal] = []
@@ -111,6 +114,7 @@ class Sealer:
             self._loop.later(_FIRST_S, self._start)
             self._loop.later(SEAL_S, self._tick)
         self._journals.append(journal)
+        self._loop.later(_FIRST_S, lambda: self._recover(journal))
 
     def close(self) -> None:
         """Seals what there is for the last time; the journals can then be closed."""
@@ -121,6 +125,9 @@ class Sealer:
             self._seal_last(journal)
         if self._line is not None:
             self._line.close()
+
+    def _recover(self, journal: Journal) -> None:
+        Recovery(self._loop, journal, self.recover)
 
     # -- the signer ----------------------------------------------------------------------------------------------------
 

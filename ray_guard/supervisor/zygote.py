@@ -103,7 +103,7 @@ class _Zygote:
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
-        elif operation in ("mover", "signer"):
+        elif operation in ("mover", "signer", "recoverer"):
             self._fork_helper(operation, descriptors)
         elif operation == "leader":
             (line,) = descriptors
@@ -159,9 +159,14 @@ class _Zygote:
                 from ray_guard.egress.relay import mover
 
                 mover.run(line)
-            from ray_guard.evidence import signer
+            if which == "signer":
+                from ray_guard.evidence import signer
 
-            signer.run(line)
+                signer.run(line)
+            from ray_guard.evidence import recovery
+
+            recovery.run(line)
+            os._exit(0)
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
@@ -207,6 +212,11 @@ def start_mover(starts: socket.socket, line: socket.socket) -> None:
 def start_signer(starts: socket.socket, line: socket.socket) -> None:
     """Starts the signer of the logs at this end of its line; called by the supervisor."""
     seqpacket.send(starts, {"op": "signer"}, [line.fileno()])
+
+
+def start_recoverer(starts: socket.socket, line: socket.socket) -> None:
+    """Starts the recoverer of former logs at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "recoverer"}, [line.fileno()])
 
 
 def ask_for_leader(starts: socket.socket, covers: mounts.Covers = (), *, gpu: bool = False) -> socket.socket:

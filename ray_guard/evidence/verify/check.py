@@ -21,15 +21,13 @@ from ray_guard.evidence.merkle import EMPTY, Tree
 from ray_guard.evidence.note import BadNote, Key, Note, verified
 from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode
 from ray_guard.evidence.reader import NotEvidence, Position, open_segment, scan
+from ray_guard.evidence.recovery import BEFORE, VOUCHES
 from ray_guard.evidence.verify.align import Change, Difference, differences
 from ray_guard.evidence.verify.seals import Seal, read_seal
 
 _BLOCK: Final = 1 << 22
 _NAMED: Final = 20
 """Differences of one log that are named."""
-_PREFIX: Final = "ray_guard.journal.before"
-_BEFORE: Final = b'{"resourceSpans":[{"resource":{"attributes":[{"key":"ray_guard.journal.before",'
-"""How a line begins that vouches for another log. No target can have a line begin so."""
 
 
 class State(StrEnum):
@@ -239,8 +237,8 @@ def _lines(path: Path, content: _Content) -> Iterator[list[bytes]]:
             if len(rest) > LINE_LIMIT:
                 rest = rest[: LINE_LIMIT + 1]  # nobody wrote that: what counts is that it differs
             if lines:
-                if _BEFORE in block or _BEFORE in lines[0]:
-                    content.before += [line for line in lines if line.startswith(_BEFORE)]
+                if VOUCHES in block or VOUCHES in lines[0]:
+                    content.before += [line for line in lines if line.startswith(VOUCHES)]
                 yield lines
         if rest:
             content.torn.append((path, len(rest)))
@@ -260,7 +258,7 @@ def _vouched(by: str, lines: Sequence[bytes]) -> Iterator[Known]:
     for line in lines:
         try:
             said = json.loads(line)["resourceSpans"][0]["resource"]["attributes"]
-            about = {each["key"].removeprefix(_PREFIX).lstrip("."): next(iter(each["value"].values())) for each in said}
+            about = {each["key"].removeprefix(BEFORE).lstrip("."): next(iter(each["value"].values())) for each in said}
             log = str(about[""])
             if "records" in about:
                 root = bytes.fromhex(str(about["root"]))
@@ -399,9 +397,8 @@ def _judge_tail(log: _Log, report: LogReport, consumed: int, whole: Sequence[Kno
             report.notes.append(f"{many} not sealed yet: the log is being written")
         return
     if report.state is State.RECOVERED and content.count <= vouched:
-        report.notes.append(
-            f"its supervisor was killed; {many} after its last checkpoint were sealed late, by {whole[0].by}"
-        )
+        late = f"; {many} after its last checkpoint were sealed late" if count else ""
+        report.notes.append(f"its supervisor was killed, and {whole[0].by} vouches for what it left{late}")
         return
     if report.state is State.KILLED and not count:
         text = "it has no end: the supervisor was killed, or what it wrote last was removed"
