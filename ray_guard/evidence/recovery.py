@@ -3,8 +3,8 @@
 Runs in the recoverer, a child of the zygote. For each log in the folder that nobody writes and no other vouches for it
 gives the supervisor lines for the new log: the last checkpoint of the old one, so that its removal would be noticed;
 and where its supervisor was killed, how many records are there and their root, and an end for every span left open.
-Nothing old is written to. Lines go out on a stream; each that vouches is answered with a byte once it is in the journal,
-and only then marked as done: cut short, all is done again, with the same ids.
+Nothing old is written to. Lines go out on a stream; each that vouches is answered with a byte once it is in the
+journal, and only then marked as done: cut short, all is done again, with the same ids.
 """
 
 from __future__ import annotations
