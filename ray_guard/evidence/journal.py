@@ -261,9 +261,9 @@ class Journal:
                 "(segments and seal together), or raise RAY_GUARD_EVIDENCE_LIMIT",
                 str(self.folder),
             )
+        if self._broken:
+            raise self._failed("written", OSError(errno.EIO, "the segment is not as it was written; another follows"))
         try:
-            if self._broken:
-                raise OSError(errno.EIO, "it ends in a torn line that cannot be taken back")
             written = os.write(self._fd, data)
             while written < len(data):  # a nearly full disk, or a signal: rare enough that a copy does not matter
                 written += os.write(self._fd, data[written:])
