@@ -333,6 +333,11 @@ class Journal:
             self.flush()
         self._weigh()
         self._hash()
+        if self._tree.size == self._cut_size and self._broken:
+            descriptor = self._fd
+            if self._rotate():
+                os.close(descriptor)
+                self._hash()
         if self._tree.size == self._cut_size and not last:
             return None
         leaves = bytes(self._leaves)

@@ -318,7 +318,7 @@ def test_segments(tmp_path: Path, signer: Signer) -> None:
     (report,) = check(tmp_path / "e")
     assert (report.state, report.findings, report.segments) == (State.ENDED, [], len(paths))
     assert list(read([tmp_path / "e"], quarantine := Quarantine())) == []
-    assert quarantine.counts == {"foreign": 10}  # the records of this test; what the journal says of itself is OTLP
+    assert quarantine.counts == {"malformed": 10}  # the records of this test; what the journal says of itself is OTLP
 
 
 @pytest.mark.parametrize("how", ["cut", "grown", "removed", "replaced"])
