@@ -158,7 +158,7 @@ class Tool:
             },
         )
         identity = fragment({"rl.run.id": self._target.run_id, **call.identity, "ray_guard.source": "supervisor"})
-        self._target.write(self._implicit, identity)
+        self._target.write(self._implicit, identity, grants=True)
         around = self._target.open.get(call.parent) if call.parent is not None else None
         episode = None if around is None else around.episode  # its budgets hold for this call too
         self._account = self._target.call_account(span_id, episode)
@@ -276,7 +276,7 @@ class Tool:
     def _armed(self, pid: int, listener: int) -> None:
         self._pid = pid
         try:
-            self._target.write(self._process_record(None), self._origin.identity)
+            self._target.write(self._process_record(None), self._origin.identity, grants=True)
         except JournalError as error:
             os.close(listener)
             log.warning("a tool was not started: %s", error)
