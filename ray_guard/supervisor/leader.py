@@ -20,6 +20,7 @@ from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacke
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
+from ray_guard.supervisor.leaf import OwnLeaf, Place
 
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
@@ -44,6 +45,7 @@ def lead(
     os.setsid()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     obstacle: tuple[str, str, OSError] | None = None
+    place = Place()
     if mounting.works():
         try:
             mounts.enter(covers)
@@ -61,9 +63,10 @@ def lead(
         stage, what, why = obstacle
         return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
     while True:
-        embryo = Embryo(program, system, covers)
+        embryo = Embryo(program, system, covers, place.leaf())
         if embryo.listener < 0:
             fault = embryo.fault()
+            embryo.abandon()
             if fault is None:
                 continue  # it was killed meanwhile
             return _unfit(line, fault)
@@ -71,12 +74,16 @@ def lead(
         try:
             received = seqpacket.receive(line)
         except (OSError, seqpacket.BadPacket):
-            return 0
+            received = None
         if received is None:
-            return 0  # the embryo's line is the supervisor's too, and it ends with that, or with this process
+            embryo.abandon()
+            return 0
         message, asking = received
         call = _Call(line, wake_read, message)
-        if not call.run(embryo, asking) or not call.await_release():
+        goes_on = call.run(embryo, asking) and call.await_release()
+        if embryo.leaf is not None:
+            embryo.leaf.close()  # not before: the supervisor has read it for the last time
+        if not goes_on:
             return 0
         if mounting.works():
             mounts.clear()
@@ -102,6 +109,7 @@ class _Call:
         self._wall = None if wall is None else float(wall)
         self._keeps = request.get("survivors") == "keep"
         self._pid = 0
+        self._leaf: OwnLeaf | None = None
         self._deadline: float | None = None
         self._status: int | None = None
         self._released = False
@@ -130,6 +138,7 @@ class _Call:
             asking: the line to whoever asked for it, if there still is one.
         """
         self._pid = embryo.pid
+        self._leaf = embryo.leaf
         failure = embryo.failure()
         if failure:
             seqpacket.close_all(asking)
@@ -240,10 +249,11 @@ class _Call:
     def _end_all(self) -> list[int]:
         """Kills until nothing is left below this process; what cannot be killed in time is returned."""
         deadline = time.monotonic() + KILL_PATIENCE_S
-        while True:
-            self._signal_all(signal.SIGKILL)
-            if not self._reap():
-                return []
+        while self._reap():
             if time.monotonic() > deadline:
                 return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
+            self._signal_all(signal.SIGKILL)
+            if self._leaf is not None:
+                self._leaf.kill()
             time.sleep(0.0005)
+        return []

@@ -7,6 +7,7 @@ filtered process is gone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -22,13 +23,15 @@ from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import cgroup, seqpacket
+from ray_guard.kernel import seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import arguments, bystanders
+from ray_guard.supervisor import arguments, bystanders, cgroups
+from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
+from ray_guard.supervisor.leaf import Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.metadata import Metadata
 from ray_guard.supervisor.node import Node
@@ -41,6 +44,7 @@ from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_i
 log = logging.getLogger("ray_guard.tools")
 
 _LOST: Final = "the process that led it was lost"
+_LOOK_AGAIN_S: Final = 0.002
 _NONE: Final = "no process can be made to lead it"
 
 
@@ -101,7 +105,8 @@ class Tool:
         self._processes: Processes | None = None
         self._why: str | None = None
         self._left = False
-        self._strays: list[str] = []
+        self._strays: tuple[str, ...] = ()
+        self._leaf: Leaf | None = None
         self._leader: Leader | None = None
         self._descriptors = descriptors
         self._call = call.span if call.span is not None and call.span in target.open else self._span
@@ -233,7 +238,7 @@ class Tool:
         self._leader = leader
         leader.heard = self._from_leader
         listener, leader.listener = leader.listener, -1
-        self._strays = _follow(leader.pid, self._target.pid)
+        self._leaf, self._strays = cgroups.follow(leader.pid, leader.own_pid, leader.leaf, self._target.pid)
         self._armed(leader.pid, listener)
         if self.running:
             # The requester waits for the start, so its leader says so itself; all else comes from here.
@@ -249,7 +254,7 @@ class Tool:
         if message is None:
             self._leader = None
             if self._started:
-                self._finished({"status": int(signal.SIGKILL), "error": _LOST})
+                self._end_orphans(time.monotonic() + KILL_PATIENCE_S)
             else:
                 self._failed({"stage": "leader", "text": _LOST})
             return
@@ -264,6 +269,19 @@ class Tool:
             self._finished(message)
         seqpacket.close_all(descriptors)
 
+    def _end_orphans(self, deadline: float) -> None:
+        """The leader is lost: ends what it has led, as far as a control group tells who that is."""
+        left: list[int] = []
+        if self._leaf is not None:
+            self._leaf.kill()
+            with contextlib.suppress(OSError):
+                left = self._leaf.pids()
+            if left and time.monotonic() < deadline:
+                self._node.loop.later(_LOOK_AGAIN_S, lambda: self._end_orphans(deadline))
+                return
+            self._leaf.remove()
+        self._finished({"status": int(signal.SIGKILL), "error": _LOST, "unkillable": left})
+
     def _armed(self, pid: int, listener: int) -> None:
         self._pid = pid
         try:
@@ -275,7 +293,7 @@ class Tool:
             return
         policy = self._policy.with_role(Role.TOOL)
         self._ring = Ring(self._node, self._target, policy, pid, self._origin, view=self._view)
-        self._processes = Processes(self._node, self._target, self._origin, pid, self._over)
+        self._processes = Processes(self._node, self._target, self._origin, pid, self._over, leaf=self._leaf)
         self._ring.origin_of = self._processes.origin_of
         self._gate = Gate(
             Listener(listener),
@@ -340,6 +358,8 @@ class Tool:
         if self._account is not None:
             self._account.close()
         self._tell_end(message)
+        if isinstance(self._leaf, OwnLeaf):
+            self._leaf.close()
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.release()
@@ -368,7 +388,7 @@ class Tool:
             "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
         }
         if self._strays:
-            attributes["ray_guard.process.cgroups_left"] = tuple(self._strays)
+            attributes["ray_guard.process.cgroups_left"] = self._strays
         status, text = StatusCode.UNSET, ""
         if ended is not None:
             if "status" in ended:
@@ -440,24 +460,12 @@ class Tool:
             why: it is ended before its time; the requester is told.
         """
         self._why = self._why or why
+        if self._leaf is not None and self._started:
+            self._leaf.kill()  # at once: with hundreds of processes ready to run its leader may have to wait
         if self._leader is not None:
             self._leader.tell({"op": "end"})
         elif self.running:
             self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
-
-
-def _follow(pid: int, requester: int) -> list[str]:
-    """Moves a process into the control groups of its requester; the hierarchies in which it has to stay where it is."""
-    try:
-        there, here = cgroup.read(requester), cgroup.read(pid)
-    except OSError:
-        return []
-    if there == here:
-        return []
-    left = cgroup.move(pid, cgroup.paths(there), cgroup.paths(here))
-    if left:
-        log.warning("a tool of %d stays in the supervisor's control groups: %s", requester, left)
-    return [name or "unified" for name in left]
 
 
 def _executable(start: Start) -> str:
