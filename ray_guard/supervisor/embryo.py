@@ -85,8 +85,6 @@ class Embryo:
         """There will be no tool: ends the process."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        if self.leaf is not None:
-            self.leaf.close()
 
     def failure(self) -> dict[str, Any]:
         """Waits until it is the tool (then empty) or has said why it cannot be."""

@@ -12,8 +12,8 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from typing import Any, Final
 
 from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacket
@@ -62,13 +62,20 @@ def lead(
     if obstacle is not None:
         stage, what, why = obstacle
         return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
+    with closing(place):
+        return _serve(line, wake_read, lambda: Embryo(program, system, covers, place.leaf()))
+
+
+def _serve(line: socket.socket, wake: int, conceive: Callable[[], Embryo]) -> int:
     while True:
-        embryo = Embryo(program, system, covers, place.leaf())
+        embryo = conceive()
         if embryo.listener < 0:
             fault = embryo.fault()
             embryo.abandon()
-            if fault is None:
-                continue  # it was killed meanwhile
+            if fault is None:  # it was killed meanwhile; at birth, if its group had been
+                if embryo.leaf is not None:
+                    embryo.leaf.killed = True
+                continue
             return _unfit(line, fault)
         embryo.announce(line)
         try:
@@ -79,11 +86,8 @@ def lead(
             embryo.abandon()
             return 0
         message, asking = received
-        call = _Call(line, wake_read, message)
-        goes_on = call.run(embryo, asking) and call.await_release()
-        if embryo.leaf is not None:
-            embryo.leaf.close()  # not before: the supervisor has read it for the last time
-        if not goes_on:
+        call = _Call(line, wake, message)
+        if not call.run(embryo, asking) or not call.await_release():
             return 0
         if mounting.works():
             mounts.clear()

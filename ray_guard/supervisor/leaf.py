@@ -111,10 +111,17 @@ class OwnLeaf(Leaf):
         self._descriptor = os.open(self._name, _FOLDER, dir_fd=above)
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
         self.joined = True
-        """What was forked is in it."""
+        """What was forked last is in it."""
+        self.killed = False
+        """To be set by whoever knows that somebody else has killed it."""
+
+    @functools.cached_property
+    def counts_memory(self) -> bool:
+        return os.access("memory.stat", os.F_OK, dir_fd=self._descriptor)
 
     def fork(self) -> int:
         """fork(2) with the child in the leaf, or where that is refused, beside it."""
+        self.joined = True
         try:
             return cgroup.fork_into(self._descriptor)
         except OSError:  # Docker's default profile, for one
@@ -133,6 +140,10 @@ class OwnLeaf(Leaf):
         finally:
             os.close(file)
 
+    def kill(self) -> None:
+        self.killed = True
+        super().kill()
+
     def remove(self) -> None:
         with contextlib.suppress(OSError):
             os.rmdir(self._name, dir_fd=self._above)
@@ -144,19 +155,31 @@ class OwnLeaf(Leaf):
 
 
 class Place:
-    """Where a leader makes its leaves: below the group it is in itself, held open before it mounts anything."""
+    """Where a leader has its leaf: below the group it is in itself, held open before it mounts anything.
+
+    One serves for one call after the other, for it is empty in between (else the leader ends), and its readers go by
+    differences. Not so where it counts memory: what a call left in a temporary file is there still. Nor once it was
+    killed: the kernel then kills whatever is forked into it from another group (seen on Linux 6.18).
+    """
 
     def __init__(self) -> None:
         self._above = os.open(place(), _FOLDER) if place() else -1
+        self._leaf: OwnLeaf | None = None
 
     def leaf(self) -> OwnLeaf | None:
-        """One for the next tool; None: it has to do without."""
-        if self._above < 0:
-            return None
-        try:
-            return OwnLeaf(place(), self._above)
-        except OSError:  # there may be too many of them
-            return None
+        """For the next tool; None: it has to do without."""
+        if self._leaf is not None and (self._leaf.counts_memory or self._leaf.killed):
+            self.close()
+        if self._leaf is None and self._above >= 0:
+            with contextlib.suppress(OSError):  # there may be too many of them
+                self._leaf = OwnLeaf(place(), self._above)
+        return self._leaf
+
+    def close(self) -> None:
+        """The last call of it has ended."""
+        if self._leaf is not None:
+            self._leaf.close()
+            self._leaf = None
 
 
 def sweep() -> None:

@@ -460,9 +460,9 @@ class Tool:
             why: it is ended before its time; the requester is told.
         """
         self._why = self._why or why
-        if self._leaf is not None and self._started:
-            self._leaf.kill()  # at once: with hundreds of processes ready to run its leader may have to wait
         if self._leader is not None:
+            if self._leaf is not None and self._started:
+                self._leaf.kill()  # at once: with hundreds of processes ready to run its leader may have to wait
             self._leader.tell({"op": "end"})
         elif self.running:
             self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
