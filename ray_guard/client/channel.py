@@ -36,7 +36,7 @@ _BOOT: Final = (
 )
 
 #: what a supervisor may know of the environment of whoever happened to start it
-_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME")
+_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME", "RAY_GUARD_NFTABLES")
 #: what says where spans are exported to: each target's own
 _EXPORT_ENVIRONMENT: Final = ("OTEL_", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
 

@@ -15,11 +15,15 @@ import fcntl
 import functools
 import os
 import re
-from typing import Final
+import signal
+import time
+from collections.abc import Callable
+from typing import Final, NoReturn
 
 from ray_guard.kernel import cgroup
 
 _PREFIX: Final = "ray_guard-"
+_PATIENCE_S: Final = 5
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME: Final = re.compile(_PREFIX + "[0-9a-f]{12}")
 
@@ -198,3 +202,47 @@ def sweep() -> None:
                 left.remove()
             finally:
                 os.close(descriptor)
+
+
+def probe() -> str:
+    """Tries it: a process in a leaf and the one it has put into a session of its own are counted, timed and killed.
+
+    Raises:
+        OSError: it cannot be had here.
+        ValueError: it does not do what it should.
+    """
+    if not place():
+        raise OSError("no control group of version 2 can be made here: calls are ended and measured by their tree")
+    leaf = OwnLeaf(place())
+    try:
+        pid = leaf.fork()
+        if pid == 0:
+            _outlive()
+        clock = LeafClock(leaf)
+        if not leaf.joined:
+            raise OSError("no process can be started in a control group here")
+        _await(lambda: len(leaf.pids()) == 2)
+        _await(lambda: clock.read_ns() > 0)
+        leaf.kill()
+        _await(lambda: not leaf.pids())
+        os.waitpid(pid, 0)
+    finally:
+        leaf.close()
+    return "a call has a control group of its own: its end, its processes and their CPU time are exact"
+
+
+def _outlive() -> NoReturn:
+    signal.alarm(_PATIENCE_S)
+    if os.fork() == 0:
+        os.setsid()
+        signal.alarm(_PATIENCE_S)
+    while True:
+        pass
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    over = time.monotonic() + _PATIENCE_S
+    while not condition():
+        if time.monotonic() > over:
+            raise ValueError("a control group does not tell what it holds, or cannot be killed")
+        time.sleep(0.001)

@@ -22,6 +22,8 @@ from ray_guard.policy.budgets import Account, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
+from ray_guard.supervisor import ceilings
+from ray_guard.supervisor.ceilings import Ceilings
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
@@ -114,6 +116,7 @@ class Node:
         self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
+        self._ceilings: Ceilings | None = None
         loop.later(SYNC_S, self._sync)
 
     # -- evidence ------------------------------------------------------------------------------------------------------
@@ -159,6 +162,18 @@ class Node:
         self.resolver.close()
         for forwarder in self._forwarders:  # each flushes once this process is gone; none is waited for
             forwarder.returncode = 0
+
+    # -- ceilings ------------------------------------------------------------------------------------------------------
+
+    def ceilings(self) -> Ceilings | None:
+        """Made for the first call, if they were asked for; None: they were not. Raises OSError: they cannot be had."""
+        if self._ceilings is None and ceilings.asked():
+            self._ceilings = made = Ceilings(self._own_ports)
+            self.surroundings_changed.append(made.changed)
+        return self._ceilings
+
+    def _own_ports(self) -> frozenset[int]:
+        return self.means.relay.ports() | {port for _, port in self.resolver.endpoints}
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
