@@ -18,12 +18,13 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 from ray_guard.kernel import cgroup, mounting, nftables
 from ray_guard.kernel.nftables import Table
-from ray_guard.policy.ceiling import Ceiling
+from ray_guard.policy.ceiling import Ceiling, ceiling
+from ray_guard.records import Mode
 from ray_guard.supervisor.leaf import Leaf, OwnLeaf, place
 
 VARIABLE: Final = "RAY_GUARD_NFTABLES"
@@ -49,6 +50,7 @@ class Ceilings:
         self._ports = ports
         self._open: frozenset[int] = frozenset()
         self._levels: set[int] = set()
+        self._over: dict[str, Ceiling] = {}
         self._table = table = Table(f"ray_guard-{os.getpid()}-{os.urandom(3).hex()}")
         sets = [table.set_of(name, nftables.GROUP, number) for number, name in enumerate(_SETS.values(), 1)]
         chains = [table.chain(_OUTPUT, at_output=True), table.chain(_GUARDED, at_output=False)]
@@ -61,10 +63,21 @@ class Ceilings:
         ]
         table.commit([*sets, table.set_of(_DOORS, nftables.PORT, len(sets) + 1), *chains, *rules])
 
-    def put(self, leaf: Leaf, what: Ceiling) -> None:
-        """Puts a ceiling over all that is in ``leaf``, before anything runs there. Raises OSError."""
+    def put(self, leaf: Leaf | None, wires: Iterable[Mapping[str, Any]], *, exact: bool) -> None:
+        """Puts that of these policies over all that is in ``leaf``, before anything runs there.
+
+        Args:
+            wires, exact: see :func:`ray_guard.policy.ceiling.ceiling`.
+
+        Raises:
+            OSError: it cannot be there.
+        """
+        if leaf is None:
+            raise OSError("the call has no control group")
+        what = ceiling(wires, exact=exact)
         if what is Ceiling.OPEN:
             return
+        self._over[leaf.path] = what
         self.changed()
         level = _level(leaf)
         messages = [self._table.add(_SETS[what], [_key(leaf)])]
@@ -74,9 +87,10 @@ class Ceilings:
         self._table.commit(messages)
         self._levels.add(level)
 
-    def lift(self, leaf: Leaf, what: Ceiling) -> None:
+    def lift(self, leaf: Leaf) -> None:
         """The call has ended. Raises OSError."""
-        if what is not Ceiling.OPEN:
+        what = self._over.pop(leaf.path, None)
+        if what is not None:
             self._table.commit([self._table.remove(_SETS[what], [_key(leaf)])])
 
     def changed(self) -> None:
@@ -142,16 +156,20 @@ def _trial() -> int:
             sink.setblocking(False)
             ceilings = Ceilings(tuple)
             seen = [_arrives(leaf, sink)]
-            ceilings.put(leaf, Ceiling.NOTHING)
+            ceilings.put(leaf, [_trial_policy()], exact=False)
             seen.append(_arrives(leaf, sink))
-            ceilings.lift(leaf, Ceiling.NOTHING)
-            ceilings.put(leaf, Ceiling.GUARD)
+            ceilings.lift(leaf)
+            ceilings.put(leaf, [_trial_policy("name.invalid:443")], exact=False)
             seen.append(_arrives(leaf, sink))
             ceilings.close()
             seen.append(_arrives(leaf, sink))
     finally:
         leaf.close()
     return 0 if seen == [True, False, False, True] else 254
+
+
+def _trial_policy(*allow: str) -> dict[str, Any]:
+    return {"mode": Mode.ENFORCE.value, "egress": {"allow": allow, "listen": ()}}
 
 
 _CLONE_NEWNET: Final = 0x40000000

@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import functools
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from ray_guard.kernel import cgroup
 _PREFIX: Final = "ray_guard-"
 _PATIENCE_S: Final = 5
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NAME: Final = re.compile(_PREFIX + "[0-9a-f]{12}")
 
 
 @functools.cache
@@ -44,6 +42,11 @@ def place() -> str:
 
 def _name() -> str:
     return _PREFIX + os.urandom(6).hex()
+
+
+def _is_name(name: str) -> bool:
+    number = name.removeprefix(_PREFIX)
+    return len(number) == 12 and number != name and not number.strip("0123456789abcdef")
 
 
 class Leaf:
@@ -191,7 +194,7 @@ def sweep() -> None:
     if not place():
         return
     with os.scandir(place()) as entries:
-        found = [entry.path for entry in entries if _NAME.fullmatch(entry.name)]
+        found = [entry.path for entry in entries if _is_name(entry.name)]
     for path in found:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, _FOLDER)

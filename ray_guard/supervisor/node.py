@@ -22,8 +22,6 @@ from ray_guard.policy.budgets import Account, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
-from ray_guard.supervisor import ceilings
-from ray_guard.supervisor.ceilings import Ceilings
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
@@ -33,6 +31,8 @@ from ray_guard.supervisor.proxies import Proxies
 from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
+    from ray_guard.supervisor.ceilings import Ceilings
+    from ray_guard.supervisor.leaf import Leaf
     from ray_guard.supervisor.target import Target
 
 log = logging.getLogger("ray_guard.node")
@@ -116,6 +116,7 @@ class Node:
         self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
+        self._wants_ceilings = os.environ.get("RAY_GUARD_NFTABLES", "") not in ("", "0")
         self._ceilings: Ceilings | None = None
         loop.later(SYNC_S, self._sync)
 
@@ -165,12 +166,24 @@ class Node:
 
     # -- ceilings ------------------------------------------------------------------------------------------------------
 
-    def ceilings(self) -> Ceilings | None:
-        """Made for the first call, if they were asked for; None: they were not. Raises OSError: they cannot be had."""
-        if self._ceilings is None and ceilings.asked():
-            self._ceilings = made = Ceilings(self._own_ports)
-            self.surroundings_changed.append(made.changed)
-        return self._ceilings
+    def put_ceiling(self, leaf: Leaf | None, policy: CompiledPolicy, *, exact: bool) -> None:
+        """Holds a call to what its policy can ever need, where that was asked for. Raises OSError: it cannot be."""
+        if not self._wants_ceilings:
+            return
+        if self._ceilings is None:
+            from ray_guard.supervisor.ceilings import Ceilings  # here alone: few ask for it
+
+            self._ceilings = Ceilings(self._own_ports)
+            self.surroundings_changed.append(self._ceilings.changed)
+        self._ceilings.put(leaf, policy.wires, exact=exact)
+
+    def lift_ceiling(self, leaf: Leaf | None) -> None:
+        """The call has ended."""
+        if self._ceilings is not None and leaf is not None:
+            try:
+                self._ceilings.lift(leaf)
+            except OSError as error:
+                log.warning("a ceiling stays: %s", error)
 
     def _own_ports(self) -> frozenset[int]:
         return self.means.relay.ports() | {port for _, port in self.resolver.endpoints}

@@ -26,11 +26,9 @@ from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
-from ray_guard.policy.ceiling import Ceiling, ceiling
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import arguments, bystanders, cgroups
-from ray_guard.supervisor.ceilings import VARIABLE
 from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import Leaf, OwnLeaf
@@ -109,7 +107,6 @@ class Tool:
         self._left = False
         self._strays: tuple[str, ...] = ()
         self._leaf: Leaf | None = None
-        self._ceiling = Ceiling.OPEN
         self._leader: Leader | None = None
         self._descriptors = descriptors
         self._call = call.span if call.span is not None and call.span in target.open else self._span
@@ -243,10 +240,10 @@ class Tool:
         listener, leader.listener = leader.listener, -1
         self._leaf, self._strays = cgroups.follow(leader.pid, leader.own_pid, leader.leaf, self._target.pid)
         try:
-            self._put_ceiling()
+            self._node.put_ceiling(self._leaf, self._policy, exact=self._origin.account.exact)
         except OSError as error:
             os.close(listener)
-            self._failed({"stage": "nftables", "text": f"{VARIABLE} asks for it: {error}"})
+            self._failed({"stage": "nftables", "text": f"RAY_GUARD_NFTABLES asks for it: {error}"})
             return
         self._armed(leader.pid, listener)
         if self.running:
@@ -254,25 +251,6 @@ class Tool:
             asking = () if self._control is None else (self._control.fileno(),)
             request = {"wall_seconds": self._time_left(), "survivors": self._policy.survivors}
             leader.start(request, asking)
-
-    def _put_ceiling(self) -> None:
-        """Raises OSError: ceilings are asked for, and this call cannot have one."""
-        ceilings = self._node.ceilings()
-        if ceilings is None:
-            return
-        what = ceiling(self._policy.wires, exact=self._origin.account.exact)
-        if self._leaf is None:
-            raise OSError("the call has no control group")
-        ceilings.put(self._leaf, what)
-        self._ceiling = what
-
-    def _lift_ceiling(self) -> None:
-        ceilings = self._node.ceilings()
-        if ceilings is not None and self._leaf is not None:
-            try:
-                ceilings.lift(self._leaf, self._ceiling)
-            except OSError as error:
-                log.warning("a ceiling stays: %s", error)
 
     def _close_descriptors(self) -> None:
         seqpacket.close_all(self._descriptors)
@@ -386,7 +364,7 @@ class Tool:
         if self._account is not None:
             self._account.close()
         self._tell_end(message)
-        self._lift_ceiling()
+        self._node.lift_ceiling(self._leaf)
         if isinstance(self._leaf, OwnLeaf):
             self._leaf.close()
         leader, self._leader = self._leader, None
