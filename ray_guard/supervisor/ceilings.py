@@ -77,7 +77,6 @@ class Ceilings:
         what = ceiling(wires, exact=exact)
         if what is Ceiling.OPEN:
             return
-        self._over[leaf.path] = what
         self.changed()
         level = _level(leaf)
         messages = [self._table.add(_SETS[what], [_key(leaf)])]
@@ -86,6 +85,7 @@ class Ceilings:
                 messages.append(self._table.rule(_OUTPUT, nftables.in_group(level, name), end))
         self._table.commit(messages)
         self._levels.add(level)
+        self._over[leaf.path] = what
 
     def lift(self, leaf: Leaf) -> None:
         """The call has ended. Raises OSError."""

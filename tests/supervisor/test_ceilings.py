@@ -61,7 +61,7 @@ def tcp(): socket.create_connection(("127.0.0.1", port), timeout=0.5).send(b"str
 for each in (udp, udp6, tcp): attempt(each)
 print(said, flush=True)
 """
-ALL = ["datagram", "mapped", "connection", "stream"]
+ALL = ["connection", "datagram", "mapped", "stream"]
 TABLES = """
 import socket, struct
 sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
@@ -130,7 +130,7 @@ def intrude(network: Network, group: Path | None) -> list[str]:
     process.stdin.write("\n")
     process.stdout.readline()
     process.wait(10)
-    return network.seen()
+    return sorted(network.seen())
 
 
 def group_of(pid: int) -> Path:
