@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -216,6 +216,16 @@ class Tool:
                 self._target.exceeded(self._origin, self._span, exceeded)
                 self._why = self._why or str(exceeded.error())
 
+    def _judge_end(self, unkillable: Sequence[int]) -> None:
+        """Nothing more is started in a call of which something could not be ended."""
+        if unkillable:
+            pids = ", ".join(map(str, unkillable))
+            reason = f"in uninterruptible sleep: {pids}"
+            self._target.violation(self._origin, self._span, "unkillable", reason=reason, value=len(unkillable))
+            call = self._target.open.get(self._origin.call or "")
+            if call is not None:
+                call.ended = self._target.violations[-1]
+
     # -- the leader ----------------------------------------------------------------------------------------------------
 
     def _begin(self, leader: Leader | None) -> None:
@@ -355,6 +365,7 @@ class Tool:
         try:
             if self._pid:
                 self._judge_time(timed_out=bool(message.get("timed_out")))
+                self._judge_end(message.get("unkillable", ()))
                 self._target.write(self._process_record(message), self._origin.identity)
             if not self._left:
                 self._end_implicit(message)
