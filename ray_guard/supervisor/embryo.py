@@ -17,6 +17,7 @@ import socket
 import stat
 import termios
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 from ray_guard.kernel import borrowing, ipc, libc, seccomp, seqpacket
@@ -169,6 +170,10 @@ def _make_scratch(path: str | None) -> None:
         return
     try:
         os.mkdir(path, 0o700)
+    except FileNotFoundError:  # the zygote is about to make and hold the one above, for all calls
+        with suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o700)
+        _make_scratch(path)
     except FileExistsError:
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():

@@ -100,6 +100,10 @@ class Node:
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
+        self.hold: Callable[[str], None] = lambda _path: None
+        """Has the zygote hold a folder as long as this process lives; set likewise."""
+        self.number = os.urandom(6).hex()
+        """Tells this supervisor from all others."""
         self.gpus = Gpus(loop)
         self.census = Census(loop)
         self._own_folders = own_folders

@@ -47,6 +47,12 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     node.ward = partial(zygote.ward, starts)
     node.means.relay.start = partial(zygote.start_mover, starts)
     node.remove = partial(zygote.remove, starts)
+
+    def hold(path: str) -> None:
+        zygote.hold(starts, path)
+        loop.later(SWEEP_S, lambda: zygote.sweep_place(starts, os.path.dirname(path)))
+
+    node.hold = hold
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
     loop.later(SWEEP_S, leaf.sweep)
