@@ -38,7 +38,7 @@ _BOOT: Final = (
 )
 
 #: what a supervisor may know of the environment of whoever happened to start it
-_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME")
+_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME", "RAY_GUARD_NFTABLES")
 #: what says where spans and checkpoints are exported to: each target's own
 _EXPORT_ENVIRONMENT: Final = (
     "RAY_GUARD_EVIDENCE_",

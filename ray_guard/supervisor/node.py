@@ -33,6 +33,8 @@ from ray_guard.supervisor.resolver import Resolver
 from ray_guard.supervisor.sealing import Sealer
 
 if TYPE_CHECKING:
+    from ray_guard.supervisor.ceilings import Ceilings
+    from ray_guard.supervisor.leaf import Leaf
     from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.target import Target
 
@@ -75,6 +77,10 @@ class Node:
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
+        self.hold: Callable[[str], None] = lambda _path: None
+        """Has the zygote hold a folder as long as this process lives; set likewise."""
+        self.number = os.urandom(6).hex()
+        """Tells this supervisor from all others."""
         self.gpus = Gpus(loop)
         self.leases = Leases(loop)
         self.quotas = Quotas()
@@ -93,6 +99,8 @@ class Node:
         self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
+        self._wants_ceilings = os.environ.get("RAY_GUARD_NFTABLES", "") not in ("", "0")
+        self._ceilings: Ceilings | None = None
 
     # -- evidence ------------------------------------------------------------------------------------------------------
 
@@ -135,6 +143,30 @@ class Node:
         self.resolver.close()
         for forwarder in self._forwarders:  # each flushes once this process is gone; none is waited for
             forwarder.returncode = 0
+
+    # -- ceilings ------------------------------------------------------------------------------------------------------
+
+    def put_ceiling(self, leaf: Leaf | None, policy: CompiledPolicy, *, exact: bool) -> None:
+        """Holds a call to what its policy can ever need, where that was asked for. Raises OSError: it cannot be."""
+        if not self._wants_ceilings:
+            return
+        if self._ceilings is None:
+            from ray_guard.supervisor.ceilings import Ceilings  # here alone: few ask for it
+
+            self._ceilings = Ceilings(self._own_ports)
+            self.surroundings_changed.append(self._ceilings.changed)
+        self._ceilings.put(leaf, policy.wires, exact=exact)
+
+    def lift_ceiling(self, leaf: Leaf | None) -> None:
+        """The call has ended."""
+        if self._ceilings is not None and leaf is not None:
+            try:
+                self._ceilings.lift(leaf)
+            except OSError as error:
+                log.warning("a ceiling stays: %s", error)
+
+    def _own_ports(self) -> frozenset[int]:
+        return self.means.relay.ports() | {port for _, port in self.resolver.endpoints}
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
