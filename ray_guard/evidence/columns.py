@@ -9,7 +9,7 @@ name                string                 as in CONTRACT.md, section 4
 kind, status        int8                   OTLP numbers
 start_ns            int64                  Unix nanoseconds
 end_ns              int64                  null: the span was never closed
-source              string                 ``ray_guard.source``: ``supervisor`` is proof; null where the writer is another
+source              string                 ``ray_guard.source``: ``supervisor`` is proof; null: written by others
 run, group,         string                 ``rl.run.id``, ``rl.group.id``, ``rl.rollout.id``, ``rl.policy.version``
 rollout,
 policy_version
