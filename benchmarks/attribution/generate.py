@@ -81,6 +81,7 @@ class Flow:
     peer_port: int
     objected: bool
     cause: str | None
+    rollout: str | None = None
 
 
 class Job:
@@ -138,12 +139,12 @@ class Job:
             survives = chance.random() < 0.15
             start = call.start + int(chance.uniform(0.02, 0.8) * (call.end - call.start))
             end = call.end + int(chance.uniform(5, 120) * SECOND) if survives and self.scenario.sockets else call.end
-            call.flows.append(Flow(call.node, start, end, self.port(call.node), peer, peer_port, True, call.span))
+            call.flows.append(Flow(call.node, start, end, self.port(call.node), peer, peer_port, True, call.span, str(identity["rl.rollout.id"])))
         elif chance.random() < 0.25:
             words = chance.choice(TALKING).format(n=number)
             for _ in range(chance.randrange(1, 4)):
                 start = call.start + int(chance.uniform(0.02, 0.9) * (call.end - call.start))
-                call.flows.append(Flow(call.node, start, call.end, self.port(call.node), f"192.0.2.{chance.randrange(100, 120)}", 443, False, call.span))  # fmt: skip
+                call.flows.append(Flow(call.node, start, call.end, self.port(call.node), f"192.0.2.{chance.randrange(100, 120)}", 443, False, call.span, str(identity["rl.rollout.id"])))  # fmt: skip
         else:
             words = chance.choice(QUIET).format(n=number)
         attributes: dict[str, object] = {
@@ -199,7 +200,7 @@ def _value(value: object) -> dict[str, object]:
 def logs(job: Job, folder: Path) -> None:
     """The firewall's logs, in several formats, by its own clock; and truth.jsonl: (path, byte offset, span or null)."""
     scenario, chance = job.scenario, job.chance
-    out: dict[str, list[tuple[int, str, str | None, bool]]] = {name: [] for name in scenario.formats}
+    out: dict[str, list[tuple[int, str, str | None, str | None, bool]]] = {name: [] for name in scenario.formats}
     mappings = ["start,end,inside_ip,inside_port,outside_ip,outside_port,proto"]
     for flow in sorted(job.flows, key=lambda each: each.start):
         if not flow.objected and chance.random() > 0.2:
@@ -212,12 +213,12 @@ def logs(job: Job, folder: Path) -> None:
             mappings.append(f"{theirs / SECOND - 0.2:.3f},{(theirs + flow.end - flow.start) / SECOND + 0.2:.3f},"
                             f"10.0.0.{flow.node + 5},{flow.local_port},{address},{port},tcp" if flow.node < 100 else "")  # fmt: skip
         kind = chance.choice(scenario.formats)
-        out[kind].append((theirs, _line(kind, theirs, (address, port), (flow.peer, flow.peer_port), flow.objected), flow.cause, flow.objected))
+        out[kind].append((theirs, _line(kind, theirs, (address, port), (flow.peer, flow.peer_port), flow.objected), flow.cause, flow.rollout, flow.objected))
     truth = []
     for kind, rows in out.items():
         offset, lines = 0, []
-        for _, line, cause, objected in sorted(rows):
-            truth.append({"path": f"{kind}.log", "byte_offset": offset, "span": cause, "objected": objected})
+        for _, line, cause, rollout, objected in sorted(rows, key=lambda row: row[:2]):
+            truth.append({"path": f"{kind}.log", "byte_offset": offset, "span": cause, "rollout": rollout, "objected": objected})
             lines.append(line)
             offset += len(line) + 1
         (folder / f"{kind}.log").write_text("".join(f"{line}\n" for line in lines))

@@ -32,34 +32,42 @@ def answers(folder: Path) -> dict[str, object]:
 
 def score(folder: Path, answer: dict) -> dict[str, float]:
     truth = {(row["path"], row["byte_offset"]): row for row in map(json.loads, (folder / "truth.jsonl").open())}
-    right = caused = covered = wrong_sure = sure = negatives = negatives_seen = 0
+    kept = {json.loads(line)["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["spanId"] for line in (folder / "traces.otlp.jsonl").open()}
+    count_all = right = caused = covered = wrong_sure = sure = negatives = negatives_seen = 0
     bins: dict[int, list[tuple[float, bool]]] = defaultdict(list)
     for alert in answer["alerts"]:
         row = truth[Path(alert["source"]).name, alert["byte_offset"]]
         if not row["objected"]:
             continue
-        first = alert["candidates"][0] if alert["candidates"] else {"span_id": None, "confidence": 0.0}
-        total = 0.0
-        within = False
-        for candidate in alert["candidates"]:
-            if total < 0.95:
-                within |= candidate["span_id"] == row["span"]
-            total += candidate["confidence"]
-            bins[min(9, int(candidate["confidence"] * 10))].append((candidate["confidence"], candidate["span_id"] == row["span"]))
-        bins[min(9, int(alert["unobserved"] * 10))].append((alert["unobserved"], row["span"] is None))
+        lost = row["span"] is not None and row["span"] not in kept
+
+        def hit(candidate: dict, row: dict = row, lost: bool = lost) -> bool:  # a call whose span was lost: its rollout
+            return candidate["rollout"] == row["rollout"] if lost else candidate["span_id"] == row["span"]
+
+        options = [(c["confidence"], hit(c)) for c in alert["candidates"]] + [(alert["unobserved"], row["span"] is None)]
+        for confidence, true in options:
+            bins[min(9, int(confidence * 10))].append((confidence, true))
+        total, within = 0.0, False
+        for confidence, true in sorted(options, reverse=True):
+            within |= true
+            total += confidence
+            if total >= 0.95:
+                break
+        covered += within
+        count_all += 1
+        first = alert["candidates"][0] if alert["candidates"] else {"span_id": None, "rollout": None, "confidence": 0.0}
         if first["confidence"] >= 0.95:
             sure += 1
-            wrong_sure += first["span_id"] != row["span"]
+            wrong_sure += not hit(first)
         if row["span"] is None:
             negatives += 1
             negatives_seen += alert["verdict"] == "unobserved"
         else:
             caused += 1
-            right += first["span_id"] == row["span"]
-            covered += within
+            right += hit(first)
     count = sum(map(len, bins.values()))
     error = sum(abs(sum(c for c, _ in rows) - sum(hit for _, hit in rows)) for rows in bins.values()) / max(count, 1)
-    return {"caused": caused, "top1": right / max(caused, 1), "set95": covered / max(caused, 1), "ece": error, "sure": sure,
+    return {"caused": caused, "top1": right / max(caused, 1), "set95": covered / max(count_all, 1), "ece": error, "sure": sure,
             "sure_wrong": wrong_sure / max(sure, 1), "negatives": negatives,
             "negatives_unobserved": negatives_seen / max(negatives, 1)}  # fmt: skip
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo
@@ -141,16 +141,16 @@ def attribute(
 
     sources: list[Source] = []
     kept = _Kept()
-    mappings: list[nat.Mapping] = []
+    mappings: list[tuple[int, nat.Mapping]] = []
     records = _records(alerts, options, span, sources, kept, mappings)
     for done in store.add_alerts(db, records):
         progress(f"{done:,} alert records read")
     reports = [FileReport(str(path)) for path in maps]
-    for path, report in zip(maps, reports, strict=True):
-        mappings.extend(nat.load(Path(path), report))
+    for number, (path, report) in enumerate(zip(maps, reports, strict=True)):
+        mappings.extend((len(sources) + number, mapping) for mapping in nat.load(Path(path), report))
     store.add_nat(db, mappings)
     progress(f"aligning {len(sources)} clocks")
-    _align(db, sources)
+    _align(db, sources, len(maps))
     progress("joining")
     candidates.join(db)
     progress("weighing")
@@ -170,7 +170,7 @@ def _records(  # noqa: PLR0917 - what it fills
     span: tuple[int, int],
     sources: list[Source],
     kept: _Kept,
-    mappings: list[nat.Mapping],
+    mappings: list[tuple[int, nat.Mapping]],
 ) -> Iterator[tuple[int, int, Record]]:
     for given in paths:
         for path in files(given):
@@ -191,7 +191,7 @@ def _records(  # noqa: PLR0917 - what it fills
                 kept.time.append(placed.seen.time)
                 mapping = nat.of_record(placed.seen)
                 if mapping is not None:
-                    mappings.append(mapping)
+                    mappings.append((source, mapping))
                 yield number, source, placed
             if not here:
                 sources.append(Source(report.path, options.format or "unknown", report))
@@ -227,19 +227,23 @@ def _distance(moment: int, span: tuple[int, int]) -> int:
     return max(span[0] - moment, moment - span[1], 0)
 
 
-def _align(db: duckdb.DuckDBPyConnection, sources: list[Source]) -> None:
+def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: int) -> None:
+    """Fills ``clock``: the sources' clocks, and those of the maps, numbered on from them."""
     candidates.set_patterns(db)
-    rows = []
     for number, source in enumerate(sources):
         source.clock = clock.estimate(db, number)
-        each = source.clock
-        rows.append((number, each.skew_ns, each.drift, each.reference_ns, each.slack_ns))
+    clocks = [source.clock for source in sources]
+    for number in range(len(sources), len(sources) + maps):
+        found = clock.of_map(db, number)
+        # A map that shares no socket with the traces is taken to be the firewall's own.
+        clocks.append(found if found.identifiable else max(clocks, key=lambda each: each.identifiable, default=found))
     db.execute(
         """CREATE OR REPLACE TABLE clock (
              source INTEGER, skew_ns BIGINT, drift DOUBLE, reference_ns BIGINT, slack_ns BIGINT)"""
     )
-    if rows:
-        db.executemany("INSERT INTO clock VALUES (?, ?, ?, ?, ?)", rows)
+    for number, each in enumerate(clocks):
+        row = (number, each.skew_ns, each.drift, each.reference_ns, each.slack_ns)
+        db.execute("INSERT INTO clock VALUES (?, ?, ?, ?, ?)", row)
 
 
 def _weigh(db: duckdb.DuckDBPyConnection, sources: list[Source], kept: _Kept) -> list[Attribution]:
@@ -262,10 +266,11 @@ def _weigh(db: duckdb.DuckDBPyConnection, sources: list[Source], kept: _Kept) ->
         foreign[alert] = not somewhere and _private(inside_ip or src_ip)
     # An ordinary flow and an objection have nothing in common: each kind learns its own rates.
     group = np.array(kept.source, dtype=np.int64) * 4 + known * 2 + informational
-    exposures = _exposures(db, sources, group, times["start_ns"], times["end_ns"])
+    calls, room = _exposures(db, 4 * len(sources), group, times["start_ns"], times["end_ns"])
     probability, nobody = score.confidences(
         score.Rows(
             rows["alert"],
+            rows["call"],
             rows["tier"].astype(np.int64),
             rows["gap_ns"],
             rows["span_ns"],
@@ -274,45 +279,41 @@ def _weigh(db: duckdb.DuckDBPyConnection, sources: list[Source], kept: _Kept) ->
             rows["used"].astype(bool),
             rows["watched"].astype(bool),
         ),
-        group,
-        foreign,
-        exposures,
-        times["slack_ns"],
+        score.Groups(group, np.arange(4 * len(sources)) % 2, room, foreign, times["slack_ns"]),
+        calls,
     )
     return _answers(db, sources, kept, times, informational, rows, probability, nobody)
 
 
-def _exposures(
-    db: duckdb.DuckDBPyConnection, sources: list[Source], group: Any, start: Any, end: Any
-) -> list[score.Exposure]:
-    """What each group could have been caused by: all calls in the time that its source covers."""
-    found: list[score.Exposure] = []
+def _exposures(db: duckdb.DuckDBPyConnection, groups: int, group: Any, start: Any, end: Any) -> tuple[Any, Any]:
+    """(calls of each reach, machine-seconds of each group): what alerts could have been caused by."""
     ((machines,),) = db.execute("SELECT count(*) FROM node").fetchall()
-    calls = db.execute(
-        """SELECT a.start_ns, a.end_ns, CASE WHEN w.text = '' OR w.text IS NULL THEN 1
+    reaches = db.execute(
+        """SELECT CASE WHEN w.text = '' OR w.text IS NULL THEN 1
              WHEN regexp_matches(w.text, getvariable('suspect')) THEN 3
              WHEN regexp_matches(w.text, getvariable('network')) THEN 2
-             WHEN regexp_matches(w.text, getvariable('silent')) THEN 0 ELSE 1 END AS reach
-           FROM alive a LEFT JOIN words w USING (call)"""
-    ).fetchnumpy()
-    ready = score.readiness(calls["reach"].astype(np.int64)) if len(calls["reach"]) else np.zeros(0)
-    for number in range(4 * len(sources)):
+             WHEN regexp_matches(w.text, getvariable('silent')) THEN 0 ELSE 1 END AS reach,
+             count(*), min(a.start_ns), max(a.end_ns)
+           FROM alive a LEFT JOIN words w USING (call) GROUP BY reach"""
+    ).fetchall()
+    calls = np.zeros(4)
+    for reach, count, _, _ in reaches:
+        calls[reach] = count
+    room = np.ones(groups)
+    for number in np.unique(group):
         mine = group == number
-        if not mine.any():
-            found.append(score.Exposure(1.0, 1.0, 1))
-            continue
-        first, last = int(start[mine].min()), int(end[mine].max())
-        if len(ready):
-            first, last = min(first, int(calls["start_ns"].min())), max(last, int(calls["end_ns"].max()))
-        found.append(score.Exposure(float(ready.sum()), (last - first) / SECOND, machines if number & 2 else 1))
-    return found
+        first = min([int(start[mine].min()), *(row[2] for row in reaches)])
+        last = max([int(end[mine].max()), *(row[3] for row in reaches)])
+        room[number] = (last - first) / SECOND * (machines if number & 2 else 1)
+    return calls, room
+
+
+#: what a job's machines may have for addresses; Python's is_private holds much more
+_INSIDE: Final = tuple(map(ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")))
 
 
 def _private(address: str | None) -> bool:
-    try:
-        return address is not None and ip_address(address).is_private
-    except ValueError:
-        return False
+    return address is not None and any(ip_address(address) in network for network in _INSIDE)
 
 
 def _answers(  # noqa: PLR0917 - the columns of one table

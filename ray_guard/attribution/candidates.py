@@ -53,6 +53,9 @@ _JOIN: Final = (
               - CASE WHEN a.semantics IN ('end', 'ingest') THEN {LOOKBACK_NS} ELSE 0 END AS start_ns,
             CAST(a.end_ns - k.skew_ns - k.drift * (a.end_ns - k.reference_ns) AS BIGINT) AS end_ns
           FROM alert a JOIN clock k USING (source)""",
+    """CREATE OR REPLACE TABLE mapping AS
+         SELECT n.* EXCLUDE (start_ns, end_ns), n.start_ns - k.skew_ns AS start_ns, n.end_ns - k.skew_ns AS end_ns
+         FROM nat n JOIN clock k USING (source)""",
     # Either end may be ours: a sensor that saw an answer first exchanges them. A map adds who stood behind an address.
     """CREATE OR REPLACE TABLE side AS
          WITH plain AS (
@@ -67,7 +70,7 @@ _JOIN: Final = (
              greatest(t.start_ns, m.start_ns - t.slack_ns), least(t.end_ns, m.end_ns + t.slack_ns), t.slack_ns,
              t.proto, t.host
            FROM plain p JOIN timed t USING (alert)
-           JOIN nat m ON m.outside_ip = p.local_ip AND m.outside_port = p.local_port
+           JOIN mapping m ON m.outside_ip = p.local_ip AND m.outside_port = p.local_port
              AND (t.proto = '' OR m.proto = '' OR m.proto = t.proto)
              AND (m.peer_ip IS NULL OR p.peer_ip IS NULL OR m.peer_ip = p.peer_ip)
              AND t.end_ns + t.slack_ns > m.start_ns AND t.start_ns - t.slack_ns < m.end_ns""",

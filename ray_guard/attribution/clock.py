@@ -23,6 +23,7 @@ _SLACK_NS: Final = SECOND
 _UNKNOWN_SLACK_NS: Final = 2 * SECOND
 _PAIRS: Final = 400_000
 _FEW: Final = 5
+_INTS = npt.NDArray[np.int64]
 _FLOATS = npt.NDArray[np.float64]
 
 
@@ -51,17 +52,25 @@ def estimate(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
     for pairs, sharp in ((_SOCKETS, True), (_TEXTS, False)):
         found = db.execute(pairs, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
         if len(found["alert"]):
-            clock = of_ranges(found["alert"], found["low"], found["high"], found["at"], sharp=sharp)
+            clock = of_ranges(found["alert"], found["low"], found["high"], found["seen"], sharp=sharp)
             if clock.identifiable:
                 return clock
     return Clock()
 
 
+def of_map(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
+    """The clock of a NAT map, from the sockets that it translated."""
+    found = db.execute(_MAPPED, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
+    if not len(found["alert"]):
+        return Clock()
+    return of_ranges(found["alert"], found["low"], found["high"], found["seen"], sharp=True)
+
+
 def of_ranges(
-    alert: npt.NDArray[np.int64],
-    low: npt.NDArray[np.int64],
-    high: npt.NDArray[np.int64],
-    at: npt.NDArray[np.int64],
+    alert: _INTS,
+    low: _INTS,
+    high: _INTS,
+    at: _INTS,
     *,
     sharp: bool,
 ) -> Clock:
@@ -75,8 +84,11 @@ def of_ranges(
     """
     alerts = len(np.unique(alert))
     weight = 1.0 / np.maximum(1, (high - low) / SECOND) if not sharp else np.ones(len(low))
-    best, start, end, runner_up = _deepest(low.astype(np.float64), high.astype(np.float64), weight)
-    inside = (low <= (start + end) / 2) & (high >= (start + end) / 2)
+    reference = int(np.median(at))
+    drift = _drift(low, high, at - reference) if sharp and alerts >= 30 else 0.0
+    lows, highs = low - drift * (at - reference), high - drift * (at - reference)
+    best, start, end, runner_up = _deepest(lows.astype(np.float64), highs.astype(np.float64), weight)
+    inside = (lows <= (start + end) / 2) & (highs >= (start + end) / 2)
     agreeing = len(np.unique(alert[inside]))
     enough = (
         agreeing >= (1 if alerts == 1 and sharp else 2 if sharp else _FEW)
@@ -84,8 +96,6 @@ def of_ranges(
     )
     if not enough or (not sharp and best < 1.3 * runner_up):
         return Clock()
-    reference = int(np.median(at[inside]))
-    drift = _drift(low[inside], high[inside], at[inside] - reference) if sharp and agreeing >= 30 else 0.0
     skew = 0.0 if start <= 0 <= end else (start + end) / 2
     slack = int(min((end - start) / 2, 5 * SECOND)) + _SLACK_NS
     return Clock(int(skew), drift, reference, int(start), int(end), identifiable=True, slack_ns=slack)
@@ -107,19 +117,23 @@ def _deepest(low: _FLOATS, high: _FLOATS, weight: _FLOATS) -> tuple[float, float
     return float(depth[top]), float(begin), float(end), float(depth[elsewhere].max(initial=0.0))
 
 
-def _drift(low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], since: npt.NDArray[np.int64]) -> float:
-    """Slope of the offset over time (Theil and Sen), 0 where it is not clearly there."""
-    middle = (low + high) / 2.0
-    order = np.argsort(since)
-    half = len(order) // 2
-    first, second = order[:half], order[-half:]
-    apart = (since[second] - since[first]).astype(np.float64)
-    if not half or apart.min() <= 0:
-        return 0.0
-    slopes = (middle[second] - middle[first]) / apart
-    slope = float(np.median(slopes))
-    spread = float(np.median(np.abs(slopes - slope))) / np.sqrt(half) * 1.5
-    return slope if abs(slope) > 4 * spread and abs(slope) < 1e-3 else 0.0
+def _drift(low: _INTS, high: _INTS, since: _INTS) -> float:
+    """The drift under which most ranges agree on one offset; 0 where that is hardly more than without any."""
+    lows, highs, times = low.astype(np.float64), high.astype(np.float64), since.astype(np.float64)
+    one = np.ones(len(low))
+
+    def agreeing(drift: float) -> float:
+        return _deepest(lows - drift * times, highs - drift * times, one)[0]
+
+    still = best = agreeing(0.0)
+    centre, step, found = 0.0, 1e-4, 0.0
+    for _ in range(3):
+        for drift in centre + step * np.arange(-10, 11):
+            depth = agreeing(float(drift))
+            if depth > best:
+                best, found = depth, float(drift)
+        centre, step = found, step / 10
+    return found if best > still * 1.01 + 2 else 0.0
 
 
 _SAMPLE: Final = """sampled AS (SELECT * FROM alert WHERE source = $source ORDER BY hash(alert) LIMIT 4000)"""
@@ -137,7 +151,7 @@ WITH {_SAMPLE}, {_SIDES},
  told AS (SELECT * FROM sides UNION
    SELECT s.alert, s.start_ns, s.end_ns, m.inside_ip, m.inside_port, s.peer_ip, s.peer_port, s.host
    FROM sides s JOIN nat m ON m.outside_ip = s.local_ip AND m.outside_port = s.local_port)
-SELECT t.alert, t.start_ns - f.end_ns AS low, t.end_ns - f.start_ns AS high, t.start_ns AS at
+SELECT t.alert, t.start_ns - f.end_ns AS low, t.end_ns - f.start_ns AS high, t.start_ns AS seen
 FROM told t JOIN flow f ON f.local_ip = t.local_ip AND f.local_port = t.local_port
   AND f.peer_ip = t.peer_ip AND f.peer_port = t.peer_port
 WHERE abs(t.start_ns - f.start_ns) < $reach LIMIT $limit"""
@@ -146,7 +160,7 @@ _TEXTS: Final = f"""
 WITH {_SAMPLE}, {_SIDES},
  near AS (SELECT s.*, i.node FROM sides s JOIN node_ip i ON i.ip = s.local_ip),
  telling AS (
-   SELECT n.alert, n.start_ns - l.end_ns AS low, n.end_ns - l.start_ns AS high, n.start_ns AS at,
+   SELECT n.alert, n.start_ns - l.end_ns AS low, n.end_ns - l.start_ns AS high, n.start_ns AS seen,
      contains(w.text, n.peer_ip) OR coalesce(n.host <> '' AND contains(lower(w.text), n.host), false)
        OR coalesce(u.call IS NOT NULL, false) AS named,
      regexp_matches(w.text, getvariable('suspect')) AS suspect
@@ -154,5 +168,12 @@ WITH {_SAMPLE}, {_SIDES},
    JOIN words w USING (call)
    LEFT JOIN (SELECT DISTINCT call, peer_ip FROM flow) u ON u.call = l.call AND u.peer_ip = n.peer_ip
    WHERE w.text <> '')
-SELECT alert, low, high, at FROM telling
+SELECT alert, low, high, seen FROM telling
 WHERE named OR (suspect AND NOT (SELECT coalesce(bool_or(named), false) FROM telling)) LIMIT $limit"""
+_MAPPED: Final = """
+WITH sampled AS (SELECT row_number() OVER () AS alert, * FROM nat WHERE source = $source AND start_ns > 0
+   ORDER BY hash(inside_port, start_ns) LIMIT 4000)
+SELECT m.alert, m.start_ns - f.end_ns AS low, m.end_ns - f.start_ns AS high, m.start_ns AS seen
+FROM sampled m JOIN flow f ON f.local_ip = m.inside_ip AND f.local_port = m.inside_port
+  AND (m.peer_ip IS NULL OR f.peer_ip = m.peer_ip)
+WHERE abs(m.start_ns - f.start_ns) < $reach LIMIT $limit"""

@@ -20,17 +20,24 @@ _BOOLS = npt.NDArray[np.bool_]
 
 HARD_TIERS: Final = 3
 """socket, nat and process come before destination and interval."""
+CLASSES: Final = 12
+"""reach (four) × what is known of the destination: nothing, named in the text, used by a recorded socket."""
 _HARD: Final = np.array([0.997, 0.99, 0.98])
-#: how readily a call of each class causes an alert, beside one that is made to: silent, unknown, network, suspect
-_READY: Final = np.array([0.01, 0.15, 0.5, 1.0])
-_NAMED: Final = 30.0
-_USED: Final = 60.0
+#: alerts that a call of each class causes, before any was seen; by reach: silent, unknown, network, suspect
+_EXPECTED: Final = np.array([1e-4, 1e-3, 2e-3, 0.3, 0.05, 0.2, 0.2, 0.5, 0.2, 0.4, 0.4, 0.6])
+_PSEUDO_CALLS: Final = 4.0
+"""How many calls' worth of experience the expectation counts for."""
 _ELSEWHERE: Final = 0.03
 """A call whose sockets were recorded, none of them to there: what was lost would have to be this one."""
 _FOREIGN: Final = 0.05
 """The alert's own address is private and no machine of this job has it."""
 _GAP_NS: Final = 1_000_000_000
-_ROUNDS: Final = 40
+_ROUNDS: Final = 200
+_SETTLED: Final = 1e-3
+_PLAIN: Final = np.arange(2 * CLASSES) % CLASSES < 3
+"""Classes of calls that neither name the destination nor are made for such things."""
+_CONVINCED: Final = 4.0
+"""How much more likely (log) the alerts must be, if such calls are to be blamed for more than the little expected."""
 
 
 class Rows(NamedTuple):
@@ -40,6 +47,7 @@ class Rows(NamedTuple):
     """
 
     alert: _INTS
+    call: _INTS
     tier: _INTS
     gap: _INTS
     span: _INTS
@@ -49,37 +57,33 @@ class Rows(NamedTuple):
     watched: _BOOLS
 
 
-class Exposure(NamedTuple):
-    """What one group of alerts (a source, and whether the machine is known) could have been caused by.
+class Groups(NamedTuple):
+    """Alerts that share a background: one source, ordinary flows or objections, the machine known or not.
 
     Args:
-        readiness: sum of the calls' readiness, all calls that were possible.
-        seconds: the time that is looked at.
-        machines: how many are looked at.
+        of: of each alert, its group.
+        kind: of each group, 1 where its alerts are informational; what calls cause is learned for each kind.
+        room: of each group, machines times seconds that are looked at.
+        foreign: for each alert, whether its own address belongs to no machine of the job.
+        slack: for each alert, nanoseconds by which times may be off.
     """
 
-    readiness: float
-    seconds: float
-    machines: int
+    of: _INTS
+    kind: _INTS
+    room: _FLOATS
+    foreign: _BOOLS
+    slack: _INTS
 
 
-def readiness(reach: _INTS) -> _FLOATS:
-    return _READY[reach]
-
-
-def confidences(
-    rows: Rows, group: _INTS, foreign: _BOOLS, exposures: list[Exposure], slack: _INTS
-) -> tuple[_FLOATS, _FLOATS]:
+def confidences(rows: Rows, groups: Groups, calls: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
     """(probability of each row, probability of nobody for each alert).
 
     Args:
         rows: the candidates.
-        group: of each alert, an index into ``exposures``.
-        foreign: for each alert, whether its own address belongs to no machine of the job.
-        exposures: of each group.
-        slack: for each alert, nanoseconds by which times may be off.
+        groups: what the alerts have in common.
+        calls: how many calls of each reach there were at all.
     """
-    alerts = len(group)
+    alerts = len(groups.of)
     hard = np.zeros(alerts, dtype=bool)
     hard[rows.alert[rows.tier < HARD_TIERS]] = True
     weight = np.zeros(len(rows.alert))
@@ -91,7 +95,7 @@ def confidences(
     np.minimum.at(best, rows.alert[of_hard], rows.tier[of_hard])
     # The strongest tier alone speaks; what has a weaker witness only is a bystander.
     speaking = of_hard & (rows.tier == best[rows.alert])
-    weight[speaking] = closeness[speaking] * _READY[rows.reach[speaking]]
+    weight[speaking] = closeness[speaking] * _EXPECTED[rows.reach[speaking]] ** 0.25
     total = np.bincount(rows.alert, weight, alerts)
     nearest = np.zeros(alerts)
     np.maximum.at(nearest, rows.alert[speaking], closeness[speaking])
@@ -102,41 +106,75 @@ def confidences(
 
     soft = ~hard[rows.alert]
     if soft.any():
-        soft_probability, soft_nobody = _mixture(rows, soft, group, foreign, exposures, slack)
+        soft_probability, soft_nobody = _mixture(rows, soft, groups, calls)
         probability[soft] = soft_probability[soft]
         open_ = ~hard
         nobody[open_] = soft_nobody[open_]
     return probability, nobody
 
 
-def _mixture(  # noqa: PLR0917 - the arrays of one computation
-    rows: Rows, soft: _BOOLS, group: _INTS, foreign: _BOOLS, exposures: list[Exposure], slack: _INTS
-) -> tuple[_FLOATS, _FLOATS]:
-    alerts = len(group)
-    life = (rows.span + 2 * slack[rows.alert]) / 1e9
-    ready = _READY[rows.reach].copy()
-    ready[rows.named] *= _NAMED
-    ready[rows.used] *= _USED
-    ready[rows.watched & ~rows.used] *= _ELSEWHERE
-    ready *= np.exp(-rows.gap / _GAP_NS)
-    ready[foreign[rows.alert]] *= _FOREIGN
-    density = np.where(soft, ready / life, 0.0)
+def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
+    group = groups.of[rows.alert]
+    known = np.where(rows.used, 2, np.where(rows.named, 1, 0))
+    of_class = (groups.kind[group] * CLASSES + known * 4 + rows.reach).astype(np.int64)
+    # What an alert's chance adds up to over a call's life and its margins, where it fades.
+    margin = 2 * _GAP_NS * (1 - np.exp(-groups.slack[rows.alert] / _GAP_NS))
+    life = (rows.span + margin) / 1e9
+    factor = np.exp(-rows.gap / _GAP_NS) * np.where(rows.watched & ~rows.used, _ELSEWHERE, 1.0)
+    factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
+    density = np.where(soft, factor / life, 0.0)
 
-    count = np.bincount(group, minlength=len(exposures)).astype(np.float64)
-    reach = np.array([max(each.readiness, 1e-6) for each in exposures])
-    room = np.array([max(each.seconds, 1.0) * max(each.machines, 1) for each in exposures])
-    # One alert of each kind is taken for granted, so that a handful decides nothing.
-    caused, stray = count / 2 + 1, count / 2 + 1
-    probability = np.zeros(len(rows.alert))
-    nobody = np.ones(alerts)
+    # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
+    met = np.zeros(2 * CLASSES)
+    distinct = np.unique(np.stack([of_class, rows.call]), axis=1)[0] if len(of_class) else of_class
+    np.add.at(met, distinct, 1.0)
+    exposed = np.where(np.arange(2 * CLASSES) % CLASSES < 4, np.tile(calls, 6), met)
+
+    learned = _learn(rows.alert, of_class, density, groups, exposed)
+    # Calls of which nothing speaks are blamed only where alerts fall on them more often than chance explains.
+    modest = _learn(rows.alert, of_class, density, groups, exposed, frozen=_PLAIN)
+    blamed = (learned.likelihood - modest.likelihood > _CONVINCED)[groups.kind][groups.of]
+    probability = np.where(blamed[rows.alert], learned.probability, modest.probability)
+    return probability, np.where(blamed, learned.nobody, modest.nobody)
+
+
+class _Fit(NamedTuple):
+    probability: _FLOATS
+    nobody: _FLOATS
+    likelihood: _FLOATS
+    """Of each kind of alerts: log of how much more likely they are than from a constant rate."""
+
+
+def _learn(  # noqa: PLR0917 - the arrays of one computation
+    alert: _INTS, of_class: _INTS, density: _FLOATS, groups: Groups, exposed: _FLOATS, frozen: _BOOLS | None = None
+) -> _Fit:
+    """Expectation-maximisation; classes in ``frozen`` keep the rate that was expected of them."""
+    alerts, count = len(groups.of), len(groups.room)
+    group = groups.of[alert]
+    size = np.bincount(groups.of, minlength=count).astype(np.float64)
+    expected = np.tile(_EXPECTED, 2)
+    # From where half of the alerts are the calls' doing: from "nobody" it would not find back.
+    promised = np.bincount(np.arange(2 * CLASSES) // CLASSES, exposed * expected, 2)
+    scale = 0.5 * np.bincount(groups.kind, size, 2) / np.maximum(promised, 1e-9)
+    per_call = expected * np.repeat(scale, CLASSES)
+    stray = size / 2
+    room = np.maximum(groups.room, 1.0)
+    probability, nobody, likelihood = np.zeros(len(alert)), np.ones(alerts), np.zeros(2)
     for _ in range(_ROUNDS):
-        per_call = (caused + 1) / (reach + 1)
-        per_second = (stray + 1) / room
-        weight = density * per_call[group[rows.alert]]
-        background = per_second[group]
-        total = np.bincount(rows.alert, weight, alerts) + background
-        probability = weight / total[rows.alert]
+        if frozen is not None:
+            per_call = np.where(frozen, expected, per_call)
+        caused = np.maximum(size - stray, 0) + 0.5
+        share = caused / np.maximum(np.bincount(groups.kind, caused, 2)[groups.kind], 1e-9)
+        weight = density * per_call[of_class] * share[group]
+        background = ((stray + 0.5) / room)[groups.of]
+        total = np.bincount(alert, weight, alerts) + background
+        probability, before = weight / total[alert], nobody
         nobody = background / total
-        stray = np.bincount(group, nobody, len(exposures)).astype(np.float64)
-        caused = count - stray
-    return probability, nobody
+        gained = np.log(total * room[groups.of] / size[groups.of])
+        likelihood = np.bincount(groups.kind[groups.of], gained, 2).astype(np.float64)
+        stray = np.bincount(groups.of, nobody, count).astype(np.float64)
+        responsible = np.bincount(of_class, probability, 2 * CLASSES)
+        per_call = (responsible + expected * _PSEUDO_CALLS) / (exposed + _PSEUDO_CALLS)
+        if np.abs(nobody - before).max(initial=0.0) < _SETTLED:
+            break
+    return _Fit(probability, nobody, likelihood)

@@ -52,6 +52,7 @@ ALERT_SCHEMA: Final = pa.schema(
 )
 NAT_SCHEMA: Final = pa.schema(
     [
+        ("source", pa.int32()),
         ("start_ns", pa.int64()),
         ("end_ns", pa.int64()),
         ("inside_ip", pa.string()),
@@ -106,9 +107,11 @@ def add_alerts(db: duckdb.DuckDBPyConnection, records: Iterable[tuple[int, int, 
     yield done + len(rows)
 
 
-def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[Mapping]) -> None:
+def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[tuple[int, Mapping]]) -> None:
+    """Reads (source whose clock they go by, mapping) into ``nat``."""
     rows = [
         {
+            "source": source,
             "start_ns": each.start_ns,
             "end_ns": each.end_ns,
             "inside_ip": each.inside.ip,
@@ -119,7 +122,7 @@ def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[Mapping]) -> None:
             "peer_ip": each.peer.ip,
             "peer_port": each.peer.port,
         }
-        for each in mappings
+        for source, each in mappings
     ]
     if rows:
         _insert(db, "nat", pa.Table.from_pylist(rows, schema=NAT_SCHEMA))
