@@ -279,7 +279,14 @@ def _weigh(db: duckdb.DuckDBPyConnection, sources: list[Source], kept: _Kept) ->
             rows["used"].astype(bool),
             rows["watched"].astype(bool),
         ),
-        score.Groups(group, np.arange(4 * len(sources)) % 2, room, foreign, times["slack_ns"]),
+        score.Groups(
+            group,
+            np.arange(4 * len(sources)) % 2,
+            room,
+            foreign,
+            times["slack_ns"],
+            times["end_ns"] - times["start_ns"],
+        ),
         calls,
     )
     return _answers(db, sources, kept, times, informational, rows, probability, nobody)

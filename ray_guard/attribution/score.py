@@ -66,6 +66,7 @@ class Groups(NamedTuple):
         room: of each group, machines times seconds that are looked at.
         foreign: for each alert, whether its own address belongs to no machine of the job.
         slack: for each alert, nanoseconds by which times may be off.
+        width: of each alert, nanoseconds from its begin to its end.
     """
 
     of: _INTS
@@ -73,6 +74,7 @@ class Groups(NamedTuple):
     room: _FLOATS
     foreign: _BOOLS
     slack: _INTS
+    width: _INTS
 
 
 def confidences(rows: Rows, groups: Groups, calls: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
@@ -117,9 +119,9 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS) -> tuple[
     group = groups.of[rows.alert]
     known = np.where(rows.used, 2, np.where(rows.named, 1, 0))
     of_class = (groups.kind[group] * CLASSES + known * 4 + rows.reach).astype(np.int64)
-    # What an alert's chance adds up to over a call's life and its margins, where it fades.
+    # What an alert's chance adds up to wherever it may fall: a call's life, its own width, and margins, where it fades.
     margin = 2 * _GAP_NS * (1 - np.exp(-groups.slack[rows.alert] / _GAP_NS))
-    life = (rows.span + margin) / 1e9
+    life = (rows.span + groups.width[rows.alert] + margin) / 1e9
     factor = np.exp(-rows.gap / _GAP_NS) * np.where(rows.watched & ~rows.used, _ELSEWHERE, 1.0)
     factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
     density = np.where(soft, factor / life, 0.0)
