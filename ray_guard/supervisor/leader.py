@@ -12,8 +12,8 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from typing import Any, Final
 
 from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacket
@@ -21,6 +21,7 @@ from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
 from ray_guard.supervisor.groups import Everybody, Groups, Scope
+from ray_guard.supervisor.leaf import OwnLeaf, Place
 
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
@@ -46,6 +47,7 @@ def lead(
     os.setsid()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     obstacle: tuple[str, str, OSError] | None = None
+    place = Place()
     if mounting.works():
         try:
             mounts.enter(covers)
@@ -63,23 +65,32 @@ def lead(
     if obstacle is not None:
         stage, what, why = obstacle
         return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
+    with closing(place):
+        return _serve(line, wake_read, lambda: Embryo(program, system, covers, place.leaf()))
+
+
+def _serve(line: socket.socket, wake: int, conceive: Callable[[], Embryo]) -> int:
     scoped = landlock.abi() >= landlock.SIGNAL_SCOPE_ABI
     while True:
-        embryo = Embryo(program, system, covers)
+        embryo = conceive()
         if embryo.listener < 0:
             fault = embryo.fault()
-            if fault is None:
-                continue  # it was killed meanwhile
+            embryo.abandon()
+            if fault is None:  # it was killed meanwhile; at birth, if its group had been
+                if embryo.leaf is not None:
+                    embryo.leaf.killed = True
+                continue
             return _unfit(line, fault)
         embryo.announce(line)
         try:
             received = seqpacket.receive(line)
         except (OSError, seqpacket.BadPacket):
-            return 0
+            received = None
         if received is None:
-            return 0  # the embryo's line is the supervisor's too, and it ends with that, or with this process
+            embryo.abandon()
+            return 0
         message, asking = received
-        call = _Call(line, wake_read, message, Scope() if scoped else Groups(embryo.pid))
+        call = _Call(line, wake, message, Scope() if scoped else Groups(embryo.pid))
         if not call.run(embryo, asking) or not call.await_release():
             return 0
         if mounting.works():
@@ -107,6 +118,7 @@ class _Call:
         self._wall = None if wall is None else float(wall)
         self._keeps = request.get("survivors") == "keep"
         self._pid = 0
+        self._leaf: OwnLeaf | None = None
         self._deadline: float | None = None
         self._status: int | None = None
         self._released = False
@@ -135,6 +147,7 @@ class _Call:
             asking: the line to whoever asked for it, if there still is one.
         """
         self._pid = embryo.pid
+        self._leaf = embryo.leaf
         failure = embryo.failure()
         if failure:
             seqpacket.close_all(asking)
@@ -241,7 +254,9 @@ class _Call:
         """Kills until nothing is left below this process; what cannot be killed in time is returned."""
         deadline = time.monotonic() + KILL_PATIENCE_S
         told = False
-        while _has_children():
+        while self._reap():
+            if time.monotonic() > deadline:
+                return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
             if self._everybody.grows:
                 if not told:
                     told = True
@@ -249,17 +264,7 @@ class _Call:
                 while select.select([self._line], [], [], 0)[0] and self._obey():
                     pass
             self._everybody.signal(signal.SIGKILL)
-            if not self._reap():
-                break
-            if time.monotonic() > deadline:
-                return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
+            if self._leaf is not None:
+                self._leaf.kill()
             time.sleep(0.0005)
         return []
-
-
-def _has_children() -> bool:
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True

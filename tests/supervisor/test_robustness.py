@@ -287,7 +287,7 @@ for n in range(300):
             except OSError: pass
     for path in (unix, '/etc/passwd', '/nowhere'):
         with socket.socket(socket.AF_UNIX) as sock:
-            try: sock.connect(address)
+            try: sock.connect(path)
             except OSError: pass
     socket.send_fds(ours, [b'x'], [0, 1, 2])
     for fd in socket.recv_fds(theirs, 1, 3)[1]: os.close(fd)
