@@ -207,6 +207,8 @@ class Namespace:
             assert self._holder.stdout is not None
             self._holder.stdout.readline()
             self.prefix = ["nsenter", "-t", str(self._holder.pid), *flags, f"--wdns={os.getcwd()}"]
+        self.outside = list(self.prefix)
+        """The same, but not on the simulated host: that may refuse to mount what a test needs."""
         self.prefix += launcher.prefix()  # RAY_GUARD_TEST_HOST: all that is started here runs on a simulated host
 
     def close(self) -> None:
