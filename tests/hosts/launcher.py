@@ -70,9 +70,14 @@ def prefix(name: str | None = None) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), name, "--"] if name else []
 
 
+def within() -> str:
+    """The simulated host on which this process runs; empty: none."""
+    return os.environ.get(_WITHIN, "")
+
+
 def current() -> str:
     """The host on which tests run, or start what they confine; empty: the real one."""
-    return os.environ.get(_WITHIN) or os.environ.get(VARIABLE) or ""
+    return within() or os.environ.get(VARIABLE, "")
 
 
 def missing(name: str) -> tuple[str, ...]:
