@@ -116,13 +116,29 @@ class Processes:
     Args:
         node, target: whose they are.
         origin: the call, below the span of its first process.
-        root: that process, forked, filtered and about to execute what was asked for.
+        root: that process. It has just executed what was asked for.
+        leader: the one above it.
         end_call: ends the call; told which limit it passed.
+        base_ns: CPU time the root had used before it executed.
     """
 
-    def __init__(
-        self, node: Node, target: Target, origin: Origin, root: int, end_call: Callable[[Exceeded], None]
+    def __init__(  # noqa: PLR0917 - TODO
+        self,
+        node: Node,
+        target: Target,
+        origin: Origin,
+        root: int,
+        leader: int,
+        end_call: Callable[[Exceeded], None],
+        *,
+        base_ns: int = 0,
     ) -> None:
+        self.handlers: Mapping[str, Handler] = {
+            "execve": lambda gate, call: self._execute(gate, call, (call.arg0, call.arg1), "cwd"),
+            "execveat": self._execute_at,
+            "exit_group": self._exit_always,
+        }
+        """For the gate."""
         self._loop = node.loop
         self._target = target
         self._origin = origin
@@ -141,14 +157,10 @@ class Processes:
         """When a process has ended, or has said so: /proc shows it for a while yet."""
         self._orphans: dict[int, Process] = {}
         """Whose child a process was that has lost its parent before it was heard of."""
-        self._starting = True
-        """The first process has not executed anything: what it tries until then is the start itself."""
-        self._base_ns = pidfd.cpu_ns(root) or 0
-        entry = Entry(root, 0, now(), self._base_ns)
-        program = procfs.program(root)
+        self._base_ns = base_ns
+        entry = Entry(root, 0, now(), base_ns)
         span = origin.parent_id or ""
-        self._root = self._known[root] = Process(entry, None, target.pid, -1, program, span, origin=origin)
-        leader = procfs.parent(root) or 0
+        self._root = self._known[root] = Process(entry, None, target.pid, -1, b"", span, origin=origin)
         self._limits = Limits(
             node.loop,
             node.census,
@@ -158,15 +170,6 @@ class Processes:
             passed=self._passed,
             living=self._living,
         )
-
-    @property
-    def handlers(self) -> Mapping[str, Handler]:
-        """For the gate."""
-        return {
-            "execve": lambda gate, call: self._execute(gate, call, (call.arg0, call.arg1), "cwd"),
-            "execveat": self._execute_at,
-            "exit_group": self._exit_always,
-        }
 
     def origin_of(self, tid: int) -> Origin:
         """What a call of thread ``tid`` is put down to: its process, where that is known."""
@@ -291,7 +294,7 @@ class Processes:
         tid = call.pid
         process = self._find(tid)
         attempt = None
-        if process is not None and not self._is_starting(process):
+        if process is not None:
             self._ask(process)
             attempt = process.attempt = self._attempt(gate, call, process, pointers, folder)
             if attempt is not None and attempt.there and self._spans.failing:
@@ -336,14 +339,6 @@ class Processes:
         if there and path[:1] == "/" and len(self._paths) < _KNOWN_LIMIT:
             self._paths.add(path)
         return there
-
-    def _is_starting(self, process: Process) -> bool:
-        if self._starting and process is self._root:
-            program = procfs.program(process.entry.pid)
-            self._starting = program == process.program
-            process.program = program
-            return self._starting
-        return False
 
     def _ask(self, process: Process) -> None:
         """Something is going to be put down to it: what it executes must be known, and its span have begun."""
