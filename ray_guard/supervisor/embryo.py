@@ -21,6 +21,7 @@ import signal
 import socket
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ray_guard.kernel import ipc, libc, mounting, procfs, seccomp, seqpacket, spawn
@@ -40,11 +41,11 @@ class Embryo:
     """
 
     def __init__(
-        self, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant], covers: mounts.Covers
+        self, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant], covers: mounts.Covers, leaf: str
     ) -> None:
         self.pid = 0
         self.failure: dict[str, Any] = {}
-        self._program, self._system, self._covers = program, system, covers
+        self._program, self._system, self._covers, self._leaf = program, system, covers, leaf
         self._listener = -1
         self._thread = 0
         self._name = os.urandom(6).hex()
@@ -59,8 +60,9 @@ class Embryo:
         if self._listener < 0:
             self.await_start(-1)
             return False
+        told = {"op": "ready", "pid": os.getpid(), "leaf": self._leaf}
         try:
-            seqpacket.send(line, {"op": "ready", "pid": os.getpid()}, [self._line.fileno(), self._listener])
+            seqpacket.send(line, told, [self._line.fileno(), self._listener])
         except OSError:
             pass  # the supervisor is gone: the line says so
         self._line.close()
@@ -150,6 +152,10 @@ def _make_scratch(path: str | None) -> None:
         return
     try:
         os.mkdir(path, 0o700)
+    except FileNotFoundError:  # the zygote is about to make and hold the one above, for all calls
+        with suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o700)
+        _make_scratch(path)
     except FileExistsError:
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():

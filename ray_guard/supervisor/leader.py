@@ -12,7 +12,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -31,10 +31,14 @@ def lead(
     program: tuple[seccomp.Instruction, ...],
     system: Sequence[Grant],
     covers: mounts.Covers,
+    leaf: str,
 ) -> int:
     """A leader's life: one start after the other from ``line``, until the supervisor hangs up; its exit status.
 
     It ends as well behind a call that it could not end: what a call left must never be taken for the next one's.
+
+    Args:
+        leaf: the folder of the control group that it was born into, its own; empty: there is none.
     """
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, lambda _signal, _frame: None)
@@ -61,8 +65,12 @@ def lead(
     if obstacle is not None:
         stage, what, why = obstacle
         return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
+    return _serve(line, wake_read, lambda: Embryo(program, system, covers, leaf))
+
+
+def _serve(line: socket.socket, wake: int, conceive: Callable[[], Embryo]) -> int:
     while True:
-        embryo = Embryo(program, system, covers)
+        embryo = conceive()
         if not embryo.announce(line):
             return _unfit(line, embryo.failure)
         try:
@@ -72,7 +80,7 @@ def lead(
         if received is None:
             return 0
         message, asking = received
-        call = _Call(line, wake_read, message)
+        call = _Call(line, wake, message)
         if not call.run(embryo, asking) or not call.await_release():
             return 0
         if mounting.works():
@@ -243,10 +251,9 @@ class _Call:
     def _end_all(self) -> list[int]:
         """Kills until nothing is left below this process; what cannot be killed in time is returned."""
         deadline = time.monotonic() + KILL_PATIENCE_S
-        while True:
-            self._signal_all(signal.SIGKILL)
-            if not self._reap():
-                return []
+        while self._reap():
             if time.monotonic() > deadline:
                 return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
+            self._signal_all(signal.SIGKILL)
             time.sleep(0.0005)
+        return []

@@ -37,6 +37,7 @@ class Leader:
 
     Attributes:
         pid: its own.
+        leaf: the folder of the control group that it is in, and with it what it starts; empty: none of its own.
         listener: where the notifications of its next tool arrive; for its taker to close.
         fault: why nothing can be started here; empty: it is ready.
         heard: set by whoever has taken it.
@@ -50,6 +51,7 @@ class Leader:
         self._started = True
         self.fresh = True
         self.pid = 0
+        self.leaf = ""
         self.listener = -1
         self.fault: dict[str, Any] = {}
         self.heard: Heard | None = None
@@ -130,6 +132,7 @@ class Leader:
             embryo, self.listener = descriptors
             self._embryo = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, embryo)
             self.pid = int(message["pid"])
+            self.leaf = str(message["leaf"])
             self._started = False
             self._leaders.ready(self)
         elif message.get("op") == "unfit":

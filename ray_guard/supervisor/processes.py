@@ -30,6 +30,7 @@ from ray_guard.compute.ledger import Entry
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import pidfd, procfs
 from ray_guard.supervisor.arguments import Memory, runnable
+from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
 from ray_guard.supervisor.process_spans import Image, OpenImage, ProcessSpans
 from ray_guard.supervisor.target import Origin, Target, new_span_id
@@ -120,6 +121,7 @@ class Processes:
         leader: the one above it.
         end_call: ends the call; told which limit it passed.
         base_ns: CPU time the root had used before it executed.
+        leaf: the control group they are all in; None: there is none.
     """
 
     def __init__(  # noqa: PLR0917 - TODO
@@ -131,7 +133,8 @@ class Processes:
         leader: int,
         end_call: Callable[[Exceeded], None],
         *,
-        base_ns: int = 0,
+        base_ns: int,
+        leaf: Leaf | None,
     ) -> None:
         self.handlers: Mapping[str, Handler] = {
             "execve": lambda gate, call: self._execute(gate, call, (call.arg0, call.arg1), "cwd"),
@@ -169,6 +172,7 @@ class Processes:
             leader=leader,
             passed=self._passed,
             living=self._living,
+            leaf=leaf,
         )
 
     def origin_of(self, tid: int) -> Origin:
@@ -382,7 +386,7 @@ class Processes:
 
     def _began(self, image: Image) -> OpenImage | None:
         try:
-            return self._spans.begin(image)
+            return self._spans.began(image)
         except JournalError:
             log.exception("a process could not be journaled")
             return None

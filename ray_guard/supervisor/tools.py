@@ -7,6 +7,7 @@ filtered process is gone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -14,24 +15,25 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
 from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import cgroup, pidfd, seqpacket
+from ray_guard.kernel import pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
-from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
+from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import arguments, bystanders, rlimits
+from ray_guard.supervisor import arguments, bystanders, cgroups, rlimits
+from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
+from ray_guard.supervisor.leaf import Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.metadata import Metadata
 from ray_guard.supervisor.node import Node
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray_guard.tools")
 
 _LOST: Final = "the process that led it was lost"
+_LOOK_AGAIN_S: Final = 0.002
 _NONE: Final = "no process can be made to lead it"
 
 
@@ -101,7 +104,7 @@ class Tool:
         self._pid = 0
         self._pidfd = -1
         self._base_ns = 0
-        self._groups: _Groups | None = None
+        self._born = cgroups.Groups(None, {})
         self._refused: dict[str, Any] | None = None
         self._executable = _executable(start)
         self._began = time.time_ns()
@@ -111,7 +114,8 @@ class Tool:
         self._processes: Processes | None = None
         self._why: str | None = None
         self._left = False
-        self._strays: list[str] = []
+        self._strays: tuple[str, ...] = ()
+        self._leaf: Leaf | None = None
         self._leader: Leader | None = None
         self._descriptors = descriptors
         self._call = call.span if call.span is not None and call.span in target.open else self._span
@@ -168,7 +172,7 @@ class Tool:
             },
         )
         identity = fragment({"rl.run.id": self._target.run_id, **call.identity, "ray_guard.source": "supervisor"})
-        self._target.write(self._implicit, identity)
+        self._target.write(self._implicit, identity, grants=True)
         around = self._target.open.get(call.parent) if call.parent is not None else None
         episode = None if around is None else around.episode  # its budgets hold for this call too
         self._account = self._target.call_account(span_id, episode)
@@ -211,6 +215,14 @@ class Tool:
         left = [limit - (time.monotonic() - began) for limit, began in limits if limit is not UNLIMITED]
         return max(0.0, min(left)) if left else None
 
+    def _warn_of_time(self) -> None:
+        """Has it noticed when a ``wall_seconds`` around this tool is almost over; all other limits are looked at."""
+        for account, began in self._clocks:
+            limit = account.limit(WALL)
+            if limit is not UNLIMITED:
+                left = NEAR * limit - (time.monotonic() - began)
+                self._node.loop.later(left, partial(_notice_time, account, began))
+
     def _over(self, exceeded: Exceeded) -> None:
         """The tree has passed a limit that ends it."""
         self.end(str(exceeded.error()))
@@ -221,6 +233,16 @@ class Tool:
             if exceeded is not None and (timed_out or exceeded.report_only):
                 self._target.exceeded(self._origin, self._span, exceeded)
                 self._why = self._why or str(exceeded.error())
+
+    def _judge_end(self, unkillable: Sequence[int]) -> None:
+        """Nothing more is started in a call of which something could not be ended."""
+        if unkillable:
+            pids = ", ".join(map(str, unkillable))
+            reason = f"in uninterruptible sleep: {pids}"
+            self._target.violation(self._origin, self._span, "unkillable", reason=reason, value=len(unkillable))
+            call = self._target.open.get(self._origin.call or "")
+            if call is not None:
+                call.ended = self._target.violations[-1]
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 
@@ -245,7 +267,7 @@ class Tool:
         self._leader = leader
         leader.heard = self._from_leader
         # While its thread takes on what the tool shall have:
-        self._groups = _groups(leader.pid, self._target.pid)
+        self._born = cgroups.groups(leader.pid, leader.leaf, self._target.pid)
         policy = self._policy.with_role(Role.TOOL)
         self._ring = Ring(self._node, self._target, policy, leader.pid, self._origin, view=self._view)
         listener, leader.listener = Listener(leader.listener), -1
@@ -280,12 +302,16 @@ class Tool:
         if self._pidfd >= 0:  # it could not, somewhere along PATH; this is the next attempt
             os.close(self._pidfd)
         self._pidfd = os.pidfd_open(self._pid)
+        self._leaf, self._strays = cgroups.follow(self._pid, self._born, self._target.pid)
+        stage = "nftables"
         try:
-            self._strays = _follow(self._pid, self._groups)
-            self._target.write(self._process_record(None), self._origin.identity)
-        except JournalError as error:
+            self._node.put_ceiling(self._leaf, self._policy, exact=self._origin.account.exact)
+            stage = "journal"
+            self._target.write(self._process_record(None), self._origin.identity, grants=True)
+        except OSError as error:
+            asked = "RAY_GUARD_NFTABLES asks for it: " if stage == "nftables" else ""
             log.warning("a tool was not started: %s", error)
-            self._refused = {"stage": "journal", "text": str(error)}
+            self._refused = {"stage": stage, "text": f"{asked}{error}"}
             gate.refuse(call, errno.EPERM)
             return
         rlimits.impose(self._pid, self._start.limits, _least(self._origin.account, MEMORY))
@@ -302,8 +328,16 @@ class Tool:
         if leader is None:
             return
         self._processes = Processes(
-            self._node, self._target, self._origin, self._pid, leader.pid, self._over, base_ns=self._base_ns
+            self._node,
+            self._target,
+            self._origin,
+            self._pid,
+            leader.pid,
+            self._over,
+            base_ns=self._base_ns,
+            leaf=self._leaf,
         )
+        self._warn_of_time()
         if self._ring is not None:
             self._ring.root = self._pid
             self._ring.origin_of = self._processes.origin_of
@@ -318,10 +352,12 @@ class Tool:
         if message is None:
             self._leader = None
             if self._pidfd >= 0:
-                with suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # without its leader it would be nobody's
+            if self._leaf is not None:
+                self._leaf.leader = 0
             if self._processes is not None:
-                self._finished({"status": int(signal.SIGKILL), "error": _LOST})
+                self._end_orphans(time.monotonic() + KILL_PATIENCE_S)
             else:
                 self._failed({"stage": "leader", "text": _LOST})
             return
@@ -338,6 +374,19 @@ class Tool:
         elif operation == "exited":
             self._finished(message)
         seqpacket.close_all(descriptors)
+
+    def _end_orphans(self, deadline: float) -> None:
+        """The leader is lost: ends what it has led, as far as a control group tells who that is."""
+        left: list[int] = []
+        if self._leaf is not None:
+            self._leaf.kill()
+            with contextlib.suppress(OSError):
+                left = self._leaf.pids()
+            if left and time.monotonic() < deadline:
+                self._node.loop.later(_LOOK_AGAIN_S, lambda: self._end_orphans(deadline))
+                return
+            self._leaf.remove()
+        self._finished({"status": int(signal.SIGKILL), "error": _LOST, "unkillable": left})
 
     def _unfiltered(self) -> None:
         """The last process of the tool's tree is gone."""
@@ -380,6 +429,7 @@ class Tool:
         try:
             if self._pid:
                 self._judge_time(timed_out=bool(message.get("timed_out")))
+                self._judge_end(message.get("unkillable", ()))
                 self._target.write(self._process_record(message), self._origin.identity)
             if not self._left:
                 self._end_implicit(message)
@@ -389,6 +439,9 @@ class Tool:
         if self._account is not None:
             self._account.close()
         self._tell_end(message)
+        self._node.lift_ceiling(self._leaf)
+        if isinstance(self._leaf, OwnLeaf):
+            self._leaf.close()
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.release()
@@ -425,7 +478,7 @@ class Tool:
             "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
         }
         if self._strays:
-            attributes["ray_guard.process.cgroups_left"] = tuple(self._strays)
+            attributes["ray_guard.process.cgroups_left"] = self._strays
         status, text = StatusCode.UNSET, ""
         if ended is not None:
             if "status" in ended:
@@ -498,35 +551,16 @@ class Tool:
         """
         self._why = self._why or why
         if self._leader is not None:
+            if self._leaf is not None and self._processes is not None:
+                self._leaf.kill()  # at once: with hundreds of processes ready to run its leader may have to wait
             self._leader.tell({"op": "end"})
         elif self.running:
             self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
 
 
-class _Groups(NamedTuple):
-    """The control groups that a tool has to go to, and those it is made in."""
-
-    there: dict[str, str]
-    here: dict[str, str]
-
-
-def _groups(leader: int, requester: int) -> _Groups | None:
-    """None: they are the same, or nobody tells."""
-    try:
-        there, here = cgroup.read(requester), cgroup.read(leader)
-    except OSError:
-        return None
-    return None if there == here else _Groups(cgroup.paths(there), cgroup.paths(here))
-
-
-def _follow(pid: int, groups: _Groups | None) -> list[str]:
-    """Moves a process into the control groups of its requester; the hierarchies in which it has to stay where it is."""
-    if groups is None:
-        return []
-    left = cgroup.move(pid, groups.there, groups.here)
-    if left:
-        log.warning("a tool, %d, stays in the supervisor's control groups: %s", pid, left)
-    return [name or "unified" for name in left]
+def _notice_time(account: Account, began: float) -> None:
+    if not account.closed:
+        account.measured(WALL, time.monotonic() - began)
 
 
 def _executable(start: Start) -> str:

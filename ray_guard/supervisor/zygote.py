@@ -25,9 +25,10 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
 from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, syscalls, trees
-from ray_guard.supervisor import domain, mounts
+from ray_guard.supervisor import domain, leaf, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
+from ray_guard.supervisor.leftovers import Held, sweep
 
 
 def run(requests: socket.socket) -> NoReturn:
@@ -44,6 +45,8 @@ def run(requests: socket.socket) -> NoReturn:
     while zygote.step():
         pass
     zygote.end_wards()
+    zygote.held.clear()
+    zygote.remove_leaves()
     os._exit(0)
 
 
@@ -74,6 +77,8 @@ class _Zygote:
         seccomp.encode(self._programs[False])
         self._system = domain.prepare()
         self._wards: dict[int, _Ward] = {}
+        self.held = Held()
+        self._leaves: list[leaf.OwnLeaf] = []
 
     def step(self) -> bool:
         """Handles what has come; False: the supervisor is gone."""
@@ -99,12 +104,17 @@ class _Zygote:
                 }
         elif operation == "remove":
             self._remove(str(message["path"]))
+        elif operation == "hold":
+            with contextlib.suppress(OSError):  # then its calls make it, and say so where they cannot
+                self.held.hold(str(message["path"]))
+        elif operation == "sweep":
+            self._sweep(str(message["path"]))
         elif operation == "release":
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
-        elif operation == "mover":
-            self._fork_mover(descriptors)
+        elif operation in ("mover", "signer", "recoverer"):
+            self._fork_helper(operation, descriptors)
         elif operation == "leader":
             (line,) = descriptors
             try:
@@ -131,15 +141,36 @@ class _Zygote:
             finally:
                 os._exit(0)
 
+    @staticmethod
+    def _sweep(place: str) -> None:
+        if os.fork() == 0:
+            try:
+                sweep(place)
+            finally:
+                os._exit(0)
+
     def _fork_leader(self, line: int, covers: mounts.Covers, *, gpu: bool) -> None:
-        if os.fork() != 0:
+        self._leaves = [each for each in self._leaves if not each.remove()]
+        own = leaf.new()
+        try:
+            pid = os.fork() if own is None else own.fork()
+        except OSError:
+            if own is not None:
+                own.close()
+            raise
+        if pid != 0:
+            if own is not None:
+                own.let_go()
+                self._leaves.append(own)
             return
         code = 1
         try:
             # A leader's copies would keep alive the lines of targets that are the zygote's wards.
-            close_all_but((0, 1, 2, line))
+            close_all_but((0, 1, 2, line, *(() if own is None else (own.descriptor,))))
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
-            code = lead(sock, self._programs[gpu], self._system, covers)
+            code = lead(
+                sock, self._programs[gpu], self._system, covers, own.path if own is not None and own.joined else ""
+            )
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
@@ -147,21 +178,39 @@ class _Zygote:
         finally:
             os._exit(code)
 
-    def _fork_mover(self, descriptors: list[int]) -> None:
+    def _fork_helper(self, which: str, descriptors: list[int]) -> None:
         if os.fork() != 0:
             seqpacket.close_all(descriptors)
             return
         try:
             close_all_but((0, 1, 2, *descriptors))
-            from ray_guard.egress.relay import mover  # here alone: what every tool is forked from stays small
+            line = socket.socket(fileno=descriptors[0])
+            # Here alone: what every tool is forked from stays small.
+            if which == "mover":
+                from ray_guard.egress.relay import mover
 
-            mover.run(socket.socket(fileno=descriptors[0]))
+                mover.run(line)
+            if which == "signer":
+                from ray_guard.evidence import signer
+
+                signer.run(line)
+            from ray_guard.evidence import recovery
+
+            recovery.run(line)
+            os._exit(0)
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
             traceback.print_exc()
         finally:
             os._exit(1)
+
+    def remove_leaves(self) -> None:
+        """The supervisor is gone, and so are its leaders, or about to."""
+        deadline = time.monotonic() + 2 * KILL_PATIENCE_S
+        while (left := [each for each in self._leaves if not each.remove()]) and time.monotonic() < deadline:
+            self._leaves = left
+            time.sleep(0.002)
 
     def end_wards(self) -> None:
         """The supervisor is gone, and its lifelines have stopped the targets: ends all below them.
@@ -193,9 +242,29 @@ def remove(starts: socket.socket, path: str) -> None:
     seqpacket.send(starts, {"op": "remove", "path": path})
 
 
+def hold(starts: socket.socket, path: str) -> None:
+    """Makes the folder of this supervisor's calls and holds it, while this process lives; called by the supervisor."""
+    seqpacket.send(starts, {"op": "hold", "path": path})
+
+
+def sweep_place(starts: socket.socket, place: str) -> None:
+    """Takes away what lost supervisors have left there; called by the supervisor."""
+    seqpacket.send(starts, {"op": "sweep", "path": place})
+
+
 def start_mover(starts: socket.socket, line: socket.socket) -> None:
     """Starts a mover of relayed bytes at this end of its line; called by the supervisor."""
     seqpacket.send(starts, {"op": "mover"}, [line.fileno()])
+
+
+def start_signer(starts: socket.socket, line: socket.socket) -> None:
+    """Starts the signer of the logs at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "signer"}, [line.fileno()])
+
+
+def start_recoverer(starts: socket.socket, line: socket.socket) -> None:
+    """Starts the recoverer of former logs at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "recoverer"}, [line.fileno()])
 
 
 def ask_for_leader(starts: socket.socket, covers: mounts.Covers = (), *, gpu: bool = False) -> socket.socket:
