@@ -1,11 +1,11 @@
 """What is going to start a tool: a thread of the leader, filtered, and waiting to be told. Runs in the zygote.
 
-The filter, the Landlock domain, the working folder and the priority of a thread are its own, and what it starts has
-them too. So a call costs no copy of the leader: its thread takes on what the tool shall have, starts the tool by
-posix_spawn, and ends. What takes long and is the same for every tool is done before anybody asks.
+The filter, the Landlock domain and the priority of a thread are its own, and what it starts has them too. So a call
+costs no copy of the leader: its thread takes on what the tool shall have, starts it by posix_spawn, and ends. What
+takes long and is the same for every tool is done before anybody asks.
 
 The tool could signal such a thread, for both are in one domain, and with it end its own leader. So it does not run
-before the thread has gone: it is stopped while it is executed (:meth:`ray_guard.supervisor.tools.Tool`), and its leader
+before the thread has gone: it is stopped while it is executed (``supervisor.tools``), and its leader
 lets it go.
 """
 
@@ -22,14 +22,16 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
-from ray_guard.kernel import ipc, libc, mounting, procfs, seccomp, seqpacket, spawn
+from ray_guard.kernel import ipc, libc, procfs, seccomp, seqpacket, spawn
 from ray_guard.kernel.syscalls import NUMBERS
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.domain import Domain, read_view
 from ray_guard.supervisor.start import Start, read_start
+
+_UMASK: Final = 0o077
 
 
 class Embryo:
@@ -105,7 +107,6 @@ class Embryo:
             bound_capabilities()
             if ipc.can_be_own():
                 ipc.enter_own_namespace()
-            mounting.unshare(mounting.CLONE_FS)
             stage = "scope"
             domain = Domain(self._system)
             stage = "filter"
@@ -118,12 +119,16 @@ class Embryo:
                 return
             memory, viewed, folder, *given = received[1]
             start, view = read_start(memory), read_view(viewed)
-            _enter(folder, view["cwd"])
-            _inherit(start)
             stage = "files"
             if not mounts.stand(self._covers):
                 raise OSError(errno.ESTALE, "what is hidden or protected was replaced this moment; try again")
             _make_scratch(view["scratch"])
+            stage = "setup"
+            _inherit(start)
+            # These two are the leader's as well, which does not mind.
+            _enter(folder, view["cwd"])
+            os.umask(start.umask)
+            stage = "files"
             pairs = list(_apart(given, start.descriptors))
             domain.enter(view, [here for here, there in pairs if there <= 2])
             start.environment.update(view["environment"])
@@ -135,6 +140,8 @@ class Embryo:
             code = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
             self.failure = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         finally:
+            os.chdir("/")
+            os.umask(_UMASK)
             self._theirs.close()
             os.close(self._tell)
 
@@ -207,7 +214,6 @@ def _inherit(start: Start) -> None:
         libc.syscall(NUMBERS["setgroups"], len(groups), ctypes.addressof(groups))
     if os.getegid() != start.group:
         libc.syscall(NUMBERS["setresgid"], start.group, start.group, start.group)
-    os.umask(start.umask)
     if start.affinity:
         try:
             os.sched_setaffinity(0, start.affinity)
