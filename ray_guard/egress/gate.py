@@ -29,7 +29,6 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 from weakref import WeakSet
@@ -275,8 +274,7 @@ class _Views:
         return sock
 
 
-@dataclass(slots=True)
-class _Pending:
+class _Pending(NamedTuple):
     """A call that is waited for on the target's behalf."""
 
     notification: Notification

@@ -15,7 +15,6 @@ import re
 import socket
 import stat
 import time
-from pathlib import Path
 from typing import Final, Self
 
 from ray_guard.errors import NotEnforced, RayGuardError
@@ -42,18 +41,19 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).absolute()  # not resolve(): a symlink is judged, not followed
+        # Not abspath or realpath: a symlink is judged, not followed. Nor a slash at its end, which would follow it.
+        self.folder = os.path.join(os.getcwd(), os.fsdecode(folder)).rstrip("/") or "/"
         self._folder_fd = _open_folder(self.folder)
         self._fd = -1
         try:
             self.path, self._fd = _open_segment(self.folder, self._folder_fd)
-            os.fsync(self._folder_fd)  # the name itself must survive a power cut, once
         except OSError as error:
             self.close()
             raise NotEnforced([_FEATURE], f"{self.folder} takes no journal segment: {error.strerror}") from error
         #: Bytes in the segment.
         self.size = 0
         self._torn = False
+        self._named = False
         self._postponed: list[bytes] = []
 
     def append(self, line: bytes) -> None:
@@ -111,7 +111,7 @@ class Journal:
                 self.size = os.fstat(self._fd).st_size
 
     def _failed(self, what: str, error: OSError) -> JournalError:
-        return JournalError(error.errno, f"the journal cannot be {what}: {error.strerror}", str(self.path))
+        return JournalError(error.errno, f"the journal cannot be {what}: {error.strerror}", self.path)
 
     def sync(self) -> None:
         """Waits until what was appended is on the disk.
@@ -123,6 +123,9 @@ class Journal:
             if self._fd < 0:  # fdatasync(-1) is a ValueError in Python
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             os.fdatasync(self._fd)
+            if not self._named:  # the name itself must survive a power cut, once
+                os.fsync(self._folder_fd)
+                self._named = True
         except OSError as error:
             raise self._failed("synced", error) from error
 
@@ -147,16 +150,16 @@ class Journal:
         self.close()
 
 
-def _open_folder(folder: Path) -> int:
+def _open_folder(folder: str) -> int:
     """A descriptor of the folder, once it is known to be safe to write evidence to."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
+            os.mkdir(folder, 0o700)
         # Opened first and judged by the descriptor: what is checked is what is used.
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        why = "it is a symlink" if folder.is_symlink() else error.strerror
+        why = "it is a symlink" if os.path.islink(folder) else error.strerror
         raise NotEnforced([_FEATURE], f"{folder} cannot be the evidence folder: {why}") from error
     about = os.fstat(descriptor)
     if about.st_uid != os.geteuid():
@@ -169,10 +172,10 @@ def _open_folder(folder: Path) -> int:
     raise NotEnforced([_FEATURE], f"{folder} cannot be the evidence folder: {why}")
 
 
-def _open_segment(folder: Path, folder_fd: int) -> tuple[Path, int]:
+def _open_segment(folder: str, folder_fd: int) -> tuple[str, int]:
     """``<utc>-<host>-<pid>-<random>.otlp.jsonl``: sorts by start, never collides, says who wrote it."""
     utc = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     host = re.sub(r"[^A-Za-z0-9.]+", "_", socket.gethostname())[:64] or "host"
     name = f"{utc}-{host}-{os.getpid()}-{os.urandom(4).hex()}{SUFFIX}"
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    return folder / name, os.open(name, flags, 0o600, dir_fd=folder_fd)
+    return f"{folder}/{name}", os.open(name, flags, 0o600, dir_fd=folder_fd)

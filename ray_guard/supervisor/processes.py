@@ -18,7 +18,6 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ray_guard.compute.ledger import Entry
@@ -51,7 +50,6 @@ class _Attempt(NamedTuple):
     begun: OpenImage | None
 
 
-@dataclass(slots=True, eq=False)
 class Process:
     """One process.
 
@@ -62,19 +60,21 @@ class Process:
         origin: the call, below that span; made when first asked for.
     """
 
-    entry: Entry
-    parent: Process | None
-    parent_pid: int
-    pidfd: int
-    program: bytes
-    span: str
-    origin: Origin | None = None
-    image: OpenImage | None = None
-    attempt: _Attempt | None = None
+    __slots__ = ("attempt", "entry", "image", "origin", "parent", "parent_pid", "pidfd", "program", "span")
+
+    def __init__(self, entry: Entry, parent: Process | None, parent_pid: int, program: bytes, span: str) -> None:
+        self.entry = entry
+        self.parent = parent
+        self.parent_pid = parent_pid
+        self.pidfd = -1
+        self.program = program
+        self.span = span
+        self.origin: Origin | None = None
+        self.image: OpenImage | None = None
+        self.attempt: _Attempt | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What a call's tree has used in all.
 
     Attributes:
@@ -126,7 +126,8 @@ class Processes:
         self._base_ns = pidfd.cpu_ns(root) or 0
         entry = Entry(root, 0, now(), self._base_ns)
         program = procfs.program(root)
-        self._root = self._known[root] = Process(entry, None, target.pid, -1, program, origin.parent_id or "", origin)
+        self._root = self._known[root] = Process(entry, None, target.pid, program, origin.parent_id or "")
+        self._root.origin = origin
         leader = procfs.parent(root) or 0
         self._limits = Limits(
             node.loop,
@@ -155,7 +156,7 @@ class Processes:
         if process.attempt is not None:
             self._settle(process, procfs.program(process.entry.pid))
         if process.origin is None:
-            process.origin = replace(self._origin, parent_id=process.span)
+            process.origin = self._origin._replace(parent_id=process.span)
         return process.origin
 
     # -- who calls -----------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class Processes:
         if parent is not None and parent.attempt is not None:
             self._settle(parent, procfs.program(parent.entry.pid))
         above = self._root if parent is None else parent
-        process = Process(entry, parent, parent_pid, -1, above.program, above.span)
+        process = Process(entry, parent, parent_pid, above.program, above.span)
         if descriptor >= 0 and self._watched < _WATCHED_LIMIT:
             self._watched += 1
             process.pidfd = descriptor

@@ -12,7 +12,6 @@ import os
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Ruling
@@ -261,7 +260,7 @@ class Ring:
         if self._surroundings is None:
             base = self._node.surroundings(self.target)
             names = self._names.by_address() if self._names is not None else base.names
-            self._surroundings = replace(base, own_unix=frozenset(self._own_unix), names=names)
+            self._surroundings = base._replace(own_unix=frozenset(self._own_unix), names=names)
         return self._surroundings
 
     def _process(self, tid: int) -> Process:

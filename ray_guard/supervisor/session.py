@@ -17,7 +17,6 @@ import socket
 import stat
 import termios
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Final
 
 from ray_guard import errors
@@ -583,6 +582,6 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
     if clustered and policy.role in _ENV_ROLES:
         # A Ray actor without its cluster is none: the role grants it to the actor's own process, listed or not.
         groups = {Group.CLUSTER} | ({Group.COLLECTIVES} if policy.role is Role.POLICY else set())
-        layers = tuple(replace(layer, groups=layer.groups | groups) for layer in policy.layers)
-        policy = replace(policy, layers=layers)
+        layers = tuple(layer._replace(groups=layer.groups | groups) for layer in policy.layers)
+        policy = policy._replace(layers=layers)
     return policy

@@ -14,8 +14,8 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from ray_guard import errors
 from ray_guard.egress.gate import Gate
@@ -44,8 +44,7 @@ _LOST: Final = "the process that led it was lost"
 _NONE: Final = "no process can be made to lead it"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Where in the traces a start belongs, as its requester says.
 
     ``span`` is the open tool call; where there is none the tool becomes a call of its own below ``parent``.
@@ -54,7 +53,7 @@ class Call:
     span: str | None = None
     trace: str | None = None
     parent: str | None = None
-    identity: Mapping[str, AttributeValue] = field(default_factory=dict)
+    identity: Mapping[str, AttributeValue] = MappingProxyType({})
 
 
 class Tool:
@@ -137,7 +136,7 @@ class Tool:
 
     def _find_origin(self, call: Call) -> Origin:
         if call.span is not None and call.span in self._target.open:
-            return replace(self._target.origin_of_call(call.span), parent_id=self._span)
+            return self._target.origin_of_call(call.span)._replace(parent_id=self._span)
         # Nobody said which call this is: it is one, named after its program, and recorded by the supervisor itself.
         span_id = new_span_id()
         name = os.path.basename(self._start.argv[0])[:128]
@@ -188,7 +187,7 @@ class Tool:
         if self._implicit is not None:
             text = str(refusal.error())
             self._target.write(
-                replace(self._implicit, end_ns=time.time_ns(), status=StatusCode.ERROR, status_message=text),
+                self._implicit._replace(end_ns=time.time_ns(), status=StatusCode.ERROR, status_message=text),
                 self._origin.identity,
             )
             account.close()
@@ -347,7 +346,7 @@ class Tool:
     def _end_implicit(self, message: dict[str, Any]) -> None:
         if self._implicit is not None:
             status = StatusCode.ERROR if message.get("status") != 0 else StatusCode.UNSET
-            self._target.write(replace(self._implicit, end_ns=time.time_ns(), status=status), self._origin.identity)
+            self._target.write(self._implicit._replace(end_ns=time.time_ns(), status=status), self._origin.identity)
 
     def _tell_end(self, message: dict[str, Any]) -> None:
         if "status" in message:
