@@ -7,7 +7,6 @@ cut late, by at most its rate times :data:`TICK_S`.
 
 from __future__ import annotations
 
-import logging
 import select
 import socket
 import struct
@@ -19,8 +18,9 @@ from ray_guard.egress.gate import Waiting
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import procfs
 from ray_guard.kernel.sock_diag import SO_COOKIE, LostEvents, SockDiag
+from ray_guard.log import logger
 
-log = logging.getLogger("ray_guard.meter")
+log = logger("ray_guard.meter")
 
 TICK_S: Final = 0.005
 """How often flows under a byte cap are read."""

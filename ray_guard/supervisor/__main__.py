@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 
+from ray_guard import log
 from ray_guard.kernel import borrowing, ipc, mounting
 from ray_guard.supervisor import zygote
 
@@ -27,9 +28,7 @@ def main(descriptor: int, prepared: int = 0) -> None:
     borrowing.works(), ipc.can_be_own(), mounting.works()  # asked here, so that the zygote goes by the same answers
     starts, zygote_pid = zygote.fork(close=[descriptor])
     leaders = [zygote.ask_for_leader(starts) for _ in range(prepared)]
-    import logging
-
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    log.to_stderr()
     from ray_guard.supervisor.service import serve
 
     serve(descriptor, starts, zygote_pid, leaders)

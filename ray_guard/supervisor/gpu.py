@@ -8,13 +8,11 @@ that runs is a look at /proc/devices.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ray_guard.compute.census import Finding, Holder, Place, judge
 from ray_guard.compute.engines import Phase
@@ -23,7 +21,7 @@ from ray_guard.egress.gate import Waiting
 from ray_guard.errors import NotEnforced, PolicyError
 from ray_guard.kernel import gpu_devices, procfs
 from ray_guard.kernel.gpu_devices import Descriptors, Kind
-from ray_guard.kernel.nvml import Reading
+from ray_guard.log import logger
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import Mode
 from ray_guard.supervisor import orphans
@@ -31,7 +29,10 @@ from ray_guard.supervisor.gpu_poller import LOAD_S, Census, Held, Poller
 from ray_guard.supervisor.gpu_target import SCOPES, GpuTarget, granted, has_budget, limits
 from ray_guard.supervisor.target import Origin, Target
 
-log = logging.getLogger("ray_guard.gpu")
+if TYPE_CHECKING:
+    from ray_guard.kernel.nvml import Reading
+
+log = logger("ray_guard.gpu")
 
 PROCESS: Final = "gpu_process"
 HIDDEN_TENANT: Final = "gpu_hidden_tenant"
@@ -47,8 +48,7 @@ _DEPTH: Final = 4096
 _FAULTS_TOLD: Final = 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Owner:
+class _Owner(NamedTuple):
     """Whose a process is, and where in there."""
 
     watched: GpuTarget

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
@@ -18,11 +16,11 @@ from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
+from ray_guard.log import logger
 from ray_guard.policy.budgets import Account, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
-from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.limits import Census
@@ -31,9 +29,12 @@ from ray_guard.supervisor.proxies import Proxies
 from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
+    import subprocess
+
+    from ray_guard.supervisor.cluster import Directory
     from ray_guard.supervisor.target import Target
 
-log = logging.getLogger("ray_guard.node")
+log = logger("ray_guard.node")
 
 SYNC_S: Final = 1.0
 """How often journals are forced to disk."""
@@ -133,6 +134,8 @@ class Node:
             self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
+                import subprocess  # most nodes export nothing, and every start would wait for it
+
                 whole = {**os.environ, **environment}
                 self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/", env=whole))
         return self._journals[folder]
@@ -187,6 +190,8 @@ class Node:
         self._memberships[id(target)] = membership
         directory = self._directories.get(membership.address)
         if directory is None:
+            from ray_guard.supervisor.cluster import Directory  # nor do most calls belong to a cluster
+
             environment = {**membership.environment}
             directory = Directory(membership.argv, environment, self.loop, self._changed)
             self._directories[membership.address] = directory

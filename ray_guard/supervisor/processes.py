@@ -12,7 +12,6 @@ A process that a signal ends is heard of by its pidfd; who its parent was is lea
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ray_guard.compute.ledger import Entry
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import pidfd, procfs
+from ray_guard.log import logger
 from ray_guard.supervisor.arguments import Memory, runnable
 from ray_guard.supervisor.limits import Limits, now
 from ray_guard.supervisor.process_spans import Image, OpenImage, ProcessSpans
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ray_guard.policy.budgets import Exceeded
     from ray_guard.supervisor.node import Node
 
-log = logging.getLogger("ray_guard.processes")
+log = logger("ray_guard.processes")
 
 _KNOWN_LIMIT: Final = 4096
 _WATCHED_LIMIT: Final = 256

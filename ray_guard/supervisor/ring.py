@@ -7,7 +7,6 @@ work for every request: decide (pure) → account → journal → only then may 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import struct
 import time
@@ -23,6 +22,7 @@ from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.kernel import libc, procfs
+from ray_guard.log import logger
 from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Account, Exceeded
 from ray_guard.policy.decide import (
     CompiledPolicy,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ray_guard.supervisor.node import Node
     from ray_guard.supervisor.view import View
 
-log = logging.getLogger("ray_guard.ring")
+log = logger("ray_guard.ring")
 
 _OWN_SOCKETS_LIMIT: Final = 1024
 _LOOK_EVERY_S: Final = 0.05

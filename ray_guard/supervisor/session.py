@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import select
 import signal
@@ -25,6 +24,7 @@ from ray_guard.errors import NotEnforced, PolicyError, RayGuardError
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import libc, seqpacket
 from ray_guard.kernel.seccomp import Listener
+from ray_guard.log import logger
 from ray_guard.policy.budgets import Scope
 from ray_guard.policy.decide import CompiledPolicy, Operation, Process, Request, decide
 from ray_guard.policy.destination import Group, Transport, canonical_address
@@ -40,7 +40,7 @@ from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
 from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
 
-log = logging.getLogger("ray_guard.session")
+log = logger("ray_guard.session")
 
 _BATCH: Final = 64
 """Packets read at one go: a chatty target must not keep others waiting."""

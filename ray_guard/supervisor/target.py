@@ -6,7 +6,6 @@ are journaled, nothing more). It holds the open spans that its process reported,
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal
 from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
 from ray_guard.kernel.seqpacket import BadPacket
+from ray_guard.log import logger
 from ray_guard.policy.budgets import Account, Exceeded, Limits, Scope, limits_from_wire, tightest
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
@@ -25,7 +25,7 @@ from ray_guard.supervisor import fields
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.view import Views
 
-log = logging.getLogger("ray_guard.target")
+log = logger("ray_guard.target")
 
 _VIOLATIONS_KEPT: Final = 10_000
 _OPEN_LIMIT: Final = 100_000

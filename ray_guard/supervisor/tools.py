@@ -7,7 +7,6 @@ filtered process is gone.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
@@ -24,6 +23,7 @@ from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import cgroup, seqpacket
 from ray_guard.kernel.seccomp import Listener
+from ray_guard.log import logger
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
@@ -38,7 +38,7 @@ from ray_guard.supervisor.ring import Ring
 from ray_guard.supervisor.start import Start
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
 
-log = logging.getLogger("ray_guard.tools")
+log = logger("ray_guard.tools")
 
 _LOST: Final = "the process that led it was lost"
 _NONE: Final = "no process can be made to lead it"
