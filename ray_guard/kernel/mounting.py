@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Final
 
 from ray_guard.kernel import libc
+from ray_guard.kernel.trial import FAILED, Trial
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
@@ -88,27 +89,29 @@ def enter_own_namespace(how: Way) -> None:
 
 
 @functools.cache
+def trial() -> Trial:
+    """Begins to find out what :func:`way` answers."""
+    return Trial(_attempt)
+
+
 def way() -> Way:
-    """How this process and its children could have one, and mount in it; tried in a child, once."""
-    return next((each for each in (Way.PRIVILEGED, Way.USER) if _works(each)), Way.NONE)
+    """How this process and its children could have one, and mount in it; tried once, and a forked one keeps it."""
+    outcome = trial().outcome
+    return Way.NONE if outcome == FAILED else Way(outcome)
 
 
 def works() -> bool:
     return way() is not Way.NONE
 
 
-def _works(how: Way) -> bool:
-    pid = os.fork()
-    if pid == 0:
-        code = 1
+def _attempt() -> int:
+    libc.prctl(libc.PR_SET_DUMPABLE, 1)  # else /proc/self is root's
+    for how in (Way.PRIVILEGED, Way.USER):
         try:
-            libc.prctl(libc.PR_SET_DUMPABLE, 1)  # else /proc/self is root's
             enter_own_namespace(how)
             mount("tmpfs", "/dev", "tmpfs", MS_RDONLY, "size=4k")
             make_read_only("/dev")
-            code = 0
         except OSError:
-            pass
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            continue
+        return int(how.value)
+    return int(Way.NONE.value)
