@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from ray_guard.kernel.gpu_devices import Kind
+from ray_guard.kernel.gpu_majors import Kind
 
 
 class Place(StrEnum):

@@ -21,7 +21,7 @@ from ray_guard.policy.budgets import Account, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.records import Role
-from ray_guard.supervisor.gpu import Gpus
+from ray_guard.supervisor.gpu_presence import Presence
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
@@ -99,7 +99,7 @@ class Node:
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
-        self.gpus = Gpus(loop)
+        self.gpus = Presence(loop)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}

@@ -183,10 +183,8 @@ class Session:
         if kind != "observer":
             borrows = self._node.means.borrows
             policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
-            if self._node.gpus.must_wait(policy):
-                self._node.gpus.when_known(self._later(message, descriptors))
+            if self._waits_for_gpus(policy, message, descriptors):
                 return
-            self._node.gpus.admit(policy)
             if policy.names:
                 self._node.resolver.require()
             self._require_proxies(policy)
@@ -238,6 +236,17 @@ class Session:
                 "acts": acts(policy),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _waits_for_gpus(self, policy: CompiledPolicy, message: dict[str, Any], descriptors: list[int]) -> bool:
+        """Whether the hello is handled again later. Raises NotEnforced: GPUs cannot be held to ``policy`` here."""
+        gpus = self._node.gpus.asked(policy)
+        if gpus is None:
+            return False
+        if gpus.must_wait(policy):
+            gpus.when_known(self._later(message, descriptors))
+            return True
+        gpus.admit(policy)
+        return False
 
     def _later(self, message: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
         """Handles ``message`` once more, when what it needs is known; its descriptors are kept until then."""
@@ -391,12 +400,12 @@ class Session:
         self._reply(descriptors[0], {"ended": None if found is None else found.as_message()})
 
     def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
-        self._node.gpus.register(self._known(), int(message["pid"]), str(message.get("phase")))
+        self._node.gpus.watching().register(self._known(), int(message["pid"]), str(message.get("phase")))
         self._reply(descriptors[0], {"ok": True})
 
     def _engine_state(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         phase, in_flight = message.get("phase"), message.get("in_flight")
-        self._node.gpus.declare(
+        self._node.gpus.watching().declare(
             self._known(),
             int(message["pid"]),
             None if phase is None else str(phase),
