@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ray_guard.cli.order import Order
 from ray_guard.client import channel as channels
 from ray_guard.errors import RayGuardError
+from ray_guard.policy.plain import wire_of
 
 if TYPE_CHECKING:
     import argparse
@@ -55,9 +56,6 @@ def carry_out(order: Order) -> int:
         return _nothing("no command: ray-guard run --policy FILE -- CMD …")
     try:
         summons = channels.Summons(starts=1, supervise=_supervise)
-        # Loaded only now: where a supervisor must be started it does the same meanwhile.
-        from ray_guard.policy.plain import wire_of
-
         channel = _introduce(summons, wire_of(order.policy), order.evidence)
         terminal = _terminal()
         forward = _Forwarding()

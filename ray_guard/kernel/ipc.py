@@ -7,7 +7,6 @@ once, before the zygote forks anything.
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 from ray_guard.kernel import libc
@@ -21,17 +20,14 @@ def enter_own_namespace() -> None:
     libc.unshare(_CLONE_NEWIPC)
 
 
-@functools.cache
-def trial() -> Trial:
-    """Begins to find out what :func:`can_be_own` answers."""
-    return Trial(_attempt)
-
-
 def can_be_own() -> bool:
     """Whether :func:`enter_own_namespace` works here. Tried once per process; a forked one keeps the answer."""
-    return trial().outcome == 0
+    return TRIAL.outcome == 0
 
 
 def _attempt() -> int:
     enter_own_namespace()
     return 0
+
+
+TRIAL: Final = Trial(_attempt)

@@ -6,7 +6,6 @@ Source: mount(2), mount_setattr(2), mount_namespaces(7).
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from enum import Enum
 from typing import Final
@@ -88,15 +87,9 @@ def enter_own_namespace(how: Way) -> None:
     mount("none", "/", "none", MS_REC | MS_SLAVE)
 
 
-@functools.cache
-def trial() -> Trial:
-    """Begins to find out what :func:`way` answers."""
-    return Trial(_attempt)
-
-
 def way() -> Way:
     """How this process and its children could have one, and mount in it; tried once, and a forked one keeps it."""
-    outcome = trial().outcome
+    outcome = TRIAL.outcome
     return Way.NONE if outcome == FAILED else Way(outcome)
 
 
@@ -115,3 +108,6 @@ def _attempt() -> int:
             continue
         return int(how.value)
     return int(Way.NONE.value)
+
+
+TRIAL: Final = Trial(_attempt)
