@@ -40,6 +40,9 @@ _STANDARD: Final = os.path.dirname(os.__file__)
 _OWN: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _IMPORTLIB: Final = ("_frozen_importlib", "_frozen_importlib_external")
 _PACKAGES: Final = frozenset({"site-packages", "dist-packages"})
+_ALTERING: Final = ("PYTHON", "LD_", "MALLOC_", "GLIBC_")
+#: where modules may come from is looked at one by one
+_HARMLESS: Final = frozenset({"PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONUNBUFFERED"})
 #: what start-up files of packaging tools load: they look for modules, and are left behind with ``sys.meta_path``
 _FINDERS: Final = ("_distutils_hack", "_virtualenv", "__editable__")
 
@@ -87,11 +90,13 @@ def spawn(path: str, prepared: int) -> int:
 def may_fork() -> bool:
     """Whether this process has done nothing that a supervisor must not inherit: :func:`fork` would be clean.
 
-    No other thread, no options that change how Python runs, and no module but the standard library's and our own: a
-    start-up file of the user's may have patched anything.
+    No other thread, no options and variables that change how Python or the loader works, and no module but the standard
+    library's and our own: a start-up file of the user's may have patched anything.
     """
-    plain = not (sys.warnoptions or sys.flags.dev_mode or sys.gettrace() or sys.getprofile())
-    return plain and len(os.listdir("/proc/self/task")) == 1 and all(map(_is_known, list(sys.modules.items())))
+    altered = sys.warnoptions or sys.flags.dev_mode or sys.gettrace() or sys.getprofile()
+    if altered or any(name.startswith(_ALTERING) and name not in _HARMLESS for name in os.environ):
+        return False
+    return len(os.listdir("/proc/self/task")) == 1 and all(map(_is_known, list(sys.modules.items())))
 
 
 def _is_known(loaded: tuple[str, object]) -> bool:
@@ -143,6 +148,7 @@ def _become(opened: _Opened, prepared: int, supervise: Main) -> NoReturn:
         os.environ.update(kept)
         sys.argv[:] = [os.fsdecode(_NAME)]
         procfs.overwrite_arguments(_NAME)
+        sys.dont_write_bytecode = False
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder.__module__ in _IMPORTLIB]
         sys.path[:] = import_path(sys.path)
         supervise(_LISTENER, prepared)
