@@ -34,7 +34,7 @@ _BOOT: Final = (
     "main({socket}, {prepared})\n"
 )
 #: what a supervisor may know of the environment of whoever happened to start it
-_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME")
+_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME", "RAY_GUARD_NFTABLES")
 _NAME: Final = b"ray_guard.supervisor"
 _STANDARD: Final = os.path.dirname(os.__file__)
 _OWN: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -26,8 +26,9 @@ def main(descriptor: int, prepared: int = 0) -> None:
     os.umask(0o077)
     # Begun here, so that the zygote goes by the same answers; nobody waits for them yet.
     trial.begin([borrowing.TRIAL, ipc.TRIAL, mounting.TRIAL])
-    from ray_guard.supervisor import zygote
+    from ray_guard.supervisor import leaf, zygote
 
+    leaf.place()  # asked here too
     starts, zygote_pid = zygote.fork(close=[descriptor])
     leaders = [zygote.ask_for_leader(starts) for _ in range(prepared)]
     log.to_stderr()

@@ -50,9 +50,9 @@ def test_a_journal_comes_back_with_positions(tmp_path: Path) -> None:
     assert quarantine.total == 0
     assert len({id(entry.resource) for entry in entries}) == 1
     last = entries[-1].position
-    assert last.line == 3
-    assert str(last) == f"{journal.path}:3 (byte {len(line(1)) + len(line(2))})"
-    assert Path(journal.path).read_bytes()[last.offset :] == line(3)
+    assert last.line == 4  # after the line in which the segment says what it is
+    assert str(last) == f"{journal.path}:4 (byte {journal.size - len(line(3))})"
+    assert journal.path.read_bytes()[last.offset :] == line(3)
 
 
 def test_what_cannot_be_used_is_counted_with_its_place(tmp_path: Path) -> None:
