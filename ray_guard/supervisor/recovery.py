@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ray_guard.egress.made import Waiting
 from ray_guard.evidence.journal import Journal
-from ray_guard.evidence.recovery import VOUCHES, unvouched
+from ray_guard.evidence.layout import VOUCHES, unvouched
 from ray_guard.log import logger
 
 log = logger("ray_guard.recovery")
@@ -38,7 +38,7 @@ class Recovery:
         except OSError as error:
             log.warning("former logs in %s are not seen to: %s", journal.folder, error)
             return
-        self._line.sendall(json.dumps({"folder": str(journal.folder), "log": journal.log}).encode() + b"\n")
+        self._line.sendall(json.dumps({"folder": journal.folder, "log": journal.log}).encode() + b"\n")
         loop.watch(self._line.fileno(), select.EPOLLIN, lambda _events: self._ready())
 
     def _ready(self) -> None:
