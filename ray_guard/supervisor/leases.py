@@ -11,18 +11,17 @@ part of a limit may be left over on each node.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from ray_guard.egress.gate import Waiting
+from ray_guard.log import logger
 from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Limits
 
-log = logging.getLogger("ray_guard.leases")
+log = logger("ray_guard.leases")
 
 PARTS: Final = 128
 """Into how many a limit is cut, where it has as many units."""
@@ -44,12 +43,15 @@ class Desk(Protocol):
     def ask(self, question: dict[str, Any], take: Callable[[dict[str, Any]], None]) -> None: ...
 
 
-@dataclass(slots=True)
 class _Waiter:
-    amount: Amount
-    again: Callable[[], None]
-    asked: bool = False
-    """The question that is under way asks for it too."""
+    """``asked``: the question that is under way asks for it too."""
+
+    __slots__ = ("again", "amount", "asked")
+
+    def __init__(self, amount: Amount, again: Callable[[], None]) -> None:
+        self.amount = amount
+        self.again = again
+        self.asked = False
 
 
 class Lease:

@@ -13,24 +13,23 @@ costs an episode no more than the one request.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced, RayGuardError
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
+from ray_guard.log import logger
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import Amount, Exceeded, Limits, Scope
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
 
-log = logging.getLogger("ray_guard.quota")
+log = logger("ray_guard.quota")
 
 TOKENS: Final = "tokens"
 FLOPS: Final = "flops"
@@ -60,10 +59,9 @@ class _Reserved(NamedTuple):
     asking: Asking
 
 
-@dataclass(slots=True)
-class _Spender:
+class _Spender(NamedTuple):
     target: Target
-    open: dict[str, _Reserved] = field(default_factory=dict)
+    open: dict[str, _Reserved]
 
 
 class Quotas:
@@ -74,7 +72,7 @@ class Quotas:
 
     def join(self, target: Target) -> None:
         """A target is here: it may reserve, and its open scopes may pay."""
-        self._spenders[id(target)] = _Spender(target)
+        self._spenders[id(target)] = _Spender(target, {})
 
     def leave(self, target: Target) -> None:
         """A target is gone. What it has not settled is charged: see the module."""
