@@ -102,7 +102,7 @@ class Node:
         """Has the zygote take away a folder; set likewise."""
         self.gpus = Gpus(loop)
         self.leases = Leases(loop)
-        self.quotas = Quotas()
+        self.quotas = Quotas(self.leases, self.directory)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}

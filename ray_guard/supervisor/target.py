@@ -122,6 +122,8 @@ class Target:
     scratches: Scratches
     account: Account = field(init=False)
     trace_id: str = field(default_factory=new_trace_id)
+    key: str = field(default_factory=new_trace_id)
+    """Names its account to other nodes; nobody guesses it."""
     open: dict[str, OpenSpan] = field(default_factory=dict)
     intents: dict[int, str] = field(default_factory=dict)
     violations: deque[Violation] = field(default_factory=lambda: deque(maxlen=_VIOLATIONS_KEPT))
