@@ -207,7 +207,7 @@ class Session:
             run_id=str(identity.get("run_id") or ""),
             actor_id=str(identity.get("actor_id") or pid),
             views=views,
-            scratches=Scratches(views.temporary, self._node.remove),
+            scratches=Scratches(views.temporary, self._node.number, self._node.hold, self._node.remove),
         )
         target.pump = self.pump
         if membership is not None:
@@ -332,9 +332,9 @@ class Session:
                 continue  # Ray's own server accepted it
             address = canonical_address(str(host))
             request = Request(Operation.CONNECT, Transport.TCP, address, int(port), process=Process.OWN)
-            if (address, int(port)) not in told and not decide(
-                target.policy, surroundings, target.account, request
-            ).allowed:
+            decision = decide(target.policy, surroundings, target.account, request)
+            # What leads to a model endpoint goes by relay, which none of these does.
+            if (address, int(port)) not in told and (not decision.allowed or decision.model is not None):
                 refused.append(f"tcp://{address}:{port}")
         return refused
 
