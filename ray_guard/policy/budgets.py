@@ -182,6 +182,8 @@ class Account:
         self._books: tuple[dict[str, Amount], ...] = (self._used, *(() if parent is None else parent._books))
         """What was used here and in each scope around."""
         self._held: dict[str, Amount] = {}
+        self._elsewhere: dict[str, Amount] = {}
+        self._others: dict[str, Amount] = {}
         self._warned: set[str] = set()
         self.near: Callable[[Near], None] = lambda _near: None
         """Told when a limit of this scope is almost reached. It must not raise."""
@@ -214,6 +216,14 @@ class Account:
         return self._parent
 
     @property
+    def root(self) -> Account:
+        """The outermost scope around this one: its job's."""
+        node = self
+        while node._parent is not None:
+            node = node._parent
+        return node
+
+    @property
     def closed(self) -> bool:
         return self._closed
 
@@ -231,13 +241,23 @@ class Account:
         """This scope's own enforced limit."""
         return self._limits.get(_known(kind), UNLIMITED)
 
+    @property
+    def limits(self) -> Limits:
+        """This scope's own enforced limits."""
+        return dict(self._limits)
+
+    def own_room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
+        """:meth:`room` as far as this scope alone is concerned."""
+        limit = self.limit(kind)
+        return UNLIMITED if limit is UNLIMITED else max(0, limit - self._taken(kind))
+
     def room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
         """What may still be reserved: the least room of this scope and those around it; never negative."""
         _known(kind)
         least: Amount | Literal[Unlimited.UNLIMITED] = UNLIMITED
         for node in self._upwards():
-            if kind in node._limits:
-                own = max(0, node._limits[kind] - node._taken(kind))
+            own = node.own_room(kind)
+            if own is not UNLIMITED:
                 least = own if least is UNLIMITED else min(least, own)
         return least
 
@@ -356,10 +376,16 @@ class Account:
         for child in self._children:
             child._watch_network()
 
-    def extend(self, kind: str, amount: Amount) -> None:
-        """Raises this scope's limit: the job's limit arrives in leased chunks. Absent means unlimited and stays so."""
-        if _known(kind) in self._limits:
-            self._limits[kind] += _amount(amount)
+    def spread(self, kind: str, *, elsewhere: Amount, others: Amount) -> None:
+        """This scope is on several nodes, and only a part of its limit may be used here.
+
+        Args:
+            elsewhere: the part of the limit that may not: it counts as taken.
+            others: what of that other nodes have claimed: it counts for the warning.
+        """
+        self._elsewhere[_known(kind)] = _amount(elsewhere)
+        self._others[kind] = _amount(others)
+        self._warn(kind, self._used.get(kind, 0))
 
     @property
     def refused(self) -> int:
@@ -416,7 +442,7 @@ class Account:
             node = node._parent
 
     def _taken(self, kind: str) -> Amount:
-        return self._used.get(kind, 0) + self._held.get(kind, 0)
+        return self._used.get(kind, 0) + self._held.get(kind, 0) + self._elsewhere.get(kind, 0)
 
     def _notice(self, kinds: Iterable[str]) -> None:
         """Warns of what is almost used up, here and in the scopes around."""
@@ -428,6 +454,7 @@ class Account:
     def _warn(self, kind: str, value: Amount) -> None:
         if kind in self._warned or not value:
             return
+        value += self._others.get(kind, 0)
         limits = [limits[kind] for limits in (self._limits, self._watched) if kind in limits]
         if limits and value >= NEAR * min(limits):
             self._warned.add(kind)

@@ -44,6 +44,7 @@ SUPPORTED: Final = frozenset(
         *(f"budgets.{scope}.gpu_memory" for scope in ("call", "actor")),
         "gpu.engine",
         "gpu.none",
+        "model_endpoint",
         "budgets.episode.wall_seconds",
         *(f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")),
         "subprocess.confine",

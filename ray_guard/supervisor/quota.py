@@ -25,7 +25,7 @@ from ray_guard.errors import NotEnforced, RayGuardError
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.policy.bill import Bill
-from ray_guard.policy.budgets import Amount, Exceeded, Scope
+from ray_guard.policy.budgets import Amount, Exceeded, Limits, Scope
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
@@ -247,6 +247,11 @@ def _record_unsettled(target: Target, charged: Mapping[str, Amount]) -> None:
         target.write(record, origin.identity)
     except JournalError:
         log.exception("unsettled reservations could not be journaled")
+
+
+def asked_for(message: Mapping[str, Any]) -> Limits:
+    """The amounts that a reservation is about, as far as they are known. Raises BadPacket for what is none."""
+    return {TOKENS: _count(message.get("tokens")), FLOPS: _flops(message.get("flops")) or 0}
 
 
 def _count(value: object) -> int:

@@ -34,7 +34,7 @@ from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
-from ray_guard.supervisor.quota import FLOPS, TOKENS
+from ray_guard.supervisor.quota import FLOPS, TOKENS, asked_for
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.start import read_start
@@ -194,6 +194,8 @@ class Session:
             if policy.names:
                 self._node.resolver.require()
             self._require_proxies(policy)
+            if self._must_lease(message, descriptors, policy, membership):
+                return
         views = Views(message.get("places"))
         target = Target(
             pid=pid,
@@ -205,7 +207,7 @@ class Session:
             run_id=str(identity.get("run_id") or ""),
             actor_id=str(identity.get("actor_id") or pid),
             views=views,
-            scratches=Scratches(views.temporary, self._node.remove),
+            scratches=Scratches(views.temporary, self._node.number, self._node.hold, self._node.remove),
         )
         target.pump = self.pump
         if membership is not None:
@@ -240,6 +242,24 @@ class Session:
                 "acts": acts(policy),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _must_lease(
+        self,
+        message: dict[str, Any],
+        descriptors: list[int],
+        policy: CompiledPolicy,
+        membership: Membership | None,
+    ) -> bool:
+        """Whether this hello is handled once more when its job's first leases are there, or are not to be had."""
+        if membership is None:
+            return False
+        identity = message.get("identity") or {}
+        run_id, job_id = str(identity.get("run_id") or ""), str(identity.get("job_id") or "")
+        unknown = self._node.must_lease(run_id, job_id, policy, membership)
+        if not unknown or message.get("waited"):
+            return False
+        self._node.leases.wait(unknown, self._later({**message, "waited": True}, descriptors))
+        return True
 
     def _joined(self, target: Target) -> None:
         target.warn = self._warn
@@ -312,9 +332,9 @@ class Session:
                 continue  # Ray's own server accepted it
             address = canonical_address(str(host))
             request = Request(Operation.CONNECT, Transport.TCP, address, int(port), process=Process.OWN)
-            if (address, int(port)) not in told and not decide(
-                target.policy, surroundings, target.account, request
-            ).allowed:
+            decision = decide(target.policy, surroundings, target.account, request)
+            # What leads to a model endpoint goes by relay, which none of these does.
+            if (address, int(port)) not in told and (not decision.allowed or decision.model is not None):
                 refused.append(f"tcp://{address}:{port}")
         return refused
 
@@ -407,7 +427,12 @@ class Session:
         self._reply(descriptors[0], {"ended": None if found is None else found.as_message()})
 
     def _reserve(self, message: dict[str, Any], descriptors: list[int]) -> None:
-        self._reply(descriptors[0], self._node.quotas.reserve(self._known(), message))
+        target = self._known()
+        lacking = self._node.leases.lacking(target.account.root, asked_for(message))
+        if lacking and not message.get("waited"):
+            self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
+            return
+        self._reply(descriptors[0], self._node.quotas.reserve(target, message))
 
     def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         self._node.quotas.settle(self._known(), message)

@@ -135,13 +135,20 @@ def test_levels_are_judged_in_their_own_scope() -> None:
     assert call.used("wall_seconds") == 0
 
 
-def test_a_lease_extends_a_limit_and_never_makes_one() -> None:
-    job = Account(Scope.JOB, "job", {TOTAL: 0})
-    assert job.reserve(SENT, 5) is not None
-    job.extend(TOTAL, 5)
-    assert job.reserve(SENT, 5) is None
-    job.extend("connections", 5)
-    assert job.limit("connections") is UNLIMITED
+def test_what_other_nodes_may_use_is_taken_here() -> None:
+    job = Account(Scope.JOB, "job", {TOTAL: 100})
+    told: list[Near] = []
+    job.near = told.append
+    job.spread(TOTAL, elsewhere=100, others=0)
+    assert job.reserve(SENT, 1) == Exceeded(TOTAL, 101, 100, Scope.JOB, "job")
+    job.spread(TOTAL, elsewhere=50, others=0)
+    assert job.room(TOTAL) == job.own_room(TOTAL) == 50
+    assert job.reserve(SENT, 50) is None
+    job.settle(SENT, 50, 30)
+    assert told == []
+    job.spread(TOTAL, elsewhere=70, others=50)
+    assert (job.room(TOTAL), job.used(TOTAL)) == (0, 30)
+    assert [near.value for near in told] == [80]
 
 
 def test_refused_attempts_are_counted_apart() -> None:

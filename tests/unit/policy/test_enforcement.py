@@ -32,7 +32,7 @@ def named(data: dict[str, Any], supported: frozenset[str] = SUPPORTED) -> tuple[
         ({"egress": {"verify_names": True}}, ()),
         ({"egress": {"verify_names": True, "allow": ["a.b:443"]}}, ()),
         ({"egress": {"verify_names": False, "allow": ["a.b:443"]}}, ()),
-        ({"model_endpoint": "engine:8000"}, ("model_endpoint",)),
+        ({"model_endpoint": "engine:8000"}, ()),
         ({"model_endpoint": None}, ()),
         ({"gpu": "none"}, ()),
         ({"gpu": "engine"}, ()),
@@ -96,6 +96,7 @@ def test_every_supported_name_can_come_up() -> None:
     data: dict[str, Any] = {
         "mode": "enforce",
         "role": "env",
+        "model_endpoint": "engine:8000",
         "egress": {"listen": [1], "proxy": "http://p:3128", "verify_names": True},
         "files": {"read": ["cwd"], "write": ["cwd"], "hide": ["/a"], "protect": ["/a"]},
         "budgets": {
