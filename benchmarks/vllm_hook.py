@@ -141,7 +141,7 @@ def main() -> None:
         )
         report.add(f"{REQUESTS} requests of {TOKENS} tokens", "tokens/s", outcomes, ["without the hook"])
         hook, supervisor = statistics.median(engine.hook_us), statistics.mean(engine.supervisor_us)
-        # The core and its worker spin while they wait for each other, the longer the busier the machine: hence the least.
+        # The core and its worker spin while they wait for each other, longer on a busy machine: hence the least.
         request = min(engine.request_us)
         report.add_facts(
             "CPU per request [µs]",
