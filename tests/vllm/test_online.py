@@ -184,3 +184,5 @@ def test_an_exhausted_budget_refuses_before_a_stream_begins(
     assert not [span for span in spans(server.evidence) if span.name == "ray_guard.unsettled"]
     assert all(span.end_ns is not None for span in chats())
     assert chats(rl_rollout_id="whoever started the server") == []
+    by_http = [span for span in chats() if "rl.rollout.id" not in span.attributes]
+    assert {span.parent_id for span in by_http} == {None, SPAN}

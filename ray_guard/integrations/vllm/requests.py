@@ -309,9 +309,10 @@ class Ledger:
         if sequences > 1:
             opening["gen_ai.request.choice.count"] = sequences
         span = Chat(self.model.name, opening, self.version or versions.current())
-        before, place = carry.current(), here()
+        place = here()
         payer = _NOBODY if place.is_http else None
-        carry.move_to(place.above)
+        before = carry.capture()
+        carry.swap((place.above, _no_context(before[1]) if place.is_http else before[1]))
         try:
             span.__enter__()
             try:
@@ -324,7 +325,7 @@ class Ledger:
         except RayGuardError as error:
             raise self._refuse(error) from error
         finally:
-            carry.move_to(before)
+            carry.swap(before)
         if reservation.scope:
             span.set_attribute("ray_guard.charge_scope", reservation.scope)
         return Request(self.model, span, payer, reservation, sequences)
@@ -408,6 +409,11 @@ class Ledger:
         except SupervisorLost:
             # Nothing is granted from here on anyway; vLLM's loop must not break over the books of what is done.
             warn_once("vllm", "ray_guard: the supervisor is gone; a request could not be settled")
+
+
+def _no_context(context: Any) -> Any:
+    """OpenTelemetry's empty context, where it is loaded: the current one is of whoever started the server."""
+    return None if context is None else type(context)()
 
 
 def _prompt_length(request: Any) -> int:
