@@ -63,7 +63,7 @@ def test_without_sockets_the_text_tells_and_says_how_sure(tmp_path: Path) -> Non
 
 
 def test_alerts_of_nobody_are_called_so(tmp_path: Path) -> None:
-    found, score = answer(tmp_path, "negatives-bare", guilty=0.0)
+    found, score = answer(tmp_path, "negatives-bare", guilty=0.0, minutes=40)
     assert score["negatives"] >= 50
     assert score["negatives_unobserved"] >= 0.95
     assert not any(source["skew_identifiable"] for source in found["sources"])
