@@ -29,15 +29,14 @@ Within = Callable[[int], bool]
 """Whether a process, or thread, is the call's."""
 
 
-def within(root: int) -> Within:
-    """For the call whose first process is ``root``."""
-    leader = procfs.parent(root)
+def within(leader: int) -> Within:
+    """For the call that process ``leader`` leads."""
 
     def is_within(tid: int) -> bool:
         # All that a call starts descends from its leader, which adopts what has lost its parents: that may happen just
         # while they are looked up.
         pid = procfs.thread_group(tid)
-        if pid is None or leader is None or pid == leader:
+        if pid is None or pid == leader:
             return False
         return any(procfs.is_in_tree(pid, leader) for _ in range(_LOOKS))
 

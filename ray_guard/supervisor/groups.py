@@ -49,15 +49,12 @@ class Groups:
 
     A group lies within one session, and the first process of a call leads its own: so a group is the call's or it is
     not. Its number may be another's once it is empty, so who is in it is looked at first.
-
-    Args:
-        first: that of the call's first process.
     """
 
     grows: Final = True
 
-    def __init__(self, first: int) -> None:
-        self._groups = {first}
+    def __init__(self) -> None:
+        self._groups: set[int] = set()
         self._recent: set[int] = set()
 
     def add(self, group: int) -> None:

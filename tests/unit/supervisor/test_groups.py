@@ -57,13 +57,15 @@ def test_all_of_them_are_signalled_and_nobody_else() -> None:
     first = _sleeper(0)
     second, third = _sleeper(first), _sleeper(0)
     os.setpgid(0, 0)  # a leader has a group of its own
-    Groups(first).signal(signal.SIGTERM)
+    groups = Groups()
+    groups.add(first)
+    groups.signal(signal.SIGTERM)
     for pid in (first, second, third):
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
 
 
 def test_what_is_told_of_is_not_forgotten_before_it_is_made() -> None:
-    groups = Groups(os.getpgrp())
+    groups = Groups()
     for number in range(1 << 25, (1 << 25) + 1000):
         groups.add(number)
     assert len(groups._groups | groups._recent) < 600
