@@ -203,6 +203,7 @@ result = len(os.listdir('/proc/self/fd')) - before
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="missing: root, to see the supervisor's descriptors")
 def test_thousands_of_starts_leave_no_descriptors(stage: Stage) -> None:
     host = stage.host()
     code = "for _ in range(200): ray_guard.run(['true'])\nresult = len(os.listdir('/proc/self/fd'))"
