@@ -33,6 +33,7 @@ from ray_guard.supervisor.quota import Quotas
 from ray_guard.supervisor.resolver import Resolver
 
 if TYPE_CHECKING:
+    from ray_guard.egress.relay.model.admission import Price
     from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.target import Target
 
@@ -95,7 +96,9 @@ class Node:
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.paid: dict[str, Paid] = {}
-        """Model calls that the relay has admitted and charged, by the word that each carries to the engine."""
+        """Model calls that the relay has admitted and charges, by the word that each carries to the engine."""
+        self.prices: dict[tuple[str, str], Price] = {}
+        """What a model costs, by job and its name, as the policy actor that serves it has announced."""
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""
@@ -105,7 +108,7 @@ class Node:
         """Has the zygote take away a folder; set likewise."""
         self.gpus = Gpus(loop)
         self.leases = Leases(loop)
-        self.quotas = Quotas()
+        self.quotas = Quotas(self.paid)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}

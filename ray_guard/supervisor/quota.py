@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced, RayGuardError
@@ -29,6 +29,9 @@ from ray_guard.policy.budgets import Amount, Exceeded, Limits, Scope
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
+
+if TYPE_CHECKING:
+    from ray_guard.supervisor.model_calls import Paid
 
 log = logging.getLogger("ray_guard.quota")
 
@@ -67,9 +70,14 @@ class _Spender:
 
 
 class Quotas:
-    """See the module."""
+    """See the module.
 
-    def __init__(self) -> None:
+    Args:
+        paid: model calls that are charged elsewhere, by their word.
+    """
+
+    def __init__(self, paid: Mapping[str, Paid]) -> None:
+        self._paid = paid
         self._spenders: dict[int, _Spender] = {}
 
     def join(self, target: Target) -> None:
@@ -100,7 +108,9 @@ class Quotas:
             raise BadPacket("reserved already" if key in opened else "too many open reservations")
         tokens, flops = _count(message.get("tokens")), _flops(message.get("flops"))
         asking = self._asking(target, message.get("place"))
-        bill = Bill([target.account, *(span.account for _, span in asking.scopes if span.account is not None)])
+        paid = self._paid.get(str(message.get("paid")))  # by the relay, for a tool that called the engine by HTTP
+        payers = [target.account, *(span.account for _, span in asking.scopes if span.account is not None)]
+        bill = Bill(payers, besides=() if paid is None else paid.payers)
         refusal = _refusal(target, bill, asking, tokens, flops)
         if refusal is not None:
             return errors.to_wire(refusal)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,52 @@ def test_flops_that_nobody_can_count_are_refused(scene: Scene) -> None:
     assert scene.tool(host, _CHAT, HELLO)[0] == 429
     assert scene.server.paths() == []
     assert ("flops", "unmeasured") in violations(host)
+
+
+_SERVES = """
+from ray_guard.client.quota import announce_price, reserve
+import ray_guard
+announce_price(["tiny"], per_token=1000.0, per_context_token=0.0)
+result = None
+"""
+_RESERVES = """
+try:
+    reserve(tokens=most, flops=1.0, paid=word).settle(tokens=200)
+    result = "granted"
+except ray_guard.BudgetExceeded as error:
+    result = error.scope
+"""
+
+
+def test_who_serves_the_model_says_its_price_and_does_not_charge_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one-time word in the request stands for those who pay already: here the job, which has room for one."""
+    monkeypatch.setenv("RAY_GUARD_RUN_ID", "price")
+    budgets = {"job": {"tokens": 700, "flops": 1e9}}
+    serving = scene.host(role="policy", budgets=budgets, model_endpoint=None)
+    serving.inside(_SERVES)
+    asking = scene.host(budgets=budgets)
+    body = {**HELLO, "messages": [{"role": "user", "content": "long slow"}], "stream": True, "max_tokens": 100}
+    scene.server.seen.clear()
+    answers: list[Any] = []
+    tool = threading.Thread(target=lambda: answers.append(scene.tool(asking, _CHAT, body)[0]))
+    tool.start()
+    seen = wait(lambda: [each for each in scene.server.seen if each.method == "POST"], "nothing was asked")[0]
+    word = seen.headers["x-ray-guard-reservation"]
+    assert serving.inside(_SERVES + _RESERVES, most=400, word="0" * 32) == "job"
+    assert serving.inside(_SERVES + _RESERVES, most=400, word=word) == "granted"
+    tool.join()
+    assert answers == [200]
+    assert chats(asking)[0]["attributes"]["ray_guard.flops"] == 1000 * (PROMPT_TOKENS + 100)
+    assert serving.inside(_SERVES + _RESERVES, most=600, word=word) == "job"  # once it has ended the word says nothing
+
+
+def test_nobody_but_a_policy_actor_says_a_price(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_GUARD_RUN_ID", "cheap")
+    host = scene.host(role="env", budgets={"call": {"flops": 1e12}})
+    host.inside(_SERVES)
+    assert scene.tool(host, _CHAT, HELLO)[0] == 429
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
