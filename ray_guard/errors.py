@@ -110,7 +110,8 @@ class SupervisorLost(RayGuardError, ConnectionError):
 
 
 _BY_NAME: dict[str, type[RayGuardError]] = {
-    error.__name__: error for error in (PolicyError, NotEnforced, EgressDenied, BudgetExceeded, SupervisorLost)
+    error.__name__: error
+    for error in (RayGuardError, PolicyError, NotEnforced, EgressDenied, BudgetExceeded, SupervisorLost)
 }
 
 

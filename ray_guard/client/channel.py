@@ -38,9 +38,17 @@ _BOOT: Final = (
 )
 
 #: what a supervisor may know of the environment of whoever happened to start it
-_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME")
-#: what says where spans are exported to: each target's own
-_EXPORT_ENVIRONMENT: Final = ("OTEL_", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME", "RAY_GUARD_NFTABLES")
+#: what says where spans and checkpoints are exported to: each target's own
+_EXPORT_ENVIRONMENT: Final = (
+    "RAY_GUARD_EVIDENCE_",
+    "OTEL_",
+    "SSL_CERT_",
+    "REQUESTS_CA_BUNDLE",
+    "NO_PROXY",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+)
 
 
 class Channel:
@@ -158,7 +166,7 @@ def receive_answer(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def export_environment() -> dict[str, str]:
-    """The variables that a forwarder of this process's spans needs (``OTEL_EXPORTER_OTLP_*`` and around)."""
+    """The variables that say what is done with this process's evidence (``OTEL_EXPORTER_OTLP_*`` and around)."""
     return {key: value for key, value in os.environ.items() if key.upper().startswith(_EXPORT_ENVIRONMENT)}
 
 

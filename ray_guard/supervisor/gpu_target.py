@@ -220,6 +220,6 @@ class GpuTarget:
             attributes=attributes,
         )
         try:
-            self.target.write(record, origin.identity)
+            self.target.write(record, origin.identity, grants=not ended)
         except JournalError:
             log.exception("GPU usage could not be journaled")

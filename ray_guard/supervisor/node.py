@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Mapping
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from ray_guard.egress.gate import Means
 from ray_guard.egress.meter import Meter
+from ray_guard.errors import NotEnforced, PolicyError
 from ray_guard.evidence.forwarder import forwarder_argv
-from ray_guard.evidence.journal import Journal
+from ray_guard.evidence.journal import Bounds, Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
 from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
+from ray_guard.policy.values import parse_size
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
@@ -31,16 +30,16 @@ from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.proxies import Proxies
 from ray_guard.supervisor.quota import Quotas
 from ray_guard.supervisor.resolver import Resolver
+from ray_guard.supervisor.sealing import Sealer
 
 if TYPE_CHECKING:
     from ray_guard.egress.relay.model.admission import Price
+    from ray_guard.supervisor.ceilings import Ceilings
+    from ray_guard.supervisor.leaf import Leaf
     from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.target import Target
 
 log = logging.getLogger("ray_guard.node")
-
-SYNC_S: Final = 1.0
-"""How often journals are forced to disk."""
 
 Endpoint = tuple[str, int]
 
@@ -58,31 +57,6 @@ class Membership:
         self.listening = frozenset(int(port) for port in told.get("listening", ()))
         self.control = frozenset((canonical_address(str(host)), int(port)) for host, port in told.get("control", ()))
         self.environment = {str(key): str(value) for key, value in told.get("environment", {}).items()}
-
-
-class Syncer:
-    """Forces journals to disk beside the loop: that can take a fifth of a second, and calls wait for the loop.
-
-    Its thread does nothing else and takes no signal: the ticks that interrupt a slow connect are the loop's.
-    """
-
-    def __init__(self) -> None:
-        self._asked: SimpleQueue[tuple[Journal, ...]] = SimpleQueue()
-        threading.Thread(target=self._work, name="sync", daemon=True).start()
-
-    def ask(self, journals: tuple[Journal, ...]) -> None:
-        """Soon; nothing where the last request has not been begun: a slow disk must not pile them up."""
-        if self._asked.empty():
-            self._asked.put(journals)
-
-    def _work(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while True:
-            for journal in self._asked.get():
-                try:
-                    journal.sync()
-                except OSError as error:
-                    log.warning("%s: %s", journal.folder, error)
 
 
 class Node:
@@ -106,6 +80,10 @@ class Node:
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
+        self.hold: Callable[[str], None] = lambda _path: None
+        """Has the zygote hold a folder as long as this process lives; set likewise."""
+        self.number = os.urandom(6).hex()
+        """Tells this supervisor from all others."""
         self.gpus = Gpus(loop)
         self.leases = Leases(loop)
         self.quotas = Quotas(self.paid)
@@ -114,7 +92,7 @@ class Node:
         self._journals: dict[str, Journal] = {}
         self._evidence_folders: list[str] = []
         """The journals', resolved."""
-        self._syncer = Syncer()
+        self.sealer = Sealer(loop)
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
         self._actors: dict[str, Account] = {}
@@ -124,22 +102,24 @@ class Node:
         self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
-        loop.later(SYNC_S, self._sync)
+        self._wants_ceilings = os.environ.get("RAY_GUARD_NFTABLES", "") not in ("", "0")
+        self._ceilings: Ceilings | None = None
 
     # -- evidence ------------------------------------------------------------------------------------------------------
 
     def journal(self, folder: str, environment: Mapping[str, str]) -> Journal:
-        """The journal in that folder (absolute), one segment per supervisor.
+        """The journal in that folder (absolute), one per supervisor.
 
         Args:
-            environment: says whether and where its spans are exported (``OTEL_EXPORTER_OTLP_*``); that of the first
-                target which asks.
+            environment: says whether and where its spans are exported (``OTEL_EXPORTER_OTLP_*``), and how large the
+                folder may become (``RAY_GUARD_EVIDENCE_LIMIT``); that of the first target which asks.
 
         Raises:
             NotEnforced: there can be none.
         """
         if folder not in self._journals:
-            self._journals[folder] = Journal(folder)
+            self._journals[folder] = Journal(folder, _bounds(environment))
+            self.sealer.add(self._journals[folder])
             self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
@@ -154,14 +134,11 @@ class Node:
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
 
-    def _sync(self) -> None:
-        self._syncer.ask(tuple(self._journals.values()))
-        self.loop.later(SYNC_S, self._sync)
-
     def close(self) -> None:
         self.means.impatience.end()
         self.gpus.close()
         self.means.relay.close()
+        self.sealer.close()
         for journal in self._journals.values():
             journal.close()
         for directory in self._directories.values():
@@ -169,6 +146,30 @@ class Node:
         self.resolver.close()
         for forwarder in self._forwarders:  # each flushes once this process is gone; none is waited for
             forwarder.returncode = 0
+
+    # -- ceilings ------------------------------------------------------------------------------------------------------
+
+    def put_ceiling(self, leaf: Leaf | None, policy: CompiledPolicy, *, exact: bool) -> None:
+        """Holds a call to what its policy can ever need, where that was asked for. Raises OSError: it cannot be."""
+        if not self._wants_ceilings:
+            return
+        if self._ceilings is None:
+            from ray_guard.supervisor.ceilings import Ceilings  # here alone: few ask for it
+
+            self._ceilings = Ceilings(self._own_ports)
+            self.surroundings_changed.append(self._ceilings.changed)
+        self._ceilings.put(leaf, policy.wires, exact=exact)
+
+    def lift_ceiling(self, leaf: Leaf | None) -> None:
+        """The call has ended."""
+        if self._ceilings is not None and leaf is not None:
+            try:
+                self._ceilings.lift(leaf)
+            except OSError as error:
+                log.warning("a ceiling stays: %s", error)
+
+    def _own_ports(self) -> frozenset[int]:
+        return self.means.relay.ports() | {port for _, port in self.resolver.endpoints}
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
@@ -284,6 +285,14 @@ class Node:
     def _changed(self) -> None:
         for callback in list(self.surroundings_changed):
             callback()
+
+
+def _bounds(environment: Mapping[str, str]) -> Bounds:
+    said = environment.get("RAY_GUARD_EVIDENCE_LIMIT", "").strip()
+    try:
+        return Bounds(total=parse_size(said) if said else None)
+    except PolicyError as error:
+        raise NotEnforced(["evidence"], f"RAY_GUARD_EVIDENCE_LIMIT: {error}") from error
 
 
 def resource_attributes(node: Node, identity: dict[str, Any]) -> dict[str, Any]:

@@ -582,7 +582,9 @@ class Connection:
         self._describe(decision)
         if mute:
             self._add({"ray_guard.egress.mute": True})
-        self._write()
+            self._write()
+        else:
+            self._ring.target.journal.append(self._ended())
 
     def _describe(self, decision: Decision) -> None:
         self._form = _form(self._ring.target, self.origin, self._ring.decision_text(self.request, decision))
@@ -593,8 +595,10 @@ class Connection:
     def _write(
         self, status: StatusCode = StatusCode.UNSET, message: str = "", events: Sequence[SpanEvent] = ()
     ) -> None:
-        line = self._form.ended(self._span, self._start, time.time_ns(), self._more, tail(events, status, message))
-        self._ring.target.journal.append(line)
+        self._ring.target.journal.keep(self._ended(tail(events, status, message)))
+
+    def _ended(self, said: str = "") -> bytes:
+        return self._form.ended(self._span, self._start, time.time_ns(), self._more, said)
 
     # -- Attempt -------------------------------------------------------------------------------------------------------
 
@@ -635,7 +639,7 @@ class Connection:
             except JournalError:
                 log.exception("a violation could not be journaled")
         line = self._counted(crossing.local, end.sent, end.received, exact=end.exact, why=end.why)
-        self._journaled(self._ring.target.journal.append, line)
+        self._journaled(self._ring.target.journal.keep, line)
 
     def associated(self, local: tuple[str, int] | None) -> None:
         if local is not None:
@@ -696,7 +700,7 @@ class Connection:
         elif why:
             self._add({"error.type": why})
             end = tail((), StatusCode.ERROR, f"cut: {why}")
-        return self._form.ended(self._span, self._start, time.time_ns(), self._more, end)
+        return self._ended(end)
 
     @staticmethod
     def _journaled(write: Callable[[bytes], None], line: bytes) -> None:

@@ -209,7 +209,7 @@ class Session:
             run_id=str(identity.get("run_id") or ""),
             actor_id=str(identity.get("actor_id") or pid),
             views=views,
-            scratches=Scratches(views.temporary, self._node.remove),
+            scratches=Scratches(views.temporary, self._node.number, self._node.hold, self._node.remove),
         )
         target.pump = self.pump
         if membership is not None:

@@ -169,9 +169,17 @@ class Target:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def write(self, record: SpanRecord, identity: Fragment | None = None) -> None:
-        """Journals a record of the supervisor's own. Raises JournalError: then nothing may be granted."""
-        self.journal.append(self._encoder.encode(record, identity or self._own.identity))
+    def write(self, record: SpanRecord, identity: Fragment | None = None, *, grants: bool = False) -> None:
+        """Journals a record of the supervisor's own. ``grants``: of what must not begin unless this is recorded.
+
+        Raises:
+            JournalError: it could not be.
+        """
+        line = self._encoder.encode(record, identity or self._own.identity)
+        if grants:
+            self.journal.append(line)
+        else:
+            self.journal.keep(line)
 
     def egress_form(self, origin: Origin, attributes: str) -> EgressForm:
         """The lines of ``egress connect`` spans of ``origin`` with these attributes (encoded)."""
@@ -185,14 +193,18 @@ class Target:
         whole = f"{origin.identity.encoded},{fragment(attributes).encoded}"
         return self._encoder.process_form(origin.trace_id, parent, program, whole)
 
-    def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue], source: Source) -> None:
+    def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue]) -> None:
         key = repr(sorted(identity.items()))
         fixed = self._fragments.get(key)
         if fixed is None or len(self._fragments) > 1024:
             self._fragments.clear()
-            fixed = fragment({**identity, "ray_guard.source": source.value})
+            fixed = fragment({**identity, "ray_guard.source": Source.TARGET.value})
             self._fragments[key] = fixed
-        self.journal.append(self._encoder.encode(record, fixed))
+        line = self._encoder.encode(record, fixed)
+        if record.span_id in self.open:
+            self.journal.keep(line)
+        else:
+            self.journal.report(line)
 
     # -- spans the target reports --------------------------------------------------------------------------------------
 
@@ -228,7 +240,7 @@ class Target:
             account, episode = self._scope_account(Scope.EPISODE, span_id, self.account, limits), span_id
         elif scope == "tool":
             account = self.call_account(span_id, episode)
-        self._write_reported(record, identity, Source.TARGET)
+        self._write_reported(record, identity)
         self.open[span_id] = OpenSpan(record, scope, identity, episode, account)
         self._unknown = None
 
@@ -275,7 +287,7 @@ class Target:
             events=events,
         )
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
-        self._write_reported(record, span.identity, Source.TARGET)
+        self._write_reported(record, span.identity)
         self.open.pop(record.span_id, None)
         self._unknown = None
         if span.account is not None:
@@ -460,4 +472,4 @@ class Target:
             events=(SpanEvent("gen_ai.evaluation.result", now, attributes),),
         )
         identity = known.identity if known else {"rl.run.id": self.run_id}
-        self._write_reported(record, {**identity, "rl.rollout.id": rollout}, Source.TARGET)
+        self._write_reported(record, {**identity, "rl.rollout.id": rollout})

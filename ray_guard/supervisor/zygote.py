@@ -28,6 +28,7 @@ from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, s
 from ray_guard.supervisor import domain, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
+from ray_guard.supervisor.leftovers import Held, sweep
 
 
 def run(requests: socket.socket) -> NoReturn:
@@ -44,6 +45,7 @@ def run(requests: socket.socket) -> NoReturn:
     while zygote.step():
         pass
     zygote.end_wards()
+    zygote.held.clear()
     os._exit(0)
 
 
@@ -74,6 +76,7 @@ class _Zygote:
         seccomp.encode(self._programs[False])
         self._system = domain.prepare()
         self._wards: dict[int, _Ward] = {}
+        self.held = Held()
 
     def step(self) -> bool:
         """Handles what has come; False: the supervisor is gone."""
@@ -99,12 +102,17 @@ class _Zygote:
                 }
         elif operation == "remove":
             self._remove(str(message["path"]))
+        elif operation == "hold":
+            with contextlib.suppress(OSError):  # then its calls make it, and say so where they cannot
+                self.held.hold(str(message["path"]))
+        elif operation == "sweep":
+            self._sweep(str(message["path"]))
         elif operation == "release":
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
-        elif operation == "mover":
-            self._fork_mover(descriptors)
+        elif operation in ("mover", "signer", "recoverer"):
+            self._fork_helper(operation, descriptors)
         elif operation == "leader":
             (line,) = descriptors
             try:
@@ -131,6 +139,14 @@ class _Zygote:
             finally:
                 os._exit(0)
 
+    @staticmethod
+    def _sweep(place: str) -> None:
+        if os.fork() == 0:
+            try:
+                sweep(place)
+            finally:
+                os._exit(0)
+
     def _fork_leader(self, line: int, covers: mounts.Covers, *, gpu: bool) -> None:
         if os.fork() != 0:
             return
@@ -147,15 +163,26 @@ class _Zygote:
         finally:
             os._exit(code)
 
-    def _fork_mover(self, descriptors: list[int]) -> None:
+    def _fork_helper(self, which: str, descriptors: list[int]) -> None:
         if os.fork() != 0:
             seqpacket.close_all(descriptors)
             return
         try:
             close_all_but((0, 1, 2, *descriptors))
-            from ray_guard.egress.relay import mover  # here alone: what every tool is forked from stays small
+            line = socket.socket(fileno=descriptors[0])
+            # Here alone: what every tool is forked from stays small.
+            if which == "mover":
+                from ray_guard.egress.relay import mover
 
-            mover.run(socket.socket(fileno=descriptors[0]))
+                mover.run(line)
+            if which == "signer":
+                from ray_guard.evidence import signer
+
+                signer.run(line)
+            from ray_guard.evidence import recovery
+
+            recovery.run(line)
+            os._exit(0)
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
@@ -193,9 +220,29 @@ def remove(starts: socket.socket, path: str) -> None:
     seqpacket.send(starts, {"op": "remove", "path": path})
 
 
+def hold(starts: socket.socket, path: str) -> None:
+    """Makes the folder of this supervisor's calls and holds it, while this process lives; called by the supervisor."""
+    seqpacket.send(starts, {"op": "hold", "path": path})
+
+
+def sweep_place(starts: socket.socket, place: str) -> None:
+    """Takes away what lost supervisors have left there; called by the supervisor."""
+    seqpacket.send(starts, {"op": "sweep", "path": place})
+
+
 def start_mover(starts: socket.socket, line: socket.socket) -> None:
     """Starts a mover of relayed bytes at this end of its line; called by the supervisor."""
     seqpacket.send(starts, {"op": "mover"}, [line.fileno()])
+
+
+def start_signer(starts: socket.socket, line: socket.socket) -> None:
+    """Starts the signer of the logs at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "signer"}, [line.fileno()])
+
+
+def start_recoverer(starts: socket.socket, line: socket.socket) -> None:
+    """Starts the recoverer of former logs at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "recoverer"}, [line.fileno()])
 
 
 def ask_for_leader(starts: socket.socket, covers: mounts.Covers = (), *, gpu: bool = False) -> socket.socket:
