@@ -29,8 +29,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "attribute",
         help="from alerts of firewalls and sensors to the tool call that caused each",
-        description="Joins alerts with traces: aligns each log's clock, finds the calls that may have caused each record "
-        "and says how sure that is, or that it was nobody in this job.",
+        description="Joins alerts with traces: aligns each log's clock, finds the calls that may have caused each "
+        "record and says how sure that is, or that it was nobody in this job.",
     )
     parser.add_argument(
         "--traces", metavar="PATH", nargs="+", required=True, help="evidence folders, OTLP JSON lines, Parquet"
