@@ -157,9 +157,12 @@ class ModelCalls:
             return _error(403, "ended", "its call has ended: nothing more is granted to it")
         bill, price = Bill([account]), self._price(message)
         room = account.room(TOKENS)
-        if price is not None and (flops := account.room(FLOPS)) is not UNLIMITED:
-            affordable = price.tokens(flops)
-            room = affordable if room is UNLIMITED else min(room, affordable)
+        if price is not None:
+            if (flops := account.room(FLOPS)) is not UNLIMITED:
+                affordable = price.tokens(flops)
+                room = affordable if room is UNLIMITED else min(room, affordable)
+            # An engine that says its price looks whether its job has room for one token, before it reads whose it is.
+            room = room if room is UNLIMITED else max(0, room - 1)
         planned = _plan(message, room)
         reserved = planned.reserve if account.limits_any((TOKENS, FLOPS)) else 0
         record = self._opened(message, reserved, planned.fill)

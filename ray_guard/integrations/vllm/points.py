@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple
 from ray_guard.client import channel, confine
 from ray_guard.client.context import parse_traceparent, read_context
 from ray_guard.client.engine import Phase
+from ray_guard.client.quota import announce_price
 from ray_guard.errors import NotEnforced
 from ray_guard.integrations.vllm import engines
 from ray_guard.integrations.vllm.engines import Engines
@@ -66,6 +67,9 @@ class _Attached:
         model = Model("unknown", 1 << 40, None, "the engine was built before the hook was in place")
         if config is not None:
             model = model_of(config)
+            if model.cost is not None:
+                per_token, per_context_token = model.cost.flops_per_token, model.cost.flops_per_context_token
+                announce_price(model.names, per_token=per_token, per_context_token=per_context_token)
         group = group or Engines()
         ledger = Ledger(model, refusal.of, group.busy)
         self._ledgers[processor] = ledger
@@ -348,6 +352,9 @@ def _set_version(original: Method) -> Method:
 
 # The OpenAI server -------------------------------------------------------------------------------------------------
 
+RESERVATION: Final = "x-ray-guard-reservation"
+"""The header in which the guard's relay says that it charges whoever asked (``model_endpoint``)."""
+
 
 def _trace_headers(original: Method) -> Method:
     """Called once for each HTTP request, in the task that will hand it to the engine."""
@@ -356,7 +363,7 @@ def _trace_headers(original: Method) -> Method:
     async def get_trace_headers(self: Any, headers: Any) -> Any:
         named = parse_traceparent(headers.get("traceparent"))
         above = None if named is None else read_context({"trace": named[0], "span": named[1], "sampled": named[2]})
-        PLACE.set(Place(above, is_http=True))
+        PLACE.set(Place(above, is_http=True, paid=headers.get(RESERVATION)))
         return await original(self, headers)
 
     return get_trace_headers
