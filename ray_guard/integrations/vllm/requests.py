@@ -68,6 +68,8 @@ class Model(NamedTuple):
     """Why there is no cost."""
     experts: int = 0
     """Routed experts of a layer; 0: not known."""
+    is_routing_told: bool = False
+    """The engine was asked to return the experts of each token."""
     names: tuple[str, ...] = ()
     """All that it is served under."""
 
@@ -80,7 +82,8 @@ def model_of(config: Any) -> Model:
     served = config.model_config
     names = served.served_model_name
     every = (names,) if isinstance(names, str) else tuple(map(str, names or (served.model,)))
-    model = Model(every[0], int(served.max_model_len), None, names=every)
+    told = bool(getattr(getattr(config, "aux_output_config", None), "enable_return_routed_experts", False))
+    model = Model(every[0], int(served.max_model_len), None, is_routing_told=told, names=every)
     try:
         known = cost(served.hf_config.to_dict())
     except UnknownArchitecture as error:
@@ -198,7 +201,7 @@ class Request:
             measured["ray_guard.flops"] = self._flops
         if self._last is not None:
             measured.update(self._timing(self._last))
-            measured.update(_told(self._last.state, self._model.experts))
+            measured.update(_told(self._last.state, self._model))
         return measured
 
     def _timing(self, sequence: Sequence) -> dict[str, object]:
@@ -218,7 +221,7 @@ class Request:
         return found
 
 
-def _told(state: Any, experts: int) -> dict[str, object]:
+def _told(state: Any, model: Model) -> dict[str, object]:
     """What else vLLM has told of a sequence: the versions of the weights, where they changed; where its tokens went."""
     found: dict[str, object] = {}
     weights = [version for version, _start in getattr(state, "weight_version_starts", ())]
@@ -226,7 +229,9 @@ def _told(state: Any, experts: int) -> dict[str, object]:
         found["ray_guard.policy_versions"] = weights
     chunks = getattr(state, "routed_experts_chunks", None)
     if chunks:
-        found.update(load(chunks, experts))
+        found.update(load(chunks, model.experts))
+    elif model.is_routing_told:
+        found["ray_guard.moe.missing"] = "the engine was asked for its routed experts and returned none"
     return found
 
 
