@@ -212,7 +212,10 @@ def summarise(index: Index) -> Summary:
     ):
         for entry in index.of(kind):
             place = index.place(entry)
-            count(summary, entry, place)
+            if kind is Kind.CHAT and index.is_served(entry):
+                _add_tokens(entry, [summary.actors.setdefault(place.actor, Usage())])
+            else:
+                count(summary, entry, place)
             _state(summary, entry, place, kind)
     _rewards(summary, index)
     summary.unfinished.sort(key=lambda item: (item.start_ns, item.what))
@@ -320,8 +323,12 @@ def _turn(summary: Summary, _entry: Entry, place: Place) -> None:
 
 
 def _chat(summary: Summary, entry: Entry, place: Place) -> None:
+    _add_tokens(entry, _usages(summary, place))
+
+
+def _add_tokens(entry: Entry, usages: Iterable[Usage]) -> None:
     attributes = entry.span.attributes
-    for usage in _usages(summary, place):
+    for usage in usages:
         usage.input_tokens += _integer(attributes.get("gen_ai.usage.input_tokens"))
         usage.output_tokens += _integer(attributes.get("gen_ai.usage.output_tokens"))
         usage.flops += _number(attributes.get("ray_guard.flops")) or 0.0

@@ -135,7 +135,6 @@ class ModelCalls:
                 answer({"call": number, **self._admit(message)})
             except JournalError:
                 log.exception("a model call could not be journaled")
-                self._abandon()
                 answer({"call": number, **_error(503, "server_error", "no evidence can be written")})
 
         node, price = self._ring.node, self._price(message)
@@ -180,8 +179,12 @@ class ModelCalls:
                 return _error(429, "insufficient_quota", text)
             self._exceeded(record.span_id, exceeded)
         word = new_trace_id()
+        try:
+            self._target.write(record, self._origin.identity)
+        except JournalError:
+            bill.release()
+            raise
         self._call = _Call(int(message["call"]), record, bill, reserved, int(message["copies"]), price, word)
-        self._target.write(record, self._origin.identity)
         self._paid[word] = Paid(record.trace_id, record.span_id, bill.payers)
         return {
             "fill": planned.fill,

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.kernel
 Span = dict[str, Any]
 
 _CLIENT = """
-import http.client, json, socket, sys
+import http.client, json, socket, sys, time
 PORT = int(sys.argv[1])
 GIVEN = json.loads(sys.argv[2])
 def connection(): return http.client.HTTPConnection("127.0.0.1", PORT, timeout=20)
@@ -454,6 +454,26 @@ def test_a_stream_is_passed_on_and_its_usage_is_counted(scene: Scene, asked: dic
     assert attributes["gen_ai.usage.cache_read.input_tokens"] == 8
     assert attributes["gen_ai.response.finish_reasons"] == ["stop"]
     assert 0 < attributes["gen_ai.latency.time_to_first_token"] < 10
+
+
+@pytest.mark.parametrize("how", [{"Connection": "close"}, {}])
+def test_a_long_answer_comes_whole_to_who_reads_slowly(scene: Scene, free: Host, how: dict[str, str]) -> None:
+    """More than any buffer on the way holds."""
+    program = """
+link = connection()
+link.connect()
+link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+link.request("POST", "/v1/chat/completions", json.dumps(GIVEN[0]), GIVEN[1])
+answer = link.getresponse()
+data = b""
+while chunk := answer.read(4096):
+    data += chunk
+    if len(data) < 200_000: time.sleep(0.005)
+say([data.count(b"data:"), data.endswith(b"data: [DONE]\\n\\n")])
+"""
+    text = "long " + "wide " * 2
+    body = {**HELLO, "messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 1000}
+    assert scene.tool(free, program, [body, how]) == [1001, True]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -29,7 +29,7 @@ class Price(NamedTuple):
 
     def tokens(self, flops: float) -> int:
         """The most in a row that cost no more than ``flops``."""
-        if flops == 0:
+        if flops < self.per_token:
             return 0
         first = self.per_token - self.per_context_token / 2
         found = int(2 * flops / (first + math.sqrt(first * first + 2 * self.per_context_token * flops)))

@@ -116,6 +116,9 @@ def read(path: str, body: bytes) -> Ask:
     for field, (reason, text) in _REFUSED.items():
         if given.get(field) not in (None, False):
             raise NotAllowed(reason, f"{field}: {text}")
+    kwargs = given.get("chat_template_kwargs")
+    if isinstance(kwargs, dict) and kwargs.get("chat_template") is not None:
+        raise NotAllowed("code", "chat_template_kwargs: the engine would run a template")
     if path == RESPONSES and given.get("prompt") is not None:
         raise NotAllowed("stored_state", "prompt: a template that is stored with the server")
     content = {key: value for key, value in given.items() if key in _FIELDS[path] and value is not None}

@@ -102,6 +102,7 @@ def parts(*given: Any) -> dict[str, Any]:
         (RESPONSES, {"prompt": {"id": "p"}}, "stored_state"),
         (CHAT, {"messages": [], "kv_transfer_params": {}}, "reaches_out"),
         (CHAT, {"messages": [], "chat_template": "{{ a }}"}, "code"),
+        (CHAT, {"messages": [], "chat_template_kwargs": {"chat_template": "{{ a }}"}}, "code"),
         (CHAT, {"messages": [], "lora_request": {}}, "weights"),
         (COMPLETIONS, {"prompt": "a", "prompt_embeds": "AAAA"}, "code"),
     ],
