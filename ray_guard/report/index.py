@@ -113,10 +113,9 @@ class Index:
             above = current.span.parent_id
             current = self._spans.get((current.span.trace_id, above)) if above is not None else None
 
-    def is_served(self, entry: Entry) -> bool:
-        """Whether a ``chat`` span is the engine's record of a call that the supervisor's own span around it counts."""
-        above = self._spans.get((entry.span.trace_id, entry.span.parent_id or ""))
-        return above is not None and kind_of(above.span) is Kind.CHAT and is_proof(above.span.attributes)
+    def above(self, entry: Entry, kind: Kind) -> Entry | None:
+        """The next span of that kind above."""
+        return next((each for each in self.lineage(entry) if each is not entry and kind_of(each.span) is kind), None)
 
     def place(self, entry: Entry) -> Place:
         """Where the span belongs: by what it says itself, else by what is above it."""

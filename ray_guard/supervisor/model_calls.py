@@ -10,16 +10,15 @@ supervisor gives it back with its own reservation, and does not charge again who
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from ray_guard.egress.relay.model.admission import RELEASED, Plan, Price, plan
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
+from ray_guard.log import logger
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded, Unlimited
 from ray_guard.policy.decide import Endpoint
@@ -31,7 +30,7 @@ from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_i
 if TYPE_CHECKING:
     from ray_guard.supervisor.ring import Ring
 
-log = logging.getLogger("ray_guard.model_calls")
+log = logger("ray_guard.model_calls")
 
 RESERVATION: Final = "x-ray-guard-reservation"
 TOKENS: Final = "tokens"
@@ -137,12 +136,14 @@ class ModelCalls:
                 log.exception("a model call could not be journaled")
                 answer({"call": number, **_error(503, "server_error", "no evidence can be written")})
 
-        node, price = self._ring.node, self._price(message)
+        leases, price = self._ring.node.leases, self._price(message)
         most = _plan(message, UNLIMITED).reserve
         amounts: dict[str, Amount] = {TOKENS: most, FLOPS: 0 if price is None else price.flops(most)}
-        lacking = node.leases.lacking(self._origin.account.root, amounts)
+        account = self._origin.account
+        payers = () if account.closed else Bill([account]).payers
+        lacking = [each for payer in payers for each in leases.lacking(payer, amounts)]
         if lacking:
-            node.leases.wait(lacking, admit)
+            leases.wait(lacking, admit)
         else:
             admit()
 
@@ -267,8 +268,7 @@ class ModelCalls:
             attributes["error.type"] = str(status) if not message["error"] else "cut"
         # Before anything can fail: what was computed is charged whatever becomes of the record.
         exceeded = call.bill.settle({TOKENS: actual, FLOPS: flops})
-        ended = replace(
-            call.record,
+        ended = call.record._replace(
             end_ns=time.time_ns(),
             attributes=attributes,
             status=StatusCode.ERROR if text else StatusCode.UNSET,
@@ -324,4 +324,4 @@ def _error(status: int, code: str, text: str) -> Message:
 
 def _failed(record: SpanRecord, kind: str, text: str) -> SpanRecord:
     attributes: dict[str, AttributeValue] = {**record.attributes, "error.type": kind}
-    return replace(record, end_ns=time.time_ns(), attributes=attributes, status=StatusCode.ERROR, status_message=text)
+    return record._replace(end_ns=time.time_ns(), attributes=attributes, status=StatusCode.ERROR, status_message=text)

@@ -219,7 +219,7 @@ def _add_to_async_engine(original: Method) -> Method:
         token = _admitted.set(admitted)
         try:
             return await original(self, *args, **kwargs)
-        except BaseException as error:
+        except Exception as error:  # not CancelledError: the core may have it, and then it ends there
             ledger_of(self.output_processor).failed(error, admitted)
             raise
         finally:

@@ -86,9 +86,11 @@ def model_of(config: Any) -> Model:
     model = Model(every[0], int(served.max_model_len), None, is_routing_told=told, names=every)
     try:
         known = cost(served.hf_config.to_dict())
+        return model._replace(cost=known, experts=int(served.get_num_experts()))
     except UnknownArchitecture as error:
         return model._replace(unknown=str(error))
-    return model._replace(cost=known, experts=int(served.get_num_experts()))
+    except Exception as error:  # noqa: BLE001 - a configuration class of anybody's: unknown then, as any other
+        return model._replace(unknown=f"its configuration cannot be read: {error!r:.200}")
 
 
 class Chat(Scope):
@@ -171,16 +173,11 @@ class Request:
         return self._left <= 0
 
     def settle(self, error: BaseException | None = None) -> None:
-        """Everything has ended: charges what was used and ends the span."""
-        try:
-            self._charge()
-            for name, value in self._measured().items():
-                self.span.set_attribute(name, value)
-            kind = None if error is None else type(error)
-            self.span.__exit__(kind, error, None if error is None else error.__traceback__)
-        except SupervisorLost:
-            # Nothing is granted from here on anyway; vLLM's loop must not break over the books of what is done.
-            warn_once("vllm", "ray_guard: the supervisor is gone; a request could not be settled")
+        """Everything has ended: charges what was used and ends the span. Raises SupervisorLost."""
+        self._charge()
+        for name, value in self._measured().items():
+            self.span.set_attribute(name, value)
+        self.span.__exit__(None if error is None else type(error), error, None)
 
     def _charge(self) -> None:
         first, *more = self.reserved
@@ -316,9 +313,10 @@ class Ledger:
         if sequences > 1:
             opening["gen_ai.request.choice.count"] = sequences
         span = Chat(self.model.name, opening, self.version or versions.current())
-        before, place = carry.current(), here()
+        place = here()
         payer = _NOBODY if place.is_http else None
-        carry.move_to(place.above)
+        before = carry.capture()
+        carry.swap((place.above, _no_context(before[1]) if place.is_http else before[1]))
         try:
             span.__enter__()
             try:
@@ -331,7 +329,7 @@ class Ledger:
         except RayGuardError as error:
             raise self._refuse(error) from error
         finally:
-            carry.move_to(before)
+            carry.swap(before)
         if reservation.scope:
             span.set_attribute("ray_guard.charge_scope", reservation.scope)
         return Request(self.model, span, payer, reservation, sequences)
@@ -408,9 +406,18 @@ class Ledger:
     def _close(self, request: Request, error: BaseException | None = None) -> None:
         for key in [key for key, found in self._families.items() if found is request]:
             del self._families[key]
-        request.settle(error)
-        if not self._running:
-            self._busy(False)
+        try:
+            request.settle(error)
+            if not self._running:
+                self._busy(False)
+        except SupervisorLost:
+            # Nothing is granted from here on anyway; vLLM's loop must not break over the books of what is done.
+            warn_once("vllm", "ray_guard: the supervisor is gone; a request could not be settled")
+
+
+def _no_context(context: Any) -> Any:
+    """OpenTelemetry's empty context, where it is loaded: the current one is of whoever started the server."""
+    return None if context is None else type(context)()
 
 
 def _prompt_length(request: Any) -> int:

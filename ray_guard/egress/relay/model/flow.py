@@ -227,8 +227,10 @@ class ModelFlow:
         self.cut("ended")
 
     def cut(self, why: str) -> None:
-        """Ends both sides for a reason."""
-        if not self.closing:
+        """Ends both sides for a reason; a client that was answered for the last time still gets what is on its way."""
+        if self.parting:
+            self._close()
+        elif not self.closing:
             self.why = why
             self._break()
 
