@@ -152,6 +152,8 @@ def test_what_only_looks_like_it(body: dict[str, Any]) -> None:
         b'{"messages":[],"model":["a"]}',
         b'{"messages":[],"model":"a\\u0000"}',
         b'{"messages":[],"tools":{}}',
+        b'{"messages":[],"stop_token_ids":[' + b"1," * 70_000 + b"1]}",
+        b'{"messages":[],"tools":[' + b"[1,2]," * 30_000 + b"[]]}",
         b'{"messages":' + b"[" * 200 + b"]" * 200 + b"}",
         b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"messages":[],"seed":' + b"1" * 5000 + b"}",
