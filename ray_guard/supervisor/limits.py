@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from ray_guard.compute import tree
+from ray_guard.compute import memory, tree
 from ray_guard.compute.ledger import Entry, Ledger
 from ray_guard.egress.gate import Waiting
-from ray_guard.kernel import pidfd, procfs
+from ray_guard.kernel import pidfd
 from ray_guard.kernel.perf import TreeClock
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.supervisor.leaf import Leaf, LeafClock
@@ -190,9 +190,10 @@ class Limits:
 
     def _weigh(self) -> None:
         pids = tree.members(self._leader)
-        exceeded = self._hold(MEMORY, sum(map(procfs.resident, pids)))
+        kept = memory.kept(pids)
+        exceeded = self._hold(MEMORY, memory.upper_bound(pids, kept))
         if exceeded is not None:  # what processes share was counted in each: to divide it among them takes longer
-            exceeded = self._hold(MEMORY, sum(map(procfs.resident_share, pids)))
+            exceeded = self._hold(MEMORY, memory.divided(pids, kept))
         self.peak_memory = max(self.peak_memory, self._held[MEMORY])
         if exceeded is not None:
             self._tell(exceeded)

@@ -240,6 +240,52 @@ def test_a_fast_allocator_is_ended_with_its_call(tmp_path: Path, kind: str) -> N
         assert host.run("call", ["true"]).status == 0
 
 
+FILES = {
+    "memfd": "file = open(os.memfd_create('x'), 'wb', buffering=0)",
+    "of a child": "file = open(os.memfd_create('x'), 'wb', buffering=0)\nif os.fork(): time.sleep(5); os._exit(0)",
+    "/dev/shm": "file = open('/dev/shm/ray_guard-test', 'wb', buffering=0); os.unlink(file.name)",
+}
+WRITE = """
+import os, time
+FILE
+block = b'x' * (4 << 20)
+for _ in range(COUNT): file.write(block)
+print('all written', flush=True)
+time.sleep(HOLD)
+"""
+
+
+@pytest.mark.parametrize("where", FILES)
+def test_files_in_memory_count(tmp_path: Path, where: str) -> None:
+    """Nobody maps them, so they are in no process's resident size."""
+    program = WRITE.replace("FILE", FILES[where]).replace("HOLD", "0.6")
+    assert subprocess.run(python(program.replace("COUNT", "160")), capture_output=True).returncode == 0
+    limit = 192 * MIB
+    with limited(tmp_path, call={"memory": limit}) as host:
+        assert host.run("call", python(program.replace("COUNT", "40"))).status == 0, "160 MiB are within the limit"
+        assert violations(host) == []
+        assert host.run("call", python(program.replace("COUNT", "160"))).status == -signal.SIGKILL
+        (violation,) = violations(host)
+        assert (violation["kind"], violation["limit"]) == ("memory", limit)
+        print(f"{where}: {violation['value'] / limit:.2f} times the limit")
+        assert 1 < violation["value"] / limit < 2
+
+
+def test_a_file_in_memory_that_is_mapped_counts_once(tmp_path: Path) -> None:
+    program = """
+import mmap, os, time
+descriptor = os.memfd_create('x')
+os.truncate(descriptor, 120 << 20)
+blocks = [mmap.mmap(descriptor, 120 << 20) for _ in range(2)]
+for block in blocks: block[::4096] = b'x' * (120 << 8)
+if os.fork() == 0: sum(blocks[0][::4096])
+time.sleep(0.6)
+"""
+    with limited(tmp_path, call={"memory": 192 * MIB}) as host:
+        assert host.run("call", python(program)).status == 0
+        assert violations(host) == []
+
+
 def test_memory_is_summed_over_the_tree_and_shared_pages_counted_once(tmp_path: Path) -> None:
     forks = """
 import os, time
