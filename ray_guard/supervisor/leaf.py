@@ -31,7 +31,7 @@ def place() -> str:
     """The folder of this process's group, if leaves can be made in it; else empty. Tried, once."""
     try:
         own = cgroup.folder("", cgroup.paths(cgroup.read(os.getpid()))[""])
-        trial = f"{own}/{_name()}"
+        trial = f"{own}/{new_name()}"
         os.mkdir(trial)
         works = os.path.exists(f"{trial}/cgroup.kill")
         os.rmdir(trial)
@@ -40,7 +40,8 @@ def place() -> str:
     return own if works else ""
 
 
-def _name() -> str:
+def new_name() -> str:
+    """Of a group of ours: nobody else's is called that."""
     return _PREFIX + os.urandom(6).hex()
 
 
@@ -110,7 +111,7 @@ class OwnLeaf(Leaf):
     """
 
     def __init__(self, parent: str, above: int | None = None) -> None:
-        name = _name()
+        name = new_name()
         super().__init__(f"{parent}/{name}")
         self._above = above
         self._name = self.path if above is None else name
@@ -189,11 +190,11 @@ class Place:
             self._leaf = None
 
 
-def sweep() -> None:
-    """Ends and removes the leaves beside one's own whose owner is gone: nobody holds their lock."""
-    if not place():
+def sweep(parent: str) -> None:
+    """Ends and removes the groups of ours in that folder whose owner is gone: nobody holds their lock."""
+    if not parent:
         return
-    with os.scandir(place()) as entries:
+    with os.scandir(parent) as entries:
         found = [entry.path for entry in entries if _is_name(entry.name)]
     for path in found:
         with contextlib.suppress(OSError):

@@ -27,6 +27,7 @@ from ray_guard.kernel import pidfd, procfs
 from ray_guard.supervisor.arguments import Memory, runnable
 from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
+from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.process_spans import Image, OpenImage, ProcessSpans
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
@@ -100,7 +101,7 @@ class Processes:
         origin: the call, below the span of its first process.
         root: that process, forked, filtered and about to execute what was asked for.
         end_call: ends the call; told which limit it passed.
-        leaf: the control group they are all in; None: there is none.
+        leaf, pages: the control groups they are all in; None: there is none.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Processes:
         end_call: Callable[[Exceeded], None],
         *,
         leaf: Leaf | None,
+        pages: MemoryGroup | None,
     ) -> None:
         self._loop = node.loop
         self._target = target
@@ -146,6 +148,7 @@ class Processes:
             passed=self._passed,
             living=self._living,
             leaf=leaf,
+            pages=pages,
         )
 
     @property
@@ -382,6 +385,7 @@ class Processes:
         Args:
             cpu_seconds, peak_memory: what the kernel has told of those that were waited for.
         """
+        self._limits.look_last()
         self._closed = True
         for process in list(self._known.values()):
             self._died(process)

@@ -28,11 +28,12 @@ from ray_guard.kernel.seccomp import Listener
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import arguments, bystanders, cgroups
+from ray_guard.supervisor import arguments, bystanders, cgroups, memory_group
 from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
+from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.metadata import Metadata
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.process_spans import exit_attributes
@@ -107,6 +108,7 @@ class Tool:
         self._left = False
         self._strays: tuple[str, ...] = ()
         self._leaf: Leaf | None = None
+        self._pages: MemoryGroup | None = None
         self._leader: Leader | None = None
         self._descriptors = descriptors
         self._call = call.span if call.span is not None and call.span in target.open else self._span
@@ -240,8 +242,14 @@ class Tool:
             self._failed({"stage": "leader", "text": _NONE} if leader is None else leader.fault)
             return
         memory = _least(self._origin.account, MEMORY)
-        if not leader.prepare({"op": "prepare", "memory": memory}, self._descriptors):
+        self._pages = None if memory is None else memory_group.below(self._target.pid, memory)
+        entrance = [] if self._pages is None else [self._pages.entrance]
+        told = {"op": "prepare", "memory": memory, "joins": bool(entrance)}
+        prepared = leader.prepare(told, [*self._descriptors, *entrance])
+        seqpacket.close_all(entrance)
+        if not prepared:
             leader.drop()  # what it held ready has died
+            self._close_groups()
             self._node.leaders.take(self._fit, self._begin)
             return
         self._close_descriptors()
@@ -261,6 +269,13 @@ class Tool:
             asking = () if self._control is None else (self._control.fileno(),)
             request = {"wall_seconds": self._time_left(), "survivors": self._policy.survivors}
             leader.start(request, asking)
+
+    def _close_groups(self) -> None:
+        """Those that were made here."""
+        if isinstance(self._leaf, OwnLeaf):
+            self._leaf.close()
+        if self._pages is not None:
+            self._pages.close()
 
     def _close_descriptors(self) -> None:
         seqpacket.close_all(self._descriptors)
@@ -309,7 +324,9 @@ class Tool:
             return
         policy = self._policy.with_role(Role.TOOL)
         self._ring = Ring(self._node, self._target, policy, pid, self._origin, view=self._view)
-        self._processes = Processes(self._node, self._target, self._origin, pid, self._over, leaf=self._leaf)
+        self._processes = Processes(
+            self._node, self._target, self._origin, pid, self._over, leaf=self._leaf, pages=self._pages
+        )
         self._ring.origin_of = self._processes.origin_of
         self._gate = Gate(
             Listener(listener),
@@ -376,8 +393,7 @@ class Tool:
             self._account.close()
         self._tell_end(message)
         self._node.lift_ceiling(self._leaf)
-        if isinstance(self._leaf, OwnLeaf):
-            self._leaf.close()
+        self._close_groups()
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.release()
