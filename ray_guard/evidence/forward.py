@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from ray_guard.errors import RayGuardError
-from ray_guard.evidence.journal import SUFFIX
+from ray_guard.evidence.layout import SUFFIX
 from ray_guard.evidence.otlp import NotOtlp, decode
 from ray_guard.evidence.reader import open_segment, scan
 from ray_guard.records import Resource, SpanRecord

@@ -2,76 +2,219 @@
 
 Runs in the supervisor. Standard library only.
 
-One writer per segment, and a segment never reopened: each journal makes a file of its own, so nothing written before
-can be overwritten and a torn tail left by a killed writer stays where it is, for the reader to skip and count.
+Each journal is a log of its own, written by one process into segments that are never reopened: nothing written before
+can be overwritten, and a torn tail left by a killed writer stays where it is, for the reader to skip and count. Every
+line is a leaf of one Merkle tree over the log. :meth:`Journal.cut` says what there is to be signed, and
+:meth:`Journal.seal` writes the signed checkpoint to the seal file beside the segments. docs/evidence.md has the forms.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
+import fcntl
+import hashlib
+import json
+import logging
 import os
 import re
 import socket
 import stat
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from ray_guard.errors import NotEnforced, RayGuardError
-from ray_guard.evidence.otlp import LINE_LIMIT
+from ray_guard.evidence.layout import SCHEMA, SEAL_SUFFIX, SHORT, VOUCHED_SUFFIX, segment_name
+from ray_guard.evidence.merkle import Tree
+from ray_guard.evidence.note import Checkpoint, Key
+from ray_guard.evidence.otlp import LINE_LIMIT, resource_line
+from ray_guard.kernel import libc
 
-SUFFIX: Final = ".otlp.jsonl"
 _FEATURE: Final = "evidence"
 _POSTPONED_LIMIT: Final = 1024
+_GROUP: Final = 64
+"""Records that are hashed together: many are cheaper than one, but calls wait for the loop."""
+_AHEAD: Final = 1 << 20
+_SEAL_RESERVE: Final = 1 << 16
+
+log = logging.getLogger("ray_guard.journal")
 
 
 class JournalError(RayGuardError, OSError):
     """A record could not be written: whatever it would have recorded must not happen."""
 
 
+class Bounds(NamedTuple):
+    """How large a journal may become; sizes in bytes."""
+
+    segment: int = 256 << 20
+    segment_s: float = 3600.0
+    reserve: int = 2 << 20
+    """Of each segment, kept on the disk for what must be recorded (:meth:`Journal.keep`)."""
+    total: int | None = None
+    """Of the folder: all that is in it, this journal's or not."""
+
+
+DEFAULT_BOUNDS: Final = Bounds()
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What is to be signed: see :meth:`Journal.cut`."""
+
+    checkpoint: Checkpoint
+    leaves: bytes
+    descriptor: int
+    """The segment's: it must be on the disk before its checkpoint is."""
+    finished: bool
+    """Whether the segment has been left for a new one."""
+
+
 class Journal:
-    """A new segment in an evidence folder.
+    """A new log in an evidence folder.
 
     Args:
         folder: made (0700, parents as the umask says) where it is missing; must be ours, no symlink, and writable by
             nobody else. Its parents may be reached through symlinks (Ray's ``session_latest`` is one).
+        bounds: its size.
 
     Raises:
         NotEnforced: the folder cannot hold evidence, and why.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], bounds: Bounds = DEFAULT_BOUNDS) -> None:
         self.folder = Path(folder).absolute()  # not resolve(): a symlink is judged, not followed
+        self.bounds = bounds
         self._folder_fd = _open_folder(self.folder)
-        self._fd = -1
+        self._fd = self._seal_fd = -1
+        self._others = 0
+        self._reserve = bounds.reserve
+        self._postponed: list[bytes] = []
+        #: Records that were dropped because neither disk nor memory had room for them.
+        self.lost = 0
+        #: Why the last record was refused that was; to be set back by whoever has told it.
+        self.refused: JournalError | None = None
         try:
-            self.path, self._fd = _open_segment(self.folder, self._folder_fd)
-            os.fsync(self._folder_fd)  # the name itself must survive a power cut, once
+            self._begin()
+            self._weigh()
+            os.fsync(self._folder_fd)  # the names themselves must survive a power cut
         except OSError as error:
             self.close()
             raise NotEnforced([_FEATURE], f"{self.folder} takes no journal segment: {error.strerror}") from error
+
+    def _begin(self) -> None:
+        """Begins a log: its seal file, locked for as long as we live, and its first segment.
+
+        Raises:
+            OSError: nothing has changed.
+            JournalError: there is no room for its first record.
+        """
+        name = _name()
+        seal = self._create(f"{name}{SEAL_SUFFIX}")
+        try:
+            segment = self._create(segment_name(name, 1))
+        except OSError:
+            os.close(seal)
+            raise
+        fcntl.flock(seal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        #: The log's name.
+        self.log = name
+        self._tree = Tree()
+        self._chunks: list[bytes] = []
+        self._leaves = bytearray()
+        self._cut_size = self._number = self._seal_size = 0
+        self._seal_fd = seal
+        self._seal_backlog = _json({"schema": SCHEMA, "log": name})
+        self._keyed = False
+        self._use(segment)
+        self._write_seal()
+
+    def _create(self, name: str) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(name, flags, 0o600, dir_fd=self._folder_fd)
+
+    def _use(self, descriptor: int, torn: int = 0) -> None:
+        """Goes on in a new segment, which begins by saying what it is."""
+        self._number += 1
+        self._fd, self.path = descriptor, self.folder / segment_name(self.log, self._number)
+        self._began = time.monotonic()
         #: Bytes in the segment.
         self.size = 0
-        self._torn = False
-        self._postponed: list[bytes] = []
+        self._allocated = self._lines = 0
+        self._broken = False
+        header: dict[str, str | int] = {
+            "ray_guard.journal.schema": SCHEMA,
+            "ray_guard.journal.log": self.log,
+            "ray_guard.journal.segment": self._number,
+            "ray_guard.journal.first_record": self._tree.size,
+            "ray_guard.journal.unix_ns": time.time_ns(),
+            "ray_guard.journal.boot_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        }
+        if torn:
+            header["ray_guard.journal.torn_bytes_before"] = torn
+        line = resource_line(header)
+        try:
+            self._write(line, 0)
+        except JournalError:
+            if self._number == 1:
+                raise
+            self._postponed.insert(0, line)
+
+    # -- records -------------------------------------------------------------------------------------------------------
 
     def append(self, line: bytes) -> None:
         """Appends whole lines with one ``write(2)``; on return the kernel has them (they survive our death).
 
+        For what has not happened yet and will not, if it cannot be recorded: a grant, a start.
+
         Raises:
-            JournalError: they are not recorded (disk full, quota, closed). Nothing partial is left behind where the
-                file system lets us take it back; otherwise the next append ends the torn line first.
+            JournalError: they are not recorded (disk full but for the reserve, quota, closed).
             ValueError: not whole lines, or longer than the reader takes.
         """
-        if line[-1:] != b"\n" or len(line) > LINE_LIMIT:
-            raise ValueError(f"a journal takes whole lines of at most {LINE_LIMIT} bytes, got {len(line)} bytes")
+        _check(line)
+        try:
+            if self._postponed:
+                self.flush()
+            self._write(line, self._reserve)
+        except JournalError as error:
+            self.refused = error
+            raise
+
+    def report(self, line: bytes) -> None:
+        """:meth:`append`, but also from the first half of the reserve: what a target says has begun.
+
+        It cannot be refused any more, but a target could say it for ever.
+        """
+        _check(line)
         if self._postponed:
             self.flush()
-        self._write(line)
+        self._write(line, self._reserve // 2)
+
+    def keep(self, line: bytes) -> None:
+        """Appends what has happened already, or is a refusal: also to a full disk, from the reserve.
+
+        Where even that is used up, it waits in memory for :meth:`flush`.
+
+        Raises:
+            JournalError: there is no room in memory either; it is counted as lost.
+            ValueError: as :meth:`append`.
+        """
+        _check(line)
+        try:
+            if self._postponed:
+                self.flush()
+            self._write(line, 0)
+        except JournalError:
+            if len(self._postponed) >= _POSTPONED_LIMIT:
+                self.lost += line.count(b"\n")
+                raise
+            self._postponed.append(line)
 
     def postpone(self, line: bytes) -> None:
-        """Appends a whole line at the next :meth:`flush`, or before the next append; until then it can be lost.
+        """:meth:`keep`, but at the next :meth:`flush`, or before the next append; until then it can be lost.
 
         For what answers for nothing and comes in numbers: one ``write(2)`` takes many.
 
@@ -85,33 +228,234 @@ class Journal:
     def flush(self) -> None:
         """Writes what was postponed. Raises JournalError: it waits on."""
         if self._postponed:
-            self._write(b"".join(self._postponed))
+            try:
+                self._write(b"".join(self._postponed), 0)
+            except JournalError:
+                if len(self._postponed) == 1:
+                    raise
+                self._write_each()
             self._postponed.clear()
 
-    def _write(self, line: bytes) -> None:
-        if self._torn:
-            line = b"\n" + line
+    def _weigh(self) -> None:
+        """Counts what else is in the folder, where its size is bounded."""
+        if self.bounds.total is not None:
+            with os.scandir(self._folder_fd) as entries:
+                sizes = [_size(entry) for entry in entries if entry.name != self.path.name]
+            self._others = sum(sizes)
+
+    def _write_each(self) -> None:
+        """What is left of the reserve may have room for some of them."""
+        while self._postponed:
+            self._write(self._postponed[0], 0)
+            del self._postponed[0]
+
+    def _write(self, data: bytes, reserve: int) -> None:
+        needed = self.size + len(data) + reserve
+        if needed > self._allocated and self._reserve:
+            self._allocate(needed, reserve)
+        total = self.bounds.total
+        if total is not None and self._others + needed > total:
+            raise JournalError(
+                errno.EDQUOT,
+                f"the evidence folder has reached its limit of {total} bytes: move finished logs away "
+                "(segments and seal together), or raise RAY_GUARD_EVIDENCE_LIMIT",
+                str(self.folder),
+            )
+        if self._broken:
+            raise self._failed("written", OSError(errno.EIO, "the segment is not as it was written; another follows"))
         try:
-            written = os.write(self._fd, line)
-            while written < len(line):  # a nearly full disk, or a signal: rare enough that a copy does not matter
-                written += os.write(self._fd, line[written:])
+            written = os.write(self._fd, data)
+            while written < len(data):  # a nearly full disk, or a signal: rare enough that a copy does not matter
+                written += os.write(self._fd, data[written:])
         except OSError as error:
             self._take_back()
             raise self._failed("written", error) from error
-        self._torn = False
-        self.size += len(line)
+        self.size += len(data)
+        self._chunks.append(data)
+        if len(self._chunks) >= _GROUP:
+            self._hash()
+
+    def _allocate(self, needed: int, reserve: int) -> None:
+        """Has the file system set blocks aside behind the segment's end, so that it cannot be full for us there.
+
+        Raises:
+            JournalError: it is full, and this record (that may not use the reserve) must not use up what is left.
+        """
+        wanted = max(needed, self.size + self._reserve) + _AHEAD
+        try:
+            libc.fallocate(self._fd, libc.FALLOC_FL_KEEP_SIZE, self._allocated, wanted - self._allocated)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                log.warning(
+                    "%s: its file system cannot set space aside: on a full disk denials go to memory", self.path
+                )
+                self._reserve = 0
+            elif reserve:
+                raise self._failed("written but for its reserve", error) from error
+        else:
+            self._allocated = wanted
 
     def _take_back(self) -> None:
         """Cuts a half-written line off again: it was never answered for, and must not swallow the next one."""
         try:
             os.ftruncate(self._fd, self.size)
+            self._allocated = self.size  # and with it what was set aside
         except OSError:
-            self._torn = True
-            with contextlib.suppress(OSError):
-                self.size = os.fstat(self._fd).st_size
+            self._broken = True  # until the next cut, which goes on in a new segment
 
     def _failed(self, what: str, error: OSError) -> JournalError:
         return JournalError(error.errno, f"the journal cannot be {what}: {error.strerror}", str(self.path))
+
+    # -- the seal ------------------------------------------------------------------------------------------------------
+
+    def _hash(self) -> None:
+        lines = b"".join(self._chunks).split(b"\n")
+        lines.pop()
+        self._chunks.clear()
+        # As merkle.hash_leaf does it, without the call: this is on the way of every record.
+        hashes = [hashlib.sha256(b"\0" + line).digest() for line in lines]
+        self._tree.extend(hashes)
+        self._leaves += b"".join([each[:SHORT] for each in hashes])
+        self._lines += len(lines)
+
+    @property
+    def records(self) -> int:
+        """In the log, all segments together."""
+        self._hash()
+        return self._tree.size
+
+    def cut(self, *, last: bool = False) -> Cut | None:
+        """What has come since the last cut, to be signed and given to :meth:`seal`; None where there is nothing.
+
+        Begins a new segment where it is time for one. ``last``: the log ends here.
+        """
+        with contextlib.suppress(JournalError):
+            self.flush()
+        self._weigh()
+        self._hash()
+        if self._tree.size == self._cut_size and self._broken:
+            descriptor = self._fd
+            if self._rotate():
+                os.close(descriptor)
+                self._hash()
+        if self._tree.size == self._cut_size and not last:
+            return None
+        leaves = bytes(self._leaves)
+        self._leaves.clear()
+        self._cut_size = self._tree.size
+        checkpoint = Checkpoint(
+            log=self.log,
+            size=self._tree.size,
+            root=self._tree.root(),
+            segments=((self.path.name, self._lines),),
+            leaves=hashlib.sha256(leaves).digest(),
+            time_ns=time.time_ns(),
+            boot_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            ended=last,
+        )
+        descriptor = self._fd
+        finished = not last and self._rotate()
+        return Cut(checkpoint, leaves, descriptor, finished)
+
+    def _rotate(self) -> bool:
+        old = time.monotonic() - self._began > self.bounds.segment_s
+        if not self._broken and self.size < self.bounds.segment and not old:
+            return False
+        try:
+            segment = self._create(segment_name(self.log, self._number + 1))
+        except OSError as error:
+            log.warning("%s goes on: no new segment can be begun: %s", self.path, error.strerror)
+            return False
+        found = os.fstat(self._fd).st_size
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, found)  # gives back what was set aside
+            os.fsync(self._folder_fd)
+        self._use(segment, max(0, found - self.size))
+        return True
+
+    def altered(self) -> str | None:
+        """What somebody else has done to the segment since the last time, if anything; the next cut goes on in another.
+
+        A look at its size and name: what was done to its content is for ``ray-guard verify`` to find.
+        """
+        if self._broken:
+            return None
+        found = os.fstat(self._fd)
+        try:
+            named = os.stat(self.path.name, dir_fd=self._folder_fd, follow_symlinks=False)
+        except OSError:
+            named = None
+        if found.st_size != self.size:
+            why = f"it holds {found.st_size} bytes, and {self.size} were written"
+        elif named is None or not os.path.samestat(found, named):
+            why = "it was removed, renamed or replaced"
+        else:
+            return None
+        self._broken = True
+        return f"{self.path.name}: {why}"
+
+    def renew(self) -> None:
+        """Begins another log, because nobody is left who could seal this one; the new one's records vouch for it.
+
+        Raises:
+            OSError: this one goes on.
+        """
+        with contextlib.suppress(JournalError):
+            self.flush()
+        before = resource_line(
+            {
+                "ray_guard.journal.before": self.log,
+                "ray_guard.journal.before.records": self.records,
+                "ray_guard.journal.before.root": self._tree.root().hex(),
+            }
+        )
+        old, segment, seal = self.log, self._fd, self._seal_fd
+        self._begin()
+        os.close(self._create(f"{old}{VOUCHED_SUFFIX}"))  # what is open in it goes on here
+        os.close(segment)
+        os.close(seal)
+        self.keep(before)
+
+    def seal(self, cut: Cut, key: Key, signature: bytes) -> None:
+        """Writes the checkpoint, once what it speaks of is on the disk. May run beside the other methods, once.
+
+        Raises:
+            JournalError: the disk says no. The checkpoint is kept, and written with the next.
+        """
+        if not self._keyed:
+            self._keyed = True
+            self._seal_backlog += _json({"key": str(key)})
+        note = cut.checkpoint.signed(key, signature)
+        self._seal_backlog += _json({"checkpoint": note, "leaves": base64.b64encode(cut.leaves).decode()})
+        try:
+            os.fdatasync(cut.descriptor)
+            self._write_seal()
+            os.fdatasync(self._seal_fd)
+        except OSError as error:
+            raise JournalError(error.errno, f"the seal cannot be written: {error.strerror}", self.log) from error
+        finally:
+            if cut.finished:
+                os.close(cut.descriptor)
+
+    def _write_seal(self) -> None:
+        """Raises OSError; then nothing half-written is left."""
+        if self._reserve:
+            with contextlib.suppress(OSError):
+                end = self._seal_size + len(self._seal_backlog) + _SEAL_RESERVE
+                libc.fallocate(self._seal_fd, libc.FALLOC_FL_KEEP_SIZE, self._seal_size, end - self._seal_size)
+        data = self._seal_backlog
+        try:
+            written = os.write(self._seal_fd, data)
+            while written < len(data):
+                written += os.write(self._seal_fd, data[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._seal_fd, self._seal_size)
+            raise
+        self._seal_size += len(data)
+        self._seal_backlog = b""
+
+    # -- its end -------------------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
         """Waits until what was appended is on the disk.
@@ -131,10 +475,17 @@ class Journal:
         if self._fd >= 0:
             with contextlib.suppress(JournalError):
                 self.flush()
-        for descriptor in (self._fd, self._folder_fd):
+            with contextlib.suppress(OSError):
+                if not self._broken:
+                    os.ftruncate(self._fd, self.size)  # gives back what was set aside
+        if self._seal_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._seal_fd, self._seal_size)
+        for descriptor in (self._fd, self._seal_fd, self._folder_fd):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._fd = self._folder_fd = -1
+        self._fd = self._seal_fd = self._folder_fd = -1
+        self._allocated = 1 << 63  # nothing more is set aside
 
     def fileno(self) -> int:
         """The segment's descriptor (-1 once closed)."""
@@ -145,6 +496,22 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check(line: bytes) -> None:
+    if line[-1:] != b"\n" or len(line) > LINE_LIMIT:
+        raise ValueError(f"a journal takes whole lines of at most {LINE_LIMIT} bytes, got {len(line)} bytes")
+
+
+def _json(fields: dict[str, str | int]) -> bytes:
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except OSError:  # gone between listing and looking
+        return 0
 
 
 def _open_folder(folder: Path) -> int:
@@ -169,10 +536,8 @@ def _open_folder(folder: Path) -> int:
     raise NotEnforced([_FEATURE], f"{folder} cannot be the evidence folder: {why}")
 
 
-def _open_segment(folder: Path, folder_fd: int) -> tuple[Path, int]:
-    """``<utc>-<host>-<pid>-<random>.otlp.jsonl``: sorts by start, never collides, says who wrote it."""
+def _name() -> str:
+    """``<utc>-<host>-<pid>-<random>``: sorts by start, never collides, says who wrote it."""
     utc = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     host = re.sub(r"[^A-Za-z0-9.]+", "_", socket.gethostname())[:64] or "host"
-    name = f"{utc}-{host}-{os.getpid()}-{os.urandom(4).hex()}{SUFFIX}"
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    return folder / name, os.open(name, flags, 0o600, dir_fd=folder_fd)
+    return f"{utc}-{host}-{os.getpid()}-{os.urandom(4).hex()}"

@@ -132,6 +132,13 @@ def encode_attributes(attributes: Attributes) -> bytes:
     return _attributes(attributes).encode("ascii")
 
 
+def resource_line(attributes: Attributes) -> bytes:
+    """A line without spans: what a journal says of itself, which no reader of spans need know of."""
+    return (
+        f'{{"resourceSpans":[{{"resource":{{"attributes":[{_attributes(attributes)}]}},"scopeSpans":[]}}]}}\n'.encode()
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Fragment:
     """Attributes encoded once and put on many records (identity, source). Make it with :func:`fragment`."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 from ray_guard.errors import RayGuardError
-from ray_guard.evidence.journal import SUFFIX
+from ray_guard.evidence.layout import SUFFIX
 from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode
 from ray_guard.records import Attributes, Resource, Source, SpanRecord
 

@@ -53,6 +53,8 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _prctl = _libc.prctl
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate  # musl has one, of 64 bits
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _connect = _libc.connect  # without argtypes: int and bytes go as they are, in two thirds of the time
 _bind = _libc.bind
 _bind.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
@@ -73,6 +75,13 @@ def syscall(number: int, *args: int) -> int:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     return check(_prctl(option, arg2, arg3, arg4, arg5), f"prctl {option}")
+
+
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+
+
+def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    check(_fallocate(descriptor, mode, offset, length), "fallocate")
 
 
 def unshare(flags: int) -> None:

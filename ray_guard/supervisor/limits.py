@@ -157,7 +157,7 @@ class Limits:
 
     def room(self) -> float:
         """How many may be born before they must be counted again."""
-        room = self._account.room(PROCESSES)
+        room = self._account.calm(PROCESSES)
         return 0 if room is UNLIMITED else room
 
     def exited(self, entry: Entry, cpu_ns: int | None) -> None:

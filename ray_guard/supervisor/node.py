@@ -4,41 +4,41 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Mapping
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from ray_guard.egress.gate import Means
 from ray_guard.egress.meter import Meter
+from ray_guard.errors import NotEnforced, PolicyError
 from ray_guard.evidence.forwarder import forwarder_argv
-from ray_guard.evidence.journal import Journal
+from ray_guard.evidence.journal import Bounds, Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
-from ray_guard.policy.budgets import Account, Scope
+from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
+from ray_guard.policy.values import parse_size
 from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
+from ray_guard.supervisor.leases import Lease, Leases
 from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.proxies import Proxies
+from ray_guard.supervisor.quota import Quotas
 from ray_guard.supervisor.resolver import Resolver
+from ray_guard.supervisor.sealing import Sealer
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.leaf import Leaf
+    from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.target import Target
 
 log = logging.getLogger("ray_guard.node")
-
-SYNC_S: Final = 1.0
-"""How often journals are forced to disk."""
 
 Endpoint = tuple[str, int]
 
@@ -58,31 +58,6 @@ class Membership:
         self.environment = {str(key): str(value) for key, value in told.get("environment", {}).items()}
 
 
-class Syncer:
-    """Forces journals to disk beside the loop: that can take a fifth of a second, and calls wait for the loop.
-
-    Its thread does nothing else and takes no signal: the ticks that interrupt a slow connect are the loop's.
-    """
-
-    def __init__(self) -> None:
-        self._asked: SimpleQueue[tuple[Journal, ...]] = SimpleQueue()
-        threading.Thread(target=self._work, name="sync", daemon=True).start()
-
-    def ask(self, journals: tuple[Journal, ...]) -> None:
-        """Soon; nothing where the last request has not been begun: a slow disk must not pile them up."""
-        if self._asked.empty():
-            self._asked.put(journals)
-
-    def _work(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while True:
-            for journal in self._asked.get():
-                try:
-                    journal.sync()
-                except OSError as error:
-                    log.warning("%s: %s", journal.folder, error)
-
-
 class Node:
     """See the module."""
 
@@ -93,6 +68,8 @@ class Node:
         self.meter = Meter(SockDiag(), loop, self._flush)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
+        self.paid: dict[str, Paid] = {}
+        """Model calls that the relay has admitted and charged, by the word that each carries to the engine."""
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""
@@ -105,12 +82,14 @@ class Node:
         self.number = os.urandom(6).hex()
         """Tells this supervisor from all others."""
         self.gpus = Gpus(loop)
+        self.leases = Leases(loop)
+        self.quotas = Quotas()
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
         self._evidence_folders: list[str] = []
         """The journals', resolved."""
-        self._syncer = Syncer()
+        self.sealer = Sealer(loop)
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
         self._actors: dict[str, Account] = {}
@@ -122,22 +101,22 @@ class Node:
         self.resolver = Resolver(loop, self._changed)
         self._wants_ceilings = os.environ.get("RAY_GUARD_NFTABLES", "") not in ("", "0")
         self._ceilings: Ceilings | None = None
-        loop.later(SYNC_S, self._sync)
 
     # -- evidence ------------------------------------------------------------------------------------------------------
 
     def journal(self, folder: str, environment: Mapping[str, str]) -> Journal:
-        """The journal in that folder (absolute), one segment per supervisor.
+        """The journal in that folder (absolute), one per supervisor.
 
         Args:
-            environment: says whether and where its spans are exported (``OTEL_EXPORTER_OTLP_*``); that of the first
-                target which asks.
+            environment: says whether and where its spans are exported (``OTEL_EXPORTER_OTLP_*``), and how large the
+                folder may become (``RAY_GUARD_EVIDENCE_LIMIT``); that of the first target which asks.
 
         Raises:
             NotEnforced: there can be none.
         """
         if folder not in self._journals:
-            self._journals[folder] = Journal(folder)
+            self._journals[folder] = Journal(folder, _bounds(environment))
+            self.sealer.add(self._journals[folder])
             self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
@@ -152,14 +131,11 @@ class Node:
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
 
-    def _sync(self) -> None:
-        self._syncer.ask(tuple(self._journals.values()))
-        self.loop.later(SYNC_S, self._sync)
-
     def close(self) -> None:
         self.means.impatience.end()
         self.gpus.close()
         self.means.relay.close()
+        self.sealer.close()
         for journal in self._journals.values():
             journal.close()
         for directory in self._directories.values():
@@ -195,11 +171,21 @@ class Node:
     # -- budgets -------------------------------------------------------------------------------------------------------
 
     def job(self, run_id: str, policy: CompiledPolicy) -> Account:
-        """The account of a job: the first target's policy sets its limits."""
-        if run_id not in self._jobs:
-            limits, watched = policy.limits(Scope.JOB), policy.watched(Scope.JOB)
-            self._jobs[run_id] = Account(Scope.JOB, run_id, limits, watched=watched)
-        return self._jobs[run_id]
+        """The account of a job, under the least of what its targets' policies say (a driver's says nothing)."""
+        account = self._jobs.get(run_id)
+        if account is None:
+            account = self._jobs[run_id] = Account(Scope.JOB, run_id)
+            account.near = self._job_is_near
+        account.tighten(policy.limits(Scope.JOB), policy.watched(Scope.JOB))
+        return account
+
+    def _job_is_near(self, near: Near) -> None:
+        """A limit of a job is almost reached: journaled once, logged by all its targets."""
+        targets = self.quotas.of_job(near.source)
+        for target in targets[:1]:
+            target.near(near)
+        for target in targets[1:]:
+            target.warn(near.text())
 
     def actor_started(self, actor_id: str, account: Account) -> None:
         """An actor has learnt its id: what it submits to Ray is charged to it from here on."""
@@ -207,29 +193,47 @@ class Node:
 
     def charged(self, submitter: str, run_id: str, policy: CompiledPolicy) -> Account:
         """Whose account a new target's stands under: its submitter's on this node, else the job's."""
+        job = self.job(run_id, policy)
         account = self._actors.get(submitter)
         if account is not None and account.closed:
             del self._actors[submitter]
             account = None
-        return account if account is not None else self.job(run_id, policy)
+        return job if account is None else account
 
     # -- surroundings --------------------------------------------------------------------------------------------------
 
     def join(self, target: Target, membership: Membership) -> None:
         self._memberships[id(target)] = membership
+        self._directory(membership).include(membership.endpoints)
+        self._changed()
+
+    def _directory(self, membership: Membership) -> Directory:
         directory = self._directories.get(membership.address)
         if directory is None:
             environment = {**membership.environment}
             directory = Directory(membership.argv, environment, self.loop, self._changed)
             self._directories[membership.address] = directory
-        directory.include(membership.endpoints)
-        self._changed()
+        return directory
+
+    def must_lease(
+        self, run_id: str, job_id: str, policy: CompiledPolicy, membership: Membership
+    ) -> list[tuple[Lease, Amount]]:
+        """Leases of the job's limits of which nothing is known yet: to be waited for before a target's work begins."""
+        account = self.job(run_id, policy)
+        if not account.limits:
+            return []
+        return self.leases.enter(account, f"{job_id}/{run_id}", self._directory(membership))
 
     def leave(self, target: Target) -> None:
+        self.quotas.leave(target)
+        if target.run_id in self._jobs and not self.quotas.of_job(target.run_id):
+            self.leases.leave(self._jobs[target.run_id])
         self.gpus.leave(target)
         membership = self._memberships.pop(id(target), None)
         if membership is not None and all(m.address != membership.address for m in self._memberships.values()):
-            self._directories.pop(membership.address).close()
+            directory = self._directories.pop(membership.address)
+            self.leases.lose(directory)
+            directory.close()
 
     def directory(self, target: Target) -> Directory | None:
         membership = self._memberships.get(id(target))
@@ -278,6 +282,14 @@ class Node:
     def _changed(self) -> None:
         for callback in list(self.surroundings_changed):
             callback()
+
+
+def _bounds(environment: Mapping[str, str]) -> Bounds:
+    said = environment.get("RAY_GUARD_EVIDENCE_LIMIT", "").strip()
+    try:
+        return Bounds(total=parse_size(said) if said else None)
+    except PolicyError as error:
+        raise NotEnforced(["evidence"], f"RAY_GUARD_EVIDENCE_LIMIT: {error}") from error
 
 
 def resource_attributes(node: Node, identity: dict[str, Any]) -> dict[str, Any]:

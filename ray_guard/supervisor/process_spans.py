@@ -109,7 +109,7 @@ class ProcessSpans:
             more += _LOST
         said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         try:
-            self._target.journal.append(begun.form.ended(image.span, image.began, max(at, image.began), more, said))
+            self._target.journal.keep(begun.form.ended(image.span, image.began, max(at, image.began), more, said))
         except JournalError:
             log.exception("the end of a process could not be journaled")
 

@@ -46,6 +46,8 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     node.zygote = zygote_pid
     node.ward = partial(zygote.ward, starts)
     node.means.relay.start = partial(zygote.start_mover, starts)
+    node.sealer.start = partial(zygote.start_signer, starts)
+    node.sealer.recover = partial(zygote.start_recoverer, starts)
     node.remove = partial(zygote.remove, starts)
 
     def hold(path: str) -> None:

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 from ray_guard import errors
@@ -25,7 +26,7 @@ from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import seqpacket
 from ray_guard.kernel.seccomp import Listener
-from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
+from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import arguments, bystanders, cgroups, memory_group
@@ -164,7 +165,7 @@ class Tool:
             },
         )
         identity = fragment({"rl.run.id": self._target.run_id, **call.identity, "ray_guard.source": "supervisor"})
-        self._target.write(self._implicit, identity)
+        self._target.write(self._implicit, identity, grants=True)
         around = self._target.open.get(call.parent) if call.parent is not None else None
         episode = None if around is None else around.episode  # its budgets hold for this call too
         self._account = self._target.call_account(span_id, episode)
@@ -206,6 +207,14 @@ class Tool:
         limits = [(account.limit(WALL), began) for account, began in self._clocks]
         left = [limit - (time.monotonic() - began) for limit, began in limits if limit is not UNLIMITED]
         return max(0.0, min(left)) if left else None
+
+    def _warn_of_time(self) -> None:
+        """Has it noticed when a ``wall_seconds`` around this tool is almost over; all other limits are looked at."""
+        for account, began in self._clocks:
+            limit = account.limit(WALL)
+            if limit is not UNLIMITED:
+                left = NEAR * limit - (time.monotonic() - began)
+                self._node.loop.later(left, partial(_notice_time, account, began))
 
     def _over(self, exceeded: Exceeded) -> None:
         """The tree has passed a limit that ends it."""
@@ -316,7 +325,7 @@ class Tool:
     def _armed(self, pid: int, listener: int) -> None:
         self._pid = pid
         try:
-            self._target.write(self._process_record(None), self._origin.identity)
+            self._target.write(self._process_record(None), self._origin.identity, grants=True)
         except JournalError as error:
             os.close(listener)
             log.warning("a tool was not started: %s", error)
@@ -335,6 +344,7 @@ class Tool:
             self._unfiltered,
             {**self._processes.handlers, **bystanders.handlers(pid), **Metadata(self._view).handlers()},
         )
+        self._warn_of_time()
         self._node.gpus.began(pid, self._target, self._origin)
         if self._leader is not None:
             self._leader.go()
@@ -500,6 +510,11 @@ class Tool:
             self._leader.tell({"op": "end"})
         elif self.running:
             self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
+
+
+def _notice_time(account: Account, began: float) -> None:
+    if not account.closed:
+        account.measured(WALL, time.monotonic() - began)
 
 
 def _executable(start: Start) -> str:

@@ -111,8 +111,8 @@ class _Zygote:
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
-        elif operation == "mover":
-            self._fork_mover(descriptors)
+        elif operation in ("mover", "signer", "recoverer"):
+            self._fork_helper(operation, descriptors)
         elif operation == "leader":
             (line,) = descriptors
             try:
@@ -163,15 +163,26 @@ class _Zygote:
         finally:
             os._exit(code)
 
-    def _fork_mover(self, descriptors: list[int]) -> None:
+    def _fork_helper(self, which: str, descriptors: list[int]) -> None:
         if os.fork() != 0:
             seqpacket.close_all(descriptors)
             return
         try:
             close_all_but((0, 1, 2, *descriptors))
-            from ray_guard.egress.relay import mover  # here alone: what every tool is forked from stays small
+            line = socket.socket(fileno=descriptors[0])
+            # Here alone: what every tool is forked from stays small.
+            if which == "mover":
+                from ray_guard.egress.relay import mover
 
-            mover.run(socket.socket(fileno=descriptors[0]))
+                mover.run(line)
+            if which == "signer":
+                from ray_guard.evidence import signer
+
+                signer.run(line)
+            from ray_guard.evidence import recovery
+
+            recovery.run(line)
+            os._exit(0)
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
@@ -222,6 +233,16 @@ def sweep_place(starts: socket.socket, place: str) -> None:
 def start_mover(starts: socket.socket, line: socket.socket) -> None:
     """Starts a mover of relayed bytes at this end of its line; called by the supervisor."""
     seqpacket.send(starts, {"op": "mover"}, [line.fileno()])
+
+
+def start_signer(starts: socket.socket, line: socket.socket) -> None:
+    """Starts the signer of the logs at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "signer"}, [line.fileno()])
+
+
+def start_recoverer(starts: socket.socket, line: socket.socket) -> None:
+    """Starts the recoverer of former logs at this end of its line; called by the supervisor."""
+    seqpacket.send(starts, {"op": "recoverer"}, [line.fileno()])
 
 
 def ask_for_leader(starts: socket.socket, covers: mounts.Covers = (), *, gpu: bool = False) -> socket.socket:

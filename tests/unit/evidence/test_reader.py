@@ -50,8 +50,8 @@ def test_a_journal_comes_back_with_positions(tmp_path: Path) -> None:
     assert quarantine.total == 0
     assert len({id(entry.resource) for entry in entries}) == 1
     last = entries[-1].position
-    assert last.line == 3
-    assert str(last) == f"{journal.path}:3 (byte {len(line(1)) + len(line(2))})"
+    assert last.line == 4  # after the line in which the segment says what it is
+    assert str(last) == f"{journal.path}:4 (byte {journal.size - len(line(3))})"
     assert journal.path.read_bytes()[last.offset :] == line(3)
 
 

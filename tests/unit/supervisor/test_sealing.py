@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from ray_guard.evidence.journal import Journal, JournalError
-from ray_guard.supervisor.node import Syncer
+from ray_guard.supervisor.sealing import Syncer
 
 
 class SlowJournal:

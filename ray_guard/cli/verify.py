@@ -1,0 +1,125 @@
+"""``ray-guard verify EVIDENCE``: proves that evidence is complete and unaltered, or says which record is not.
+
+Runs later, on any machine: needs nothing but the evidence, and whatever was kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray_guard.evidence.note import BadNote
+from ray_guard.evidence.reader import NotEvidence
+from ray_guard.evidence.verify.check import Finding, LogReport, State, check
+from ray_guard.evidence.verify.seals import read_checkpoints, read_keys
+
+if TYPE_CHECKING:
+    # What add_subparsers() returns has no public name.
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Adds ``verify`` to the command's parsers."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="prove that evidence is complete and unaltered",
+        description="Holds every record of an evidence folder against the signed checkpoints beside it. Names each "
+        "record that was edited, removed, reordered, duplicated or added, and logs that were cut. Exit status 0: "
+        "nothing is; 1: something is, or cannot be proven; 2: there is nothing to verify.",
+    )
+    parser.add_argument("evidence", metavar="EVIDENCE", help="evidence folder, with the seals beside the segments")
+    parser.add_argument(
+        "--key",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="believe seals of this public key alone (as the seal spells it, or a file with one a line); repeatable. "
+        "Without it the keys in the folder are believed, which whoever replaced a whole log can have replaced too",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="checkpoints that were kept elsewhere: what they speak of must still be there; repeatable",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what was found. 0: complete and unaltered; 1: not; 2 with a line on stderr: nothing to verify."""
+    began = time.monotonic()
+    try:
+        keys = [key for each in args.key for key in read_keys(each)]
+        checkpoints = [each for path in args.checkpoint for each in read_checkpoints(path)]
+        logs = check(args.evidence, keys=keys, checkpoints=checkpoints)
+    except (BadNote, NotEvidence) as error:
+        sys.stderr.write(f"ray-guard verify: {error}\n")
+        return 2
+    sound = not any(log.findings for log in logs)
+    if args.json:
+        print(json.dumps(_as_json(args.evidence, logs, sound=sound), indent=1))
+    else:
+        seconds = time.monotonic() - began
+        for line in _text(logs, seconds, sound=sound, believed=bool(keys or checkpoints)):
+            print(line)
+    return 0 if sound else 1
+
+
+def _text(logs: Sequence[LogReport], seconds: float, *, sound: bool, believed: bool) -> list[str]:
+    lines: list[str] = []
+    for log in logs:
+        sealed = f"{log.sealed} sealed by {log.checkpoints} checkpoints" if log.state is not State.UNSEALED else ""
+        lines.append(f"{log.log}  {log.state.value}" + (f": {log.records} records, {sealed}" if sealed else ""))
+        lines += [f"  {finding}" for finding in log.findings]
+        lines += [f"  note: {note}" for note in log.notes]
+    records, size = sum(log.records for log in logs), sum(log.size for log in logs)
+    many = (
+        f"{len(logs)} log{'s' if len(logs) != 1 else ''}, {records} records, {size / 2**20:.1f} MiB in {seconds:.2f} s"
+    )
+    found = sum(len(log.findings) for log in logs)
+    lines.append(f"complete and unaltered: {many}" if sound else f"NOT PROVEN, {found} findings: {many}")
+    if sound and not believed:
+        lines.append(
+            "the keys are the folder's own: --key or --checkpoint, kept elsewhere, proves that no log was replaced"
+        )
+    return lines
+
+
+def _as_json(evidence: str, logs: Sequence[LogReport], *, sound: bool) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "evidence": evidence,
+        "ok": sound,
+        "logs": [
+            {
+                "log": log.log,
+                "state": log.state.value,
+                "key": None if log.key is None else str(log.key),
+                "segments": log.segments,
+                "records": log.records,
+                "sealed": log.sealed,
+                "checkpoints": log.checkpoints,
+                "bytes": log.size,
+                "findings": [_finding(finding) for finding in log.findings],
+                "notes": log.notes,
+            }
+            for log in logs
+        ],
+    }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "kind": finding.kind.value,
+        "file": finding.position.path,
+        "line": finding.position.line,
+        "byte_offset": finding.position.offset,
+        "span": finding.span,
+        "text": finding.text,
+    }

@@ -1,0 +1,32 @@
+"""What lies in an evidence folder, by name. Runs everywhere. Standard library only.
+
+``<log>-<number>.otlp.jsonl``   a segment of a log: records
+``<log>.seal.jsonl``            its seal: key and signed checkpoints
+``<log>.vouched``               empty: a later log vouches for this one, and has closed what was left open in it
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+SUFFIX: Final = ".otlp.jsonl"
+SEAL_SUFFIX: Final = ".seal.jsonl"
+VOUCHED_SUFFIX: Final = ".vouched"
+SCHEMA: Final = 1
+"""Of segments and seals alike; each says it in its first line."""
+SHORT: Final = 8
+"""Bytes of each record's leaf hash that stand in the seal: enough to say which line is not what was written."""
+
+_SEGMENT: Final = re.compile(r"(?P<log>.+)-(?P<number>[0-9]{6,})" + re.escape(SUFFIX))
+
+
+def segment_name(log: str, number: int) -> str:
+    """``number`` counts from 1."""
+    return f"{log}-{number:06d}{SUFFIX}"
+
+
+def log_of(name: str) -> tuple[str, int] | None:
+    """Which log and which of its segments a file of that name is; None for any other file."""
+    match = _SEGMENT.fullmatch(name)
+    return None if match is None else (match["log"], int(match["number"]))

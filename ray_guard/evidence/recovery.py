@@ -1,0 +1,178 @@
+"""The helper that sees to the logs of former supervisors: a process of its own, beside the one that now writes.
+
+Runs in the recoverer, a child of the zygote. For each log in the folder that nobody writes and no other vouches for it
+gives the supervisor lines for the new log: the last checkpoint of the old one, so that its removal would be noticed;
+and where its supervisor was killed, how many records are there and their root, and an end for every span left open.
+Nothing old is written to. Lines go out on a stream; each that vouches is answered with a byte once it is in the
+journal, and only then marked as done: cut short, all is done again, with the same ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Final, Self
+
+from ray_guard.evidence.layout import SEAL_SUFFIX, VOUCHED_SUFFIX, log_of
+from ray_guard.evidence.merkle import Tree
+from ray_guard.evidence.otlp import LineEncoder, NotOtlp, decode, resource_line
+from ray_guard.evidence.reader import open_segment, scan
+from ray_guard.records import AttributeValue, StatusCode
+
+BEFORE: Final = "ray_guard.journal.before"
+VOUCHES: Final = b'{"resourceSpans":[{"resource":{"attributes":[{"key":"ray_guard.journal.before",'
+"""How a line begins that vouches for another log. No target can have a line begin so."""
+_IDS: Final = re.compile(rb'"spans":\[\{"traceId":"([0-9a-f]{32})","spanId":"([0-9a-f]{16})"')
+_TAIL: Final = 4 << 20
+_PATIENCE_S: Final = 2.0
+_GROUP: Final = 4096
+
+
+def run(line: socket.socket) -> None:
+    """Sees to the folder that the first line on the stream names."""
+    with line, line.makefile("rb") as told:
+        asked = json.loads(told.readline())
+        folder = Path(str(asked["folder"]))
+        try:
+            for log in unvouched(folder, str(asked["log"])):
+                with contextlib.suppress(OSError), _Abandoned(folder, log) as old:
+                    for each in old.lines():
+                        line.sendall(each)
+                    if told.read(1) != b"\1":
+                        return
+                    (folder / f"{log}{VOUCHED_SUFFIX}").touch(0o600)
+        except ConnectionError:
+            pass  # the supervisor is gone, or has no room
+
+
+def unvouched(folder: Path, own: str) -> list[str]:
+    """The other logs in the folder that no log vouches for, oldest first. Raises OSError."""
+    names = set(os.listdir(folder))
+    logs = {name.removesuffix(SEAL_SUFFIX) for name in names if name.endswith(SEAL_SUFFIX)} - {own}
+    return sorted(log for log in logs if f"{log}{VOUCHED_SUFFIX}" not in names)
+
+
+class _Abandoned:
+    """A log that nobody writes any more, held so that no other recoverer takes it. Raises OSError where one does."""
+
+    def __init__(self, folder: Path, log: str) -> None:
+        self._folder = folder
+        self._log = log
+        self._seal = open_segment(folder / f"{log}{SEAL_SUFFIX}")
+
+    def __enter__(self) -> Self:
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._seal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # it is being written; or verified, which takes an instant
+                if time.monotonic() > deadline:
+                    self._seal.close()
+                    raise
+                time.sleep(0.1)
+            else:
+                return self
+
+    def __exit__(self, *_: object) -> None:
+        self._seal.close()
+
+    def lines(self) -> Iterator[bytes]:
+        """What the new log is to say. Raises OSError."""
+        key, note = self._last()
+        about: dict[str, AttributeValue] = {BEFORE: self._log}
+        if key is not None:
+            about[f"{BEFORE}.key"] = key
+        if note is not None:
+            about[f"{BEFORE}.checkpoint"] = note
+        if note is None or "\nend\n" not in note:
+            found = _Found()
+            for path in self._segments():
+                found.take(path)
+            yield from found.ends(self._log)
+            about[f"{BEFORE}.records"] = found.tree.size
+            about[f"{BEFORE}.root"] = found.tree.root().hex()
+            about[f"{BEFORE}.torn_bytes"] = found.torn
+            about[f"{BEFORE}.closed_spans"] = len(found.open)
+        yield resource_line(about)
+
+    def _segments(self) -> list[Path]:
+        names = [
+            (found[1], name) for name in os.listdir(self._folder) if (found := log_of(name)) and found[0] == self._log
+        ]
+        return [self._folder / name for _, name in sorted(names)]
+
+    def _last(self) -> tuple[str | None, str | None]:
+        """Key and last checkpoint, as they stand there: whoever verifies will see whether they are good."""
+        head = self._seal.read(1 << 16).split(b"\n")
+        size = self._seal.seek(0, os.SEEK_END)
+        self._seal.seek(max(0, size - _TAIL))
+        tail = self._seal.read(_TAIL).split(b"\n")
+        return _said(head, "key"), _said(tail[::-1], "checkpoint")
+
+
+def _said(lines: list[bytes], word: str) -> str | None:
+    for line in lines:
+        try:
+            return str(json.loads(line)[word])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+class _Found:
+    """What a killed supervisor's segments hold."""
+
+    def __init__(self) -> None:
+        self.tree = Tree()
+        self.open: dict[tuple[bytes, bytes], bytes] = {}
+        self.torn = 0
+        self._last_ns = 0
+
+    def take(self, path: Path) -> None:
+        hashes: list[bytes] = []
+        with open_segment(path) as file:
+            self._last_ns = max(self._last_ns, os.fstat(file.fileno()).st_mtime_ns)
+            for line in scan(file):
+                if not line.complete:
+                    self.torn += line.end - line.offset
+                    break
+                content = line.content or b""
+                hashes.append(sha256(b"\0" + content).digest())
+                ids = _IDS.search(content)
+                if ids is not None:
+                    if b'"endTimeUnixNano":' in content:
+                        self.open.pop((ids[1], ids[2]), None)
+                    else:
+                        self.open[ids[1], ids[2]] = content
+                if len(hashes) >= _GROUP:
+                    self.tree.extend(hashes)
+                    hashes.clear()
+        self.tree.extend(hashes)
+        with contextlib.suppress(OSError):
+            os.truncate(path, os.path.getsize(path))  # gives back what had been set aside behind its end
+
+    def ends(self, log: str) -> Iterator[bytes]:
+        """An end for every span that has none: when the log was last written."""
+        for content in self.open.values():
+            try:
+                ((resource, record),) = decode(content)
+            except (NotOtlp, ValueError):
+                continue
+            attributes = {**record.attributes, "ray_guard.ended_by": "supervisor", "ray_guard.recovered_from": log}
+            ended = replace(
+                record,
+                end_ns=max(record.start_ns, self._last_ns),
+                attributes=attributes,
+                status=StatusCode.ERROR,
+                status_message="its supervisor was killed before the span ended",
+            )
+            yield LineEncoder(resource).encode(ended)
