@@ -402,6 +402,7 @@ class Tool:
         if self._account is not None:
             self._account.close()
         self._tell_end(message)
+        self._target.scratches.leave(self._call, last=self._call == self._span)
         self._node.lift_ceiling(self._leaf)
         self._close_groups()
         leader, self._leader = self._leader, None
@@ -421,7 +422,6 @@ class Tool:
                 ended["why"] = self._why
             self._answer({"op": "exited", "pid": self._pid, **ended})
         self._hang_up()
-        self._target.scratches.leave(self._call, last=self._call == self._span)
 
     def _process_record(self, ended: dict[str, Any] | None) -> SpanRecord:
         attributes: dict[str, AttributeValue] = {
