@@ -63,8 +63,8 @@ class MemoryGroup:
             fcntl.flock(self._lock, fcntl.LOCK_SH)  # see leaf.sweep
             with open(f"{self.path}/memory.limit_in_bytes", "wb", buffering=0) as file:
                 file.write(b"%d" % ceiling(limit))
-            self.entrance = os.open(f"{self.path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-            """Whoever writes ``0`` here is in; for its taker to close."""
+            self.entrance = os.open(f"{self.path}/tasks", os.O_WRONLY | os.O_CLOEXEC)
+            """A thread that writes ``0`` here is in, with what it starts from then on; for its taker to close."""
         except OSError:
             self.close()
             raise
