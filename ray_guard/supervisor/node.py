@@ -113,6 +113,7 @@ class Node:
         for journal in self._journals.values():
             try:
                 journal.flush()
+                journal.hash()
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
 
