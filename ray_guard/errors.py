@@ -110,7 +110,8 @@ class SupervisorLost(RayGuardError, ConnectionError):
 
 
 _BY_NAME: dict[str, type[RayGuardError]] = {
-    error.__name__: error for error in (PolicyError, NotEnforced, EgressDenied, BudgetExceeded, SupervisorLost)
+    error.__name__: error
+    for error in (RayGuardError, PolicyError, NotEnforced, EgressDenied, BudgetExceeded, SupervisorLost)
 }
 
 
@@ -120,7 +121,8 @@ def of_violation(violation: Mapping[str, Any]) -> RayGuardError:
     limit, value = violation.get("limit"), violation.get("value")
     if isinstance(limit, (int, float)) and isinstance(value, (int, float)):
         scope = reason.removesuffix(" budget")
-        return BudgetExceeded(kind, value, limit, scope or "episode", str(violation.get("span") or ""))
+        source = violation.get("source") or violation.get("span") or ""
+        return BudgetExceeded(kind, value, limit, scope or "episode", str(source))
     if violation.get("destination"):
         return EgressDenied(str(violation["destination"]), reason)
     return RayGuardError(f"{kind}: {reason}")

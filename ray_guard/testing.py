@@ -14,7 +14,8 @@ class RecordingChannel:
     """A channel to a supervisor that keeps what it is sent and answers what it was told to.
 
     Args:
-        answers: by ``op``, what :meth:`request` returns: a dict, or what makes one of the message.
+        answers: by ``op``, what :meth:`request` returns: a dict, or what makes one of the message. Reservations of
+            tokens are granted where nothing else is said.
         identity: attributes that the channel knows of this process, such as ``{"rl.run.id": "r1"}``.
     """
 
@@ -24,7 +25,7 @@ class RecordingChannel:
         identity: dict[str, str] | None = None,
     ) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.answers = answers or {}
+        self.answers = {"reserve": {"ok": True, "scope": "actor", "unknown": False}, **(answers or {})}
         self.identity = identity or {}
         self.lost = False
         self._lock = threading.Lock()
@@ -50,6 +51,9 @@ class RecordingChannel:
         if answer is None:
             raise SupervisorLost(f"no answer was prepared for {message!r}")
         return answer(message) if callable(answer) else answer
+
+    def warnings(self) -> list[str]:
+        return []
 
     def sent(self, op: str, **values: Any) -> list[dict[str, Any]]:
         """The messages of one ``op`` that hold `values`, in the order in which they came."""

@@ -9,6 +9,7 @@ closes. ``{"op": "read"}`` gives::
 the agent's gRPC port and the ports of workers and drivers; for this node (``NODE_ID``) on loopback too. Never among
 them, and listed as ``control`` where Ray says where they are: the job API (8265), the agent's HTTP port (it takes jobs
 as well), the client server (10001), the runtime environment agent (it installs packages for whoever asks) and metrics.
+``{"op": "claim", …}`` claims parts of a limit that holds over several nodes (:mod:`ray_guard.actors.job_budget`).
 A failed reading is ``{"error": …}``: the supervisor then keeps what it knew, and what it did not know stays refused.
 
 It is a process of its own because ray is too large for the supervisor. Measured: 77 MB resident, 39 of them its own,
@@ -21,6 +22,8 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
+
+from ray_guard.actors import job_budget
 
 Endpoint = tuple[str, int]
 
@@ -83,6 +86,8 @@ class Tables:
             raise ConnectionError(f"the GCS at {gcs_address} does not answer")
         self._address = gcs_address
         self._here = here
+        self.nodes = 0
+        """That were alive at the last reading."""
 
     def read(self) -> dict[str, Any]:
         nodes = self._accessor.get_node_table()
@@ -91,11 +96,9 @@ class Tables:
         if dashboard:
             host, _, port = dashboard.rpartition(":")
             control.add((host.strip("[]"), int(port)))
-        return {
-            "endpoints": sorted(found - control),
-            "control": sorted(control),
-            "nodes": sorted(str(node["NodeID"]) for node in nodes if node.get("Alive")),
-        }
+        alive = sorted(str(node["NodeID"]) for node in nodes if node.get("Alive"))
+        self.nodes = len(alive)
+        return {"endpoints": sorted(found - control), "control": sorted(control), "nodes": alive}
 
     def _workers(self) -> Iterable[Endpoint]:
         for text in self._accessor.get_worker_table():
@@ -116,13 +119,17 @@ class Tables:
         return None if value is None else value.decode()
 
 
-def answer(line: str, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+Operation = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def answer(line: str, operations: Mapping[str, Operation]) -> dict[str, Any]:
     """The answer to one line; whatever goes wrong is told, never raised."""
     try:
         question = json.loads(line)
-        if not isinstance(question, dict) or question.get("op") != "read":
-            return {"error": 'ask {"op": "read"}'}
-        return read()
+        operation = operations.get(str(question.get("op"))) if isinstance(question, dict) else None
+        if operation is None:
+            return {"error": f"ask {' or '.join(operations)}, as an object with op"}
+        return operation(question)
     except Exception as error:  # noqa: BLE001 - the supervisor outlives whatever ails the cluster
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -132,14 +139,20 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m ray_guard.actors.directory GCS_ADDRESS [NODE_ID]\n")
         return 2
     tables: Tables | None = None
+    parts: job_budget.Store | None = None
 
-    def read() -> dict[str, Any]:
+    def read(_question: dict[str, Any]) -> dict[str, Any]:
         nonlocal tables
         tables = tables or Tables(arguments[0], arguments[1] if len(arguments) > 1 else None)
         return tables.read()
 
+    def claim(question: dict[str, Any]) -> dict[str, Any]:
+        nonlocal parts
+        parts = parts or job_budget.Gcs(arguments[0])
+        return job_budget.claim(parts, question, 1 if tables is None else tables.nodes)
+
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(line, read)) + "\n")
+        sys.stdout.write(json.dumps(answer(line, {"read": read, "claim": claim})) + "\n")
         sys.stdout.flush()
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from ray_guard.egress.meter import TICK_S
 from ray_guard.egress.resolver import start as resolver
 from ray_guard.kernel.probe import Feature, Status, probe
+from ray_guard.supervisor import ceilings, leaf
 
 _EGRESS: Final = (
     "seccomp.architecture",
@@ -61,7 +62,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    features = probe({"resolver": resolver.probe})
+    features = probe({"resolver": resolver.probe, "cgroup.kill": leaf.probe, "nftables": ceilings.probe})
     enforceable = judge(features)
     if arguments.json:
         rows = [{"name": f.name, "status": f.status.value, "detail": f.detail} for f in features]

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import termios
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -22,6 +23,7 @@ from ray_guard.kernel import rendezvous, seqpacket
 
 ANSWER_TIMEOUT_S: Final = 30.0
 
+_NO_BYTES: Final = bytes(4)
 _LISTENER: Final = 3
 """The number at which a new supervisor finds its listening socket."""
 _BOOT: Final = (
@@ -36,7 +38,7 @@ _BOOT: Final = (
 )
 
 #: what a supervisor may know of the environment of whoever happened to start it
-_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME")
+_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME", "RAY_GUARD_NFTABLES")
 #: what says where spans and checkpoints are exported to: each target's own
 _EXPORT_ENVIRONMENT: Final = (
     "RAY_GUARD_EVIDENCE_",
@@ -127,6 +129,20 @@ class Channel:
             seqpacket.send(self._sock, message, descriptors)
         except OSError as error:
             raise SupervisorLost(f"the supervisor is gone: {error}") from error
+
+    def warnings(self) -> list[str]:
+        """What the supervisor has to say unasked: limits that are almost reached. Never waits, never raises."""
+        waiting, found = bytearray(_NO_BYTES), []
+        try:
+            # Asked at the end of every call, and mostly in vain: a receive that fails costs ten times as much.
+            while fcntl.ioctl(self._sock, termios.FIONREAD, waiting) == 0 and waiting != _NO_BYTES:
+                received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
+                if received is None:
+                    break
+                found.append(str(received[0].get("warning")))
+        except (OSError, seqpacket.BadPacket):
+            pass  # another thread was quicker, or the supervisor is gone: the next message will say so
+        return found
 
     def close(self) -> None:
         self._sock.close()

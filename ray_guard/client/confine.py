@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
 import os
 import platform
 import signal
@@ -79,6 +80,9 @@ class Wired(Protocol):
     def to_wire(self) -> dict[str, Any]: ...
 
 
+_INTEGRATIONS: Final = ("ray_guard.integrations.vllm.watch",)
+"""What waits in every confined process for a library that it hooks. By name: they stand above this layer."""
+
 _lock = threading.Lock()
 _policies: list[dict[str, Any]] = []
 
@@ -129,6 +133,8 @@ def _enter_as(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess |
     install_carriers()
     install_audit()
     _take_over(wire)
+    for name in _INTEGRATIONS:
+        importlib.import_module(name).install()
     return channel
 
 

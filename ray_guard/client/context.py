@@ -25,7 +25,11 @@ Place = tuple[str, str, bool]
 
 def environment() -> Place | None:
     """The span under which this process was started, by the W3C variable ``TRACEPARENT``."""
-    text = os.environ.get("TRACEPARENT")
+    return parse_traceparent(os.environ.get("TRACEPARENT"))
+
+
+def parse_traceparent(text: str | None) -> Place | None:
+    """The span that a W3C ``traceparent`` names; None for none and for what is no such text."""
     found = _TRACEPARENT.fullmatch(text) if text else None
     return (found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
 

@@ -10,17 +10,20 @@ The decorator :func:`ray_guard.client.decorator.tool` is built on :class:`ToolCa
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ray_guard.client import carry
 from ray_guard.client.carry import Node
 from ray_guard.client.context import Place, attach, context, environment, read_context, traceparent
 from ray_guard.client.otel import attempt, mirror
 from ray_guard.client.outlet import Outlet, base_identity, outlet
+from ray_guard.client.quota import reserve
 from ray_guard.client.spans import (
     ATTRIBUTE_LIMIT,
     EVENT_LIMIT,
@@ -43,9 +46,12 @@ from ray_guard.client.spans import (
     to_json,
     warn_once,
 )
-from ray_guard.client.verdicts import ask_violations, ended_for, record_reward, violations
+from ray_guard.client.verdicts import ask_violations, ended_for, log_warnings, record_reward, violations
 from ray_guard.errors import PolicyError, RayGuardError, SupervisorLost
 from ray_guard.records import SpanKind, StatusCode
+
+if TYPE_CHECKING:
+    from ray_guard.compute.moe import Cost
 
 __all__ = [
     "Chat",
@@ -282,6 +288,8 @@ class Scope(Node):
             except SupervisorLost:
                 if error is None:
                     raise  # else the code's own exception is the one to see
+        if self.tells_its_end:
+            log_warnings()
         if verdict is not None:
             raise verdict from cause
 
@@ -490,17 +498,19 @@ class Turn(Scope):
 
 
 class Chat(Scope):
-    """One model call; settled by :meth:`usage`."""
+    """One model call; settled by :meth:`usage`. It begins only where there is room for one more token."""
 
-    __slots__ = ("_given", "_model")
+    __slots__ = ("_cost", "_given", "_model", "_reservation", "_tokens")
     scope_kind = "chat"
     is_refused_after_end = True
     span_kind = SpanKind.CLIENT
 
-    def __init__(self, model: str, attributes: Mapping[str, object] | None) -> None:
+    def __init__(self, model: str, attributes: Mapping[str, object] | None, cost: Cost | None = None) -> None:
         self._model = clean_text(str(model), NAME_LIMIT)
         Scope.__init__(self, f"chat {self._model}")
         self._given = {clean_text(str(key), NAME_LIMIT): clean(value) for key, value in (attributes or {}).items()}
+        self._cost = cost
+        self._tokens: int | None = None
 
     def opening(self) -> dict[str, Value]:
         return {"gen_ai.operation.name": "chat", "gen_ai.request.model": self._model, **self._given}
@@ -517,6 +527,38 @@ class Chat(Scope):
                 raise ValueError(f"{key} must be a whole number of tokens, not {tokens!r}")
             before = self._attributes.get(key, 0)
             self._attributes[key] = (before if isinstance(before, int) else 0) + count
+        self._tokens = (self._tokens or 0) + int(input_tokens) + int(output_tokens)
+
+    def __enter__(self) -> Self:
+        self._reservation = reserve(tokens=1, flops=self._flops(1))
+        if self._reservation.unknown:  # who asked is not known on this node
+            self._attributes["ray_guard.charge_scope"] = self._reservation.scope
+        try:
+            return super().__enter__()
+        except BaseException:
+            self._reservation.release()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        try:
+            self._settle(failed=error is not None)
+        finally:
+            super().__exit__(kind, error, trace)
+
+    def _settle(self, *, failed: bool) -> None:
+        tokens = self._tokens
+        if tokens is None:
+            self._reservation.leave_unmeasured(told=failed)
+            return
+        flops = self._flops(tokens)
+        if flops is not None:
+            self._attributes["ray_guard.flops"] = flops
+        self._reservation.settle(tokens=tokens, flops=flops)
+
+    def _flops(self, tokens: int) -> int | None:
+        return None if self._cost is None else self._cost.flops(tokens, 0)
 
 
 def _number(value: object) -> int | str:
@@ -590,6 +632,43 @@ def turn(n: int) -> Turn:
     return Turn(_number(n))
 
 
-def chat(model: str, *, attributes: Mapping[str, object] | None = None) -> Chat:
-    """One model call, as a context manager, where no engine hook applies; settle it by ``.usage(…)``."""
-    return Chat(model, attributes)
+def chat(
+    model: str,
+    *,
+    attributes: Mapping[str, object] | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+) -> Chat:
+    """One model call, as a context manager, where no engine hook applies; settle it by ``.usage(…)``.
+
+    Entering raises ``BudgetExceeded`` where a scope around it has no room for one more token, and ``NotEnforced`` where
+    one limits FLOPs and no `config` says what a token costs.
+
+    Args:
+        model: its name.
+        attributes: more of them, for the span.
+        config: the model's Hugging Face ``config.json``, or its path: FLOPs are charged as it says.
+
+    Raises:
+        PolicyError: `config` cannot be read.
+        UnknownArchitecture: it is of a model whose cost is not understood.
+    """
+    return Chat(model, attributes, None if config is None else _cost_of(config))
+
+
+def _cost_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> Cost:
+    from ray_guard.compute import moe
+
+    return moe.cost(config) if isinstance(config, Mapping) else _cost_in(os.fspath(config))
+
+
+@functools.lru_cache(maxsize=32)
+def _cost_in(path: str) -> Cost:
+    from ray_guard.compute import moe
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return moe.cost(json.load(file))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, PolicyError):
+            raise
+        raise PolicyError("config", path, f"a Hugging Face config.json: {error}") from error

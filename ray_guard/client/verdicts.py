@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ray_guard.client import carry
+from ray_guard.client import carry, channel
 from ray_guard.client.outlet import outlet
-from ray_guard.client.spans import NAME_LIMIT, clean, clean_text
+from ray_guard.client.spans import NAME_LIMIT, clean, clean_text, logger
 from ray_guard.errors import NotEnforced, SupervisorLost, of_violation
 
 
@@ -16,7 +16,7 @@ def violations(*, raise_: bool = False) -> list[dict[str, Any]]:
 
     Returns:
         One dict each: ``kind``, ``limit`` and ``value`` in the limit's own unit, ``span``, ``time`` (Unix ns),
-        ``reason``, ``destination``.
+        ``reason``, ``destination``, ``source`` (id of the scope whose limit it is; empty where it is no limit's).
 
     Raises:
         EgressDenied, BudgetExceeded: the first violation, where `raise_`.
@@ -57,6 +57,14 @@ def ended_for(spans: Iterable[str | None]) -> None:
     found = where.wire.request({"op": "ended", "spans": [span for span in spans if span is not None]}).get("ended")
     if found is not None:
         raise of_violation(found)
+
+
+def log_warnings() -> None:
+    """Logs what the supervisor has warned of: limits that are almost reached, once for each scope and kind."""
+    line = channel.current()
+    if line is not None:
+        for text in line.warnings():
+            logger.warning("ray_guard: %s", text)
 
 
 def record_reward(episode_id: str, value: float) -> None:

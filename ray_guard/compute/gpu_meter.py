@@ -112,20 +112,23 @@ class Usage:
 
     def level(self, shares: Iterable[Share]) -> int | None:
         """Bytes held now by all of ``shares``, the scope's on every GPU; None: unknown."""
-        total = 0
-        self.memory_exact = True
-        for share in shares:
-            if share.memory is None:
-                return None
-            total += share.memory
-            self.memory_exact &= share.memory_exact
-        self.memory, self.memory_peak = total, max(self.memory_peak, total)
+        shares = list(shares)
+        total = memory(shares)
+        if total is not None:
+            self.memory_exact = all(share.memory_exact for share in shares)
+            self.memory, self.memory_peak = total, max(self.memory_peak, total)
         return total
 
     @property
     def error_s(self) -> float:
         """GPU-seconds that ``seconds`` may be off by, either way, at two standard deviations of the sampling."""
         return self.bias_s + 2 * math.sqrt(self.variance_s2)
+
+
+def memory(shares: Iterable[Share]) -> int | None:
+    """Bytes held now by all of ``shares``; None: unknown."""
+    held = [share.memory for share in shares]
+    return None if None in held else sum(each or 0 for each in held)
 
 
 class GpuMeter:

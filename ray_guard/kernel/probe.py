@@ -72,7 +72,6 @@ def probe(more: Mapping[str, Callable[[], str]] = NOTHING_MORE) -> list[Feature]
         _tried("unix_diag", _unix_diag),
         _tried("yama", _yama),
         _tried("perf.tree_clock", _tree_clock),
-        _tried("cgroup.kill", _cgroup),
         _tried("gpu.census", _gpu_census),
         _tried("gpu.meter", _gpu_meter),
         *(_tried(name, trial) for name, trial in more.items()),
@@ -386,15 +385,3 @@ def _tree_clock() -> Feature | str:
     finally:
         clock.close()
     return "CPU time of all a call's processes is exact, waited for or not"
-
-
-def _cgroup() -> Feature:
-    with open("/proc/self/cgroup") as file:
-        own = next((line[3:].strip() for line in file if line.startswith("0::")), None)
-    if own is None:
-        raise OSError(errno.ENOENT, "no cgroup v2 hierarchy")
-    for mount in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
-        path = f"{mount}{own}"
-        if os.path.exists(f"{path}/cgroup.procs") and os.access(path, os.W_OK):
-            return Feature("cgroup.kill", Status.PARTLY, "writable; this version does not use it yet")
-    raise OSError(errno.EACCES, "this process may not make control groups")

@@ -24,9 +24,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ray_guard.errors import BudgetExceeded, PolicyError
+
+if TYPE_CHECKING:
+    from ray_guard.policy.bill import Bill
 
 
 class Scope(StrEnum):
@@ -79,6 +82,11 @@ KINDS: Final[Mapping[str, frozenset[Scope]]] = MappingProxyType(
 )
 """Every limit of the policy, and the scopes it can be set for."""
 
+NEAR: Final = 0.8
+"""The share of a limit at which it is warned of."""
+
+_LEVELS: Final = frozenset({"memory", "processes"})
+"""Kinds that are held and given back, never used up."""
 _BYTES: Final = frozenset({EGRESS, SENT, RECEIVED})
 _EXACT_SCOPES: Final = frozenset({Scope.CALL, Scope.EPISODE})
 _FRACTIONAL: Final = frozenset({"cpu_seconds", "gpu_seconds", "wall_seconds", "flops"})
@@ -103,6 +111,19 @@ class Exceeded(NamedTuple):
 
     def error(self) -> BudgetExceeded:
         return BudgetExceeded(self.kind, self.value, self.limit, self.scope.value, self.source)
+
+
+class Near(NamedTuple):
+    """A limit that is almost reached: :data:`NEAR` of it is used. Told once for each scope and kind."""
+
+    kind: str
+    value: Amount
+    limit: Amount
+    scope: Scope
+    source: str
+
+    def text(self) -> str:
+        return f"{self.scope.value} {self.source}: {self.kind} is at {self.value:g} of {self.limit:g}"
 
 
 def limits_from_wire(scope: Scope, limits: object, *, key: str = "budgets") -> dict[str, Amount]:
@@ -161,6 +182,11 @@ class Account:
         self._books: tuple[dict[str, Amount], ...] = (self._used, *(() if parent is None else parent._books))
         """What was used here and in each scope around."""
         self._held: dict[str, Amount] = {}
+        self._elsewhere: dict[str, Amount] = {}
+        self._others: dict[str, Amount] = {}
+        self._warned: set[str] = set()
+        self.near: Callable[[Near], None] = lambda _near: None
+        """Told when a limit of this scope is almost reached. It must not raise."""
         self._refused = 0
         self._closed = False
         self.closing = False
@@ -174,6 +200,8 @@ class Account:
         )
         """Neither this scope nor one around it limits connections or bytes, and none is barred."""
         self._children: dict[Account, None] = {}
+        self._bills: dict[Bill, None] = {}
+        """What is held here by several paths together."""
         self._closing: list[Callable[[], None]] = []
         if parent is not None:
             if parent.closed:
@@ -186,6 +214,14 @@ class Account:
     @property
     def parent(self) -> Account | None:
         return self._parent
+
+    @property
+    def root(self) -> Account:
+        """The outermost scope around this one: its job's."""
+        node = self
+        while node._parent is not None:
+            node = node._parent
+        return node
 
     @property
     def closed(self) -> bool:
@@ -205,13 +241,32 @@ class Account:
         """This scope's own enforced limit."""
         return self._limits.get(_known(kind), UNLIMITED)
 
+    @property
+    def limits(self) -> Limits:
+        """This scope's own enforced limits."""
+        return dict(self._limits)
+
+    def own_room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
+        """:meth:`room` as far as this scope alone is concerned."""
+        limit = self.limit(kind)
+        return UNLIMITED if limit is UNLIMITED else max(0, limit - self._taken(kind))
+
     def room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
         """What may still be reserved: the least room of this scope and those around it; never negative."""
         _known(kind)
         least: Amount | Literal[Unlimited.UNLIMITED] = UNLIMITED
         for node in self._upwards():
-            if kind in node._limits:
-                own = max(0, node._limits[kind] - node._taken(kind))
+            own = node.own_room(kind)
+            if own is not UNLIMITED:
+                least = own if least is UNLIMITED else min(least, own)
+        return least
+
+    def calm(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
+        """:meth:`room`, up to the next warning where one is still to come: nothing need be looked at before that."""
+        least = self.room(kind)
+        for node in self._upwards():
+            if kind in node._limits and kind not in node._warned:
+                own = max(0, math.ceil(NEAR * node._limits[kind]) - 1 - node._taken(kind))
                 least = own if least is UNLIMITED else min(least, own)
         return least
 
@@ -255,11 +310,7 @@ class Account:
 
     def reserve_all(self, amounts: Limits) -> Exceeded | None:
         """:meth:`reserve` for several kinds at once: all of them or none."""
-        summed: dict[str, Amount] = {}
-        for kind, amount in amounts.items():
-            for each in _charged(kind):
-                summed[each] = summed.get(each, 0) + _amount(amount)
-        return self._take(list(summed.items()))
+        return self._take(list(charged_amounts(amounts).items()))
 
     def settle(self, kind: str, reserved: Amount, actual: Amount) -> Exceeded | None:
         """Gives ``reserved`` back and books ``actual`` instead, here and in every scope around.
@@ -275,6 +326,7 @@ class Account:
             for used in self._books:
                 for each in charged:
                     used[each] = used.get(each, 0) + actual
+            self._notice(charged)
         return self._find([(each, 0) for each in charged])
 
     def charge(self, kind: str, actual: Amount) -> Exceeded | None:
@@ -286,9 +338,10 @@ class Account:
         self.settle(kind, reserved, 0)
 
     def measured(self, kind: str, value: Amount) -> Exceeded | None:
-        """Judges a level (``memory``, ``wall_seconds``) of this scope alone; nothing is booked."""
+        """Judges a level (``gpu_memory``, ``wall_seconds``) of this scope alone; nothing is booked."""
+        self._warn(_known(kind), value)
         for limits, report_only in ((self._limits, False), (self._watched, True)):
-            if _known(kind) in limits and not value <= limits[kind]:
+            if kind in limits and not value <= limits[kind]:
                 return Exceeded(kind, value, limits[kind], self.scope, self.source, report_only)
         return None
 
@@ -306,12 +359,33 @@ class Account:
         while node is not None:
             node._held[kind] = node._held.get(kind, 0) + now
             node = node._parent
+        self._notice((kind,))
         return self._find([(kind, 0)])
 
-    def extend(self, kind: str, amount: Amount) -> None:
-        """Raises this scope's limit: the job's limit arrives in leased chunks. Absent means unlimited and stays so."""
-        if _known(kind) in self._limits:
-            self._limits[kind] += _amount(amount)
+    def tighten(self, limits: Limits, watched: Limits = NO_LIMITS) -> None:
+        """Another policy holds as well: the smaller limit of each kind. What was used already counts."""
+        for kind in (*limits, *watched):
+            _known(kind)
+        self._limits = tightest(self._limits, limits)
+        self._watched = tightest(self._watched, watched)
+        if any(kind in NETWORK_KINDS for kind in (*limits, *watched)):
+            self._watch_network()
+
+    def _watch_network(self) -> None:
+        self.free = False
+        for child in self._children:
+            child._watch_network()
+
+    def spread(self, kind: str, *, elsewhere: Amount, others: Amount) -> None:
+        """This scope is on several nodes, and only a part of its limit may be used here.
+
+        Args:
+            elsewhere: the part of the limit that may not: it counts as taken.
+            others: what of that other nodes have claimed: it counts for the warning.
+        """
+        self._elsewhere[_known(kind)] = _amount(elsewhere)
+        self._others[kind] = _amount(others)
+        self._warn(kind, self._used.get(kind, 0))
 
     @property
     def refused(self) -> int:
@@ -351,6 +425,8 @@ class Account:
             child.close()
         while self._closing:
             self._closing.pop()()
+        for bill in list(self._bills):
+            bill.leave(self)
         for kind, amount in list(self._held.items()):
             self._release((kind,), amount)
         self._closed = True
@@ -366,7 +442,23 @@ class Account:
             node = node._parent
 
     def _taken(self, kind: str) -> Amount:
-        return self._used.get(kind, 0) + self._held.get(kind, 0)
+        return self._used.get(kind, 0) + self._held.get(kind, 0) + self._elsewhere.get(kind, 0)
+
+    def _notice(self, kinds: Iterable[str]) -> None:
+        """Warns of what is almost used up, here and in the scopes around."""
+        for node in self._upwards():
+            if node._limits or node._watched:
+                for kind in kinds:
+                    node._warn(kind, node._held.get(kind, 0) if kind in _LEVELS else node._used.get(kind, 0))
+
+    def _warn(self, kind: str, value: Amount) -> None:
+        if kind in self._warned or not value:
+            return
+        value += self._others.get(kind, 0)
+        limits = [limits[kind] for limits in (self._limits, self._watched) if kind in limits]
+        if limits and value >= NEAR * min(limits):
+            self._warned.add(kind)
+            self.near(Near(kind, value, min(limits), self.scope, self.source))
 
     def _find(self, asked: list[tuple[str, Amount]]) -> Exceeded | None:
         """The first limit that ``asked`` would pass, enforced ones first, from this scope outwards."""
@@ -421,6 +513,15 @@ class Account:
                 left = node._held.get(kind, 0) - reserved
                 node._held[kind] = max(0, left)
             node = node._parent
+
+
+def charged_amounts(amounts: Limits) -> dict[str, Amount]:
+    """What ``amounts`` come to by kind: bytes of one direction count as bytes too."""
+    summed: dict[str, Amount] = {}
+    for kind, amount in amounts.items():
+        for each in _charged(kind):
+            summed[each] = summed.get(each, 0) + _amount(amount)
+    return summed
 
 
 def _known(kind: str) -> str:

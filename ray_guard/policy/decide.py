@@ -9,16 +9,18 @@ Precedence, first match wins. For connect and send:
     2.  abstract_socket     an abstract unix socket: deny
     3.  control_plane       Ray's control plane, the engine, the supervisor, the evidence: deny for tools whatever is
                             listed; others need ``cluster`` or a rule that names this one address
-    4.  own_socket          a unix socket that this call or actor bound itself: allow
-    5.  rule                an address or path that is listed: allow
-    6.  cluster             an endpoint of this Ray cluster, ``cluster`` is listed and the role grants it: allow
-    7.  collectives         a peer's announced port, ``collectives`` is listed and the role grants it: allow
-    8.  name                an address, none of those of 11, that the guard's resolver gave for a listed name: allow
-    9.  resolver            port 53, and names are listed: allow, answered by the guard
-    10. role                ``cluster`` or ``collectives`` would grant it, but not to this role or process: deny
-    11. metadata_address … transition_address
+    4.  model_endpoint      the engine's server that the policy names, by tcp: allow, for model calls alone. The same
+                            port at another address of its node is control plane
+    5.  own_socket          a unix socket that this call or actor bound itself: allow
+    6.  rule                an address or path that is listed: allow
+    7.  cluster             an endpoint of this Ray cluster, ``cluster`` is listed and the role grants it: allow
+    8.  collectives         a peer's announced port, ``collectives`` is listed and the role grants it: allow
+    9.  name                an address, none of those of 12, that the guard's resolver gave for a listed name: allow
+    10. resolver            port 53, and names are listed: allow, answered by the guard
+    11. role                ``cluster`` or ``collectives`` would grant it, but not to this role or process: deny
+    12. metadata_address … transition_address
                             special addresses that only a rule lying within their range grants: deny
-    12. not_listed          everything else: deny
+    13. not_listed          everything else: deny
 
 For bind and listen:
 
@@ -70,6 +72,7 @@ from ray_guard.policy.destination import (
     Transport,
     UnixRule,
     canonical_address,
+    is_address,
     is_loopback,
     parse_address,
     parse_endpoint,
@@ -105,12 +108,19 @@ class Verdict(IntEnum):
 
 
 class Route(IntEnum):
-    """How the bytes travel. NONE: they do not, because it was denied or because nothing is sent."""
+    """How the bytes travel. NONE: they do not, because it was denied or because nothing is sent.
+
+    Where several policies grant the same, the greatest holds.
+    """
 
     NONE = 0
     DIRECT = 1
     RELAY = 2
     RESOLVER = 3
+    WATCHED_MODEL = 4
+    """By relay, which reads along: calls of a model. What is none of them passes, and is said (mode ``report``)."""
+    MODEL = 5
+    """By relay, which lets calls of a model pass and nothing else."""
 
 
 class Reason(StrEnum):
@@ -119,6 +129,7 @@ class Reason(StrEnum):
     INVALID = "invalid"
     ABSTRACT_SOCKET = "abstract_socket"
     CONTROL_PLANE = "control_plane"
+    MODEL_ENDPOINT = "model_endpoint"
     OWN_SOCKET = "own_socket"
     RULE = "rule"
     CLUSTER = "cluster"
@@ -169,6 +180,7 @@ class Decision(NamedTuple):
     ``report`` would have denied this, for ``reason``. ``exceeded`` is set when ``reason`` is ``budget``. ``name``: the
     listed name that the address was told for, or that may be resolved. ``expected``: what must be spoken there, each
     protocol with the names that may be meant in it; ``tcp``: anything, unverified. ``proxy``: by way of which.
+    ``model``: the model endpoint, as the policy names it, where ``route`` is one of a model's.
     """
 
     verdict: Verdict = Verdict.DENY
@@ -180,6 +192,7 @@ class Decision(NamedTuple):
     name: str | None = None
     expected: Expected = ()
     proxy: Endpoint | None = None
+    model: Endpoint | None = None
 
     @property
     def allowed(self) -> bool:
@@ -309,6 +322,8 @@ class Layer:
     verify_names: bool
     proxy: Endpoint | None = None
     """Host (a name or an address) and port of the proxy that names are reached through."""
+    model: Endpoint | None = None
+    """Host (a name or an address) and port of the engine's server."""
     _memory: dict[tuple[str, str, int], _Answer] = field(default_factory=dict, repr=False, compare=False)
 
     def decide(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
@@ -331,6 +346,11 @@ class Layer:
             self._memory[key] = answer
         address, port = answer.address, request.port
         control = surroundings.is_control(address, port)
+        if self.model is not None and port == self.model[1] and not control and request.transport is Transport.TCP:
+            if self._is_model(surroundings, answer):
+                return self._model_granted(self.model)
+            # Servers that listen on every interface are met at all of their node's addresses.
+            control = surroundings.is_local(address) and self._model_is_local(surroundings)
         if control and role is Role.TOOL:
             return _CONTROL
         if answer.granted is not None and (answer.literal or not control):
@@ -346,7 +366,7 @@ class Layer:
             return _COLLECTIVES
         if control:
             return _ROLE if cluster else _CONTROL
-        if self.names:
+        if self.names or self.model_name is not None:
             # A listed name must not lead to a special address: its owner chooses what it resolves to.
             named = self._named(surroundings, address, port) if tcp and answer.denied is _NOT_LISTED else None
             if named is not None:
@@ -354,6 +374,28 @@ class Layer:
             if port == _DNS_PORT:
                 return Decision(Verdict.ALLOW, Reason.RESOLVER, None, Route.RESOLVER)
         return _ROLE if collectives else answer.denied
+
+    def _is_model(self, surroundings: Surroundings, answer: _Answer) -> bool:
+        """Whether the address is the model endpoint's. A name of it must not lead to a special address."""
+        host = "" if self.model is None else self.model[0]
+        if answer.address == host:
+            return answer.denied is not _INVALID
+        return answer.denied is _NOT_LISTED and host in surroundings.names.get(answer.address, ())
+
+    def _model_is_local(self, surroundings: Surroundings) -> bool:
+        host = "" if self.model is None else self.model[0]
+        told = (address for address, names in surroundings.names.items() if host in names)
+        return surroundings.is_local(host) or any(map(surroundings.is_local, told))
+
+    def _model_granted(self, model: Endpoint) -> Decision:
+        route = Route.MODEL if self.mode is Mode.ENFORCE else Route.WATCHED_MODEL
+        name = None if is_address(model[0]) else model[0]
+        return Decision(Verdict.ALLOW, Reason.MODEL_ENDPOINT, "model_endpoint", route, name=name, model=model)
+
+    @property
+    def model_name(self) -> str | None:
+        """The model endpoint's host, where it is a name."""
+        return None if self.model is None or is_address(self.model[0]) else self.model[0]
 
     def _named(self, surroundings: Surroundings, address: str, port: int) -> Decision | None:
         told = surroundings.names.get(address)
@@ -483,7 +525,11 @@ class CompiledPolicy:
     @property
     def names(self) -> bool:
         """Whether any name is listed; if not there is no DNS."""
-        return any(layer.names for layer in self.layers)
+        return any(layer.names or layer.model_name is not None for layer in self.layers)
+
+    def is_model_name(self, name: str) -> bool:
+        """Whether ``name`` (canonical) is a model endpoint's: no proxy leads there."""
+        return any(layer.model_name == name for layer in self.layers)
 
     def limits(self, scope: Scope) -> Limits:
         """The limits of that scope that are enforced."""
@@ -502,9 +548,11 @@ class CompiledPolicy:
         granted: Decision | None = None
         noticed = False
         for layer in self.layers:
-            rule = next((rule for rule in layer.names if rule.matches(name)), None)
-            if rule is not None:
-                granted = granted or Decision(Verdict.ALLOW, Reason.RESOLVER, rule.text, Route.RESOLVER, name=name)
+            text = next((rule.text for rule in layer.names if rule.matches(name)), None)
+            if text is None and layer.model_name == name:
+                text = "model_endpoint"
+            if text is not None:
+                granted = granted or Decision(Verdict.ALLOW, Reason.RESOLVER, text, Route.RESOLVER, name=name)
             elif layer.mode is Mode.ENFORCE:
                 return _NOT_LISTED
             else:
@@ -634,7 +682,7 @@ def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
     budgets = wire.child("budgets")
     budgets.only(*Scope)
     limits = {scope: limits_from_wire(scope, budgets.get(scope.value), key=budgets.key(scope.value)) for scope in Scope}
-    layer = _layer(wire.child("egress"), mode)
+    layer = _layer(wire.child("egress"), mode, _endpoint(wire.key("model_endpoint"), wire.get("model_endpoint")))
     return CompiledPolicy(
         layers=(layer,),
         role=said or role or Role.TOOL,
@@ -649,7 +697,7 @@ def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
     )
 
 
-def _layer(egress: _Wire, mode: Mode) -> Layer:
+def _layer(egress: _Wire, mode: Mode, model: Endpoint | None) -> Layer:
     single: dict[tuple[Transport, int], tuple[AddressRule, ...]] = {}
     ranges: dict[Transport, tuple[AddressRule, ...]] = {}
     names: list[NameRule] = []
@@ -686,19 +734,26 @@ def _layer(egress: _Wire, mode: Mode) -> Layer:
         listen=tuple(listen),
         verify_names=egress.flag("verify_names"),
         proxy=_proxy(egress),
+        model=model,
     )
 
 
 def _proxy(egress: _Wire) -> Endpoint | None:
     text = egress.get("proxy")
+    if isinstance(text, str) and not text.startswith("http://"):
+        raise PolicyError(egress.key("proxy"), text, "a proxy is http://host:port")
+    return _endpoint(egress.key("proxy"), text.removeprefix("http://") if isinstance(text, str) else text)
+
+
+def _endpoint(key: str, text: object) -> Endpoint | None:
     if text is None:
         return None
     try:
-        if not isinstance(text, str) or not text.startswith("http://"):
-            raise ValueError("a proxy is http://host:port")
-        return parse_endpoint(text.removeprefix("http://"))
+        if not isinstance(text, str):
+            raise ValueError("host:port")
+        return parse_endpoint(text)
     except ValueError as error:
-        raise PolicyError(egress.key("proxy"), text, str(error)) from None
+        raise PolicyError(key, text, str(error)) from None
 
 
 def _stricter(order: tuple[_T, ...], first: _T, second: _T) -> _T:
@@ -746,7 +801,7 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
                 noticed = Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
         if granted is not None and granted.reason is Reason.RULE and request.transport is Transport.TCP and usage.exact:
             granted = Decision(Verdict.ALLOW, Reason.RULE, granted.rule, Route.RELAY)
-    return _concluded(granted if named is None else named, noticed)
+    return _concluded(granted if named is None or (granted is not None and granted.model) else named, noticed)
 
 
 def _concluded(granted: Decision | None, noticed: Decision | None) -> Decision:

@@ -213,6 +213,15 @@ def parse_address(text: str) -> Address:
     return Address(4 if len(packed) == 4 else 6, int.from_bytes(packed, "big"))
 
 
+def is_address(text: str) -> bool:
+    """Whether a host is an address, and no name."""
+    try:
+        canonical_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(address: Address) -> bool:
     return address == _LOOPBACK_6 or _LOOPBACK_4.contains(address)
 

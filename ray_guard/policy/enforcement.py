@@ -27,16 +27,24 @@ SUPPORTED: Final = frozenset(
         *(
             f"budgets.{scope}.{kind}"
             for scope in ("call", "episode", "actor", "job")
-            for kind in ("egress_bytes", "egress_sent_bytes", "egress_received_bytes", "connections", "cpu_seconds")
+            for kind in (
+                "egress_bytes",
+                "egress_sent_bytes",
+                "egress_received_bytes",
+                "connections",
+                "cpu_seconds",
+                "gpu_seconds",
+                "tokens",
+                "flops",
+            )
         ),
         # of tool processes, as cpu_seconds is
         *(f"budgets.{scope}.{kind}" for scope in ("call", "episode", "actor") for kind in ("memory", "processes")),
         "budgets.call.wall_seconds",
-        "budgets.actor.gpu_memory",
-        "budgets.actor.gpu_seconds",
-        "budgets.job.gpu_seconds",
+        *(f"budgets.{scope}.gpu_memory" for scope in ("call", "actor")),
         "gpu.engine",
         "gpu.none",
+        "model_endpoint",
         "budgets.episode.wall_seconds",
         *(f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")),
         "subprocess.confine",

@@ -71,6 +71,8 @@ _NEVER: Final = (
     *("/usr/local/bin", "/usr/local/sbin", "/usr/local/lib", "/usr/local/lib64", "/usr/local/share", "/usr/local/etc"),
     *("/var/spool", "/var/lib", "/var/cache", "/var/run", "/nix", "/gnu", "/snap"),
 )
+_GROUPS: Final = "/sys/fs/cgroup"
+"""Never writable at all: a tool could leave its call's control group."""
 _PREFIX_PARTS: Final = (
     *("bin", "sbin", "lib", "lib32", "lib64", "libexec", "include", "share", "etc", "conda-meta", "pyvenv.cfg"),
     *("local/bin", "local/sbin", "local/lib", "local/share", "local/etc"),
@@ -314,7 +316,9 @@ class _Planner:
         if any(_within(path, each) for each in self._around.places.ray):
             return  # a passage is for reading: what Ray keeps for tasks is run by others too
         literal = None if entry == "cwd" else _expanded(entry, self._homes)
-        never = frozenset(each for each in self._never if literal is None or not _within(literal, each))
+        if _within(path, _GROUPS):
+            raise PolicyError("files.write", entry, "no control groups: a tool could leave its call's")
+        never = frozenset(each for each in self._never if literal is None or not _within(literal, each)) | {_GROUPS}
         dotted = frozenset(home for home in self._homes if literal is None or not literal.startswith(home + "/."))
         device = path.startswith("/dev/") and not _within(path, _SHARED_MEMORY)
         self._add(path, DEVICE if device else READ + WRITE, never | frozenset(self._protect), dotted)

@@ -136,6 +136,10 @@ def endpoint(value: object) -> object:
         return None
     if not isinstance(value, str):
         raise _problem(value, "the engine's server as host:port")
+    if "/" in value:
+        raise _problem(
+            value, "the engine's server as host:port: no http:// before it (TLS is not spoken), no path behind"
+        )
     try:
         parse_endpoint(value)
     except ValueError as error:

@@ -109,6 +109,20 @@ class Violations:
     reasons: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Warnings:
+    """Scopes in which one limit was almost reached."""
+
+    kind: str
+    scope: str
+    limit: float | None
+    first_ns: int
+    count: int = 0
+    worst: float | None = None
+    rollouts: set[str] = field(default_factory=set)
+    actors: set[str] = field(default_factory=set)
+
+
 @dataclass(frozen=True, slots=True)
 class Unfinished:
     """What never ended, was closed by the supervisor because whoever began it was gone, or died of a signal."""
@@ -167,6 +181,7 @@ class Summary:
     destinations: dict[tuple[Destination, str, str], Flows] = field(default_factory=dict)
     refusals: dict[tuple[str, ...], Refusal] = field(default_factory=dict)
     violations: dict[tuple[str, str, float | None], Violations] = field(default_factory=dict)
+    warnings: dict[tuple[str, str, float | None], Warnings] = field(default_factory=dict)
     unfinished: list[Unfinished] = field(default_factory=list)
     iterations: list[Iteration] = field(default_factory=list)
 
@@ -192,6 +207,7 @@ def summarise(index: Index) -> Summary:
         (_process, Kind.PROCESS),
         (_flow, Kind.FLOW),
         (_violation, Kind.VIOLATION),
+        (_warning, Kind.WARNING),
         (_gpu, Kind.GPU),
     ):
         for entry in index.of(kind):
@@ -401,6 +417,19 @@ def _violation(summary: Summary, entry: Entry, place: Place) -> None:
     reason = str(attributes.get("error.type", "") or entry.span.status_message)
     if reason:
         found.reasons[reason] = found.reasons.get(reason, 0) + 1
+
+
+def _warning(summary: Summary, entry: Entry, place: Place) -> None:
+    attributes = entry.span.attributes
+    kind, scope = (str(attributes.get(f"ray_guard.budget.{name}", "unnamed")) for name in ("kind", "scope"))
+    limit, value = (_number(attributes.get(f"ray_guard.budget.{name}")) for name in ("limit", "value"))
+    found = summary.warnings.setdefault((kind, scope, limit), Warnings(kind, scope, limit, entry.span.start_ns))
+    found.count += 1
+    found.actors.add(place.actor)
+    if place.rollout is not None:
+        found.rollouts.add(place.rollout)
+    if value is not None:
+        found.worst = value if found.worst is None else max(found.worst, value)
 
 
 def _ending(entry: Entry) -> str:

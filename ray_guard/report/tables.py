@@ -85,6 +85,7 @@ def report(summary: Summary, quarantine: Quarantine, source: str, files: int) ->
     tables = [
         _refused(summary),
         _violations(summary),
+        _warnings(summary),
         _destinations(summary),
         _rewards(summary),
         _episodes(summary),
@@ -207,6 +208,33 @@ def _violations(summary: Summary) -> Table:
         Column("first, UTC"),
     ]
     return Table("Violations", f"{summary.total.violations:,} recorded", columns, rows)
+
+
+def _warnings(summary: Summary) -> Table:
+    rows = [
+        [
+            _cell(item.kind, Tone.WARN),
+            _cell(item.scope),
+            Cell(f"{item.count:,}"),
+            _count(len(item.rollouts)),
+            _cell(", ".join(sorted(item.actors))),
+            Cell(text.amount(item.kind, item.worst)),
+            Cell(text.amount(item.kind, item.limit)),
+            Cell(text.clock(item.first_ns), Tone.DIM),
+        ]
+        for item in sorted(summary.warnings.values(), key=lambda item: (-item.count, item.kind, item.scope))
+    ]
+    columns = [
+        Column("kind"),
+        Column("scope"),
+        Column("count", right=True),
+        Column("rollouts", right=True),
+        Column("actors", least=10),
+        Column("worst", right=True),
+        Column("limit", right=True),
+        Column("first, UTC"),
+    ]
+    return Table("Limits nearly reached", "warned of at 80 %", columns, rows)
 
 
 def _destinations(summary: Summary) -> Table:

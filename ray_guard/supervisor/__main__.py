@@ -12,7 +12,7 @@ import signal
 import sys
 
 from ray_guard.kernel import borrowing, ipc, mounting
-from ray_guard.supervisor import zygote
+from ray_guard.supervisor import leaf, zygote
 
 
 def main(descriptor: int, prepared: int = 0) -> None:
@@ -24,7 +24,8 @@ def main(descriptor: int, prepared: int = 0) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # it ends after its last target, not with a terminal or a job's group
     os.umask(0o077)
-    borrowing.works(), ipc.can_be_own(), mounting.works()  # asked here, so that the zygote goes by the same answers
+    # Asked here, so that the zygote goes by the same answers.
+    borrowing.works(), ipc.can_be_own(), mounting.works(), leaf.place()
     starts, zygote_pid = zygote.fork(close=[descriptor])
     leaders = [zygote.ask_for_leader(starts) for _ in range(prepared)]
     import logging

@@ -12,7 +12,9 @@ import os
 import select
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import IO, Any, Final, cast
 
 from ray_guard.egress.gate import Waiting
@@ -48,6 +50,8 @@ class Directory:
         self._changed = changed
         self._asked = self._read = float("-inf")
         self._buffer = b""
+        self._awaited: deque[Callable[[dict[str, Any]], None]] = deque()
+        """Who takes the next answers: the helper gives them in the order of the questions."""
         self._helper = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, cwd="/", bufsize=0
         )
@@ -78,10 +82,17 @@ class Directory:
 
     def reread(self) -> None:
         self._asked = time.monotonic()
+        self.ask({"op": "read"}, self._take)
+
+    def ask(self, question: dict[str, Any], take: Callable[[dict[str, Any]], None]) -> None:
+        """``take`` is called with the answer, later; ``{"error": …}`` where there will be none."""
         try:
-            self._question.write(b'{"op":"read"}\n')
+            self._question.write(json.dumps(question).encode() + b"\n")
         except OSError as error:
             log.warning("the cluster's directory cannot be asked: %s", error)
+            self._loop.later(0, partial(take, {"error": str(error)}))
+            return
+        self._awaited.append(take)
 
     def _answered(self, _events: int) -> None:
         try:
@@ -91,19 +102,25 @@ class Directory:
         if not chunk:
             self._loop.forget(self._answers.fileno())
             log.warning("the cluster's directory has ended")
+            while self._awaited:
+                self._awaited.popleft()({"error": "the cluster's directory has ended"})
             return
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         for line in lines:
-            self._take(line)
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                answer = {"error": f"no JSON: {line[:200]!r}"}
+            if self._awaited:
+                self._awaited.popleft()(answer if isinstance(answer, dict) else {"error": "no object"})
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, answer: dict[str, Any]) -> None:
         try:
-            answer = json.loads(line)
             endpoints = frozenset(_endpoint(entry) for entry in answer["endpoints"])
             control = frozenset(_endpoint(entry) for entry in answer.get("control", ()))
             self.nodes = len(answer.get("nodes", ()))
         except (ValueError, KeyError, TypeError) as error:
-            log.warning("the cluster's directory answered %r: %s", line[:200], error)
+            log.warning("the cluster's directory answered %.200r: %s", answer, error)
             return
         self._read = self._asked
         if (endpoints, control) != (self.endpoints, self.control):

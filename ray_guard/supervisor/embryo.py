@@ -17,12 +17,14 @@ import socket
 import stat
 import termios
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 from ray_guard.kernel import borrowing, ipc, libc, seccomp, seqpacket
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.domain import Domain, read_view
+from ray_guard.supervisor.leaf import OwnLeaf
 from ray_guard.supervisor.start import Start, read_start
 
 _FIRST_FREE: Final = 255
@@ -34,17 +36,23 @@ class Embryo:
 
     Attributes:
         pid: the tool's, from the beginning.
+        leaf: the control group it was born into; None: there is none.
         listener: where its notifications arrive; ``-errno`` where it could not be taken.
     """
 
     def __init__(
-        self, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant], covers: mounts.Covers
+        self,
+        program: tuple[seccomp.Instruction, ...],
+        system: Sequence[Grant],
+        covers: mounts.Covers,
+        leaf: OwnLeaf | None = None,
     ) -> None:
         armed_read, armed_write = os.pipe()
         self._failed, failed_write = os.pipe()
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _altered_signals()
-        self.pid = os.fork()
+        self.leaf = leaf
+        self.pid = os.fork() if leaf is None else leaf.fork()
         if self.pid == 0:
             _live(program, system, covers, theirs.detach(), armed_write, failed_write)
         theirs.close()
@@ -65,12 +73,19 @@ class Embryo:
 
     def announce(self, line: socket.socket) -> None:
         """Gives the supervisor what it needs of this process: its own line and its listener."""
+        leaf = self.leaf.path if self.leaf is not None and self.leaf.joined else ""
+        told = {"op": "ready", "pid": self.pid, "leader": os.getpid(), "leaf": leaf}
         try:
-            seqpacket.send(line, {"op": "ready", "pid": self.pid}, [self._line.fileno(), self.listener])
+            seqpacket.send(line, told, [self._line.fileno(), self.listener])
         except OSError:
             pass  # the supervisor is gone: the line says so
         self._line.close()
         os.close(self.listener)
+
+    def abandon(self) -> None:
+        """There will be no tool: ends the process."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
     def failure(self) -> dict[str, Any]:
         """Waits until it is the tool (then empty) or has said why it cannot be."""
@@ -155,6 +170,10 @@ def _make_scratch(path: str | None) -> None:
         return
     try:
         os.mkdir(path, 0o700)
+    except FileNotFoundError:  # the zygote is about to make and hold the one above, for all calls
+        with suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o700)
+        _make_scratch(path)
     except FileExistsError:
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():

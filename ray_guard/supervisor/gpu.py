@@ -24,11 +24,12 @@ from ray_guard.errors import NotEnforced, PolicyError
 from ray_guard.kernel import gpu_devices, procfs
 from ray_guard.kernel.gpu_devices import Descriptors, Kind
 from ray_guard.kernel.nvml import Reading
+from ray_guard.policy.budgets import Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import Mode
 from ray_guard.supervisor import orphans
 from ray_guard.supervisor.gpu_poller import LOAD_S, Census, Held, Poller
-from ray_guard.supervisor.gpu_target import SCOPES, GpuTarget, granted, has_budget, limits
+from ray_guard.supervisor.gpu_target import GpuTarget, granted, has_budget, limits
 from ray_guard.supervisor.target import Origin, Target
 
 log = logging.getLogger("ray_guard.gpu")
@@ -103,7 +104,7 @@ class Gpus:
 
     def admit(self, policy: CompiledPolicy) -> None:
         """Raises NotEnforced, naming the keys, where GPU use could not be held to ``policy`` on this host."""
-        keys = [f"budgets.{s.value}.{kind}" for s in SCOPES for kind in limits(policy, s)]
+        keys = [f"budgets.{s.value}.{kind}" for s in Scope for kind in limits(policy, s)]
         required = ["require.gpu"] if "gpu" in policy.require else []
         if policy.mode is not Mode.ENFORCE or not keys + required:
             return
@@ -299,7 +300,7 @@ class Gpus:
         watched = owner.watched
         context = self._contexts.get(held.pid) == held.start_time
         kinds = self._kinds(held.devices or ())
-        measuring = self._measuring and not watched.memory_unknown
+        measuring = self._measuring and watched.measured(owner.call)
         if held.devices is None and not context and self._measuring and not self._others:
             return  # what it hides could only be NVIDIA's, and NVML says that it has no context there
         holder = Holder(
@@ -313,8 +314,8 @@ class Gpus:
         finding = judge(
             watched.word,
             holder,
-            budget=watched.budget,
-            exhausted=watched.exhausted,
+            budget=watched.budget(owner.call),
+            exhausted=watched.exhausted(owner.call),
             required=watched.strict,
         )
         if finding is not None:
@@ -395,7 +396,7 @@ class Gpus:
     def _take(self, readings: list[Reading]) -> None:
         self._read = time.monotonic()
         contexts: dict[int, int] = {}
-        shares: dict[int, list[Share]] = {}
+        shares: dict[int, list[tuple[Share, Origin | None]]] = {}
         computed: dict[tuple[int, int], float] = {}
         for reading in readings:
             tick = self._meters.setdefault(reading.device, GpuMeter()).take(reading)
@@ -413,7 +414,7 @@ class Gpus:
                     continue
                 if start is not None:
                     self._owners[share.pid] = (start, owner)
-                shares.setdefault(id(owner.watched.target), []).append(share)
+                shares.setdefault(id(owner.watched.target), []).append((share, owner.call))
                 if share.method is not Method.RESIDENCY and start is not None:
                     key = (share.pid, start)
                     computed[key] = computed.get(key, 0.0) + share.seconds

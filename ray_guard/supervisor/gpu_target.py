@@ -11,10 +11,10 @@ from typing import Final
 from ray_guard.compute import engines
 from ray_guard.compute.census import Reason, word
 from ray_guard.compute.engines import Engines
-from ray_guard.compute.gpu_meter import Share, Usage
+from ray_guard.compute.gpu_meter import Share, Usage, memory
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import procfs
-from ray_guard.policy.budgets import Exceeded, Scope
+from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded, Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Mode, SpanKind, SpanRecord
 from ray_guard.supervisor.orphans import Mark
@@ -28,8 +28,7 @@ IDLE_USE: Final = "gpu_idle_use"
 RECORD_S: Final = 30.0
 """How often what a target has used is journaled; at its end in any case."""
 
-SCOPES: Final = (Scope.ACTOR, Scope.JOB)
-"""Whose GPU limits are held."""
+KINDS: Final = (SECONDS, MEMORY)
 
 
 def granted(policy: CompiledPolicy) -> str:
@@ -40,12 +39,12 @@ def granted(policy: CompiledPolicy) -> str:
 
 def limits(policy: CompiledPolicy, scope: Scope) -> dict[str, float]:
     """The GPU limits of that scope that are enforced."""
-    return {kind: limit for kind, limit in policy.limits(scope).items() if kind in (SECONDS, MEMORY)}
+    return {kind: limit for kind, limit in policy.limits(scope).items() if kind in KINDS}
 
 
 def has_budget(policy: CompiledPolicy) -> bool:
     """Whether a GPU limit is enforced."""
-    return any(limits(policy, scope) for scope in SCOPES)
+    return any(limits(policy, scope) for scope in Scope)
 
 
 @dataclass(slots=True)
@@ -60,41 +59,47 @@ class GpuTarget:
     """By the process that a tool began with, and by its leader."""
     told: set[tuple[int, int, Reason]] = field(default_factory=set)
     """Processes (pid, start time) of which a violation was told."""
-    memory_unknown: bool = False
-    _used_up: bool = field(init=False)
-    _over_memory: bool = False
-    _passed: set[str] = field(default_factory=set)
-    """Kinds of limits that were passed, and told."""
+    _unknown: set[Account] = field(default_factory=set)
+    """Whose memory NVML does not tell, though it is limited."""
+    _over_memory: set[Account] = field(default_factory=set)
+    _passed: set[tuple[str, str]] = field(default_factory=set)
+    """Limits that were passed, and told: kind, and whose."""
     _span: str = field(default_factory=new_span_id)
     _began_ns: int = field(default_factory=time.time_ns)
     _recorded: float = 0.0
-
-    def __post_init__(self) -> None:
-        # Zero grants nothing, not even a context.
-        self._used_up = any(0 in limits(self.target.policy, scope).values() for scope in SCOPES)
 
     @property
     def word(self) -> str:
         return granted(self.target.policy)
 
-    @property
-    def budget(self) -> bool:
-        return has_budget(self.target.policy)
+    def account(self, call: Origin | None) -> Account:
+        """Who pays for a process: the call whose tool it is, or the actor."""
+        return self.target.account if call is None else call.account
 
-    @property
-    def exhausted(self) -> bool:
-        return self._used_up or self._over_memory
+    def budget(self, call: Origin | None) -> bool:
+        """Whether a limit that is enforced holds for such a process."""
+        return any(self.account(call).room(kind) is not UNLIMITED for kind in KINDS)
+
+    def exhausted(self, call: Origin | None) -> bool:
+        """Whether one of them is used up. Zero grants nothing, not even a context."""
+        account = self.account(call)
+        over = not self._over_memory.isdisjoint((account, self.target.account))
+        return over or any(account.room(kind) == 0 for kind in KINDS)
+
+    def measured(self, call: Origin | None) -> bool:
+        """Whether the memory of such a process is known, as far as it must be."""
+        return self._unknown.isdisjoint((self.account(call), self.target.account))
 
     @property
     def asks(self) -> bool:
         """Whether anybody must look."""
-        watched = any(kind in self.target.policy.watched(scope) for scope in SCOPES for kind in (SECONDS, MEMORY))
-        return self.word != "any" or self.budget or watched
+        watched = any(kind in self.target.policy.watched(scope) for scope in Scope for kind in KINDS)
+        return self.word != "any" or has_budget(self.target.policy) or watched
 
     @property
     def strict(self) -> bool:
         """Whether not to know is a reason to refuse."""
-        return self.budget or "gpu" in self.target.policy.require
+        return has_budget(self.target.policy) or "gpu" in self.target.policy.require
 
     @property
     def enforces(self) -> bool:
@@ -102,31 +107,52 @@ class GpuTarget:
 
     # -- usage ---------------------------------------------------------------------------------------------------------
 
-    def charge(self, shares: list[Share]) -> None:
-        """Books what its processes used since the last reading of all GPUs, and judges what they hold now."""
-        account = self.target.account
-        for share in shares:
-            self.usage.add(share)
-        exceeded = account.charge(SECONDS, sum(share.seconds for share in shares))
-        if exceeded is not None:
-            self._used_up |= not exceeded.report_only
-            self._exceeded(exceeded)
-        level = self.usage.level(shares)
-        limited = account.limits_any((MEMORY,))
-        self.memory_unknown = level is None and limited
-        exceeded = None if level is None or not limited else account.measured(MEMORY, level)
-        self._over_memory = exceeded is not None and not exceeded.report_only
-        if exceeded is None:
-            self._passed.discard(MEMORY)
-        else:
-            self._exceeded(exceeded)
+    def charge(self, shares: list[tuple[Share, Origin | None]]) -> None:
+        """Books what its processes used since the last reading of all GPUs, and judges what they hold now.
 
-    def _exceeded(self, exceeded: Exceeded) -> None:
-        if exceeded.kind in self._passed:
+        Args:
+            shares: each with the call whose tool it is; None: the actor's own, or an engine's.
+        """
+        payers: dict[Account, Origin | None] = {self.target.account: None}
+        by_payer: dict[Account, list[Share]] = {self.target.account: []}
+        for share, call in shares:
+            self.usage.add(share)
+            account = self.account(call)
+            payers.setdefault(account, call)
+            by_payer.setdefault(account, []).append(share)
+        for account, call in payers.items():
+            exceeded = account.charge(SECONDS, sum(share.seconds for share in by_payer[account]))
+            if exceeded is not None:
+                self._exceeded(exceeded, call)
+        self._over_memory.clear()
+        self._unknown.clear()
+        everything = [share for share, _ in shares]
+        for account, call in payers.items():
+            held = self.usage.level(everything) if call is None else memory(by_payer[account])
+            self._weigh(account, call, held)
+
+    def _weigh(self, account: Account, call: Origin | None, held: int | None) -> None:
+        """Judges the memory that a call's tools hold, or all of the target's processes; None: unknown."""
+        if not account.limits_any((MEMORY,)):
             return
-        self._passed.add(exceeded.kind)
+        if held is None:
+            self._unknown.add(account)
+            return
+        exceeded = account.measured(MEMORY, held)
+        if exceeded is None:
+            self._passed.discard((MEMORY, account.source))
+            return
+        if not exceeded.report_only:
+            self._over_memory.add(account)
+        self._exceeded(exceeded, call)
+
+    def _exceeded(self, exceeded: Exceeded, call: Origin | None) -> None:
+        key = (exceeded.kind, exceeded.source)
+        if key in self._passed:
+            return
+        self._passed.add(key)
         try:
-            self.target.exceeded(self.target.own_origin(), None, exceeded)
+            self.target.exceeded(call or self.target.own_origin(), None, exceeded)
         except JournalError:
             log.exception("a violation could not be journaled")
 

@@ -12,14 +12,15 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from typing import Any, Final
 
 from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacket
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
+from ray_guard.supervisor.leaf import OwnLeaf, Place
 
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
@@ -44,6 +45,7 @@ def lead(
     os.setsid()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     obstacle: tuple[str, str, OSError] | None = None
+    place = Place()
     if mounting.works():
         try:
             mounts.enter(covers)
@@ -60,22 +62,31 @@ def lead(
     if obstacle is not None:
         stage, what, why = obstacle
         return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
+    with closing(place):
+        return _serve(line, wake_read, lambda: Embryo(program, system, covers, place.leaf()))
+
+
+def _serve(line: socket.socket, wake: int, conceive: Callable[[], Embryo]) -> int:
     while True:
-        embryo = Embryo(program, system, covers)
+        embryo = conceive()
         if embryo.listener < 0:
             fault = embryo.fault()
-            if fault is None:
-                continue  # it was killed meanwhile
+            embryo.abandon()
+            if fault is None:  # it was killed meanwhile; at birth, if its group had been
+                if embryo.leaf is not None:
+                    embryo.leaf.killed = True
+                continue
             return _unfit(line, fault)
         embryo.announce(line)
         try:
             received = seqpacket.receive(line)
         except (OSError, seqpacket.BadPacket):
-            return 0
+            received = None
         if received is None:
-            return 0  # the embryo's line is the supervisor's too, and it ends with that, or with this process
+            embryo.abandon()
+            return 0
         message, asking = received
-        call = _Call(line, wake_read, message)
+        call = _Call(line, wake, message)
         if not call.run(embryo, asking) or not call.await_release():
             return 0
         if mounting.works():
@@ -102,6 +113,7 @@ class _Call:
         self._wall = None if wall is None else float(wall)
         self._keeps = request.get("survivors") == "keep"
         self._pid = 0
+        self._leaf: OwnLeaf | None = None
         self._deadline: float | None = None
         self._status: int | None = None
         self._released = False
@@ -130,6 +142,7 @@ class _Call:
             asking: the line to whoever asked for it, if there still is one.
         """
         self._pid = embryo.pid
+        self._leaf = embryo.leaf
         failure = embryo.failure()
         if failure:
             seqpacket.close_all(asking)
@@ -240,10 +253,11 @@ class _Call:
     def _end_all(self) -> list[int]:
         """Kills until nothing is left below this process; what cannot be killed in time is returned."""
         deadline = time.monotonic() + KILL_PATIENCE_S
-        while True:
-            self._signal_all(signal.SIGKILL)
-            if not self._reap():
-                return []
+        while self._reap():
             if time.monotonic() > deadline:
                 return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
+            self._signal_all(signal.SIGKILL)
+            if self._leaf is not None:
+                self._leaf.kill()
             time.sleep(0.0005)
+        return []

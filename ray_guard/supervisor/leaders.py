@@ -38,6 +38,7 @@ class Leader:
 
     Attributes:
         pid: of the process that is ready to become a tool.
+        own_pid, leaf: the leader's, and the folder of the control group that process is in; empty: none of its own.
         listener: where that process's notifications arrive; for its taker to close.
         fault: why no process can be made ready here; empty: one is.
         heard: set by whoever has taken it.
@@ -51,6 +52,8 @@ class Leader:
         self._started = True
         self.fresh = True
         self.pid = 0
+        self.own_pid = 0
+        self.leaf = ""
         self.listener = -1
         self.fault: dict[str, Any] = {}
         self.heard: Heard | None = None
@@ -129,6 +132,8 @@ class Leader:
             embryo, self.listener = descriptors
             self._embryo = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, embryo)
             self.pid = int(message["pid"])
+            self.own_pid = int(message["leader"])
+            self.leaf = str(message["leaf"])
             self._started = False
             self._leaders.ready(self)
         elif message.get("op") == "unfit":

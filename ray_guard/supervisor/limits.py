@@ -11,6 +11,7 @@ notified call that has not been received yet, and fork then fails with EINTR, wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from ray_guard.egress.gate import Waiting
 from ray_guard.kernel import pidfd, procfs
 from ray_guard.kernel.perf import TreeClock
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
+from ray_guard.supervisor.leaf import Leaf, LeafClock
 
 CPU: Final = "cpu_seconds"
 MEMORY: Final = "memory"
@@ -98,6 +100,7 @@ class Limits:
         leader: the one above it.
         passed: told of each limit that was passed.
         living: the entries of all processes that live, given the numbers of those in the tree.
+        leaf: the control group they are all in; None: there is none.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Limits:
         leader: int,
         passed: Callable[[Exceeded], None],
         living: Callable[[list[int]], Iterable[Entry]],
+        leaf: Leaf | None = None,
     ) -> None:
         self._loop = loop
         self._census = census
@@ -118,7 +122,8 @@ class Limits:
         self._passed = passed
         self._living = living
         self._weighs, self._times = (account.limits_any((kind,)) for kind in (MEMORY, CPU))
-        self._clock = _clock(root) if self._times else None
+        self._leaf = leaf
+        self._clock = _clock(root, leaf) if self._times else None
         self.ledger = Ledger(bounds=self._times and self._clock is None)
         self.peak_memory = 0
         self._held = {PROCESSES: 1, MEMORY: 0}
@@ -132,13 +137,24 @@ class Limits:
     def count(self) -> None:
         """Counts the processes."""
         if not self._over:
-            exceeded = self._hold(PROCESSES, len(tree.members(self._leader)))
+            exceeded = self._hold(PROCESSES, self._living_at_least())
+            if exceeded is None:
+                exceeded = self._hold(PROCESSES, len(tree.members(self._leader)))
             if exceeded is not None:
                 self._tell(exceeded)
 
+    def _living_at_least(self) -> int:
+        """How many its control group tells of: with one reading, where the tree, which has zombies too, takes many."""
+        if self._leaf is None:
+            return 0
+        try:
+            return len(self._leaf.pids())
+        except OSError:
+            return 0
+
     def room(self) -> float:
         """How many may be born before they must be counted again."""
-        room = self._account.room(PROCESSES)
+        room = self._account.calm(PROCESSES)
         return 0 if room is UNLIMITED else room
 
     def exited(self, entry: Entry, cpu_ns: int | None) -> None:
@@ -220,8 +236,11 @@ class Limits:
             self._clock.close()
 
 
-def _clock(root: int) -> TreeClock | None:
-    try:
+def _clock(root: int, leaf: Leaf | None) -> TreeClock | LeafClock | None:
+    """A clock that all of a tree runs on, those that have ended included; None: there is none here."""
+    with contextlib.suppress(OSError):
+        if leaf is not None:
+            return LeafClock(leaf)
+    with contextlib.suppress(OSError, KeyError):
         return TreeClock(root)
-    except (OSError, KeyError):
-        return None
+    return None

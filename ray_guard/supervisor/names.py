@@ -179,7 +179,8 @@ class Names:
         known = self._resolver.hosts.addresses.get(name)
         if known is not None:
             return Answer("NOERROR", known)
-        if any(layer.proxy is not None for layer in self._ring.policy.layers):
+        proxied = any(layer.proxy is not None for layer in self._ring.policy.layers)
+        if proxied and not self._ring.policy.is_model_name(name):
             # The proxy looks it up, and where it is the only way out nobody else could.
             stand_in = (self._ring.node.proxies.stand_in(name),)
             self.answered(name, stand_in, _STAND_IN_TTL, asker.origin, cached=False)

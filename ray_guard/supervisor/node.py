@@ -16,7 +16,7 @@ from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Bounds, Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
-from ray_guard.policy.budgets import Account, Scope
+from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.policy.values import parse_size
@@ -24,13 +24,18 @@ from ray_guard.records import Role
 from ray_guard.supervisor.cluster import Directory
 from ray_guard.supervisor.gpu import Gpus
 from ray_guard.supervisor.leaders import Leaders
+from ray_guard.supervisor.leases import Lease, Leases
 from ray_guard.supervisor.limits import Census
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.proxies import Proxies
+from ray_guard.supervisor.quota import Quotas
 from ray_guard.supervisor.resolver import Resolver
 from ray_guard.supervisor.sealing import Sealer
 
 if TYPE_CHECKING:
+    from ray_guard.supervisor.ceilings import Ceilings
+    from ray_guard.supervisor.leaf import Leaf
+    from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.target import Target
 
 log = logging.getLogger("ray_guard.node")
@@ -63,6 +68,8 @@ class Node:
         self.meter = Meter(SockDiag(), loop, self._flush)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
+        self.paid: dict[str, Paid] = {}
+        """Model calls that the relay has admitted and charged, by the word that each carries to the engine."""
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""
@@ -70,7 +77,13 @@ class Node:
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
+        self.hold: Callable[[str], None] = lambda _path: None
+        """Has the zygote hold a folder as long as this process lives; set likewise."""
+        self.number = os.urandom(6).hex()
+        """Tells this supervisor from all others."""
         self.gpus = Gpus(loop)
+        self.leases = Leases(loop)
+        self.quotas = Quotas()
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
@@ -86,6 +99,8 @@ class Node:
         self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
+        self._wants_ceilings = os.environ.get("RAY_GUARD_NFTABLES", "") not in ("", "0")
+        self._ceilings: Ceilings | None = None
 
     # -- evidence ------------------------------------------------------------------------------------------------------
 
@@ -130,14 +145,48 @@ class Node:
         for forwarder in self._forwarders:  # each flushes once this process is gone; none is waited for
             forwarder.returncode = 0
 
+    # -- ceilings ------------------------------------------------------------------------------------------------------
+
+    def put_ceiling(self, leaf: Leaf | None, policy: CompiledPolicy, *, exact: bool) -> None:
+        """Holds a call to what its policy can ever need, where that was asked for. Raises OSError: it cannot be."""
+        if not self._wants_ceilings:
+            return
+        if self._ceilings is None:
+            from ray_guard.supervisor.ceilings import Ceilings  # here alone: few ask for it
+
+            self._ceilings = Ceilings(self._own_ports)
+            self.surroundings_changed.append(self._ceilings.changed)
+        self._ceilings.put(leaf, policy.wires, exact=exact)
+
+    def lift_ceiling(self, leaf: Leaf | None) -> None:
+        """The call has ended."""
+        if self._ceilings is not None and leaf is not None:
+            try:
+                self._ceilings.lift(leaf)
+            except OSError as error:
+                log.warning("a ceiling stays: %s", error)
+
+    def _own_ports(self) -> frozenset[int]:
+        return self.means.relay.ports() | {port for _, port in self.resolver.endpoints}
+
     # -- budgets -------------------------------------------------------------------------------------------------------
 
     def job(self, run_id: str, policy: CompiledPolicy) -> Account:
-        """The account of a job: the first target's policy sets its limits."""
-        if run_id not in self._jobs:
-            limits, watched = policy.limits(Scope.JOB), policy.watched(Scope.JOB)
-            self._jobs[run_id] = Account(Scope.JOB, run_id, limits, watched=watched)
-        return self._jobs[run_id]
+        """The account of a job, under the least of what its targets' policies say (a driver's says nothing)."""
+        account = self._jobs.get(run_id)
+        if account is None:
+            account = self._jobs[run_id] = Account(Scope.JOB, run_id)
+            account.near = self._job_is_near
+        account.tighten(policy.limits(Scope.JOB), policy.watched(Scope.JOB))
+        return account
+
+    def _job_is_near(self, near: Near) -> None:
+        """A limit of a job is almost reached: journaled once, logged by all its targets."""
+        targets = self.quotas.of_job(near.source)
+        for target in targets[:1]:
+            target.near(near)
+        for target in targets[1:]:
+            target.warn(near.text())
 
     def actor_started(self, actor_id: str, account: Account) -> None:
         """An actor has learnt its id: what it submits to Ray is charged to it from here on."""
@@ -145,29 +194,47 @@ class Node:
 
     def charged(self, submitter: str, run_id: str, policy: CompiledPolicy) -> Account:
         """Whose account a new target's stands under: its submitter's on this node, else the job's."""
+        job = self.job(run_id, policy)
         account = self._actors.get(submitter)
         if account is not None and account.closed:
             del self._actors[submitter]
             account = None
-        return account if account is not None else self.job(run_id, policy)
+        return job if account is None else account
 
     # -- surroundings --------------------------------------------------------------------------------------------------
 
     def join(self, target: Target, membership: Membership) -> None:
         self._memberships[id(target)] = membership
+        self._directory(membership).include(membership.endpoints)
+        self._changed()
+
+    def _directory(self, membership: Membership) -> Directory:
         directory = self._directories.get(membership.address)
         if directory is None:
             environment = {**membership.environment}
             directory = Directory(membership.argv, environment, self.loop, self._changed)
             self._directories[membership.address] = directory
-        directory.include(membership.endpoints)
-        self._changed()
+        return directory
+
+    def must_lease(
+        self, run_id: str, job_id: str, policy: CompiledPolicy, membership: Membership
+    ) -> list[tuple[Lease, Amount]]:
+        """Leases of the job's limits of which nothing is known yet: to be waited for before a target's work begins."""
+        account = self.job(run_id, policy)
+        if not account.limits:
+            return []
+        return self.leases.enter(account, f"{job_id}/{run_id}", self._directory(membership))
 
     def leave(self, target: Target) -> None:
+        self.quotas.leave(target)
+        if target.run_id in self._jobs and not self.quotas.of_job(target.run_id):
+            self.leases.leave(self._jobs[target.run_id])
         self.gpus.leave(target)
         membership = self._memberships.pop(id(target), None)
         if membership is not None and all(m.address != membership.address for m in self._memberships.values()):
-            self._directories.pop(membership.address).close()
+            directory = self._directories.pop(membership.address)
+            self.leases.lose(directory)
+            directory.close()
 
     def directory(self, target: Target) -> Directory | None:
         membership = self._memberships.get(id(target))

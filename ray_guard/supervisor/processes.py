@@ -25,6 +25,7 @@ from ray_guard.compute.ledger import Entry
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import pidfd, procfs
 from ray_guard.supervisor.arguments import Memory, runnable
+from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
 from ray_guard.supervisor.process_spans import Image, OpenImage, ProcessSpans
 from ray_guard.supervisor.target import Origin, Target, new_span_id
@@ -99,10 +100,18 @@ class Processes:
         origin: the call, below the span of its first process.
         root: that process, forked, filtered and about to execute what was asked for.
         end_call: ends the call; told which limit it passed.
+        leaf: the control group they are all in; None: there is none.
     """
 
     def __init__(
-        self, node: Node, target: Target, origin: Origin, root: int, end_call: Callable[[Exceeded], None]
+        self,
+        node: Node,
+        target: Target,
+        origin: Origin,
+        root: int,
+        end_call: Callable[[Exceeded], None],
+        *,
+        leaf: Leaf | None,
     ) -> None:
         self._loop = node.loop
         self._target = target
@@ -136,6 +145,7 @@ class Processes:
             leader=leader,
             passed=self._passed,
             living=self._living,
+            leaf=leaf,
         )
 
     @property

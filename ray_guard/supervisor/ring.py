@@ -28,6 +28,7 @@ from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Accoun
 from ray_guard.policy.decide import (
     CompiledPolicy,
     Decision,
+    Endpoint,
     Operation,
     Process,
     Reason,
@@ -38,6 +39,8 @@ from ray_guard.policy.decide import (
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
+from ray_guard.supervisor import model_calls
+from ray_guard.supervisor.model_calls import ModelCalls
 from ray_guard.supervisor.names import Names
 from ray_guard.supervisor.proxies import Standing
 from ray_guard.supervisor.target import Origin, Target, new_span_id
@@ -372,6 +375,9 @@ class Ring:
             if decision.allowed:
                 connection.granted(decision)
                 origin.account.charge(CONNECTIONS, 1)  # decide() has just found room for it
+                if decision.model is not None:
+                    connection.calls_model(decision, decision.model)
+                    return Ruling(0, relayed=connection)
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
                     connection.speech = _speech(request, decision)
                     if decision.proxy is not None and decision.name is not None:
@@ -513,6 +519,7 @@ class Connection:
 
     __slots__ = (
         "_form",
+        "_models",
         "_more",
         "_over",
         "_ring",
@@ -537,6 +544,7 @@ class Connection:
         self.speech: dict[str, Any] = {}
         """What may be spoken, where it is relayed."""
         self.proxied: Proxied | None = None
+        self._models: ModelCalls | None = None
         self.capped = not origin.account.free and origin.account.limits_any(_BYTES)
         self._span = new_span_id()
         self._start = time.time_ns()
@@ -606,7 +614,17 @@ class Connection:
     def relayed(self, crossing: Crossing) -> None:
         self._ring.relayed(crossing)
 
+    def calls_model(self, decision: Decision, model: Endpoint) -> None:
+        """It leads to a model endpoint: the relay reads along."""
+        self.speech = model_calls.speech(model, self.request.address, enforced=decision.route is Route.MODEL)
+        self._models = ModelCalls(self._ring, self.origin, self._span, model)
+
+    def heard(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        return None if self._models is None else self._models.heard(message)
+
     def left(self, crossing: Crossing, end: End) -> None:
+        if self._models is not None:
+            self._models.close()
         self._ring.relay_left(crossing)
         found: dict[str, AttributeValue] = {"ray_guard.egress.route": "relay"}
         for key, value in (("protocol", end.protocol), ("verified", end.verified), ("server_name", end.name)):

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
-from ray_guard.supervisor import zygote
+from ray_guard.supervisor import leaf, zygote
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.node import Node
@@ -23,6 +23,8 @@ log = logging.getLogger("ray_guard.supervisor")
 
 LINGER_S: Final = 2.0
 """How long a supervisor without targets waits for the next one."""
+SWEEP_S: Final = 1.0
+"""When what earlier ones have left is looked for: nobody's first call waits for that."""
 
 
 def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequence[socket.socket]) -> None:
@@ -47,8 +49,15 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     node.sealer.start = partial(zygote.start_signer, starts)
     node.sealer.recover = partial(zygote.start_recoverer, starts)
     node.remove = partial(zygote.remove, starts)
+
+    def hold(path: str) -> None:
+        zygote.hold(starts, path)
+        loop.later(SWEEP_S, lambda: zygote.sweep_place(starts, os.path.dirname(path)))
+
+    node.hold = hold
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
+    loop.later(SWEEP_S, leaf.sweep)
     gc.freeze()  # what is here now stays; what comes and goes is few and small
     gc.enable()
     gc.set_threshold(50_000, 20, 100)

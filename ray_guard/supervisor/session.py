@@ -34,6 +34,7 @@ from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
+from ray_guard.supervisor.quota import FLOPS, TOKENS, asked_for
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.start import read_start
@@ -88,6 +89,8 @@ class Session:
             "start": self._start,
             "violations": self._violations,
             "ended": self._ended_for,
+            "reserve": self._reserve,
+            "settle": self._settle,
             "engine": self._engine,
             "engine_state": self._engine_state,
             "tighten": self._tighten,
@@ -191,6 +194,8 @@ class Session:
             if policy.names:
                 self._node.resolver.require()
             self._require_proxies(policy)
+            if self._must_lease(message, descriptors, policy, membership):
+                return
         views = Views(message.get("places"))
         target = Target(
             pid=pid,
@@ -202,7 +207,7 @@ class Session:
             run_id=str(identity.get("run_id") or ""),
             actor_id=str(identity.get("actor_id") or pid),
             views=views,
-            scratches=Scratches(views.temporary, self._node.remove),
+            scratches=Scratches(views.temporary, self._node.number, self._node.hold, self._node.remove),
         )
         target.pump = self.pump
         if membership is not None:
@@ -223,9 +228,7 @@ class Session:
                 raise
         self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
         self._target = target
-        Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
-        if kind == "run":
-            self._node.gpus.join(target)
+        self._joined(target)
         self._lifeline, stops = socket.socketpair()
         with stops, self._ward(pid) as kills:
             welcome = {
@@ -239,6 +242,36 @@ class Session:
                 "acts": acts(policy),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _must_lease(
+        self,
+        message: dict[str, Any],
+        descriptors: list[int],
+        policy: CompiledPolicy,
+        membership: Membership | None,
+    ) -> bool:
+        """Whether this hello is handled once more when its job's first leases are there, or are not to be had."""
+        if membership is None:
+            return False
+        identity = message.get("identity") or {}
+        run_id, job_id = str(identity.get("run_id") or ""), str(identity.get("job_id") or "")
+        unknown = self._node.must_lease(run_id, job_id, policy, membership)
+        if not unknown or message.get("waited"):
+            return False
+        self._node.leases.wait(unknown, self._later({**message, "waited": True}, descriptors))
+        return True
+
+    def _joined(self, target: Target) -> None:
+        target.warn = self._warn
+        Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
+        self._node.quotas.join(target)
+        if target.kind == "run":
+            self._node.gpus.join(target)
+
+    def _warn(self, text: str) -> None:
+        """Says something unasked, to be read at the end of a call."""
+        with contextlib.suppress(OSError):
+            seqpacket.send(self._sock, {"warning": text})
 
     def _later(self, message: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
         """Handles ``message`` once more, when what it needs is known; its descriptors are kept until then."""
@@ -299,9 +332,9 @@ class Session:
                 continue  # Ray's own server accepted it
             address = canonical_address(str(host))
             request = Request(Operation.CONNECT, Transport.TCP, address, int(port), process=Process.OWN)
-            if (address, int(port)) not in told and not decide(
-                target.policy, surroundings, target.account, request
-            ).allowed:
+            decision = decide(target.policy, surroundings, target.account, request)
+            # What leads to a model endpoint goes by relay, which none of these does.
+            if (address, int(port)) not in told and (not decision.allowed or decision.model is not None):
                 refused.append(f"tcp://{address}:{port}")
         return refused
 
@@ -346,6 +379,8 @@ class Session:
             self._node.resolver.require()
         self._require_proxies(added)
         target.policy = target.policy.intersect(added)
+        target.account.tighten(added.limits(Scope.ACTOR), added.watched(Scope.ACTOR))
+        self._node.job(target.run_id, added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
         self._reply(descriptors[0], {"ok": True, "acts": acts(target.policy)})
@@ -390,6 +425,17 @@ class Session:
         """Whether one of these scopes was ended for a violation."""
         found = self._known().ended_for(str(span) for span in message["spans"])
         self._reply(descriptors[0], {"ended": None if found is None else found.as_message()})
+
+    def _reserve(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        target = self._known()
+        lacking = self._node.leases.lacking(target.account.root, asked_for(message))
+        if lacking and not message.get("waited"):
+            self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
+            return
+        self._reply(descriptors[0], self._node.quotas.reserve(target, message))
+
+    def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        self._node.quotas.settle(self._known(), message)
 
     def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
         self._node.gpus.register(self._known(), int(message["pid"]), str(message.get("phase")))
@@ -479,6 +525,7 @@ class Session:
             os.close(self._pidfd)
             self._pidfd = -1
         if self._target is not None:
+            self._node.quotas.leave(self._target)
             try:
                 self._target.lost()
             except JournalError:
@@ -540,6 +587,19 @@ def _refuse_what_needs_descriptors(policy: CompiledPolicy) -> None:
         raise NotEnforced(names, "direct flows cannot be cut here: pidfd_getfd is refused (CAP_SYS_PTRACE)")
 
 
+def _refuse_what_nobody_counts(policy: CompiledPolicy) -> None:
+    """Raises NotEnforced for limits of tokens in a lone command: nobody but the relay sees what it asks a model."""
+    if any(wire.get("model_endpoint") for wire in policy.wires):
+        return
+    kinds = [
+        f"budgets.{scope.value}.{kind}" for scope in Scope for kind in (TOKENS, FLOPS) if kind in policy.limits(scope)
+    ]
+    if kinds:
+        raise NotEnforced(
+            kinds, "a command's tokens are counted at the model_endpoint alone, and the policy names none"
+        )
+
+
 def _line(descriptor: int) -> socket.socket:
     """A duplicate of what somebody passed to be answered on. Raises OSError where it is no socket."""
     duplicate = os.dup(descriptor)
@@ -572,6 +632,8 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
         missing = unenforced(wire, SUPPORTED - unavailable())
         if missing:
             raise NotEnforced(missing, "this version does not enforce that yet")
+        if kind == "run":
+            _refuse_what_nobody_counts(policy)
         if not borrows:
             _refuse_what_needs_descriptors(policy)
         capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]

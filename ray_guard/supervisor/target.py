@@ -16,10 +16,10 @@ from typing import Any, Final
 
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
-from ray_guard.evidence.journal import Journal
+from ray_guard.evidence.journal import Journal, JournalError
 from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
 from ray_guard.kernel.seqpacket import BadPacket
-from ray_guard.policy.budgets import Account, Exceeded, Limits, Scope, limits_from_wire, tightest
+from ray_guard.policy.budgets import Account, Exceeded, Limits, Near, Scope, limits_from_wire, tightest
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
@@ -28,6 +28,8 @@ from ray_guard.supervisor.view import Views
 
 log = logging.getLogger("ray_guard.target")
 
+BUDGET_WARNING: Final = "ray_guard.budget_warning"
+"""Name of the span that says that a limit is almost reached."""
 _VIOLATIONS_KEPT: Final = 10_000
 _OPEN_LIMIT: Final = 100_000
 
@@ -92,13 +94,15 @@ class Violation:
     reason: str
     destination: str
     episode: str | None
+    source: str = ""
+    """Id of the scope whose limit it is."""
 
     def text(self) -> str:
         where = f" {self.destination}" if self.destination else ""
         return f"{self.kind}{where}: {self.reason}"
 
     def as_message(self) -> dict[str, Any]:
-        names = ("kind", "limit", "value", "span", "reason", "destination")
+        names = ("kind", "limit", "value", "span", "reason", "destination", "source")
         return {**{name: getattr(self, name) for name in names}, "time": self.time_ns}
 
 
@@ -125,6 +129,8 @@ class Target:
     """Reads what the target has sent so far; set by its session."""
     offended: Callable[[Origin, Violation], None] = lambda _origin, _violation: None
     """Told of every violation that stands in the journal; see :mod:`ray_guard.supervisor.consequences`."""
+    warn: Callable[[str], None] = lambda _text: None
+    """Has the target log a warning; set by its session."""
     _encoder: LineEncoder = field(init=False)
     _own: Origin = field(init=False)
     _unknown: Origin | None = None
@@ -138,13 +144,15 @@ class Target:
 
     def _scope_account(self, scope: Scope, source: str, parent: Account, limits: Limits | None = None) -> Account:
         own = self.policy.limits(scope)
-        return Account(
+        account = Account(
             scope,
             source,
             own if limits is None else tightest(own, limits),
             watched=self.policy.watched(scope),
             parent=parent,
         )
+        account.near = self.near
+        return account
 
     def _own_origin(self) -> Origin:
         identity = fragment({"rl.run.id": self.run_id, "ray_guard.source": Source.SUPERVISOR.value})
@@ -336,6 +344,14 @@ class Target:
             span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call)
         return span.origin if parent is None else replace(span.origin, parent_id=parent)
 
+    def origin_of(self, span: OpenSpan) -> Origin:
+        """An open call, or an open episode, of which then no call is known."""
+        span_id = span.record.span_id
+        if span.scope != "episode":
+            return self.origin_of_call(span_id)
+        identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
+        return Origin(span.record.trace_id, span_id, identity, span.account or self.account, span_id, None)
+
     def clocks(self, origin: Origin) -> list[tuple[Account, float]]:
         """The open scopes whose elapsed time counts for ``origin``, with when each began (``time.monotonic()``)."""
         spans = [self.open.get(span_id or "") for span_id in (origin.call, origin.episode)]
@@ -353,6 +369,7 @@ class Target:
         destination: str = "",
         limit: AttributeValue | None = None,
         value: AttributeValue | None = None,
+        source: str = "",
         report_only: bool = False,
     ) -> SpanEvent:
         """Journals a violation below ``span_id`` and remembers it; returns the event for the offending span."""
@@ -377,8 +394,8 @@ class Target:
             status_message=f"{kind}: {reason}",
         )
         self.write(record, origin.identity)
-        offending = span_id or origin.call or ""
-        found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode)
+        offending = span_id or origin.call or origin.episode or ""
+        found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode, source)
         self.violations.append(found)
         if origin.episode is not None and (episode := self.open.get(origin.episode)) is not None:
             episode.violations += 1
@@ -395,8 +412,36 @@ class Target:
             destination=destination,
             limit=exceeded.limit,
             value=exceeded.value,
+            source=exceeded.source,
             report_only=exceeded.report_only,
         )
+
+    def near(self, near: Near) -> None:
+        """A limit is almost reached: it is journaled, and the target logs it. That it cannot be stops nothing."""
+        span = self.open.get(near.source)
+        origin = self._own if span is None else self.origin_of(span)
+        now = time.time_ns()
+        attributes: dict[str, AttributeValue] = {
+            "ray_guard.budget.kind": near.kind,
+            "ray_guard.budget.scope": near.scope.value,
+            "ray_guard.budget.value": near.value,
+            "ray_guard.budget.limit": near.limit,
+        }
+        record = SpanRecord(
+            trace_id=origin.trace_id,
+            span_id=new_span_id(),
+            parent_id=origin.parent_id,
+            name=BUDGET_WARNING,
+            kind=SpanKind.INTERNAL,
+            start_ns=now,
+            end_ns=now,
+            attributes=attributes,
+        )
+        try:
+            self.write(record, origin.identity)
+        except JournalError:
+            log.exception("a warning could not be journaled")
+        self.warn(near.text())
 
     def ended_for(self, spans: Iterable[str]) -> Violation | None:
         """The violation that ended the first of these scopes which was ended."""

@@ -7,14 +7,16 @@ filtered process is gone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 from ray_guard import errors
@@ -22,13 +24,15 @@ from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import cgroup, seqpacket
+from ray_guard.kernel import seqpacket
 from ray_guard.kernel.seccomp import Listener
-from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
+from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import arguments, bystanders
+from ray_guard.supervisor import arguments, bystanders, cgroups
+from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
+from ray_guard.supervisor.leaf import Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.metadata import Metadata
 from ray_guard.supervisor.node import Node
@@ -41,6 +45,7 @@ from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_i
 log = logging.getLogger("ray_guard.tools")
 
 _LOST: Final = "the process that led it was lost"
+_LOOK_AGAIN_S: Final = 0.002
 _NONE: Final = "no process can be made to lead it"
 
 
@@ -101,7 +106,8 @@ class Tool:
         self._processes: Processes | None = None
         self._why: str | None = None
         self._left = False
-        self._strays: list[str] = []
+        self._strays: tuple[str, ...] = ()
+        self._leaf: Leaf | None = None
         self._leader: Leader | None = None
         self._descriptors = descriptors
         self._call = call.span if call.span is not None and call.span in target.open else self._span
@@ -200,6 +206,14 @@ class Tool:
         left = [limit - (time.monotonic() - began) for limit, began in limits if limit is not UNLIMITED]
         return max(0.0, min(left)) if left else None
 
+    def _warn_of_time(self) -> None:
+        """Has it noticed when a ``wall_seconds`` around this tool is almost over; all other limits are looked at."""
+        for account, began in self._clocks:
+            limit = account.limit(WALL)
+            if limit is not UNLIMITED:
+                left = NEAR * limit - (time.monotonic() - began)
+                self._node.loop.later(left, partial(_notice_time, account, began))
+
     def _over(self, exceeded: Exceeded) -> None:
         """The tree has passed a limit that ends it."""
         self.end(str(exceeded.error()))
@@ -210,6 +224,16 @@ class Tool:
             if exceeded is not None and (timed_out or exceeded.report_only):
                 self._target.exceeded(self._origin, self._span, exceeded)
                 self._why = self._why or str(exceeded.error())
+
+    def _judge_end(self, unkillable: Sequence[int]) -> None:
+        """Nothing more is started in a call of which something could not be ended."""
+        if unkillable:
+            pids = ", ".join(map(str, unkillable))
+            reason = f"in uninterruptible sleep: {pids}"
+            self._target.violation(self._origin, self._span, "unkillable", reason=reason, value=len(unkillable))
+            call = self._target.open.get(self._origin.call or "")
+            if call is not None:
+                call.ended = self._target.violations[-1]
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 
@@ -233,7 +257,13 @@ class Tool:
         self._leader = leader
         leader.heard = self._from_leader
         listener, leader.listener = leader.listener, -1
-        self._strays = _follow(leader.pid, self._target.pid)
+        self._leaf, self._strays = cgroups.follow(leader.pid, leader.own_pid, leader.leaf, self._target.pid)
+        try:
+            self._node.put_ceiling(self._leaf, self._policy, exact=self._origin.account.exact)
+        except OSError as error:
+            os.close(listener)
+            self._failed({"stage": "nftables", "text": f"RAY_GUARD_NFTABLES asks for it: {error}"})
+            return
         self._armed(leader.pid, listener)
         if self.running:
             # The requester waits for the start, so its leader says so itself; all else comes from here.
@@ -249,7 +279,7 @@ class Tool:
         if message is None:
             self._leader = None
             if self._started:
-                self._finished({"status": int(signal.SIGKILL), "error": _LOST})
+                self._end_orphans(time.monotonic() + KILL_PATIENCE_S)
             else:
                 self._failed({"stage": "leader", "text": _LOST})
             return
@@ -264,6 +294,19 @@ class Tool:
             self._finished(message)
         seqpacket.close_all(descriptors)
 
+    def _end_orphans(self, deadline: float) -> None:
+        """The leader is lost: ends what it has led, as far as a control group tells who that is."""
+        left: list[int] = []
+        if self._leaf is not None:
+            self._leaf.kill()
+            with contextlib.suppress(OSError):
+                left = self._leaf.pids()
+            if left and time.monotonic() < deadline:
+                self._node.loop.later(_LOOK_AGAIN_S, lambda: self._end_orphans(deadline))
+                return
+            self._leaf.remove()
+        self._finished({"status": int(signal.SIGKILL), "error": _LOST, "unkillable": left})
+
     def _armed(self, pid: int, listener: int) -> None:
         self._pid = pid
         try:
@@ -275,7 +318,7 @@ class Tool:
             return
         policy = self._policy.with_role(Role.TOOL)
         self._ring = Ring(self._node, self._target, policy, pid, self._origin, view=self._view)
-        self._processes = Processes(self._node, self._target, self._origin, pid, self._over)
+        self._processes = Processes(self._node, self._target, self._origin, pid, self._over, leaf=self._leaf)
         self._ring.origin_of = self._processes.origin_of
         self._gate = Gate(
             Listener(listener),
@@ -284,6 +327,7 @@ class Tool:
             self._unfiltered,
             {**self._processes.handlers, **bystanders.handlers(pid), **Metadata(self._view).handlers()},
         )
+        self._warn_of_time()
         self._node.gpus.began(pid, self._target, self._origin)
         if self._leader is not None:
             self._leader.go()
@@ -331,6 +375,7 @@ class Tool:
         try:
             if self._pid:
                 self._judge_time(timed_out=bool(message.get("timed_out")))
+                self._judge_end(message.get("unkillable", ()))
                 self._target.write(self._process_record(message), self._origin.identity)
             if not self._left:
                 self._end_implicit(message)
@@ -340,6 +385,9 @@ class Tool:
         if self._account is not None:
             self._account.close()
         self._tell_end(message)
+        self._node.lift_ceiling(self._leaf)
+        if isinstance(self._leaf, OwnLeaf):
+            self._leaf.close()
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.release()
@@ -368,7 +416,7 @@ class Tool:
             "ray_guard.arguments.sha256": arguments.digest(self._start.argv),
         }
         if self._strays:
-            attributes["ray_guard.process.cgroups_left"] = tuple(self._strays)
+            attributes["ray_guard.process.cgroups_left"] = self._strays
         status, text = StatusCode.UNSET, ""
         if ended is not None:
             if "status" in ended:
@@ -441,23 +489,16 @@ class Tool:
         """
         self._why = self._why or why
         if self._leader is not None:
+            if self._leaf is not None and self._started:
+                self._leaf.kill()  # at once: with hundreds of processes ready to run its leader may have to wait
             self._leader.tell({"op": "end"})
         elif self.running:
             self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
 
 
-def _follow(pid: int, requester: int) -> list[str]:
-    """Moves a process into the control groups of its requester; the hierarchies in which it has to stay where it is."""
-    try:
-        there, here = cgroup.read(requester), cgroup.read(pid)
-    except OSError:
-        return []
-    if there == here:
-        return []
-    left = cgroup.move(pid, cgroup.paths(there), cgroup.paths(here))
-    if left:
-        log.warning("a tool of %d stays in the supervisor's control groups: %s", requester, left)
-    return [name or "unified" for name in left]
+def _notice_time(account: Account, began: float) -> None:
+    if not account.closed:
+        account.measured(WALL, time.monotonic() - began)
 
 
 def _executable(start: Start) -> str:

@@ -28,6 +28,7 @@ from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, s
 from ray_guard.supervisor import domain, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
+from ray_guard.supervisor.leftovers import Held, sweep
 
 
 def run(requests: socket.socket) -> NoReturn:
@@ -44,6 +45,7 @@ def run(requests: socket.socket) -> NoReturn:
     while zygote.step():
         pass
     zygote.end_wards()
+    zygote.held.clear()
     os._exit(0)
 
 
@@ -74,6 +76,7 @@ class _Zygote:
         seccomp.encode(self._programs[False])
         self._system = domain.prepare()
         self._wards: dict[int, _Ward] = {}
+        self.held = Held()
 
     def step(self) -> bool:
         """Handles what has come; False: the supervisor is gone."""
@@ -99,6 +102,11 @@ class _Zygote:
                 }
         elif operation == "remove":
             self._remove(str(message["path"]))
+        elif operation == "hold":
+            with contextlib.suppress(OSError):  # then its calls make it, and say so where they cannot
+                self.held.hold(str(message["path"]))
+        elif operation == "sweep":
+            self._sweep(str(message["path"]))
         elif operation == "release":
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
@@ -128,6 +136,14 @@ class _Zygote:
         if os.fork() == 0:
             try:
                 trees.remove(path)
+            finally:
+                os._exit(0)
+
+    @staticmethod
+    def _sweep(place: str) -> None:
+        if os.fork() == 0:
+            try:
+                sweep(place)
             finally:
                 os._exit(0)
 
@@ -202,6 +218,16 @@ def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None)
 def remove(starts: socket.socket, path: str) -> None:
     """Takes away a call's temporary folder; called by the supervisor."""
     seqpacket.send(starts, {"op": "remove", "path": path})
+
+
+def hold(starts: socket.socket, path: str) -> None:
+    """Makes the folder of this supervisor's calls and holds it, while this process lives; called by the supervisor."""
+    seqpacket.send(starts, {"op": "hold", "path": path})
+
+
+def sweep_place(starts: socket.socket, place: str) -> None:
+    """Takes away what lost supervisors have left there; called by the supervisor."""
+    seqpacket.send(starts, {"op": "sweep", "path": place})
 
 
 def start_mover(starts: socket.socket, line: socket.socket) -> None:

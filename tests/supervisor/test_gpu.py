@@ -410,3 +410,73 @@ with ray_guard.tool_call('t', {}):
 """
     with confined(gpus, tmp_path, gpu="engine") as host, pytest.raises(AssertionError, match="PolicyError"):
         host.inside(code, python=PYTHON)
+
+
+def _computes(nvml: Any, pid: int, seconds: float, *, until_gone: bool) -> float:
+    """NVML says that `pid` computes at 90 %, for so long or until it is gone; how long that was."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        if until_gone and gone(pid):
+            break
+        nvml.gpus[0].samples = [(pid, time.time_ns() // 1000, 90)]
+        nvml.write()
+        time.sleep(0.1)
+    nvml.gpus[0].samples = []
+    return time.monotonic() - began
+
+
+_CALLS = """
+import builtins, ray_guard, subprocess
+scopes = builtins.scopes = [ray_guard.episode(id='r'), ray_guard.tool_call('spends'), ray_guard.tool_call('idles')]
+result = []
+for scope in scopes:
+    scope.__enter__()
+    if scope.kind == 'tool':
+        tool = ray_guard.Popen([python, '-I', '-S', '-c', program, gpu], stdout=subprocess.DEVNULL)
+        result.append(tool.pid)
+"""
+
+
+@pytest.mark.parametrize("scope", ["call", "episode"])
+def test_gpu_seconds_of_a_call_and_of_an_episode(fresh: GpuHost, tmp_path: Path, scope: str) -> None:
+    nvml = fresh.nvml
+    assert nvml is not None
+    program = _HOLD.replace("sleep(8)", "sleep(20)")
+    with confined(fresh, tmp_path, gpu="any", budgets={scope: {"gpu_seconds": 1.0}}) as host:
+        spends, idles = host.inside(_CALLS, python=PYTHON, program=program, gpu=str(fresh.gpu))
+        nvml.gpus[0].utilization = 90
+        nvml.gpus[0].runs(spends)
+        nvml.gpus[0].runs(idles)
+        took = _computes(nvml, spends, 8, until_gone=True)
+        assert 1.0 < took < 5.0
+        (told,) = violations(host, "gpu_seconds")
+        assert told["attributes"]["error.type"] == f"{scope} budget"
+        assert told["attributes"]["ray_guard.violation.limit"] == 1.0
+        spans = {span["id"]: span for span in host.journal()}
+        assert "spends" in spans[spans[told["parent"]]["parent"]]["name"]
+        if scope == "episode":
+            wait(lambda: gone(idles), "its episode has no GPU left, and it holds one", _ENDED_S)
+        else:
+            time.sleep(1.0)
+            assert not gone(idles), "another call's budget ended it"
+        assert host.alive
+
+
+def test_gpu_memory_of_a_call(fresh: GpuHost, tmp_path: Path) -> None:
+    nvml = fresh.nvml
+    assert nvml is not None
+    with confined(fresh, tmp_path, gpu="any", budgets={"call": {"gpu_memory": "3GiB"}}) as host:
+        program = _HOLD.replace("sleep(8)", "sleep(20)")
+        greedy, modest = host.inside(_CALLS, python=PYTHON, program=program, gpu=str(fresh.gpu))
+        nvml.gpus[0].runs(greedy, 2 * GIB)
+        nvml.gpus[0].runs(modest, 2 * GIB)
+        nvml.write()
+        time.sleep(1.2)
+        assert not gone(greedy)
+        nvml.gpus[0].runs(greedy, 4 * GIB, kind="graphics")
+        nvml.write()
+        wait(lambda: gone(greedy), "it keeps more than it may", _ENDED_S)
+        (told,) = violations(host, "gpu_memory")
+        assert told["attributes"]["error.type"] == "call budget"
+        assert told["attributes"]["ray_guard.violation.value"] == 4 * GIB
+        assert not gone(modest)

@@ -40,7 +40,7 @@ class End(NamedTuple):
 
 
 class Owner(Protocol):
-    """Whose flow it is: told what becomes of it, each at most once."""
+    """Whose flow it is: told what becomes of it."""
 
     @property
     def account(self) -> Account:
@@ -52,13 +52,17 @@ class Owner(Protocol):
 
     @property
     def speech(self) -> Mapping[str, Any]:
-        """What may be spoken, for :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
+        """What may be spoken, for :class:`~ray_guard.egress.relay.speech.choice.Speech`; or, with ``model``, for
+        :class:`~ray_guard.egress.relay.model.dialogue.Dialogue`."""
 
     def relayed(self, crossing: Crossing) -> None:
         """Both ends stand."""
 
     def failed(self, error: int) -> None:
         """It was never connected."""
+
+    def heard(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """What is said of a dialogue with a model, as often as there is something to say; the answer to a question."""
 
     def over_budget(self, exceeded: Exceeded) -> None:
         """It wants more than is left, and is cut."""

@@ -26,6 +26,7 @@ log = logging.getLogger("ray_guard.relay")
 
 MOVER_LOST: Final = "mover_lost"
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+_SPOKEN: Final = ("ask", "called", "refused")
 Message = dict[str, Any]
 
 
@@ -81,6 +82,12 @@ class Desk:
         why = "" if message["why"] == "ended" else message["why"]
         spoken = [message.get(each) for each in ("protocol", "verified", "name")]
         self._leave(crossing, End(message["sent"], message["received"], True, why, *spoken))
+
+    def _spoken(self, message: Message) -> None:
+        """Whoever reads along on a flow asks its owner, or tells it."""
+        crossing = self._moving.get(message["flow"])
+        if crossing is not None and (answer := crossing.owner.heard(message)) is not None:
+            self._tell({**answer, "flow": crossing.number})
 
     def _leave(self, crossing: Crossing, end: End) -> None:
         del self._moving[crossing.number]
@@ -193,6 +200,8 @@ class Desk:
             self._needed(message)
         elif operation == "ended":
             self._ended(message)
+        elif operation in _SPOKEN:
+            self._spoken(message)
         elif operation == "recalled":
             self._recalling = False
             asked, self._asked = self._asked, []

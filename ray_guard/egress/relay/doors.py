@@ -35,6 +35,10 @@ class Door:
         host, port = self._sock.getsockname()[:2]
         return host, port
 
+    def ports(self) -> tuple[int, int]:
+        """Its own, and that of :meth:`closed`."""
+        return self.name()[1], int(self._closed.getsockname()[1])
+
     def address(self, *, mapped: bool) -> bytes:
         """Its ``sockaddr``; ``mapped``: as an IPv6 socket takes it that was to reach IPv4."""
         return _address(self._sock, mapped=mapped)

@@ -17,7 +17,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from ray_guard.egress.relay.speech import Refused, Verifier
 from ray_guard.egress.relay.speech.choice import Speech
@@ -34,13 +34,69 @@ _SIOCOUTQ: Final = 0x5411
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
+class Relayed(Protocol):
+    """What the mover knows of a connection."""
+
+    number: int
+    descriptors: tuple[int, int]
+    why: str
+    """Why it was cut; empty: it ended by itself."""
+
+    @property
+    def closing(self) -> bool:
+        """Nothing is moved any more; its sockets are closed as soon as their peers have taken what was."""
+
+    @property
+    def parting(self) -> bool:
+        """The target's end was told all; it has half a second to go by itself."""
+
+    @property
+    def streaming(self) -> bool:
+        """It moved much the last time: soon there will be more."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Bytes sent and received, as the target sees them."""
+
+    def ready(self, sock: socket.socket, *, readable: bool, writable: bool) -> None:
+        """The kernel says that ``sock`` can be read, or takes more."""
+
+    def move(self) -> bool:
+        """Moves what can be moved; whether there may be more to move at once."""
+
+    def finish(self) -> None:
+        """Its call has ended."""
+
+    def cut(self, why: str) -> None:
+        """Ends both sides for a reason; nothing more is moved."""
+
+    def linger(self, *, late: bool) -> bool:
+        """While closing: resets the sides whose peer has taken everything (``late``: whose has not, too).
+
+        Whether both are closed now.
+        """
+
+    def found(self) -> dict[str, Any]:
+        """What was spoken; see :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
+
+
+class Waiter(Protocol):
+    """What asks for an allowance."""
+
+    waits: bool
+    """It has asked and not been answered."""
+
+    @property
+    def flow(self) -> Relayed: ...
+
+
 class Allowance(Protocol):
     """How many bytes a direction may still move."""
 
     left: float
 
-    def want(self, direction: Direction, need: int) -> None:
-        """``need`` bytes wait and none is left: ask for more; :meth:`Flow.resume` follows, or :meth:`Flow.cut`."""
+    def want(self, direction: Waiter, need: int) -> None:
+        """``need`` bytes wait and none is left: ask for more. Then it is moved on, or :meth:`Relayed.cut`."""
 
     def moved(self, count: int) -> None:
         """``count`` bytes that were taken from :attr:`left` have been moved."""
@@ -248,26 +304,29 @@ class Flow:
         self.up = Direction(self, tool, upstream, sent, speech.sent)
         self.down = Direction(self, upstream, tool, received, speech.received)
         self.why = ""
-        """Why it was cut; empty: it ended by itself."""
         self._closing = False
         self.finishing = False
         self.streaming = False
-        """It moved much the last time: soon there will be more."""
+        self.parting = False
         self._ended = ended
 
     @property
     def closing(self) -> bool:
-        """Nothing is moved any more; its sockets are closed as soon as their peers have taken what was."""
         return self._closing
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        return self.up.count, self.down.count
+
+    def found(self) -> dict[str, Any]:
+        return self.speech.found()
+
     def ready(self, sock: socket.socket, *, readable: bool, writable: bool) -> None:
-        """The kernel says that ``sock`` can be read, or takes more."""
         source, sink = (self.up, self.down) if sock is self.tool else (self.down, self.up)
         source.readable = source.readable or readable
         sink.writable = sink.writable or writable
 
     def move(self) -> bool:
-        """Moves what can be moved; whether there may be more to move at once."""
         return not self.closing and self._move()
 
     def _move(self) -> bool:
@@ -302,7 +361,6 @@ class Flow:
         self.down.stop()
 
     def cut(self, why: str) -> None:
-        """Ends both sides for a reason; nothing more is moved."""
         if not self.closing:
             self.why = why
             self._break()
@@ -313,18 +371,7 @@ class Flow:
         self.down.stop()
 
     def linger(self, *, late: bool) -> bool:
-        """While closing: resets the sides whose peer has taken everything (``late``: whose has not, too).
-
-        Whether both are closed now.
-        """
-        for sock in (self.tool, self.upstream):
-            if sock.fileno() >= 0 and (late or unsent_bytes(sock) == 0):
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                except OSError:
-                    pass
-                sock.close()
-        if self.tool.fileno() >= 0 or self.upstream.fileno() >= 0:
+        if not reset_when_taken((self.tool, self.upstream), late=late):
             return False
         self._ended(self)
         return True
@@ -336,6 +383,18 @@ class Flow:
         self.tool.close()
         self.upstream.close()
         self._ended(self)
+
+
+def reset_when_taken(socks: tuple[socket.socket, ...], *, late: bool) -> bool:
+    """Resets those whose peer has taken everything (``late``: all of them); whether all are closed."""
+    for sock in socks:
+        if sock.fileno() >= 0 and (late or unsent_bytes(sock) == 0):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            except OSError:
+                pass
+            sock.close()
+    return all(sock.fileno() < 0 for sock in socks)
 
 
 def readable_bytes(sock: socket.socket) -> int:

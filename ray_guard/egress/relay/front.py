@@ -79,6 +79,10 @@ class Relay:
         """Our own listening addresses: nobody's destination."""
         return frozenset(door.name() for door in self._doors.values())
 
+    def ports(self) -> frozenset[int]:
+        """Where the sockets of targets are led to: these, and those where every connect is refused."""
+        return frozenset(port for door in self._doors.values() for port in door.ports())
+
     # -- connecting ----------------------------------------------------------------------------------------------------
 
     def asked_again(self, sock: Socket, cookie: int) -> int | None:

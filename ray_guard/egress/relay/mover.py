@@ -4,8 +4,9 @@ It decides nothing: every byte it moves was reserved by the supervisor (:mod:`ra
 asks for more as it goes, and told how many were used. It lives and dies with the line to the supervisor; its end closes
 all flows. Messages are those of :mod:`ray_guard.kernel.seqpacket`:
 
-    supervisor → mover   flow (with two sockets) · grant · spent · recall · finish · cut
-    mover → supervisor   need · ended · recalled · usage; each with ``books``: [lease, kind, used, returned] …
+    supervisor → mover   flow (with two sockets) · grant · spent · recall · finish · cut · answer
+    mover → supervisor   need · ended · recalled · usage · ask · refused · called; each with ``books``:
+                         [lease, kind, used, returned] …
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import signal
 import socket
 import time
 from collections import deque
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from ray_guard.egress.relay.flow import Direction, Flow
+from ray_guard.egress.relay.flow import Flow, Relayed, Waiter
 from ray_guard.egress.relay.speech.choice import Speech
 from ray_guard.kernel import libc, seqpacket
 from ray_guard.policy.budgets import RECEIVED, SENT
+
+if TYPE_CHECKING:
+    from ray_guard.egress.relay.model.flow import ModelFlow, Shared
 
 _TELL_S: Final = 0.1
 """How often usage is told while bytes flow; an allowance that lay idle so long goes back."""
@@ -67,11 +71,11 @@ class Pool:
         self._used = 0
         self._asked = False
         self._wish = _FIRST_WISH
-        self._waiting: list[tuple[Direction, int]] = []
+        self._waiting: list[tuple[Waiter, int]] = []
         self.moving = False
         """Bytes were moved since usage was last told."""
 
-    def want(self, direction: Direction, need: int) -> None:
+    def want(self, direction: Waiter, need: int) -> None:
         self._waiting.append((direction, need))
         if not self._asked:
             self._ask()
@@ -126,16 +130,18 @@ class Mover:
         self._line = line
         self._epoll = select.epoll()
         self._epoll.register(line, select.EPOLLIN)
-        self._sockets: dict[int, tuple[Flow, socket.socket]] = {}
-        self._flows: dict[int, Flow] = {}
+        self._sockets: dict[int, tuple[Relayed, socket.socket]] = {}
+        self._flows: dict[int, Relayed] = {}
         self._pools: dict[tuple[int, str], Pool] = {}
         self._members: dict[int, int] = {}
         """How many flows each lease has."""
         self._leases: dict[int, int] = {}
-        self._ready: deque[Flow] = deque()
-        self._queued: set[Flow] = set()
-        self._closing: dict[Flow, float] = {}
-        self._finishing: dict[Flow, float] = {}
+        self._models: dict[int, ModelFlow] = {}
+        self._shared: Shared | None = None
+        self._ready: deque[Relayed] = deque()
+        self._queued: set[Relayed] = set()
+        self._closing: dict[Relayed, float] = {}
+        self._finishing: dict[Relayed, float] = {}
         self._busy: list[Pool] = []
         self._tell_at = _UNLIMITED
         self._gather = False
@@ -177,12 +183,12 @@ class Mover:
             flow.ready(sock, readable=bool(events & _READ), writable=bool(events & _WRITE))
             self.schedule(flow)
 
-    def schedule(self, flow: Flow) -> None:
+    def schedule(self, flow: Relayed) -> None:
         if flow not in self._queued:
             self._queued.add(flow)
             self._ready.append(flow)
 
-    def _move(self, flow: Flow) -> None:
+    def _move(self, flow: Relayed) -> None:
         try:
             if flow.move():
                 self.schedule(flow)
@@ -191,8 +197,10 @@ class Mover:
             self.cut(flow, f"{type(fault).__name__}: {fault}")
         if flow.closing and flow.number in self._flows:
             self._closing.setdefault(flow, time.monotonic() + _LINGER_S)
+        elif flow.parting:
+            self._finishing.setdefault(flow, time.monotonic() + FINISH_S)
 
-    def cut(self, flow: Flow, why: str) -> None:
+    def cut(self, flow: Relayed, why: str) -> None:
         flow.cut(why)
         self.schedule(flow)
 
@@ -204,11 +212,12 @@ class Mover:
         for flow, deadline in list(self._closing.items()):
             flow.linger(late=now >= deadline)
 
-    def _ended(self, flow: Flow) -> None:
+    def _ended(self, flow: Relayed) -> None:
         for descriptor in flow.descriptors:  # closed, they have left the epoll set; the number may be another's by now
             if self._sockets.get(descriptor, (None,))[0] is flow:
                 del self._sockets[descriptor]
         del self._flows[flow.number]
+        self._models.pop(flow.number, None)
         self._closing.pop(flow, None)
         self._finishing.pop(flow, None)
         lease = self._leases.pop(flow.number)
@@ -219,8 +228,9 @@ class Mover:
             del self._members[lease]
             for kind in (SENT, RECEIVED):
                 del self._pools[lease, kind]
-        self.tell({"op": "ended", "flow": flow.number, "sent": flow.up.count, "received": flow.down.count,
-                   "why": flow.why, **flow.speech.found()}, books)  # fmt: skip
+        sent, received = flow.counts
+        self.tell({"op": "ended", "flow": flow.number, "sent": sent, "received": received,
+                   "why": flow.why, **flow.found()}, books)  # fmt: skip
 
     # -- the supervisor ------------------------------------------------------------------------------------------------
 
@@ -280,7 +290,10 @@ class Mover:
             flow = self._flows.get(message["flow"])
             if flow is None or flow.closing:
                 return
-            if operation == "finish":
+            if operation == "answer" and flow.number in self._models:
+                self._models[flow.number].answered(message)
+                self.schedule(flow)
+            elif operation == "finish":
                 flow.finish()
                 self._finishing[flow] = time.monotonic() + FINISH_S
                 self.schedule(flow)
@@ -293,8 +306,11 @@ class Mover:
             if (lease, kind) not in self._pools:
                 self._pools[lease, kind] = Pool(self, lease, kind, limited=limited)
         sent, received = self._pools[lease, SENT], self._pools[lease, RECEIVED]
-        speech = Speech(message["speech"])
-        flow = Flow(message["flow"], tool, upstream, sent=sent, received=received, speech=speech, ended=self._ended)
+        if "model" in message["speech"]:
+            flow = self._model(message, tool, upstream, sent, received)
+        else:
+            speech = Speech(message["speech"])
+            flow = Flow(message["flow"], tool, upstream, sent=sent, received=received, speech=speech, ended=self._ended)
         self._flows[flow.number] = flow
         self._leases[flow.number] = lease
         self._members[lease] = self._members.get(lease, 0) + 1
@@ -303,3 +319,25 @@ class Mover:
             self._sockets[sock.fileno()] = (flow, sock)
             self._epoll.register(sock, _EVENTS)
         self.schedule(flow)
+
+    def _model(
+        self, message: dict[str, Any], tool: socket.socket, upstream: socket.socket, sent: Pool, received: Pool
+    ) -> Relayed:
+        """A connection to a model endpoint."""
+        from ray_guard.egress.relay.model.flow import ModelFlow, Shared  # most movers never have one
+
+        if self._shared is None:
+            self._shared = Shared()
+        told, number = message["speech"]["model"], message["flow"]
+        flow = self._models[number] = ModelFlow(
+            number,
+            tool,
+            upstream,
+            self._shared.dialogue(told),
+            sent=sent,
+            received=received,
+            tell=lambda said: self.tell(said, []),
+            shared=self._shared,
+            ended=self._ended,
+        )
+        return flow

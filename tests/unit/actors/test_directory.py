@@ -62,10 +62,10 @@ def test_ipv6_clusters() -> None:
 
 
 def test_every_line_has_an_answer() -> None:
-    def fails() -> dict[str, Any]:
+    def fails(_question: dict[str, Any]) -> dict[str, Any]:
         raise ConnectionError("no GCS")
 
-    assert answer('{"op": "read"}', lambda: {"endpoints": []}) == {"endpoints": []}
-    for line in ("", "nonsense", "[]", '{"op": "write"}'):
-        assert "error" in answer(line, fails)
-    assert answer('{"op": "read"}', fails) == {"error": "ConnectionError: no GCS"}
+    assert answer('{"op": "read"}', {"read": lambda _: {"endpoints": []}}) == {"endpoints": []}
+    for line in ("", "nonsense", "[]", '{"op": "write"}', '{"op": ["read"]}'):
+        assert "error" in answer(line, {"read": fails})
+    assert answer('{"op": "read"}', {"read": fails}) == {"error": "ConnectionError: no GCS"}

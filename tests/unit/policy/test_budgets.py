@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ray_guard.errors import PolicyError
-from ray_guard.policy.budgets import KINDS, UNLIMITED, Account, Exceeded, Limits, Scope, limits_from_wire, tightest
+from ray_guard.policy.budgets import (
+    KINDS,
+    UNLIMITED,
+    Account,
+    Exceeded,
+    Limits,
+    Near,
+    Scope,
+    limits_from_wire,
+    tightest,
+)
 
 SENT, RECEIVED, TOTAL = "egress_sent_bytes", "egress_received_bytes", "egress_bytes"
 
@@ -125,13 +135,20 @@ def test_levels_are_judged_in_their_own_scope() -> None:
     assert call.used("wall_seconds") == 0
 
 
-def test_a_lease_extends_a_limit_and_never_makes_one() -> None:
-    job = Account(Scope.JOB, "job", {TOTAL: 0})
-    assert job.reserve(SENT, 5) is not None
-    job.extend(TOTAL, 5)
-    assert job.reserve(SENT, 5) is None
-    job.extend("connections", 5)
-    assert job.limit("connections") is UNLIMITED
+def test_what_other_nodes_may_use_is_taken_here() -> None:
+    job = Account(Scope.JOB, "job", {TOTAL: 100})
+    told: list[Near] = []
+    job.near = told.append
+    job.spread(TOTAL, elsewhere=100, others=0)
+    assert job.reserve(SENT, 1) == Exceeded(TOTAL, 101, 100, Scope.JOB, "job")
+    job.spread(TOTAL, elsewhere=50, others=0)
+    assert job.room(TOTAL) == job.own_room(TOTAL) == 50
+    assert job.reserve(SENT, 50) is None
+    job.settle(SENT, 50, 30)
+    assert told == []
+    job.spread(TOTAL, elsewhere=70, others=50)
+    assert (job.room(TOTAL), job.used(TOTAL)) == (0, 30)
+    assert [near.value for near in told] == [80]
 
 
 def test_refused_attempts_are_counted_apart() -> None:
@@ -329,3 +346,41 @@ def test_letting_go_does_not_end_a_scope() -> None:
     assert not call.closed
     call.close()
     assert call.closed
+
+
+def test_each_scope_warns_once_of_each_kind_at_eighty_percent() -> None:
+    job, _actor, episode, call = tree(job={SENT: 100, TOTAL: 1000}, episode={SENT: 10}, call={"processes": 5})
+    told: list[tuple[str, float, str]] = []
+    for node in (job, episode, call):
+        node.near = lambda near: told.append((near.kind, near.value, near.source))
+    call.reserve(SENT, 8)
+    assert told == []  # what is only reserved may never be used
+    call.settle(SENT, 8, 7)
+    assert told == []
+    call.charge(SENT, 1)
+    call.charge(SENT, 1)
+    assert told == [(SENT, 8, "episode")]
+    call.charge(SENT, 71)
+    assert told[1:] == [(SENT, 80, "job")]
+    assert call.calm("processes") == 3
+    call.level("processes", 0, 4)
+    call.level("processes", 4, 1)
+    call.level("processes", 1, 5)
+    assert told[2:] == [("processes", 4, "call")]
+    assert call.calm("processes") == 0
+
+
+def test_a_level_that_is_measured_and_a_watched_limit_are_warned_of_too() -> None:
+    account = Account(Scope.CALL, "call", {"wall_seconds": 10.0}, watched={"tokens": 10})
+    told: list[Near] = []
+    account.near = told.append
+    assert account.measured("wall_seconds", 7.9) is account.measured("wall_seconds", 8.0) is None
+    account.charge("tokens", 9)
+    assert [(near.kind, near.value, near.limit) for near in told] == [("wall_seconds", 8.0, 10.0), ("tokens", 9, 10)]
+    assert told[1].text() == "call call: tokens is at 9 of 10"
+
+
+def test_a_limit_of_nothing_is_not_warned_of() -> None:
+    account = Account(Scope.CALL, "call", {"connections": 0})
+    account.near = lambda near: pytest.fail(near.text())
+    assert account.charge("connections", 0) is None

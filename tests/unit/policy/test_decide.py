@@ -620,3 +620,100 @@ def test_garbage_raises_nothing_but_a_policy_error(garbage: Any, key: str | None
     except PolicyError:
         return
     assert key in ("set", "version", "role", "require", "egress", "budgets", "mode", "gpu")
+
+
+# The model endpoint --------------------------------------------------------------------------------------------------
+
+ENGINE = "10.0.0.5:8000"
+
+
+def engine(
+    endpoint: str = ENGINE, allow: Sequence[str] = (), role: Role = Role.TOOL, **settings: Any
+) -> CompiledPolicy:
+    return compiled(allow, role, model_endpoint=endpoint, **settings)
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize(
+    ("endpoint", "address", "port", "allowed", "reason"),
+    [
+        (ENGINE, "10.0.0.5", 8000, True, "model_endpoint"),
+        (ENGINE, "::ffff:10.0.0.5", 8000, True, "model_endpoint"),
+        (ENGINE, "10.0.0.5", 8001, False, "not_listed"),
+        (ENGINE, "10.0.0.6", 8000, False, "not_listed"),
+        (ENGINE, "127.0.0.1", 8000, False, "control_plane"),  # 10.0.0.5 is this node's own
+        ("10.0.0.9:8000", "127.0.0.1", 8000, False, "not_listed"),
+        ("[2001:db8::5]:8000", "2001:db8::5", 8000, True, "model_endpoint"),
+        ("0.0.0.0:8000", "127.0.0.1", 8000, True, "model_endpoint"),
+        ("127.0.0.1:8000", "127.0.0.1", 8000, True, "model_endpoint"),
+        ("127.0.0.1:8000", "127.0.0.2", 8000, False, "control_plane"),
+        ("engine.example:8000", "10.1.0.1", 8000, True, "model_endpoint"),
+        ("engine.example:8000", "10.1.0.2", 8000, False, "not_listed"),
+        ("engine.example:8000", "169.254.169.254", 8000, False, "metadata_address"),
+        ("169.254.169.254:80", "169.254.169.254", 80, True, "model_endpoint"),
+        ("10.0.0.5:6379", "10.0.0.5", 6379, False, "control_plane"),  # Ray's own
+    ],
+)
+def test_where_a_model_endpoint_is(
+    endpoint: str, address: str, port: int, allowed: bool, reason: str, role: Role
+) -> None:
+    around = Surroundings(
+        own_addresses=frozenset({"10.0.0.5"}),
+        control=frozenset({("10.0.0.5", 6379)}),
+        names={"10.1.0.1": ("engine.example",), "169.254.169.254": ("engine.example",)},
+    )
+    decision = decide(engine(endpoint, role=role), around, FREE, connect(address, port))
+    assert (decision.allowed, decision.reason.value) == (allowed, reason)
+    assert (decision.route is Route.MODEL) == (decision.model is not None) == allowed
+
+
+def test_no_rule_widens_it() -> None:
+    """What is listed beside it goes by relay too, and its other addresses stay shut to tools."""
+    around = Surroundings(own_addresses=frozenset({"10.0.0.5"}))
+    for allow in ([ENGINE], ["10.0.0.0/8:*"], ["0.0.0.0/0:*"]):
+        policy = engine(allow=[*allow, "127.0.0.1:8000"])
+        assert decide(policy, around, FREE, connect("10.0.0.5", 8000)).route is Route.MODEL
+        assert outcome(policy, connect("127.0.0.1", 8000), around) == (False, "control_plane")
+        literal = outcome(engine(allow=["127.0.0.1:8000"], role=Role.ENV), connect("127.0.0.1", 8000), around)
+        assert literal == (True, "rule")
+    assert not decide(engine(), around, FREE, connect("10.0.0.5", 8000, UDP))
+
+
+def test_of_several_policies_all_must_agree_and_the_relay_stays() -> None:
+    request = connect("10.0.0.5", 8000)
+    for other in (compiled([ENGINE]), compiled(["10.0.0.0/8:*"]), engine()):
+        for both in (engine().intersect(other), other.intersect(engine())):
+            assert decide(both, Surroundings(), FREE, request).route is Route.MODEL
+    for other in (compiled([]), engine("10.0.0.6:8000")):
+        assert outcome(engine().intersect(other), request) == (False, "not_listed")
+    watching = engine(mode="report")
+    assert decide(watching, Surroundings(), FREE, request).route is Route.WATCHED_MODEL
+    assert decide(watching.intersect(engine()), Surroundings(), FREE, request).route is Route.MODEL
+    assert decide(watching.intersect(compiled([ENGINE])), Surroundings(), FREE, request).route is Route.WATCHED_MODEL
+
+
+def test_an_endpoint_that_is_a_name_is_resolved_and_nothing_else_is() -> None:
+    policy = engine("Engine.Example:8000", egress={"proxy": "http://p:3128"})
+    assert policy.names
+    assert policy.allows_name("engine.example")
+    assert policy.is_model_name("engine.example")
+    assert not policy.allows_name("other.example")
+    assert outcome(policy, connect("10.0.0.1", 53, UDP)) == (True, "resolver")
+    named = Surroundings(names={"10.1.0.1": ("engine.example",)})
+    assert outcome(policy, connect("10.1.0.1", 443), named) == (False, "not_listed")
+    listed = compiled(["http://engine.example:8000"]).intersect(policy)
+    assert decide(listed, named, FREE, connect("10.1.0.1", 8000)).route is Route.MODEL
+    assert not engine().names
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["engine", "engine:0", "engine:70000", "engine:8000-8001", ":8000", 8000, "http://e:80", "e:80/v1"]
+)
+def test_an_endpoint_that_is_none(endpoint: object) -> None:
+    with pytest.raises(PolicyError) as refused:
+        compiled(model_endpoint=endpoint)
+    assert refused.value.key == "model_endpoint"
+    wire = {**Policy.from_shorthand().to_wire(), "model_endpoint": endpoint}
+    with pytest.raises(PolicyError) as refused:
+        CompiledPolicy.from_wire(wire)
+    assert refused.value.key == "model_endpoint"

@@ -62,7 +62,7 @@ def ring_of(journal: Journal, policy: CompiledPolicy) -> Ring:
         run_id="run",
         actor_id="actor",
         views=Views(None),
-        scratches=Scratches("/tmp", lambda _path: None),
+        scratches=Scratches("/tmp", "0", lambda _path: None, lambda _path: None),
     )
     return Ring(cast("Node", node), target, policy, os.getpid())
 

@@ -17,15 +17,15 @@ from ray_guard.policy.destination import canonical_name
 
 HEAD_LIMIT: Final = 1 << 16
 """Bytes of a request line with its fields, and of trailer fields."""
-_LINE_LIMIT: Final = 20
+CHUNK_LINE_LIMIT: Final = 20
 _TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) (HTTP/1\.[01])\Z")
+REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) (HTTP/1\.[01])\Z")
 _FIELD: Final = re.compile(rb"(" + _TOKEN + rb"):[\t ]*([\t\x20-\x7e\x80-\xff]*)\Z")
 _ABSOLUTE: Final = re.compile(rb"http://([^/?#@]+)(?:[/?#].*)?\Z", re.IGNORECASE)
 _AUTHORITY: Final = re.compile(rb"([A-Za-z0-9.-]+)(?::([0-9]{1,5}))?\Z")
-_BARE_LINE_FEED: Final = re.compile(rb"(?<!\r)\n")
-_LENGTH: Final = re.compile(rb"[0-9]{1,18}\Z")
-_CHUNK: Final = re.compile(rb"[0-9A-Fa-f]{1,15}\Z")
+BARE_LINE_FEED: Final = re.compile(rb"(?<!\r)\n")
+LENGTH: Final = re.compile(rb"[0-9]{1,18}\Z")
+CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}\Z")
 _FRAMING: Final = (b"host", b"content-length", b"transfer-encoding")
 
 
@@ -72,11 +72,11 @@ class Requests:
         lines, end = self._lines("malformed_http")
         if not end:
             return b""
-        request = _REQUEST.match(lines[0])
+        request = REQUEST_LINE.match(lines[0])
         if request is None:
             raise Refused("not_http" if self.name is None else "malformed_http")
         method, target, version = request.groups()
-        fields = _fields(lines[1:])
+        fields = fields_of(lines[1:])
         if method == b"CONNECT" or b"upgrade" in fields or b"http2-settings" in fields:
             raise Refused("http_upgrade")
         hosts = fields.get(b"host", [])
@@ -93,7 +93,7 @@ class Requests:
         """The lines up to the empty one, and where that ends; 0: it has not come. Raises Refused: there can be none."""
         end = self._held.find(b"\r\n\r\n", max(0, self._seen - 3))
         stop = len(self._held) if end < 0 else end
-        if stop > HEAD_LIMIT or _BARE_LINE_FEED.search(self._held, self._seen, stop):
+        if stop > HEAD_LIMIT or BARE_LINE_FEED.search(self._held, self._seen, stop):
             raise Refused(reason)
         if end < 0:
             self._seen = stop
@@ -122,7 +122,7 @@ class Requests:
                 raise Refused("http_smuggling")
             self._step = self._chunk_size
         elif lengths:
-            if not _LENGTH.match(lengths[0]):
+            if not LENGTH.match(lengths[0]):
                 raise Refused("http_smuggling")
             self._body = int(lengths[0])
             self._step = self._body_bytes if self._body else self._head
@@ -137,12 +137,12 @@ class Requests:
         return self._pass(count)
 
     def _chunk_size(self) -> bytes:
-        end = self._held.find(b"\r\n", 0, _LINE_LIMIT)
+        end = self._held.find(b"\r\n", 0, CHUNK_LINE_LIMIT)
         if end < 0:
-            if len(self._held) >= _LINE_LIMIT or b"\n" in self._held:
+            if len(self._held) >= CHUNK_LINE_LIMIT or b"\n" in self._held:
                 raise Refused("http_smuggling")
             return b""
-        if not _CHUNK.match(self._held[:end]):
+        if not CHUNK_SIZE.match(self._held[:end]):
             raise Refused("http_smuggling")
         self._body = int(bytes(self._held[:end]), 16)
         self._chunked = self._body > 0
@@ -167,13 +167,13 @@ class Requests:
         lines, end = self._lines("http_smuggling")
         if not end:
             return b""
-        if any(name in _FRAMING for name in _fields(lines)):
+        if any(name in _FRAMING for name in fields_of(lines)):
             raise Refused("http_smuggling")
         self._step = self._head
         return self._pass(end)
 
 
-def _fields(lines: list[bytes]) -> dict[bytes, list[bytes]]:
+def fields_of(lines: list[bytes]) -> dict[bytes, list[bytes]]:
     found: dict[bytes, list[bytes]] = {}
     for line in lines:
         field = _FIELD.match(line)

@@ -1,0 +1,179 @@
+"""How far a log's clock is from the traces'. Runs later, on any machine.
+
+An alert that belongs to something recorded allows a range of offsets: all that put it inside that thing's life. The
+offset that most alerts allow at once is the skew. Recorded sockets tell it best; without them, calls whose text names
+the destination or that use the network by their nature. Where neither singles out one offset the skew is *not
+identifiable*, and is said to be so: a wrong one, silently used, would name wrong calls.
+
+Over all calls alike the same search is useless: some call is open at any offset.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+
+SECOND: Final = 1_000_000_000
+REACH_NS: Final = 15 * 3600 * SECOND
+"""The largest offset that is looked for: a time zone, and a clock that is wrong besides."""
+_SLACK_NS: Final = SECOND
+_UNKNOWN_SLACK_NS: Final = 2 * SECOND
+_PAIRS: Final = 400_000
+_FEW: Final = 5
+_INTS = npt.NDArray[np.int64]
+_FLOATS = npt.NDArray[np.float64]
+
+
+class Clock(NamedTuple):
+    """Source clock minus trace clock, zone included.
+
+    Args:
+        skew_ns: at ``reference_ns`` of the source's clock.
+        drift: nanoseconds per nanosecond.
+        low_ns, high_ns: interval of the skew.
+        identifiable: False: nothing tells, and ``skew_ns`` is 0.
+        slack_ns: how far a corrected time may still be off.
+    """
+
+    skew_ns: int = 0
+    drift: float = 0.0
+    reference_ns: int = 0
+    low_ns: int = 0
+    high_ns: int = 0
+    identifiable: bool = False
+    slack_ns: int = _UNKNOWN_SLACK_NS
+
+
+def estimate(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
+    """The clock of one source, from ``alert``, ``nat`` and the job's tables."""
+    for pairs, sharp in ((_SOCKETS, True), (_TEXTS, False)):
+        found = db.execute(pairs, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
+        if len(found["alert"]):
+            clock = of_ranges(found["alert"], found["low"], found["high"], found["seen"], sharp=sharp)
+            if clock.identifiable:
+                return clock
+    return Clock()
+
+
+def of_map(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
+    """The clock of a NAT map, from the sockets that it translated."""
+    found = db.execute(_MAPPED, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
+    if not len(found["alert"]):
+        return Clock()
+    return of_ranges(found["alert"], found["low"], found["high"], found["seen"], sharp=True)
+
+
+def of_ranges(
+    alert: _INTS,
+    low: _INTS,
+    high: _INTS,
+    at: _INTS,
+    *,
+    sharp: bool,
+) -> Clock:
+    """The offset that most alerts allow.
+
+    Args:
+        alert: whose range it is; an alert may have many.
+        low, high: the offsets that put it inside one thing's life, nanoseconds.
+        at: the alert's own time, for the drift.
+        sharp: each alert has nearly one range (sockets); else chance has to be ruled out.
+    """
+    alerts = len(np.unique(alert))
+    weight = 1.0 / np.maximum(1, (high - low) / SECOND) if not sharp else np.ones(len(low))
+    reference = int(np.median(at))
+    drift = _drift(low, high, at - reference) if sharp and alerts >= 30 else 0.0
+    lows, highs = low - drift * (at - reference), high - drift * (at - reference)
+    best, start, end, runner_up = _deepest(lows.astype(np.float64), highs.astype(np.float64), weight)
+    inside = (lows <= (start + end) / 2) & (highs >= (start + end) / 2)
+    agreeing = len(np.unique(alert[inside]))
+    enough = (
+        agreeing >= (1 if alerts == 1 and sharp else 2 if sharp else _FEW)
+        and agreeing >= (0.5 if sharp else 0.3) * alerts
+    )
+    if not enough or (not sharp and best < 1.3 * runner_up):
+        return Clock()
+    skew = 0.0 if start <= 0 <= end else (start + end) / 2
+    slack = int(min((end - start) / 2, 5 * SECOND)) + _SLACK_NS
+    return Clock(int(skew), drift, reference, int(start), int(end), identifiable=True, slack_ns=slack)
+
+
+def _deepest(low: _FLOATS, high: _FLOATS, weight: _FLOATS) -> tuple[float, float, float, float]:
+    """(depth, begin, end) of where most ranges overlap, and the greatest depth well away from there."""
+    edges = np.concatenate([low, high])
+    steps = np.concatenate([weight, -weight])
+    # Of edges at one place those that open come first: ranges that touch agree.
+    order = np.lexsort((-steps, edges))
+    edges, depth = edges[order], np.cumsum(steps[order])
+    top = int(np.argmax(depth))
+    begin, end = edges[top], edges[min(top + 1, len(edges) - 1)]
+    # Depth decays on both sides of the peak over the ranges that make it; what is beyond is another place.
+    over = (low <= begin) & (high >= begin)
+    width = float(np.median(high[over] - low[over])) + SECOND
+    elsewhere = np.abs(edges - begin) > 2 * width
+    return float(depth[top]), float(begin), float(end), float(depth[elsewhere].max(initial=0.0))
+
+
+def _drift(low: _INTS, high: _INTS, since: _INTS) -> float:
+    """The drift under which most ranges agree on one offset; 0 where that is hardly more than without any."""
+    lows, highs, times = low.astype(np.float64), high.astype(np.float64), since.astype(np.float64)
+    one = np.ones(len(low))
+
+    def agreeing(drift: float) -> float:
+        return _deepest(lows - drift * times, highs - drift * times, one)[0]
+
+    still = best = agreeing(0.0)
+    centre, step, found = 0.0, 1e-4, 0.0
+    for _ in range(3):
+        for drift in centre + step * np.arange(-10, 11):
+            depth = agreeing(float(drift))
+            if depth > best:
+                best, found = depth, float(drift)
+        centre, step = found, step / 10
+    return found if best > still * 1.01 + 2 else 0.0
+
+
+_SAMPLE: Final = """sampled AS (SELECT * FROM alert WHERE source = $source ORDER BY hash(alert) LIMIT 4000)"""
+_SIDES: Final = """sides AS (
+   SELECT alert, start_ns, end_ns, src_ip AS local_ip, src_port AS local_port, dst_ip AS peer_ip, dst_port AS peer_port,
+          host FROM sampled
+   UNION ALL
+   SELECT alert, start_ns, end_ns, dst_ip, dst_port, src_ip, src_port, host FROM sampled
+   UNION ALL
+   SELECT alert, start_ns, end_ns, inside_ip, inside_port, dst_ip, dst_port, host FROM sampled
+   WHERE inside_ip IS NOT NULL)"""
+
+_SOCKETS: Final = f"""
+WITH {_SAMPLE}, {_SIDES},
+ told AS (SELECT * FROM sides UNION
+   SELECT s.alert, s.start_ns, s.end_ns, m.inside_ip, m.inside_port, s.peer_ip, s.peer_port, s.host
+   FROM sides s JOIN nat m ON m.outside_ip = s.local_ip AND m.outside_port = s.local_port)
+SELECT t.alert, t.start_ns - f.end_ns AS low, t.end_ns - f.start_ns AS high, t.start_ns AS seen
+FROM told t JOIN flow f ON f.local_ip = t.local_ip AND f.local_port = t.local_port
+  AND f.peer_ip = t.peer_ip AND f.peer_port = t.peer_port
+WHERE abs(t.start_ns - f.start_ns) < $reach LIMIT $limit"""
+
+_TEXTS: Final = f"""
+WITH {_SAMPLE}, {_SIDES},
+ near AS (SELECT s.*, i.node FROM sides s JOIN node_ip i ON i.ip = s.local_ip),
+ telling AS (
+   SELECT n.alert, n.start_ns - l.end_ns AS low, n.end_ns - l.start_ns AS high, n.start_ns AS seen,
+     contains(w.text, n.peer_ip) OR coalesce(n.host <> '' AND contains(lower(w.text), n.host), false)
+       OR coalesce(u.call IS NOT NULL, false) AS named,
+     regexp_matches(w.text, getvariable('suspect')) AS suspect
+   FROM near n JOIN alive l ON l.node = n.node AND abs(n.start_ns - l.start_ns) < $reach
+   JOIN words w USING (call)
+   LEFT JOIN (SELECT DISTINCT call, peer_ip FROM flow) u ON u.call = l.call AND u.peer_ip = n.peer_ip
+   WHERE w.text <> '')
+SELECT alert, low, high, seen FROM telling
+WHERE named OR (suspect AND NOT (SELECT coalesce(bool_or(named), false) FROM telling)) LIMIT $limit"""
+_MAPPED: Final = """
+WITH sampled AS (SELECT row_number() OVER () AS alert, * FROM nat WHERE source = $source AND start_ns > 0
+   ORDER BY hash(inside_port, start_ns) LIMIT 4000)
+SELECT m.alert, m.start_ns - f.end_ns AS low, m.end_ns - f.start_ns AS high, m.start_ns AS seen
+FROM sampled m JOIN flow f ON f.local_ip = m.inside_ip AND f.local_port = m.inside_port
+  AND (m.peer_ip IS NULL OR f.peer_ip = m.peer_ip)
+WHERE abs(m.start_ns - f.start_ns) < $reach LIMIT $limit"""

@@ -1,0 +1,182 @@
+"""How sure: a probability over candidates, and over "nobody in this job". Runs later, on any machine. Pure numbers.
+
+Hard evidence (a recorded socket, a witnessed process) is nearly certain; what is left is the chance that two things
+were recorded as one. Soft evidence (open calls) is a mixture of Poisson processes: calls cause alerts while they live,
+at a rate that depends on what they do; something else causes alerts at a constant rate. Both rates are learned from the
+alerts themselves: where alerts fall on calls no more often than on any moment, calls explain nothing, and the answer is
+"unobserved".
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+_INTS = npt.NDArray[np.int64]
+_FLOATS = npt.NDArray[np.float64]
+_BOOLS = npt.NDArray[np.bool_]
+
+HARD_TIERS: Final = 3
+"""socket, nat and process come before destination and interval."""
+CLASSES: Final = 12
+"""reach (four) × what is known of the destination: nothing, named in the text, used by a recorded socket."""
+_HARD: Final = np.array([0.997, 0.99, 0.98])
+#: alerts that a call of each class causes, before any was seen; by reach: silent, unknown, network, suspect
+_EXPECTED: Final = np.array([1e-4, 1e-3, 2e-3, 0.3, 0.05, 0.2, 0.2, 0.5, 0.2, 0.4, 0.4, 0.6])
+_PSEUDO_CALLS: Final = 4.0
+"""How many calls' worth of experience the expectation counts for."""
+_ELSEWHERE: Final = 0.03
+"""A call whose sockets were recorded, none of them to there: what was lost would have to be this one."""
+_FOREIGN: Final = 0.05
+"""The alert's own address is private and no machine of this job has it."""
+_GAP_NS: Final = 1_000_000_000
+_ROUNDS: Final = 200
+_SETTLED: Final = 1e-3
+_PLAIN: Final = np.arange(2 * CLASSES) % CLASSES < 3
+"""Classes of calls that neither name the destination nor are made for such things."""
+_CONVINCED: Final = 4.0
+"""How much more likely (log) the alerts must be, if such calls are to be blamed for more than the little expected."""
+
+
+class Rows(NamedTuple):
+    """Candidates, one row each, sorted by alert. Arrays of one length.
+
+    ``alert`` counts from 0 without holes; times in nanoseconds.
+    """
+
+    alert: _INTS
+    call: _INTS
+    tier: _INTS
+    gap: _INTS
+    span: _INTS
+    reach: _INTS
+    named: _BOOLS
+    used: _BOOLS
+    watched: _BOOLS
+
+
+class Groups(NamedTuple):
+    """Alerts that share a background: one source, ordinary flows or objections, the machine known or not.
+
+    Args:
+        of: of each alert, its group.
+        kind: of each group, 1 where its alerts are informational; what calls cause is learned for each kind.
+        room: of each group, machines times seconds that are looked at.
+        foreign: for each alert, whether its own address belongs to no machine of the job.
+        slack: for each alert, nanoseconds by which times may be off.
+        width: of each alert, nanoseconds from its begin to its end.
+    """
+
+    of: _INTS
+    kind: _INTS
+    room: _FLOATS
+    foreign: _BOOLS
+    slack: _INTS
+    width: _INTS
+
+
+def confidences(rows: Rows, groups: Groups, calls: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
+    """(probability of each row, probability of nobody for each alert).
+
+    Args:
+        rows: the candidates.
+        groups: what the alerts have in common.
+        calls: how many calls of each reach there were at all.
+    """
+    alerts = len(groups.of)
+    hard = np.zeros(alerts, dtype=bool)
+    hard[rows.alert[rows.tier < HARD_TIERS]] = True
+    weight = np.zeros(len(rows.alert))
+    nobody = np.ones(alerts)
+
+    of_hard = rows.tier < HARD_TIERS
+    closeness = np.exp(-rows.gap / _GAP_NS)
+    best = np.full(alerts, HARD_TIERS, dtype=np.int64)
+    np.minimum.at(best, rows.alert[of_hard], rows.tier[of_hard])
+    # The strongest tier alone speaks; what has a weaker witness only is a bystander.
+    speaking = of_hard & (rows.tier == best[rows.alert])
+    weight[speaking] = closeness[speaking] * _EXPECTED[rows.reach[speaking]] ** 0.25
+    total = np.bincount(rows.alert, weight, alerts)
+    nearest = np.zeros(alerts)
+    np.maximum.at(nearest, rows.alert[speaking], closeness[speaking])
+    certain = _HARD[np.minimum(best, HARD_TIERS - 1)] * np.maximum(nearest, 0.05)
+    share = np.divide(weight, total[rows.alert], out=np.zeros_like(weight), where=total[rows.alert] > 0)
+    probability = share * certain[rows.alert]
+    nobody[hard] = 1 - certain[hard]
+
+    soft = ~hard[rows.alert]
+    if soft.any():
+        soft_probability, soft_nobody = _mixture(rows, soft, groups, calls)
+        probability[soft] = soft_probability[soft]
+        open_ = ~hard
+        nobody[open_] = soft_nobody[open_]
+    return probability, nobody
+
+
+def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
+    group = groups.of[rows.alert]
+    known = np.where(rows.used, 2, np.where(rows.named, 1, 0))
+    of_class = (groups.kind[group] * CLASSES + known * 4 + rows.reach).astype(np.int64)
+    # What an alert's chance adds up to wherever it may fall: a call's life, its own width, and margins, where it fades.
+    margin = 2 * _GAP_NS * (1 - np.exp(-groups.slack[rows.alert] / _GAP_NS))
+    life = (rows.span + groups.width[rows.alert] + margin) / 1e9
+    factor = np.exp(-rows.gap / _GAP_NS) * np.where(rows.watched & ~rows.used, _ELSEWHERE, 1.0)
+    factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
+    density = np.where(soft, factor / life, 0.0)
+
+    # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
+    met = np.zeros(2 * CLASSES)
+    distinct = np.unique(np.stack([of_class, rows.call]), axis=1)[0] if len(of_class) else of_class
+    np.add.at(met, distinct, 1.0)
+    exposed = np.where(np.arange(2 * CLASSES) % CLASSES < 4, np.tile(calls, 6), met)
+
+    learned = _learn(rows.alert, of_class, density, groups, exposed)
+    # Calls of which nothing speaks are blamed only where alerts fall on them more often than chance explains.
+    modest = _learn(rows.alert, of_class, density, groups, exposed, frozen=_PLAIN)
+    blamed = (learned.likelihood - modest.likelihood > _CONVINCED)[groups.kind][groups.of]
+    probability = np.where(blamed[rows.alert], learned.probability, modest.probability)
+    return probability, np.where(blamed, learned.nobody, modest.nobody)
+
+
+class _Fit(NamedTuple):
+    probability: _FLOATS
+    nobody: _FLOATS
+    likelihood: _FLOATS
+    """Of each kind of alerts: log of how much more likely they are than from a constant rate."""
+
+
+def _learn(  # noqa: PLR0917 - the arrays of one computation
+    alert: _INTS, of_class: _INTS, density: _FLOATS, groups: Groups, exposed: _FLOATS, frozen: _BOOLS | None = None
+) -> _Fit:
+    """Expectation-maximisation; classes in ``frozen`` keep the rate that was expected of them."""
+    alerts, count = len(groups.of), len(groups.room)
+    group = groups.of[alert]
+    size = np.bincount(groups.of, minlength=count).astype(np.float64)
+    expected = np.tile(_EXPECTED, 2)
+    # From where half of the alerts are the calls' doing: from "nobody" it would not find back.
+    promised = np.bincount(np.arange(2 * CLASSES) // CLASSES, exposed * expected, 2)
+    scale = 0.5 * np.bincount(groups.kind, size, 2) / np.maximum(promised, 1e-9)
+    per_call = expected * np.repeat(scale, CLASSES)
+    stray = size / 2
+    room = np.maximum(groups.room, 1.0)
+    probability, nobody, likelihood = np.zeros(len(alert)), np.ones(alerts), np.zeros(2)
+    for _ in range(_ROUNDS):
+        if frozen is not None:
+            per_call = np.where(frozen, expected, per_call)
+        caused = np.maximum(size - stray, 0) + 0.5
+        share = caused / np.maximum(np.bincount(groups.kind, caused, 2)[groups.kind], 1e-9)
+        weight = density * per_call[of_class] * share[group]
+        background = ((stray + 0.5) / room)[groups.of]
+        total = np.bincount(alert, weight, alerts) + background
+        probability, before = weight / total[alert], nobody
+        nobody = background / total
+        gained = np.log(total * room[groups.of] / size[groups.of])
+        likelihood = np.bincount(groups.kind[groups.of], gained, 2).astype(np.float64)
+        stray = np.bincount(groups.of, nobody, count).astype(np.float64)
+        responsible = np.bincount(of_class, probability, 2 * CLASSES)
+        per_call = (responsible + expected * _PSEUDO_CALLS) / (exposed + _PSEUDO_CALLS)
+        if np.abs(nobody - before).max(initial=0.0) < _SETTLED:
+            break
+    return _Fit(probability, nobody, likelihood)

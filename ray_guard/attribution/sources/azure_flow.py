@@ -1,0 +1,84 @@
+"""Azure network security group and virtual network flow logs: comma-separated tuples deep in JSON. Runs later. Pure.
+
+Network security groups (deprecated) write seconds, virtual networks milliseconds. A tuple says when a flow began, was
+refused, or (`C`, `E`) how it stood at a later time. Each tuple is a record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from ray_guard.attribution import times
+from ray_guard.attribution.observation import Action, Observation, Semantics, endpoint, protocol, whole
+from ray_guard.attribution.sources.line import Line, Unusable, at, text_of
+
+FORMAT: Final = "azure-flow"
+
+_PROTOCOLS: Final = {"T": "tcp", "U": "udp"}
+
+
+class AzureFlow:
+    format = FORMAT
+
+    def recognises(self, line: Line) -> bool:
+        parsed = line.object
+        return parsed is not None and any(True for each in _records(parsed) if _groups(each))
+
+    def read(self, line: Line) -> list[Observation]:
+        if line.object is None:
+            raise Unusable("malformed", "not a JSON object")
+        seen: list[Observation] = []
+        searched = 0
+        for record in _records(line.object):
+            node = text_of(record, "macAddress") or text_of(record, "systemId")
+            for rule, written in _tuples(record):
+                found = line.raw.find(written.encode(), searched)
+                searched = max(searched, found)
+                begin = line.raw.rfind(b"\n", 0, max(found, 0)) + 1
+                seen.append(_observation(written, rule, node, begin))
+        return seen
+
+
+def _records(parsed: dict[str, Any]) -> list[dict[str, Any]]:
+    inner = parsed.get("records", [parsed])
+    return [each for each in inner if isinstance(each, dict)] if isinstance(inner, list) else []
+
+
+def _groups(record: dict[str, Any]) -> list[Any]:
+    for path in (("properties", "flows"), ("flowRecords", "flows")):
+        found = at(record, *path)
+        if isinstance(found, list):
+            return found
+    return []
+
+
+def _tuples(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(rule, tuple) of a record: ``flows[].rule`` over ``flows[]``, or ``flowGroups[].rule``."""
+    for outer in _groups(record):
+        for inner in at(outer, "flowGroups") or at(outer, "flows") or []:
+            rule = text_of(inner, "rule") or text_of(outer, "rule")
+            for written in at(inner, "flowTuples") or []:
+                if isinstance(written, str):
+                    yield rule, written
+
+
+def _observation(written: str, rule: str, node: str, within: int) -> Observation:
+    fields = [field.strip() for field in written.split(",")]
+    if len(fields) < 8:
+        raise Unusable("fields", f"a tuple of {len(fields)} fields: {written:.60}")
+    by_number = fields[5].isdigit()  # a virtual network's: the decision is a state, and encryption stands behind it
+    state = fields[7] if by_number else (fields[8] if len(fields) > 8 else "B")
+    denied = fields[7] == "D"
+    return Observation(
+        times.epoch(fields[0], Semantics.END if state in ("C", "E") else Semantics.PACKET),
+        src=endpoint(fields[1], fields[3]),
+        dst=endpoint(fields[2], fields[4]),
+        proto=_PROTOCOLS.get(fields[5]) or protocol(fields[5]),
+        action=Action.DENIED if denied else Action.ALLOWED,
+        rule=rule if denied else "",
+        node=node,
+        bytes_out=whole(fields[10]) if len(fields) > 10 and fields[10] else None,
+        bytes_in=whole(fields[12]) if len(fields) > 12 and fields[12] else None,
+        within=within,
+    )

@@ -1,0 +1,107 @@
+"""A line of a log, looked at in several ways: raw, as text, as a JSON object. Runs later.
+
+Logs come wrapped: by syslog (``Mar  7 03:40:11 node suricata[9]: {…}``), by a container runtime
+(``2026-03-07T03:40:11Z stdout F {…}``), by a collector (``{"message": "…"}``). What a format parses is what is inside.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+_UNREAD: Final = object()
+#: keys under which collectors put a line (Filebeat, Fluent Bit, journald, CloudWatch, Log Service)
+_WRAPPERS: Final = ("message", "log", "MESSAGE", "msg", "content")
+
+
+class Unusable(ValueError):
+    """A line that its format cannot use.
+
+    Args:
+        reason: one word for the count in quarantine: ``malformed``, ``time``, ``fields``, ``unknown``, ``binary``.
+        detail: what is wrong.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Line:
+    """One line without its newline.
+
+    Args:
+        raw: as found.
+        offset: of its first byte, in the file as unpacked.
+    """
+
+    __slots__ = ("_object", "_text", "offset", "raw")
+
+    def __init__(self, raw: bytes, offset: int) -> None:
+        self.raw = raw
+        self.offset = offset
+        self._text: str | None = None
+        self._object: Any = _UNREAD
+
+    @property
+    def text(self) -> str:
+        """Decoded. Raises :class:`Unusable` where it is not UTF-8 text."""
+        if self._text is None:
+            try:
+                self._text = self.raw.decode("utf-8").strip("\r\n\ufeff ")
+            except UnicodeDecodeError as error:
+                raise Unusable("binary", f"byte {error.start} of the line is not UTF-8") from error
+            if "\0" in self._text:
+                raise Unusable("binary", "a NUL byte")
+        return self._text
+
+    @property
+    def object(self) -> dict[str, Any] | None:
+        """The JSON object that the line is, or ends with; None where there is none."""
+        if self._object is _UNREAD:
+            self._object = _object_in(self.text)
+        return self._object  # type: ignore[no-any-return]
+
+    def unwrapped(self) -> Line | None:
+        """The line that a collector put into this JSON object."""
+        if self.object is None:
+            return None
+        for key in _WRAPPERS:
+            inner = self.object.get(key)
+            if isinstance(inner, str) and inner.strip():
+                return Line(inner.encode("utf-8", "surrogatepass"), self.offset)
+        return None
+
+
+def of_object(raw: bytes, offset: int, parsed: object) -> Line:
+    """A line whose JSON is parsed already (an item of an array)."""
+    line = Line(raw, offset)
+    line._object = parsed if isinstance(parsed, dict) else None  # noqa: SLF001 - its own constructor
+    return line
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    begin = text.find("{")
+    if begin < 0 or not text.endswith("}"):
+        return None
+    try:
+        parsed = json.loads(text[begin:] if begin else text)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def text_of(parsed: dict[str, Any], *path: str) -> str:
+    """What stands at a path of keys, as text; empty where nothing does."""
+    found = at(parsed, *path)
+    return "" if found is None or isinstance(found, (dict, list)) else str(found)
+
+
+def at(parsed: Any, *path: str) -> Any:
+    """What stands at a path of keys; None where nothing does."""
+    for key in path:
+        if not isinstance(parsed, dict):
+            return None
+        parsed = parsed.get(key)
+    return parsed

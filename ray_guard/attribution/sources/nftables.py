@@ -1,0 +1,102 @@
+"""Netfilter's LOG target (nftables, iptables): what the kernel writes to syslog, or ulogd2 in its place.
+
+Runs later. Pure. A classic syslog line says neither year nor zone, and the kernel's uptime in brackets may be absent.
+The prefix is the rule; whether the packet was let through stands nowhere but in what people call it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from ray_guard.attribution import times
+from ray_guard.attribution.observation import (
+    NO_PROCESS,
+    Action,
+    Observation,
+    Process,
+    Semantics,
+    Time,
+    endpoint,
+    protocol,
+    whole,
+)
+from ray_guard.attribution.sources.line import Line, Unusable, text_of
+
+FORMAT: Final = "nftables"
+
+_PACKET: Final = re.compile(r"(?:^|\s|:)IN=\S* (?:PHYSIN=\S* )?OUT=\S* .*?\bSRC=")
+_FIELD: Final = re.compile(r"\b([A-Z]{2,8})=(\S*)")
+_PRIORITY: Final = re.compile(r"<\d{1,3}>(?:1 )?")
+_FROM: Final = re.compile(r"(?P<node>\S+) (?:kernel: ?|\S+\[\d+\]: |ulogd: ?|kernel - - - ?)?(?:\[ *\d+\.\d+\] ?)?")
+_DENIED: Final = re.compile(r"drop|deny|denied|den(?:y|ied)|reject|block|refus|forbid", re.IGNORECASE)
+_ALLOWED: Final = re.compile(r"accept|allow|permit|pass", re.IGNORECASE)
+
+
+class Nftables:
+    format = FORMAT
+
+    def recognises(self, line: Line) -> bool:
+        parsed = line.object
+        if parsed is not None:
+            return "oob.prefix" in parsed or parsed.get("dvc") == "Netfilter"
+        return "SRC=" in line.text and _PACKET.search(line.text) is not None
+
+    def read(self, line: Line) -> list[Observation]:
+        if line.object is not None and self.recognises(line):
+            return [_ulogd(line.object)]
+        text = line.text
+        packet = _PACKET.search(text)
+        if packet is None:
+            raise Unusable("malformed", "no IN= OUT= SRC= of a logged packet")
+        time, rest = _stamp(text[: packet.start() + (text[packet.start()] in " :")])
+        sender = _FROM.match(rest + " ")
+        node = sender["node"] if sender else ""
+        prefix = (rest + " ")[sender.end() :] if sender else rest
+        said = dict(_FIELD.findall(text[packet.start() :]))
+        return [_packet(time, node, prefix.strip(" :"), said)]
+
+
+def _stamp(text: str) -> tuple[Time, str]:
+    text = text[found.end() :] if (found := _PRIORITY.match(text)) else text
+    if text[:1].isdigit():
+        stamp, _, rest = text.partition(" ")
+        if "T" not in stamp and rest:  # `2026-03-07 03:40:11 node …`
+            clock, _, rest = rest.partition(" ")
+            stamp = f"{stamp} {clock}"
+        return times.iso(stamp, Semantics.PACKET), rest
+    return times.syslog(text, Semantics.PACKET)
+
+
+def _packet(time: Time, node: str, prefix: str, said: dict[str, str]) -> Observation:
+    return Observation(
+        time,
+        src=endpoint(said.get("SRC"), said.get("SPT")),
+        dst=endpoint(said.get("DST"), said.get("DPT")),
+        proto=protocol(said.get("PROTO")),
+        action=_action(prefix),
+        rule=prefix,
+        node=node,
+        process=Process(user=said["UID"]) if "UID" in said else NO_PROCESS,
+        bytes_out=whole(said.get("LEN")),
+    )
+
+
+def _ulogd(parsed: dict[str, Any]) -> Observation:
+    prefix = text_of(parsed, "oob.prefix").strip(" :")
+    return Observation(
+        times.iso(parsed.get("timestamp"), Semantics.PACKET),
+        src=endpoint(parsed.get("src_ip"), parsed.get("src_port")),
+        dst=endpoint(parsed.get("dest_ip"), parsed.get("dest_port")),
+        proto=protocol(parsed.get("ip.protocol")),
+        action=_action(prefix),
+        rule=prefix,
+        node=text_of(parsed, "hostname"),
+        bytes_out=whole(parsed.get("ip.totlen")),
+    )
+
+
+def _action(prefix: str) -> Action:
+    if _DENIED.search(prefix):
+        return Action.DENIED
+    return Action.ALLOWED if _ALLOWED.search(prefix) else Action.UNKNOWN

@@ -1,0 +1,147 @@
+"""Times as logs write them, as intervals. Runs later, on any machine. Pure.
+
+A time stands for all instants that would have been written the same way: ``03:40:11`` is the whole second. What a log
+does not say (year, zone) is not guessed here; :class:`~ray_guard.attribution.observation.Time` marks it.
+"""
+
+from __future__ import annotations
+
+import calendar
+import re
+from functools import lru_cache
+from typing import Final
+
+from ray_guard.attribution.observation import Semantics, Time
+
+SECOND: Final = 1_000_000_000
+_EARLIEST: Final = 946_684_800  # 2000-01-01: no log of a container is older
+_LATEST: Final = 4_102_444_800  # 2100-01-01
+
+_ISO: Final = re.compile(
+    r"(\d{4})[-/](\d\d)[-/](\d\d)[T t](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9})\d*)?\s*(Z|z|UTC|[+-]\d\d:?(?:\d\d)?)?"
+)
+_SYSLOG: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?")
+_MONTHS: Final = {name: number for number, name in enumerate(calendar.month_abbr) if name}
+_EPOCH: Final = re.compile(r"[+-]?\d{1,20}(?:\.\d+)?")
+
+
+class BadTime(ValueError):
+    """A text or number that is no time."""
+
+
+def iso(text: object, semantics: Semantics) -> Time:
+    """RFC 3339 and its relatives: ``2026-03-07T03:40:11.123456+0000``, ``2026/03/07 03:40:11`` (no zone).
+
+    Raises:
+        BadTime: it is none.
+    """
+    match = _ISO.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise BadTime(f"{text!r:.60} is no date and time")
+    year, month, day, hour, minute, second, fraction, zone = match.groups()
+    start = _seconds((int(year), int(month), int(day)), (int(hour), int(minute), int(second))) * SECOND
+    width = SECOND
+    if fraction:
+        width = 10 ** (9 - len(fraction))
+        start += int(fraction) * width
+    return Time(
+        start - _offset(zone) * SECOND, start - _offset(zone) * SECOND + width, semantics, zoned=zone is not None
+    )
+
+
+def syslog(text: str, semantics: Semantics) -> tuple[Time, str]:
+    """``Mar  7 03:40:11`` at the begin of a line: no year, no zone. Returns the rest of the line too.
+
+    Raises:
+        BadTime: the line begins with something else.
+    """
+    match = _SYSLOG.match(text)
+    if match is None or match[1] not in _MONTHS:
+        raise BadTime(f"{text!r:.40} does not begin with a syslog time")
+    month, day = _MONTHS[match[1]], int(match[2])
+    # 1972 has a 29 February; every other day is the same in 1970.
+    year = 1972 if (month, day) == (2, 29) else 1970
+    start = _seconds((year, month, day), (int(match[3]), int(match[4]), int(match[5]))) * SECOND
+    width = SECOND
+    if match[6]:
+        width = 10 ** (9 - len(match[6]))
+        start += int(match[6]) * width
+    return Time(start, start + width, semantics, zoned=False, dated=False), text[match.end() :].lstrip()
+
+
+def epoch_ns(value: object) -> tuple[int, int]:
+    """An epoch in seconds, milliseconds, microseconds or nanoseconds, by its size: (start, width), nanoseconds.
+
+    Raises:
+        BadTime: it is no number, or no instant between 2000 and 2100 in any of these units.
+    """
+    text = str(value).strip() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    if isinstance(value, float):
+        text = f"{value:.9f}".rstrip("0").rstrip(".")
+    if not _EPOCH.fullmatch(text):
+        raise BadTime(f"{value!r:.60} is no epoch")
+    number, _, fraction = text.partition(".")
+    for width in (SECOND, 1_000_000, 1_000, 1):
+        if _EARLIEST <= int(number) * width / SECOND < _LATEST:
+            start = int(number) * width
+            digits = min(len(fraction), len(str(width)) - 1)
+            if digits:
+                width //= 10**digits  # noqa: PLW2901 - the width of what was written, from here on
+                start += int(fraction[:digits]) * width
+            # A double holds 2026 in seconds to about a quarter of a microsecond: its digits are not all true.
+            return start, max(width, 1_000) if isinstance(value, float) else width
+    raise BadTime(f"{value!r:.60} is no time between 2000 and 2100 in s, ms, µs or ns")
+
+
+def epoch(value: object, semantics: Semantics) -> Time:
+    """:func:`epoch_ns` as an interval."""
+    start, width = epoch_ns(value)
+    return Time(start, start + width, semantics)
+
+
+def between(first: object, last: object, semantics: Semantics) -> Time:
+    """An interval between two epochs, both included. The wrong way round, it is turned.
+
+    Raises:
+        BadTime: one of them is no time.
+    """
+    start, _ = epoch_ns(first)
+    end, width = epoch_ns(last)
+    if end < start:
+        start, end = end, start
+    return Time(start, end + width, semantics)
+
+
+def lasting(begin: Time, seconds: object, semantics: Semantics = Semantics.FLOW) -> Time:
+    """``begin`` and all of the following ``seconds``; as it is where they are no number."""
+    try:
+        length = int(float(seconds) * SECOND)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return begin
+    return begin._replace(end_ns=begin.end_ns + max(0, length), semantics=semantics)
+
+
+@lru_cache(maxsize=4096)
+def _day(year: int, month: int, day: int) -> int:
+    if not 1 <= month <= 12 or not 1 <= day <= calendar.monthrange(year, month)[1]:
+        raise BadTime(f"{year:04}-{month:02}-{day:02} is no day")
+    return calendar.timegm((year, month, day, 0, 0, 0))
+
+
+def _seconds(date: tuple[int, int, int], clock: tuple[int, int, int]) -> int:
+    hour, minute, second = clock
+    if hour > 23 or minute > 59 or second > 60 or date[0] < 1:
+        raise BadTime(f"{hour:02}:{minute:02}:{second:02} is no time of day")
+    return _day(*date) + hour * 3600 + minute * 60 + second
+
+
+@lru_cache(maxsize=256)
+def _offset(zone: str | None) -> int:
+    """Seconds east of UTC."""
+    if zone is None or zone in ("Z", "z", "UTC"):
+        return 0
+    digits = zone[1:].replace(":", "")
+    hours, minutes = int(digits[:2]), int(digits[2:] or 0)
+    if hours > 15 or minutes > 59:
+        raise BadTime(f"{zone} is no time zone")
+    return (-1 if zone[0] == "-" else 1) * (hours * 3600 + minutes * 60)

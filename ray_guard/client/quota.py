@@ -1,0 +1,129 @@
+"""target: tokens and FLOPs are reserved before a request is admitted, and settled when it is known what it took.
+
+For integrations (vLLM's hook) and :class:`ray_guard.client.scope.Chat`. The supervisor decides; in a process that is
+not guarded nothing is limited and nothing is booked.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from ray_guard.client import carry, channel
+from ray_guard.client.channel import Channel
+from ray_guard.client.context import read_context
+from ray_guard.client.spans import new_span_id
+from ray_guard.client.verdicts import log_warnings
+from ray_guard.errors import SupervisorLost
+
+__all__ = ["Reservation", "reserve"]
+
+
+class Reservation:
+    """What one request may use. Settle it, or release it where the request was never admitted, once.
+
+    What is neither (the request failed half-way, the process died) is charged as reserved: it may have been used. As a
+    context manager it sees to that at its end.
+    """
+
+    __slots__ = ("_flops", "_key", "_line", "_lock", "_pid", "_tokens", "scope", "unknown")
+
+    def __init__(
+        self, line: Channel | None, key: str, tokens: int, flops: float | None, *, scope: str, unknown: bool
+    ) -> None:
+        self._line = line
+        self._key = key
+        self._tokens = tokens
+        self._flops = flops
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self.scope = scope
+        """The innermost scope that pays: ``call``, ``episode`` or ``actor``."""
+        self.unknown = unknown
+        """The context named an episode that is not open on this node: the actor and its job pay alone."""
+
+    def settle(self, *, tokens: int, flops: float | None = None) -> None:
+        """What was really used. A second time it does nothing.
+
+        Args:
+            tokens: prompt and output together.
+            flops: None: what was reserved.
+
+        Raises:
+            ValueError: an amount is negative or no whole number of tokens.
+            SupervisorLost: the supervisor is gone.
+        """
+        self._settle(_checked(tokens), flops)
+
+    def release(self) -> None:
+        """The request was never admitted: nothing was used. Raises SupervisorLost."""
+        self._settle(0, 0)
+
+    def leave_unmeasured(self, *, told: bool) -> None:
+        """Nobody knows what was used, nor will: it is charged as reserved. Raises SupervisorLost.
+
+        Args:
+            told: an error has said so. Else it is a violation where a scope limits tokens.
+        """
+        self._settle(self._tokens, self._flops, measured=told)
+
+    def _settle(self, tokens: int, flops: float | None, *, measured: bool = True) -> None:
+        with self._lock:
+            line, self._line = self._line, None
+        if line is not None and self._pid == os.getpid():  # a forked child has a copy of what is its parent's
+            message = {"op": "settle", "id": self._key, "tokens": tokens, "flops": flops}
+            line.send(message if measured else {**message, "measured": False})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        self._settle(self._tokens, self._flops)
+
+    def __del__(self) -> None:
+        try:
+            self._settle(self._tokens, self._flops)
+        except SupervisorLost:
+            pass  # nobody is left to be told
+
+
+def reserve(*, tokens: int, flops: float | None = None, context: Mapping[str, Any] | None = None) -> Reservation:
+    """Reserves what one request may use at most, in every scope that pays for it.
+
+    Args:
+        tokens: prompt and output together.
+        flops: None: not known.
+        context: who asks, as :func:`ray_guard.context` gives it; None: the current scope.
+
+    Raises:
+        BudgetExceeded: a scope has no room.
+        NotEnforced: a scope limits FLOPs and it is not known how many it will be.
+        PolicyError: `context` is none.
+        RayGuardError: what the asking scope was ended for.
+        ValueError: an amount is negative or no whole number of tokens.
+        SupervisorLost: the supervisor does not answer.
+    """
+    tokens = _checked(tokens)
+    where = carry.current() if context is None else read_context(context)
+    line = channel.current()
+    if line is None:
+        return Reservation(None, "", 0, None, scope="", unknown=False)
+    place = None
+    if where is not None:
+        place = {"trace": where.trace, "span": where.span, "call": where.call, "episode": where.episode}
+    key = new_span_id()
+    log_warnings()
+    answer = line.request({"op": "reserve", "id": key, "tokens": tokens, "flops": flops, "place": place})
+    return Reservation(line, key, tokens, flops, scope=str(answer.get("scope")), unknown=answer.get("unknown") is True)
+
+
+def _checked(tokens: int) -> int:
+    count = int(tokens)
+    if count < 0 or count != tokens:
+        raise ValueError(f"a number of tokens is whole and not negative, not {tokens!r}")
+    return count

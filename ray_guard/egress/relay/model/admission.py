@@ -1,0 +1,45 @@
+"""How many tokens a request may take, and what is left to say of it. Pure; runs in the supervisor."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+from ray_guard.policy.budgets import UNLIMITED, Amount, Unlimited
+
+RELEASED: Final = frozenset({400, 401, 403, 404, 405, 413, 415, 422, 429})
+"""With these the engine says that it has not begun."""
+
+
+class Plan(NamedTuple):
+    """``reserve`` tokens; ``fill``: the most of each answer, to be put into the request. None: it is bounded anyway."""
+
+    reserve: int
+    fill: int | None
+
+
+def plan(
+    prompt: int, copies: int, output: int | None, length: int | None, room: Amount | Literal[Unlimited.UNLIMITED]
+) -> Plan:
+    """What a request takes at most, and what it must say for that.
+
+    A request that is larger than ``room`` is planned as it stands: reserving it will fail, and say why.
+
+    Args:
+        prompt: tokens of its prompt, at most.
+        copies: how many answers it wants.
+        output: tokens of each, at most, as it says; None: it does not.
+        length: the most tokens, prompt and answer, that the engine lets one have; None: not known.
+        room: what may still be reserved.
+    """
+    whole = None if length is None else copies * length
+    if output is not None:
+        most = prompt + copies * output
+        return Plan(most if whole is None else min(most, whole), None)
+    if room is UNLIMITED:
+        return Plan(whole or 0, None)
+    if whole is not None and whole <= room:
+        return Plan(whole, None)
+    fill = max(1, int(room - prompt) // max(1, copies))
+    if length is not None:
+        fill = min(fill, max(1, length - prompt))
+    return Plan(prompt + copies * fill, fill)

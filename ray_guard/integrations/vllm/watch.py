@@ -1,0 +1,93 @@
+"""target: puts the hook's parts in place as vLLM's modules are loaded; imports nothing of vLLM by itself.
+
+A guarded process installs this when it is confined, which may be long before vLLM is imported or never be followed by
+it. Patching when a module has been executed is the one moment that no user's import order can miss.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Final
+
+Patch = Callable[[ModuleType], None]
+
+_POINTS: Final = "ray_guard.integrations.vllm.points"
+MODULES: Final = (
+    "vllm.v1.engine.output_processor",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.engine.async_llm",
+    "vllm.entrypoints.serve.engine.serving",
+    "vllm.entrypoints.generate.base.serving",
+)
+"""Whose classes the hook has parts in."""
+
+
+class _Loader(importlib.abc.Loader):
+    """A module's own loader, and the patch after it."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None:
+            spec.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _patch(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds what the other finders find, for the modules that are waited for."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in MODULES:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+_finder = _Finder()
+
+
+def _patch(module: ModuleType) -> None:
+    importlib.import_module(_POINTS).patch(module)
+
+
+def install() -> None:
+    """Puts the hook in place for engines of this process; once is enough, and it is done by itself (see the package).
+
+    Raises:
+        NotEnforced: vLLM is loaded, lacks what the hook needs, and this process's policy limits tokens or FLOPs. Raised
+            from vLLM's import where that comes later.
+    """
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    for name in MODULES:
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _patch(module)
+
+
+def remove() -> None:
+    """Takes the hook away again, for measurements and tests: engines that exist go on without it."""
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+    points = sys.modules.get(_POINTS)
+    if points is not None:
+        points.restore()

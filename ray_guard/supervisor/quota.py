@@ -1,0 +1,269 @@
+"""Tokens and FLOPs: reserved before a request is admitted, settled after it. Runs in the supervisor.
+
+A request is paid for by whoever computes it (the target's account) and by whoever asked: the call and the episode named
+in its context, which are a neighbour's where the call came from another guarded actor. The ids of a context are
+192 random bits that nobody is told but those who are called with it, and they count for scopes that are open in the
+same job alone: no strange episode can be charged by guessing. A context that names none of these is paid for by the
+target alone, and the answer says so.
+
+What was reserved and never settled, because its process is gone, is charged as reserved: the tokens may have been
+computed, and a crash must not be a way to compute for nothing. It is charged once and held no longer, so one crash
+costs an episode no more than the one request.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+from ray_guard import errors
+from ray_guard.errors import NotEnforced, RayGuardError
+from ray_guard.evidence.journal import JournalError
+from ray_guard.kernel.seqpacket import BadPacket
+from ray_guard.policy.bill import Bill
+from ray_guard.policy.budgets import Amount, Exceeded, Limits, Scope
+from ray_guard.records import AttributeValue, SpanKind, SpanRecord
+from ray_guard.supervisor import fields
+from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
+
+log = logging.getLogger("ray_guard.quota")
+
+TOKENS: Final = "tokens"
+FLOPS: Final = "flops"
+_OPEN_LIMIT: Final = 100_000
+_DEPTH: Final = 64
+"""Scopes within scopes that are followed upwards."""
+
+
+class Asking(NamedTuple):
+    """Who asked: the open scopes that a context names and those around them, innermost first.
+
+    ``unknown``: it names an episode, or a call outside of any, that is not open here.
+    """
+
+    scopes: tuple[tuple[Target, OpenSpan], ...] = ()
+    unknown: bool = False
+
+    @property
+    def scope(self) -> Scope:
+        """The innermost that pays."""
+        kinds = {span.scope for _, span in self.scopes}
+        return Scope.CALL if "tool" in kinds else Scope.EPISODE if "episode" in kinds else Scope.ACTOR
+
+
+class _Reserved(NamedTuple):
+    bill: Bill
+    asking: Asking
+
+
+@dataclass(slots=True)
+class _Spender:
+    target: Target
+    open: dict[str, _Reserved] = field(default_factory=dict)
+
+
+class Quotas:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._spenders: dict[int, _Spender] = {}
+
+    def join(self, target: Target) -> None:
+        """A target is here: it may reserve, and its open scopes may pay."""
+        self._spenders[id(target)] = _Spender(target)
+
+    def leave(self, target: Target) -> None:
+        """A target is gone. What it has not settled is charged: see the module."""
+        spender = self._spenders.pop(id(target), None)
+        if spender is None or not spender.open:
+            return
+        charged: dict[str, Amount] = {}
+        for reserved in spender.open.values():
+            for kind, amount in reserved.bill.reserved.items():
+                charged[kind] = charged.get(kind, 0) + amount
+            self._book(target, reserved, reserved.bill.reserved)
+        _record_unsettled(target, charged)
+
+    def of_job(self, run_id: str) -> list[Target]:
+        """The targets of a job that are here."""
+        return [spender.target for spender in self._spenders.values() if spender.target.run_id == run_id]
+
+    def reserve(self, target: Target, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request's reservation. Raises BadPacket for what is none, JournalError."""
+        opened = self._spenders[id(target)].open
+        key = fields.identifier(message.get("id"), 16)
+        if key in opened or len(opened) >= _OPEN_LIMIT:
+            raise BadPacket("reserved already" if key in opened else "too many open reservations")
+        tokens, flops = _count(message.get("tokens")), _flops(message.get("flops"))
+        asking = self._asking(target, message.get("place"))
+        bill = Bill([target.account, *(span.account for _, span in asking.scopes if span.account is not None)])
+        refusal = _refusal(target, bill, asking, tokens, flops)
+        if refusal is not None:
+            return errors.to_wire(refusal)
+        opened[key] = _Reserved(bill, asking)
+        return {"ok": True, "scope": asking.scope.value, "unknown": asking.unknown}
+
+    def settle(self, target: Target, message: Mapping[str, Any]) -> None:
+        """What a request has really used; nothing: it was never admitted."""
+        reserved = self._spenders[id(target)].open.pop(fields.identifier(message.get("id"), 16), None)
+        if reserved is None:
+            raise BadPacket("settled without having been reserved")
+        tokens, flops = _count(message.get("tokens")), _flops(message.get("flops"))
+        if flops is None:
+            flops = reserved.bill.reserved.get(FLOPS, 0) if tokens else 0
+        if message.get("measured") is False and reserved.bill.limiting(TOKENS) is not None:
+            _tell_unmeasured(target, reserved.asking, TOKENS)
+        self._book(target, reserved, {TOKENS: tokens, FLOPS: flops})
+
+    @staticmethod
+    def _book(target: Target, reserved: _Reserved, actual: Mapping[str, Amount]) -> None:
+        exceeded = reserved.bill.settle(actual)
+        if exceeded is not None:
+            try:
+                _tell(target, reserved.asking, exceeded)
+            except JournalError:
+                log.exception("a violation could not be journaled")
+
+    # -- who pays ------------------------------------------------------------------------------------------------------
+
+    def _asking(self, target: Target, place: object) -> Asking:
+        if place is None:
+            return Asking()
+        if not isinstance(place, dict):
+            raise BadPacket(f"a place is a mapping: {place!r:.80}")
+        trace = fields.identifier(place.get("trace"), 32)
+        ids = [
+            fields.identifier(place[name], 16) for name in ("span", "call", "episode") if place.get(name) is not None
+        ]
+        outermost = place.get("episode") or place.get("call")
+        found = self._open_scopes(target, trace, ids)
+        if any(name not in found for name in ids):
+            # What the asker has begun was sent before it asked, but perhaps not read yet.
+            for neighbour in self._neighbours(target):
+                neighbour.pump()
+            found = self._open_scopes(target, trace, ids)
+        scopes = [(owner, span) for owner, span in found.values() if span.account is not None]
+        scopes.sort(key=lambda each: each[1].scope != "tool")  # calls are inside of episodes
+        return Asking(tuple(scopes), outermost is not None and outermost not in found)
+
+    def _open_scopes(self, target: Target, trace: str, ids: list[str]) -> dict[str, tuple[Target, OpenSpan]]:
+        """The open spans with these ids and those around them, by id."""
+        found: dict[str, tuple[Target, OpenSpan]] = {}
+        for each in ids:
+            at: str | None = each
+            for _ in range(_DEPTH):
+                if at is None or at in found:
+                    break
+                hit = self._find(target, trace, at)
+                if hit is None:
+                    break
+                found[at] = hit
+                at = hit[1].record.parent_id
+        return found
+
+    def _find(self, target: Target, trace: str, span_id: str) -> tuple[Target, OpenSpan] | None:
+        for each in (target, *self._neighbours(target)):
+            span = each.open.get(span_id)
+            if span is not None and span.record.trace_id == trace:
+                return each, span
+        return None
+
+    def _neighbours(self, target: Target) -> list[Target]:
+        """The other targets of this job."""
+        return [each for each in self.of_job(target.run_id) if each is not target]
+
+
+def _refusal(target: Target, bill: Bill, asking: Asking, tokens: int, flops: float | None) -> RayGuardError | None:
+    """Reserves, or says why not. Raises JournalError."""
+    if bill.barred:
+        return _ended(asking)
+    amounts: dict[str, Amount] = {TOKENS: tokens}
+    if flops is not None:
+        amounts[FLOPS] = flops
+    elif tokens and (limited := bill.limiting(FLOPS)) is not None:
+        _tell_unmeasured(target, asking, FLOPS)
+        detail = "what a token of this model costs is not known here: give its config.json"
+        return NotEnforced([f"budgets.{limited.scope.value}.{FLOPS}"], detail)
+    exceeded = bill.reserve(amounts)
+    if exceeded is not None:
+        _tell(target, asking, exceeded)
+        if not exceeded.report_only:
+            return exceeded.error()
+    return None
+
+
+def _tell_unmeasured(target: Target, asking: Asking, kind: str) -> None:
+    """Nobody knows how much it is that a scope limits. Found out, not done: it has no consequences."""
+    owner, span = next(iter(asking.scopes), (target, None))
+    origin = target.own_origin() if span is None else owner.origin_of(span)
+    owner.violation(origin, None, kind, reason="unmeasured", report_only=True)
+
+
+def _ended(asking: Asking) -> RayGuardError:
+    """What ended a scope that would pay: nothing more is granted to it."""
+    for target, span in asking.scopes:
+        violation = target.ended_for([span.record.span_id])
+        if violation is not None:
+            return errors.of_violation(violation.as_message())
+    return RayGuardError("a scope that would pay was ended for a violation")
+
+
+def _tell(target: Target, asking: Asking, exceeded: Exceeded) -> None:
+    """Journals that a limit was passed, where the scope is whose it is. Raises JournalError."""
+    whose, origin = _whose(target, asking, exceeded)
+    whose.exceeded(origin, None, exceeded)
+
+
+def _whose(target: Target, asking: Asking, exceeded: Exceeded) -> tuple[Target, Origin]:
+    """Whose limit it is. The job's is that of whoever computes."""
+    for owner, span in asking.scopes:
+        account = span.account
+        while account is not None and (owner is target or account.scope is not Scope.JOB):
+            if (account.scope, account.source) == (exceeded.scope, exceeded.source):
+                return owner, owner.origin_of(span)
+            account = account.parent
+    return target, target.own_origin()
+
+
+def _record_unsettled(target: Target, charged: Mapping[str, Amount]) -> None:
+    now = time.time_ns()
+    origin = target.own_origin()
+    attributes: dict[str, AttributeValue] = {f"ray_guard.{kind}": amount for kind, amount in charged.items()}
+    record = SpanRecord(
+        trace_id=origin.trace_id,
+        span_id=new_span_id(),
+        parent_id=None,
+        name="ray_guard.unsettled",
+        kind=SpanKind.INTERNAL,
+        start_ns=now,
+        end_ns=now,
+        attributes=attributes,
+    )
+    try:
+        target.write(record, origin.identity)
+    except JournalError:
+        log.exception("unsettled reservations could not be journaled")
+
+
+def asked_for(message: Mapping[str, Any]) -> Limits:
+    """The amounts that a reservation is about, as far as they are known. Raises BadPacket for what is none."""
+    return {TOKENS: _count(message.get("tokens")), FLOPS: _flops(message.get("flops")) or 0}
+
+
+def _count(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53:
+        return value
+    raise BadPacket(f"not a number of tokens: {value!r:.80}")
+
+
+def _flops(value: object) -> float | None:
+    """None: not known. Nothing that has tokens costs nothing, so zero is taken for not known as well."""
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return value or None
+    raise BadPacket(f"not a number of FLOPs: {value!r:.80}")
