@@ -85,7 +85,7 @@ class Bench:
         self.journal = Journal(folder, Bounds())
         self.sealer = Sealer(self.loop)
         self.sealer.start = start_signer
-        self.sealer.add(self.journal)
+        self.sealer.add(self.journal, {})
         self.late: list[float] = []
         self._source = records()
 

@@ -146,7 +146,7 @@ class ModelCalls:
             self._exceeded(record.span_id, exceeded)
         word = new_trace_id()
         self._call = _Call(int(message["call"]), record, bill, reserved, word)
-        self._target.write(record, self._origin.identity)
+        self._target.write(record, self._origin.identity, grants=True)
         self._paid[word] = Paid(record.trace_id, record.span_id, bill.payers)
         return {
             "fill": planned.fill,

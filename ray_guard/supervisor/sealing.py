@@ -16,18 +16,20 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
 from ray_guard.egress.made import Waiting
 from ray_guard.errors import NotEnforced
+from ray_guard.evidence.courier import CourierError, destination
 from ray_guard.evidence.journal import Cut, Journal, JournalError
 from ray_guard.evidence.note import ORIGIN, Key
 from ray_guard.evidence.otlp import LineEncoder, resource_line
 from ray_guard.kernel import seqpacket
 from ray_guard.records import AttributeValue, Resource, Source, SpanKind, SpanRecord, StatusCode
+from ray_guard.supervisor import courier
 from ray_guard.supervisor.recovery import Recovery
 
 SEAL_S: Final = 1.0
@@ -96,18 +98,23 @@ class Sealer:
         self._asked: dict[int, tuple[Journal, Cut]] = {}
         self._busy: set[int] = set()
         """Journals (by id) of which a checkpoint is being signed or written."""
+        self._couriers: dict[int, courier.Courier] = {}
         self._stale: set[int] = set()
         """Journals (by id) whose log nobody can seal any more."""
         self._told: dict[int, float] = {}
         """When it was last said of a journal (by id) that it is full."""
         self._encoder = LineEncoder(Resource({"service.name": "ray_guard", "host.name": socket.gethostname()}))
 
-    def add(self, journal: Journal) -> None:
+    def add(self, journal: Journal, environment: Mapping[str, str]) -> None:
         """Seals it from here on.
 
+        Args:
+            environment: says where its checkpoints are taken to.
+
         Raises:
-            NotEnforced: what signs is not installed.
+            NotEnforced: what signs is not installed, or checkpoints cannot be taken there.
         """
+        self._send_courier(journal, environment)
         if not self._journals:
             if importlib.util.find_spec("cryptography") is None:
                 raise NotEnforced(["evidence"], "its seal needs the package cryptography: pip install cryptography")
@@ -125,6 +132,23 @@ class Sealer:
             self._seal_last(journal)
         if self._line is not None:
             self._line.close()
+        for each in self._couriers.values():
+            each.close()
+
+    def _send_courier(self, journal: Journal, environment: Mapping[str, str]) -> None:
+        spelled = environment.get(courier.VARIABLE, "").strip()
+        if not spelled:
+            return
+
+        def told(why: str) -> None:
+            log.warning("checkpoints do not reach %s: %s", spelled, why)
+            self._violation(journal, "checkpoint not exported", f"{spelled}: {why}")
+
+        try:
+            destination(spelled, environment)
+            self._couriers[id(journal)] = courier.Courier(self._loop, spelled, environment, told)
+        except (CourierError, OSError) as error:
+            raise NotEnforced(["evidence"], f"{courier.VARIABLE}: {error}") from error
 
     def _recover(self, journal: Journal) -> None:
         Recovery(self._loop, journal, self.recover)
@@ -187,6 +211,8 @@ class Sealer:
         """Beside the loop."""
         try:
             journal.seal(cut, key, signature)
+            if (carries := self._couriers.get(id(journal))) is not None:
+                carries.take(str(key), cut.checkpoint.signed(key, signature))
         finally:
             self._busy.discard(id(journal))
 
@@ -265,7 +291,7 @@ class Sealer:
                 if message.get("op") == "ready":
                     self._public = base64.b64decode(str(message["public"]))
                 elif (asked := self._asked.pop(int(message["id"]), None)) is not None:
-                    asked[0].seal(asked[1], self._key(asked[0]), base64.b64decode(str(message["signature"])))
+                    self._write(*asked, self._key(asked[0]), base64.b64decode(str(message["signature"])))
         except (OSError, seqpacket.BadPacket) as error:
             log.warning("%s is not sealed to its end: %s", journal.log, error)
 
