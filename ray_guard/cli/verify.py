@@ -74,7 +74,11 @@ def run(args: argparse.Namespace) -> int:
 def _text(logs: Sequence[LogReport], seconds: float, *, sound: bool, believed: bool) -> list[str]:
     lines: list[str] = []
     for log in logs:
-        sealed = f"{log.sealed} sealed by {log.checkpoints} checkpoints" if log.state is not State.UNSEALED else ""
+        sealed = (
+            f"{log.sealed} sealed by {log.checkpoints} checkpoint{'s' if log.checkpoints != 1 else ''}"
+            if log.state is not State.UNSEALED
+            else ""
+        )
         lines.append(f"{log.log}  {log.state.value}" + (f": {log.records} records, {sealed}" if sealed else ""))
         lines += [f"  {finding}" for finding in log.findings]
         lines += [f"  note: {note}" for note in log.notes]
@@ -83,7 +87,8 @@ def _text(logs: Sequence[LogReport], seconds: float, *, sound: bool, believed: b
         f"{len(logs)} log{'s' if len(logs) != 1 else ''}, {records} records, {size / 2**20:.1f} MiB in {seconds:.2f} s"
     )
     found = sum(len(log.findings) for log in logs)
-    lines.append(f"complete and unaltered: {many}" if sound else f"NOT PROVEN, {found} findings: {many}")
+    findings = f"{found} finding{'s' if found != 1 else ''}"
+    lines.append(f"complete and unaltered: {many}" if sound else f"NOT PROVEN, {findings}: {many}")
     if sound and not believed:
         lines.append(
             "the keys are the folder's own: --key or --checkpoint, kept elsewhere, proves that no log was replaced"
