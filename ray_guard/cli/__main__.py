@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ray_guard import __version__
 
-COMMANDS = ("doctor", "run", "report", "attribute", "verify", "cost")
+COMMANDS = ("doctor", "run", "report", "attribute", "verify", "export", "cost")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
