@@ -119,7 +119,8 @@ class Journal:
         except OSError:
             os.close(seal)
             raise
-        fcntl.flock(seal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell that it is being written
+            fcntl.flock(seal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         #: The log's name.
         self.log = name
         self._tree = Tree()

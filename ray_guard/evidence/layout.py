@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Final
 
 SUFFIX: Final = ".otlp.jsonl"
@@ -30,3 +32,9 @@ def log_of(name: str) -> tuple[str, int] | None:
     """Which log and which of its segments a file of that name is; None for any other file."""
     match = _SEGMENT.fullmatch(name)
     return None if match is None else (match["log"], int(match["number"]))
+
+
+def segments_of(folder: Path, log: str) -> list[Path]:
+    """A log's segments, in order. Raises OSError."""
+    found = ((log_of(name), name) for name in os.listdir(folder))
+    return [folder / name for _, name in sorted((of[1], name) for of, name in found if of is not None and of[0] == log)]

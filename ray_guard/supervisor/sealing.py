@@ -39,6 +39,8 @@ _FIRST_S: Final = 0.2
 _BACKOFF_S: Final = (1.0, 60.0)
 _LAST_S: Final = 5.0
 """How long the last checkpoint is waited for."""
+_PATIENCE_S: Final = 5.0
+"""How long a signature may take."""
 _TOLD_S: Final = 60.0
 """How often it is said that a journal is full."""
 
@@ -96,6 +98,8 @@ class Sealer:
         self._delay = _BACKOFF_S[0]
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[Journal, Cut]] = {}
+        self._waiting_since = 0.0
+        """When the oldest of those was asked for."""
         self._busy: set[int] = set()
         """Journals (by id) of which a checkpoint is being signed or written."""
         self._couriers: dict[int, courier.Courier] = {}
@@ -203,6 +207,7 @@ class Sealer:
 
     def _signed(self, number: int, signature: str) -> None:
         asked = self._asked.pop(number, None)
+        self._waiting_since = time.monotonic()
         if asked is not None:
             journal, cut = asked
             self._syncer.do(partial(self._write, journal, cut, self._key(journal), base64.b64decode(signature)))
@@ -243,13 +248,15 @@ class Sealer:
             log.warning("%s stays unsealed: %s", journal.log, error)
         else:
             self._stale.discard(id(journal))
-            self._violation(journal, "signer lost", "what signs checkpoints was ended from outside")
+            self._violation(journal, "signer lost", "what signs checkpoints was ended or stopped from outside")
             if self._public is not None:
                 self._introduce(journal)
 
     # -- sealing -------------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        if self._asked and time.monotonic() - self._waiting_since > _PATIENCE_S:
+            self._lost()  # it was stopped, or hangs; it ends when it finds its line closed
         for journal in self._journals:
             altered = journal.altered()
             if altered is not None:
@@ -274,6 +281,8 @@ class Sealer:
 
     def _ask(self, line: socket.socket, journal: Journal, cut: Cut) -> int:
         number = next(self._numbers)
+        if not self._asked:
+            self._waiting_since = time.monotonic()
         self._asked[number] = (journal, cut)
         seqpacket.send(line, {"op": "sign", "id": number, "text": cut.checkpoint.text()})
         return number

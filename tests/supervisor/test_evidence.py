@@ -142,16 +142,19 @@ def read_journal_whole(evidence: Path) -> list[dict[str, Any]]:
     return read_journal(copies)
 
 
-def test_the_signer_is_killed(namespace: Namespace, tmp_path: Path, port: int) -> None:
-    """An actor can kill what runs as its own user. It is told, and what follows is sealed by another key."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_signer_is_killed(namespace: Namespace, tmp_path: Path, port: int, how: signal.Signals) -> None:
+    """An actor can kill or stop what runs as its own user. It is told, and what follows is sealed by another key."""
     evidence = tmp_path / "evidence"
     with confined(namespace, tmp_path, evidence, port) as host:
         wait(lambda: check(evidence)[0].sealed, "nothing was sealed")
         signer = signer_of(host.supervisor)
         assert signer is not None
-        os.kill(signer, signal.SIGKILL)
-        wait(lambda: violations(evidence, "signer lost"), "it was not told")
+        os.kill(signer, how)
         assert connects(host, port) == "ok"
+        wait(lambda: violations(evidence, "signer lost"), "it was not told", 15)
+        assert connects(host, port) == "ok"
+        os.kill(signer, signal.SIGCONT) if how is signal.SIGSTOP else None
         wait(lambda: signer_of(host.supervisor) not in (None, signer), "there is no other signer", 10)
     wait(lambda: check(evidence)[1].state is State.ENDED, "the log was not ended", 10)
     old, new = check(evidence)

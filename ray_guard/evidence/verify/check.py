@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from ray_guard.evidence.layout import SEAL_SUFFIX, SHORT, SUFFIX, log_of
+from ray_guard.evidence.layout import SEAL_SUFFIX, SHORT, SUFFIX, log_of, segments_of
 from ray_guard.evidence.merkle import EMPTY, Tree
 from ray_guard.evidence.note import BadNote, Key, Note, verified
 from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode
@@ -148,14 +148,15 @@ def check(
     known = [_outside(note, key) for note, key in checkpoints]
     reports: list[LogReport] = []
     logs: list[_Log] = []
-    for path, segments in found:
+    for path in found:
         try:
-            seal = read_seal(path, keys)  # before the segments: of a living log they then hold all that is sealed
+            seal = read_seal(path, keys)  # before its segments are listed: they then hold all that is sealed
         except OSError as error:
             why = f"the seal cannot be read: {error.strerror}"
             reports.append(_unsealed(path.name.removesuffix(SEAL_SUFFIX), Kind.SEAL, path, why))
             continue
         sizes = {each.checkpoint.size for each in seal.sealed} | {each.size for each in known if each.log == seal.log}
+        segments = segments_of(path.parent, seal.log)
         content = _read(path, segments, sizes)
         known += _vouched(seal.log, content.before)
         logs.append(_Log(seal, segments, content))
@@ -177,25 +178,18 @@ def check(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _find(evidence: Path) -> tuple[list[tuple[Path, list[Path]]], list[Path]]:
-    """The seals below a folder, each with its segments in order, and the segments without one."""
+def _find(evidence: Path) -> tuple[list[Path], list[Path]]:
+    """The seals below a folder, and the segments without one."""
     if not evidence.is_dir():
         why = "verify needs the folder, where the seals are" if evidence.exists() else "no such folder"
         raise NotEvidence(str(evidence), why)
-    seals: list[tuple[Path, list[Path]]] = []
+    seals: list[Path] = []
     loose: list[Path] = []
     for folder, _, names in os.walk(evidence):
-        of_log: dict[str, list[tuple[int, Path]]] = {
-            name.removesuffix(SEAL_SUFFIX): [] for name in names if name.endswith(SEAL_SUFFIX)
-        }
-        for name in names:
-            if name.endswith(SUFFIX):
-                log, number = log_of(name) or ("", 0)
-                of_log.get(log, []).append((number, Path(folder, name)))
-                if log not in of_log:
-                    loose.append(Path(folder, name))
-        for log, segments in of_log.items():
-            seals.append((Path(folder, f"{log}{SEAL_SUFFIX}"), [path for _, path in sorted(segments)]))
+        logs = {name.removesuffix(SEAL_SUFFIX) for name in names if name.endswith(SEAL_SUFFIX)}
+        seals += [Path(folder, f"{log}{SEAL_SUFFIX}") for log in logs]
+        segments = [name for name in names if name.endswith(SUFFIX)]
+        loose += [Path(folder, name) for name in segments if (log_of(name) or ("", 0))[0] not in logs]
     if not seals and not loose:
         raise NotEvidence(str(evidence), f"not an evidence folder: it holds no *{SUFFIX} segment and no seal")
     return sorted(seals), sorted(loose)
