@@ -22,7 +22,6 @@ import re
 import socket
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -61,8 +60,7 @@ class Bounds(NamedTuple):
 DEFAULT_BOUNDS: Final = Bounds()
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """What is to be signed: see :meth:`Journal.cut`."""
 
     checkpoint: Checkpoint

@@ -19,6 +19,10 @@ SCHEMA: Final = 1
 """Of segments and seals alike; each says it in its first line."""
 SHORT: Final = 8
 """Bytes of each record's leaf hash that stand in the seal: enough to say which line is not what was written."""
+BEFORE: Final = "ray_guard.journal.before"
+"""Names another log, in a line that vouches for it."""
+VOUCHES: Final = b'{"resourceSpans":[{"resource":{"attributes":[{"key":"ray_guard.journal.before",'
+"""How such a line begins. No target can have a line begin so."""
 
 _SEGMENT: Final = re.compile(r"(?P<log>.+)-(?P<number>[0-9]{6,})" + re.escape(SUFFIX))
 
@@ -38,3 +42,10 @@ def segments_of(folder: Path, log: str) -> list[Path]:
     """A log's segments, in order. Raises OSError."""
     found = ((log_of(name), name) for name in os.listdir(folder))
     return [folder / name for _, name in sorted((of[1], name) for of, name in found if of is not None and of[0] == log)]
+
+
+def unvouched(folder: Path, own: str) -> list[str]:
+    """The other logs in the folder that no log vouches for, oldest first. Raises OSError."""
+    names = set(os.listdir(folder))
+    logs = {name.removesuffix(SEAL_SUFFIX) for name in names if name.endswith(SEAL_SUFFIX)} - {own}
+    return sorted(log for log in logs if f"{log}{VOUCHED_SUFFIX}" not in names)

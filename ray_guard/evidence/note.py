@@ -19,8 +19,7 @@ import base64
 import binascii
 import hashlib
 import re
-from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 ORIGIN: Final = "ray_guard/"
 _ED25519: Final = b"\x01"
@@ -31,8 +30,7 @@ class BadNote(ValueError):
     """A text that is no checkpoint, no key, or not signed as it says."""
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """A log's public key and the name it signs under, as a C2SP verifier key: ``name+id+key``."""
 
     name: str
@@ -62,8 +60,7 @@ class Key:
         return key
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """What a log's signer vouches for."""
 
     log: str
@@ -92,13 +89,12 @@ class Checkpoint:
         return f"{self.text()}\n{_SIGNATURE}{key.name} {_encode(key.id + signature)}\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """A checkpoint as read: parsed, not yet verified."""
 
     checkpoint: Checkpoint
     text: str
-    signatures: tuple[tuple[str, bytes, bytes], ...] = field(repr=False)
+    signatures: tuple[tuple[str, bytes, bytes], ...]
     """(name, key id, signature)"""
 
     @classmethod

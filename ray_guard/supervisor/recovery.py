@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ray_guard.egress.made import Waiting
 from ray_guard.evidence.journal import Journal
-from ray_guard.evidence.recovery import VOUCHES, unvouched
+from ray_guard.evidence.layout import VOUCHES, unvouched
 
 log = logging.getLogger("ray_guard.recovery")
 
