@@ -12,10 +12,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray_guard.cli.output import show
 from ray_guard.evidence.note import BadNote
 from ray_guard.evidence.reader import NotEvidence
 from ray_guard.evidence.verify.check import Finding, LogReport, State, check
 from ray_guard.evidence.verify.seals import read_checkpoints, read_keys
+from ray_guard.report.text import printable
 
 if TYPE_CHECKING:
     # What add_subparsers() returns has no public name.
@@ -63,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
         return 2
     sound = not any(log.findings for log in logs)
     if args.json:
-        print(json.dumps(_as_json(args.evidence, logs, sound=sound), indent=1))
+        show(json.dumps(_as_json(args.evidence, logs, sound=sound), indent=1) + "\n")
     else:
         seconds = time.monotonic() - began
-        for line in _text(logs, seconds, sound=sound, believed=bool(keys or checkpoints)):
-            print(line)
+        lines = _text(logs, seconds, sound=sound, believed=bool(keys or checkpoints))
+        show("".join(f"{printable(line)}\n" for line in lines))
     return 0 if sound else 1
 
 

@@ -362,7 +362,7 @@ class Journal:
         if not self._broken and self.size < self.bounds.segment and not old:
             return False
         try:
-            segment = self._create(segment_name(self.log, self._number + 1))
+            segment = self._create_next()
         except OSError as error:
             log.warning("%s goes on: no new segment can be begun: %s", self.path, error.strerror)
             return False
@@ -373,26 +373,37 @@ class Journal:
         self._use(segment, max(0, found - self.size))
         return True
 
+    def _create_next(self) -> int:
+        """The next segment; names that somebody else has taken are passed over, and found by whoever verifies."""
+        while True:
+            try:
+                return self._create(segment_name(self.log, self._number + 1))
+            except FileExistsError:
+                self._number += 1
+
     def altered(self) -> str | None:
         """What somebody else has done to the segment since the last time, if anything; the next cut goes on in another.
 
         A look at its size and name: what was done to its content is for ``ray-guard verify`` to find.
         """
-        if self._broken:
-            return None
-        found = os.fstat(self._fd)
+        why = None if self._broken else self._changed(self._fd, self.path.name, self.size)
+        self._broken = self._broken or why is not None
+        return why
+
+    def seal_altered(self) -> str | None:
+        """Likewise of its seal, while :meth:`seal` is not running; what follows belongs into another log."""
+        return self._changed(self._seal_fd, f"{self.log}{SEAL_SUFFIX}", self._seal_size)
+
+    def _changed(self, descriptor: int, name: str, size: int) -> str | None:
+        found = os.fstat(descriptor)
+        if found.st_size != size:
+            return f"{name}: it holds {found.st_size} bytes, and {size} were written"
         try:
-            named = os.stat(self.path.name, dir_fd=self._folder_fd, follow_symlinks=False)
+            if os.path.samestat(found, os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)):
+                return None
         except OSError:
-            named = None
-        if found.st_size != self.size:
-            why = f"it holds {found.st_size} bytes, and {self.size} were written"
-        elif named is None or not os.path.samestat(found, named):
-            why = "it was removed, renamed or replaced"
-        else:
-            return None
-        self._broken = True
-        return f"{self.path.name}: {why}"
+            pass
+        return f"{name}: it was removed, renamed or replaced"
 
     def renew(self) -> None:
         """Begins another log, because nobody is left who could seal this one; the new one's records vouch for it.

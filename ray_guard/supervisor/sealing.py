@@ -103,8 +103,8 @@ class Sealer:
         self._busy: set[int] = set()
         """Journals (by id) of which a checkpoint is being signed or written."""
         self._couriers: dict[int, courier.Courier] = {}
-        self._stale: set[int] = set()
-        """Journals (by id) whose log nobody can seal any more."""
+        self._stale: dict[int, tuple[str, str]] = {}
+        """Why a journal (by id) needs a new log: nobody can seal the old one any more."""
         self._told: dict[int, float] = {}
         """When it was last said of a journal (by id) that it is full."""
         self._encoder = LineEncoder(Resource({"service.name": "ray_guard", "host.name": socket.gethostname()}))
@@ -235,20 +235,29 @@ class Sealer:
         self._asked.clear()
         if self._public is not None:
             self._public = None
-            self._stale = {id(journal) for journal in self._journals}
+            why = ("signer lost", "what signs checkpoints was ended or stopped from outside")
+            self._stale = {id(journal): why for journal in self._journals}
         self._loop.later(self._delay, self._start)
         self._delay = min(2 * self._delay, _BACKOFF_S[1])
 
+    def _look_at_seal(self, journal: Journal) -> None:
+        if id(journal) in self._busy or id(journal) in self._stale:
+            return
+        altered = journal.seal_altered()
+        if altered is not None:
+            self._stale[id(journal)] = ("altered", altered)
+
     def _renew(self, journal: Journal) -> None:
-        if id(journal) not in self._stale or id(journal) in self._busy:
+        why = self._stale.get(id(journal))
+        if why is None or id(journal) in self._busy:
             return
         try:
             journal.renew()
         except OSError as error:
             log.warning("%s stays unsealed: %s", journal.log, error)
         else:
-            self._stale.discard(id(journal))
-            self._violation(journal, "signer lost", "what signs checkpoints was ended or stopped from outside")
+            del self._stale[id(journal)]
+            self._violation(journal, *why)
             if self._public is not None:
                 self._introduce(journal)
 
@@ -261,13 +270,14 @@ class Sealer:
             altered = journal.altered()
             if altered is not None:
                 self._violation(journal, "altered", altered)
+            self._look_at_seal(journal)
             self._tell_if_full(journal)
             self._renew(journal)
             self._seal(journal)
         self._loop.later(SEAL_S, self._tick)
 
     def _seal(self, journal: Journal) -> None:
-        if self._line is None or self._public is None or id(journal) in self._busy | self._stale:
+        if self._line is None or self._public is None or id(journal) in self._busy or id(journal) in self._stale:
             self._syncer.ask((journal,))
             return
         cut = journal.cut()

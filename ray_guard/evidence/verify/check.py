@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from ray_guard.evidence.verify.align import Change, Difference, differences
 from ray_guard.evidence.verify.seals import Seal, read_seal
 
 _BLOCK: Final = 1 << 22
+_SEALED_WITHIN_S: Final = 60.0
+"""Of a log that is being written: far more than a slow disk takes."""
 _NAMED: Final = 20
 """Differences of one log that are named."""
 
@@ -261,7 +264,7 @@ def _vouched(by: str, lines: Sequence[bytes]) -> Iterator[Known]:
                 key = Key.parse(str(about["key"]))
                 if verified(note, key):
                     yield Known(log, note.checkpoint.size, note.checkpoint.root, f"log {by}", key)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration, RecursionError):
             continue  # altered: that log's own root tells
 
 
@@ -386,8 +389,13 @@ def _judge_tail(log: _Log, report: LogReport, consumed: int, whole: Sequence[Kno
     vouched = max((each.size for each in whole), default=0)
     many = "1 record" if count == 1 else f"{count} records"
     if report.state is State.LIVE:
-        if count:
+        idle = _idle_s(log)
+        if count and idle < _SEALED_WITHIN_S:
             report.notes.append(f"{many} not sealed yet: the log is being written")
+        elif count:  # somebody holds its lock, and it may not be its supervisor
+            position, span = _places(content, [consumed])[consumed]
+            text = f"{many} written {idle:.0f} s ago and not sealed, though somebody holds the log as its writer would"
+            report.findings.append(Finding(Kind.UNSEALED, position, text, span))
         return
     if report.state is State.RECOVERED and content.count <= vouched:
         late = f"; {many} after its last checkpoint were sealed late" if count else ""
@@ -407,6 +415,11 @@ def _judge_tail(log: _Log, report: LogReport, consumed: int, whole: Sequence[Kno
     else:
         text = f"{content.count - first} records were added here, after the log's end"
         report.findings.append(Finding(Kind.INSERTED, position, text, span))
+
+
+def _idle_s(log: _Log) -> float:
+    """Seconds since it was last written to."""
+    return time.time() - max((path.stat().st_mtime for path in log.segments), default=0.0)
 
 
 def _places(content: _Content, indexes: Sequence[int]) -> dict[int, tuple[Position, str]]:
