@@ -1,4 +1,4 @@
-"""What commands print for people. Runs in the command."""
+"""What the commands that read evidence print with. Runs later."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 
 
-def show(content: str) -> None:
+def say(content: str) -> None:
     """To stdout in whatever encoding it has, and quietly when nobody reads any more (``| head``)."""
     encoding = sys.stdout.encoding or "utf-8"
     try:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_guard.cli.output import show
+from ray_guard.cli.output import say
 from ray_guard.evidence.reader import NotEvidence, Quarantine, merge, read, segments
 from ray_guard.report import html, tables, terminal
 from ray_guard.report.index import Index
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
             return _failed(f"{args.html} cannot be written: {error.strerror}")
     wide = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else None
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    show(terminal.render(report, columns=wide, colour=colour))
+    say(terminal.render(report, columns=wide, colour=colour))
     if args.html is not None:
-        show(f"\nwritten: {args.html}\n")
+        say(f"\nwritten: {args.html}\n")
     return 0
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray_guard.cli.output import show
+from ray_guard.cli.output import say
 from ray_guard.evidence.note import BadNote
 from ray_guard.evidence.reader import NotEvidence
 from ray_guard.evidence.verify.check import Finding, LogReport, State, check
@@ -65,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
         return 2
     sound = not any(log.findings for log in logs)
     if args.json:
-        show(json.dumps(_as_json(args.evidence, logs, sound=sound), indent=1) + "\n")
+        say(json.dumps(_as_json(args.evidence, logs, sound=sound), indent=1) + "\n")
     else:
         seconds = time.monotonic() - began
         lines = _text(logs, seconds, sound=sound, believed=bool(keys or checkpoints))
-        show("".join(f"{printable(line)}\n" for line in lines))
+        say("".join(f"{printable(line)}\n" for line in lines))
     return 0 if sound else 1
 
 

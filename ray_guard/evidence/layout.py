@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Final
 
 SUFFIX: Final = ".otlp.jsonl"
@@ -38,13 +37,7 @@ def log_of(name: str) -> tuple[str, int] | None:
     return None if match is None else (match["log"], int(match["number"]))
 
 
-def segments_of(folder: Path, log: str) -> list[Path]:
-    """A log's segments, in order. Raises OSError."""
-    found = ((log_of(name), name) for name in os.listdir(folder))
-    return [folder / name for _, name in sorted((of[1], name) for of, name in found if of is not None and of[0] == log)]
-
-
-def unvouched(folder: Path, own: str) -> list[str]:
+def unvouched(folder: str | os.PathLike[str], own: str) -> list[str]:
     """The other logs in the folder that no log vouches for, oldest first. Raises OSError."""
     names = set(os.listdir(folder))
     logs = {name.removesuffix(SEAL_SUFFIX) for name in names if name.endswith(SEAL_SUFFIX)} - {own}

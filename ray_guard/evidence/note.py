@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from typing import Final, NamedTuple
 
 from ray_guard.evidence.layout import log_of
+from ray_guard.evidence.merkle import sha256
 
 ORIGIN: Final = "ray_guard/"
 _ED25519: Final = b"\x01"
@@ -40,7 +40,7 @@ class Key(NamedTuple):
 
     @property
     def id(self) -> bytes:
-        return hashlib.sha256(self.name.encode("utf-8", "surrogatepass") + b"\n" + _ED25519 + self.public).digest()[:4]
+        return sha256()(self.name.encode("utf-8", "surrogatepass") + b"\n" + _ED25519 + self.public).digest()[:4]
 
     def __str__(self) -> str:
         return f"{self.name}+{self.id.hex()}+{base64.b64encode(_ED25519 + self.public).decode()}"

@@ -17,15 +17,14 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, Self
 
-from ray_guard.evidence.layout import BEFORE, SEAL_SUFFIX, VOUCHED_SUFFIX, segments_of, unvouched
+from ray_guard.evidence.layout import BEFORE, SEAL_SUFFIX, VOUCHED_SUFFIX, unvouched
 from ray_guard.evidence.merkle import Tree
 from ray_guard.evidence.otlp import LineEncoder, NotOtlp, decode, resource_line
-from ray_guard.evidence.reader import open_segment, scan
+from ray_guard.evidence.reader import open_segment, scan, segments_of
 from ray_guard.records import AttributeValue, StatusCode
 
 _IDS: Final = re.compile(rb'"spans":\[\{"traceId":"([0-9a-f]{32})","spanId":"([0-9a-f]{16})"')
@@ -152,8 +151,7 @@ class _Found:
             except (NotOtlp, ValueError):
                 continue
             attributes = {**record.attributes, "ray_guard.ended_by": "supervisor", "ray_guard.recovered_from": log}
-            ended = replace(
-                record,
+            ended = record._replace(
                 end_ns=max(record.start_ns, self._last_ns),
                 attributes=attributes,
                 status=StatusCode.ERROR,

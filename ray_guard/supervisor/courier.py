@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import IO, Final, cast
+from typing import IO, cast
 
 from ray_guard.egress.made import Waiting
+from ray_guard.log import logger
 
-log = logging.getLogger("ray_guard.courier")
-
-VARIABLE: Final = "RAY_GUARD_EVIDENCE_CHECKPOINTS"
-"""Where checkpoints are taken to: see :func:`ray_guard.evidence.courier.destination`."""
+log = logger("ray_guard.courier")
 
 
 class Courier:

@@ -7,30 +7,31 @@ each journal: a slow disk or signer makes batches larger, and calls wait for nei
 from __future__ import annotations
 
 import base64
-import importlib.util
 import itertools
-import logging
 import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from queue import SimpleQueue
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ray_guard.egress.made import Waiting
 from ray_guard.errors import NotEnforced
-from ray_guard.evidence.courier import CourierError, destination
 from ray_guard.evidence.journal import Cut, Journal, JournalError
 from ray_guard.evidence.note import ORIGIN, Key
 from ray_guard.evidence.otlp import LineEncoder, resource_line
 from ray_guard.kernel import seqpacket
+from ray_guard.log import logger
 from ray_guard.records import AttributeValue, Resource, Source, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import courier
 from ray_guard.supervisor.recovery import Recovery
+
+if TYPE_CHECKING:
+    from ray_guard.supervisor.courier import Courier
 
 SEAL_S: Final = 1.0
 """How often journals are forced to disk, and sealed."""
@@ -39,12 +40,14 @@ _FIRST_S: Final = 0.2
 _BACKOFF_S: Final = (1.0, 60.0)
 _LAST_S: Final = 5.0
 """How long the last checkpoint is waited for."""
+_DESTINATION: Final = "RAY_GUARD_EVIDENCE_CHECKPOINTS"
+"""Where checkpoints are taken to: see :func:`ray_guard.evidence.courier.destination`."""
 _PATIENCE_S: Final = 5.0
 """How long a signature may take."""
 _TOLD_S: Final = 60.0
 """How often it is said that a journal is full."""
 
-log = logging.getLogger("ray_guard.sealing")
+log = logger("ray_guard.sealing")
 
 
 class Syncer:
@@ -102,7 +105,7 @@ class Sealer:
         """When the oldest of those was asked for."""
         self._busy: set[int] = set()
         """Journals (by id) of which a checkpoint is being signed or written."""
-        self._couriers: dict[int, courier.Courier] = {}
+        self._couriers: dict[int, Courier] = {}
         self._stale: dict[int, tuple[str, str]] = {}
         """Why a journal (by id) needs a new log: nobody can seal the old one any more."""
         self._told: dict[int, float] = {}
@@ -120,7 +123,8 @@ class Sealer:
         """
         self._send_courier(journal, environment)
         if not self._journals:
-            if importlib.util.find_spec("cryptography") is None:
+            # Not find_spec, which lists every folder: the first call would wait.
+            if not any(os.path.isdir(f"{entry}/cryptography") for entry in sys.path):
                 raise NotEnforced(["evidence"], "its seal needs the package cryptography: pip install cryptography")
             self._loop.later(_FIRST_S, self._start)
             self._loop.later(SEAL_S, self._tick)
@@ -140,9 +144,12 @@ class Sealer:
             each.close()
 
     def _send_courier(self, journal: Journal, environment: Mapping[str, str]) -> None:
-        spelled = environment.get(courier.VARIABLE, "").strip()
+        spelled = environment.get(_DESTINATION, "").strip()
         if not spelled:
             return
+        # Here alone: whoever has no destination need not wait until it is loaded.
+        from ray_guard.evidence.courier import CourierError, destination
+        from ray_guard.supervisor.courier import Courier
 
         def told(why: str) -> None:
             log.warning("checkpoints do not reach %s: %s", spelled, why)
@@ -150,9 +157,9 @@ class Sealer:
 
         try:
             destination(spelled, environment)
-            self._couriers[id(journal)] = courier.Courier(self._loop, spelled, environment, told)
+            self._couriers[id(journal)] = Courier(self._loop, spelled, environment, told)
         except (CourierError, OSError) as error:
-            raise NotEnforced(["evidence"], f"{courier.VARIABLE}: {error}") from error
+            raise NotEnforced(["evidence"], f"{_DESTINATION}: {error}") from error
 
     def _recover(self, journal: Journal) -> None:
         Recovery(self._loop, journal, self.recover)

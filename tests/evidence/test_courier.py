@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from ray_guard.evidence.courier import CourierError, destination
+from ray_guard.evidence.layout import segment_name
 from ray_guard.evidence.note import ORIGIN, Checkpoint, Key
 from ray_guard.evidence.verify.seals import read_checkpoints
 
 
 def line(size: int, log: str = "log") -> bytes:
     key = Key(f"{ORIGIN}{log}", bytes(32))
-    checkpoint = Checkpoint(log, size, bytes(32), (("s", size),), bytes(32), 1, 2)
+    checkpoint = Checkpoint(log, size, bytes(32), ((segment_name(log, 1), size),), bytes(32), 1, 2)
     return json.dumps({"key": str(key), "checkpoint": checkpoint.signed(key, bytes(64))}).encode() + b"\n"
 
 

@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def connects(host: Host, port: int) -> str:
 
 
 def violations(evidence: Path, reason: str) -> list[dict[str, Any]]:
-    found = [span["attributes"] for span in read_journal(evidence) if span["name"] == "ray_guard.violation"]
+    found = [span["attributes"] for span in read_journal_whole(evidence) if span["name"] == "ray_guard.violation"]
     return [each for each in found if each["ray_guard.violation.kind"] == "evidence" and each["error.type"] == reason]
 
 
@@ -134,12 +134,12 @@ def test_the_next_supervisor_sees_to_what_a_killed_one_left(namespace: Namespace
 
 
 def read_journal_whole(evidence: Path) -> list[dict[str, Any]]:
-    """:func:`read_journal`, where a segment ends in half a line."""
-    copies = evidence.with_name(f"whole-{time.monotonic_ns()}")
-    copies.mkdir()
-    for path in evidence.glob("*.otlp.jsonl"):
-        (copies / path.name).write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
-    return read_journal(copies)
+    """:func:`read_journal`, where a segment ends in half a line, torn or being written."""
+    with tempfile.TemporaryDirectory() as copies:
+        for path in evidence.glob("*.otlp.jsonl"):
+            content = path.read_bytes()
+            Path(copies, path.name).write_bytes(content[: content.rfind(b"\n") + 1])
+        return read_journal(Path(copies))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
