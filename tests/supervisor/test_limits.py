@@ -395,7 +395,7 @@ def test_a_swarm_that_nobody_waits_for_is_charged(tmp_path: Path, end: str, cloc
         bound = about.get("ray_guard.process.cpu_bound_seconds", 0)
         print(f"{end}, {clock}: ended after {outcome.seconds:.2f} s, {bound:.2f} s of it bounds")
         assert outcome.seconds < 12
-        assert bound == 0 if clock != "none" else bound < 0.5 if end == "os._exit(0)" else bound >= 0.5
+        assert bound == 0 if clock != "none" else bound < 0.9 if end == "os._exit(0)" else bound >= 0.5
 
 
 def test_children_that_have_ended_count(tmp_path: Path) -> None:
