@@ -67,7 +67,7 @@ class Node:
         self.loop = loop
         self.leaders = leaders
         self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop, self._flush)
+        self.meter = Meter(SockDiag(), loop, self._flush, borrows=self.means.borrows)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.paid: dict[str, Paid] = {}
@@ -293,6 +293,7 @@ class Node:
             control_folders=(*own, *sorted(folders)),
             guard_folders=own,
             ray_listen=membership.listening if membership is not None else frozenset(),
+            cuts=self.means.borrows,
         )
 
     def _changed(self) -> None:

@@ -604,18 +604,6 @@ def _sends_anywhere(descriptor: int) -> bool:
         return sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
 
 
-def _refuse_what_needs_descriptors(policy: CompiledPolicy) -> None:
-    """Raises NotEnforced for what cannot be held where pidfd_getfd is refused (see ``egress.made``)."""
-    if grants_datagrams(policy):
-        raise NotEnforced(
-            ["egress.allow"], "udp:// destinations cannot be judged here: pidfd_getfd is refused (CAP_SYS_PTRACE)"
-        )
-    capped = [s for s in Scope if any("egress" in kind for kind in policy.limits(s))]
-    if capped:
-        names = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
-        raise NotEnforced(names, "direct flows cannot be cut here: pidfd_getfd is refused (CAP_SYS_PTRACE)")
-
-
 def _refuse_what_nobody_counts(policy: CompiledPolicy) -> None:
     """Raises NotEnforced for limits of tokens in a lone command: nobody but the relay sees what it asks a model."""
     if any(wire.get("model_endpoint") for wire in policy.wires):
@@ -663,8 +651,9 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
             raise NotEnforced(missing, "this version does not enforce that yet")
         if kind == "run":
             _refuse_what_nobody_counts(policy)
-        if not borrows:
-            _refuse_what_needs_descriptors(policy)
+        if not borrows and grants_datagrams(policy):  # see egress.made
+            text = "udp:// destinations cannot be judged here: pidfd_getfd is refused (CAP_SYS_PTRACE)"
+            raise NotEnforced(["egress.allow"], text)
         capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
         if uncounted and any(layer.listen for layer in policy.layers):

@@ -98,8 +98,8 @@ def _only_read(text: str) -> bool:
 
 _READERS: Final = frozenset(
     (
-        "grep egrep fgrep rg ag ack cat less more head tail echo printf sed awk find ls wc sort uniq diff git man cd jq tee "
-        "vi vim nano"
+        "grep egrep fgrep rg ag ack cat less more head tail echo printf sed awk find ls wc sort uniq diff git man "
+        "cd jq tee vi vim nano"
     ).split()
 )
 
