@@ -68,13 +68,13 @@ def book(monkeypatch: pytest.MonkeyPatch) -> Iterator[Book]:
 def closed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], BaseException | None]]:
     """The spans that ended, with their attributes and what they ended with."""
     found: list[tuple[str, dict[str, Any], BaseException | None]] = []
-    leave = requests.Chat.__exit__
+    leave = requests.ChatSpan.__exit__
 
     def noted(self: Any, kind: Any, error: Any, trace: Any) -> None:
         found.append((self.name, dict(self._attributes), error))
         leave(self, kind, error, trace)
 
-    monkeypatch.setattr(requests.Chat, "__exit__", noted)
+    monkeypatch.setattr(requests.ChatSpan, "__exit__", noted)
     return found
 
 
@@ -148,7 +148,7 @@ def test_several_sequences_pay_at_once_and_end_together(book: Book, closed: list
 def test_what_vllm_did_not_take_costs_nothing(book: Book, closed: list[Any]) -> None:
     ledger = Ledger(MODEL)
     ledger.admit(request("a"))
-    ledger.withdraw("a", ValueError("bad"))
+    ledger.failed(ValueError("bad"), ["a", "never heard of"])
     assert book.settled == [(0, 0)]
     assert isinstance(closed[0][2], ValueError)
 
@@ -200,14 +200,14 @@ def test_a_prompt_in_pieces_is_one_bill(book: Book, closed: list[Any]) -> None:
 
 def test_whose_it_is(book: Book, closed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    enter = requests.Chat.__enter__
+    enter = requests.ChatSpan.__enter__
 
     def noted(self: Any) -> Any:
         enter(self)
         seen.append((self.episode, self.parent, self.identity.get("rl.policy.version")))
         return self
 
-    monkeypatch.setattr(requests.Chat, "__enter__", noted)
+    monkeypatch.setattr(requests.ChatSpan, "__enter__", noted)
     ledger = Ledger(MODEL)
     with episode(id="e", policy_version="3") as e, turn(1) as t:
         ledger.admit(request("a"))
