@@ -168,6 +168,10 @@ class Request:
         self._left -= 1
         return self._left <= 0
 
+    def error(self) -> Exception | None:
+        """What the engine itself has ended a sequence with, if it has."""
+        return RuntimeError("the engine ended it with an error") if "error" in self._reasons.values() else None
+
     def settle(self, error: BaseException | None = None) -> None:
         """Everything has ended: charges what was used and ends the span. Raises SupervisorLost."""
         self._charge()
@@ -373,7 +377,7 @@ class Ledger:
             return
         request, sequence = known
         if request.end(sequence, reason):
-            self._close(request)
+            self._close(request, request.error())
 
     def failed(self, error: BaseException, request_ids: Iterable[str] | None = None) -> None:
         """These requests (None: all) come to nothing more: what is known of them is charged, and nothing is of what

@@ -163,6 +163,15 @@ def test_the_engine_dies_and_what_is_known_is_charged(book: Book, closed: list[A
     assert len(ledger) == 0
 
 
+def test_the_engine_ends_one_with_an_error(book: Book, closed: list[Any]) -> None:
+    ledger = Ledger(MODEL)
+    ledger.admit(request("a"))
+    ledger.running("a", state(10, 2))
+    ledger.finished("a", "error")
+    assert book.settled == [(12, PRICE.flops(12, 0))]
+    assert isinstance(closed[0][2], RuntimeError)
+
+
 def test_flops_of_an_unknown_architecture(book: Book, closed: list[Any]) -> None:
     ledger = Ledger(Model("odd", 100, None, "model_type: 'odd' is not usable"))
     ledger.admit(request("a"))
