@@ -161,6 +161,7 @@ class Node:
 
             self._ceilings = Ceilings(self._own_ports)
             self.surroundings_changed.append(self._ceilings.changed)
+            self.means.relay.led = self._ceilings.led
         self._ceilings.put(leaf, policy.wires, exact=exact)
 
     def lift_ceiling(self, leaf: Leaf | None) -> None:
