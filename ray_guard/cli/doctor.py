@@ -10,7 +10,7 @@ from typing import Any, Final
 from ray_guard.egress.meter import TICK_S
 from ray_guard.egress.resolver import start as resolver
 from ray_guard.kernel.probe import Feature, Status, probe
-from ray_guard.supervisor import ceilings, leaf
+from ray_guard.supervisor import ceilings, leaf, memory_group
 
 _EGRESS: Final = (
     "seccomp.architecture",
@@ -62,7 +62,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    features = probe({"resolver": resolver.probe, "cgroup.kill": leaf.probe, "nftables": ceilings.probe})
+    more = {
+        "resolver": resolver.probe,
+        "cgroup.kill": leaf.probe,
+        "cgroup.memory": memory_group.probe,
+        "nftables": ceilings.probe,
+    }
+    features = probe(more)
     enforceable = judge(features)
     if arguments.json:
         rows = [{"name": f.name, "status": f.status.value, "detail": f.detail} for f in features]

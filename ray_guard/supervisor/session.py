@@ -32,6 +32,7 @@ from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.consequences import Consequences, acts
+from ray_guard.supervisor.model_calls import announced
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.ring import Ring, grants_datagrams
@@ -90,6 +91,7 @@ class Session:
             "ended": self._ended_for,
             "reserve": self._reserve,
             "settle": self._settle,
+            "price": self._price,
             "engine": self._engine,
             "engine_state": self._engine_state,
             "tighten": self._tighten,
@@ -449,6 +451,13 @@ class Session:
 
     def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         self._node.quotas.settle(self._known(), message)
+
+    def _price(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        """What the models that a policy actor serves cost; nobody else's word counts."""
+        target = self._known()
+        if target.policy.role is not Role.POLICY:
+            raise seqpacket.BadPacket("no policy actor")
+        self._node.prices.update(announced(target.run_id, message))
 
     def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
         self._node.gpus.watching().register(self._known(), int(message["pid"]), str(message.get("phase")))

@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from ray_guard.client.context import parse_traceparent, read_context
 from ray_guard.client.engine import Phase
+from ray_guard.client.quota import announce_price
 from ray_guard.errors import NotEnforced
 from ray_guard.integrations.vllm import limits
 from ray_guard.integrations.vllm.engines import Engines
@@ -69,6 +70,9 @@ class _Attached:
         from ray_guard.integrations.vllm import refusal
 
         model = Model("unknown", 1 << 40, None, "no engine is known") if config is None else model_of(config)
+        if model.cost is not None:
+            per_token, per_context_token = model.cost.flops_per_token, model.cost.flops_per_context_token
+            announce_price(model.names, per_token=per_token, per_context_token=per_context_token)
         group = group or Engines()
         ledger = Ledger(model, refusal.of, group.busy)
         self._ledgers[processor] = ledger
@@ -349,6 +353,9 @@ def _set_version(original: Method) -> Method:
 
 # The OpenAI server -------------------------------------------------------------------------------------------------
 
+RESERVATION: Final = "x-ray-guard-reservation"
+"""The header in which the guard's relay says that it charges whoever asked (``model_endpoint``)."""
+
 
 def _trace_headers(original: Method) -> Method:
     """Called once for each HTTP request, in the task that will hand it to the engine."""
@@ -357,7 +364,7 @@ def _trace_headers(original: Method) -> Method:
     async def get_trace_headers(self: Any, headers: Any) -> Any:
         named = parse_traceparent(headers.get("traceparent"))
         above = None if named is None else read_context({"trace": named[0], "span": named[1], "sampled": named[2]})
-        PLACE.set(Place(above, is_http=True))
+        PLACE.set(Place(above, is_http=True, paid=headers.get(RESERVATION)))
         return await original(self, headers)
 
     return get_trace_headers
@@ -415,6 +422,10 @@ POINTS: Final[dict[str, tuple[Point, ...]]] = {
     ),
     "vllm.entrypoints.generate.base.serving": (
         Point("GenerateBaseServing", "_preflight", (), _preflight, required=False),
+    ),
+    "vllm.entrypoints.openai.responses.serving": (
+        # The engine is asked only when the answer is streamed, which is in another task.
+        Point("OpenAIServingResponses", "_generate_with_builtin_tools", ("request_id",), _generate, required=False),
     ),
 }
 

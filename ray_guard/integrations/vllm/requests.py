@@ -36,11 +36,13 @@ class Place(NamedTuple):
     """Where a request was asked for.
 
     An HTTP request comes from no scope of this process, least of all from the one the server was started in. Its
-    ``traceparent`` names a parent; it is no proof of whose budget to charge, so whoever computes pays alone.
+    ``traceparent`` names a parent; it is no proof of whose budget to charge, so whoever computes pays alone. ``paid``
+    is: the word by which the supervisor knows who of them is charged by its relay already.
     """
 
     above: Node | None
     is_http: bool = False
+    paid: str | None = None
 
 
 PLACE: ContextVar[Place | None] = ContextVar("ray_guard_vllm_place", default=None)
@@ -68,6 +70,8 @@ class Model(NamedTuple):
     """Routed experts of a layer; 0: not known."""
     is_routing_told: bool = False
     """The engine was asked to return the experts of each token."""
+    names: tuple[str, ...] = ()
+    """All that it is served under."""
 
     def flops(self, tokens: int, context: int) -> int | None:
         return None if self.cost is None else self.cost.flops(tokens, context)
@@ -77,9 +81,9 @@ def model_of(config: Any) -> Model:
     """The model of a ``VllmConfig``, its cost by the configuration that vLLM itself runs it with."""
     served = config.model_config
     names = served.served_model_name
-    name = names if isinstance(names, str) else next(iter(names or ()), served.model)
+    every = (names,) if isinstance(names, str) else tuple(map(str, names or (served.model,)))
     told = bool(getattr(getattr(config, "aux_output_config", None), "enable_return_routed_experts", False))
-    model = Model(str(name), int(served.max_model_len), None, is_routing_told=told)
+    model = Model(every[0], int(served.max_model_len), None, is_routing_told=told, names=every)
     try:
         known = cost(served.hf_config.to_dict())
         return model._replace(cost=known, experts=int(served.get_num_experts()))
@@ -321,7 +325,7 @@ class Ledger:
             span.__enter__()
             try:
                 most = None if flops is None else sequences * flops
-                reservation = reserve(tokens=tokens, flops=most, context=payer)
+                reservation = reserve(tokens=tokens, flops=most, context=payer, paid=place.paid)
             except BaseException as error:
                 span.__exit__(type(error), error, error.__traceback__)
                 raise

@@ -22,6 +22,7 @@ MODULES: Final = (
     "vllm.v1.engine.async_llm",
     "vllm.entrypoints.serve.engine.serving",
     "vllm.entrypoints.generate.base.serving",
+    "vllm.entrypoints.openai.responses.serving",
 )
 """Whose classes the hook has parts in."""
 

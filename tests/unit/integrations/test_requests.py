@@ -32,11 +32,13 @@ class Book:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.settled: list[tuple[int, float | None]] = []
+        self.paid: list[str | None] = []
         self.refuse: Exception | None = None
 
-    def reserve(self, *, tokens: int, flops: float | None = None, context: Any = None) -> Any:
+    def reserve(self, *, tokens: int, flops: float | None = None, context: Any = None, paid: str | None = None) -> Any:
         node = carry.current()
         self.asked.append({"tokens": tokens, "flops": flops, "context": context, "above": node and node.span})
+        self.paid.append(paid)
         if self.refuse is not None:
             raise self.refuse
         book = self
@@ -225,11 +227,12 @@ def test_whose_it_is(book: Book, closed: list[Any], monkeypatch: pytest.MonkeyPa
         ledger.admit(request("b"))
         ledger.version = "w5"
         ledger.admit(request("c"))
-        token = PLACE.set(Place(None, is_http=True))
+        token = PLACE.set(Place(None, is_http=True, paid="word"))
         ledger.admit(request("d"))
         PLACE.reset(token)
     assert seen == [(e.span, t.span, "3"), (e.span, t.span, "4"), (e.span, t.span, "w5"), (None, None, "w5")]
     assert [each["context"] for each in book.asked] == [None, None, None, {"trace": None, "span": None}]
+    assert book.paid == [None, None, None, "word"]
 
 
 def test_a_server_with_no_room_left(book: Book) -> None:
@@ -249,7 +252,8 @@ def test_the_model_by_the_configuration_that_vllm_runs(served: Any, name: str) -
             served_model_name=served, model="/models/four", max_model_len=100, hf_config=hf, get_num_experts=lambda: 8
         )
     )
-    assert model_of(config) == Model(name, 100, PRICE, "", 8)
+    names = (name, *served[1:]) if isinstance(served, list) else (name,)
+    assert model_of(config) == Model(name, 100, PRICE, "", 8, names=names)
     hf.to_dict = lambda: {**CONFIG, "model_type": "other"}
     unknown = model_of(config)
     assert unknown.cost is None

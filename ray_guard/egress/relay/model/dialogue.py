@@ -81,7 +81,8 @@ class Dialogue:
         self._authority = str(told["authority"])
         self._enforced = bool(told["enforced"])
         self._catalogue = catalogue
-        self._requests = Requests(Server(frozenset(told["hosts"]), int(told["port"])))
+        server = Server(frozenset(told["hosts"]), int(told["port"]))
+        self._requests = Requests(server, keeps=not self._enforced)
         self._answers = Answers()
         self.to_tool = bytearray()
         self.to_engine = bytearray()
@@ -91,6 +92,8 @@ class Dialogue:
         """Nothing more is read of the client; the connection ends when it has what is in :attr:`to_tool`."""
         self._transparent = False
         """Nothing is refused (mode ``report``), and something came that is no call of a model."""
+        self._last = False
+        """The connection ends with the answer that is on its way."""
         self._state = "idle"
         self._head: Head | None = None
         self._ask: Ask | None = None
@@ -284,8 +287,6 @@ class Dialogue:
     def _end_answer(self, answer: AnswerHead) -> None:
         self._answers.next()
         collected, self._collected = bytes(self._collected or b""), None
-        if not answer.keep:
-            self.closing = True
         if self._state == "learning":
             self._answer = None
             self._catalogue.learn(lengths(collected) if answer.status == 200 else {})
@@ -293,6 +294,7 @@ class Dialogue:
             if answer.keep:
                 self._seek_admission(self._ask)
             else:
+                self.closing = True
                 self._error(503, "server_error", "the engine's server closes its connections: try again")
             return
         if self._stream is not None:
@@ -337,14 +339,13 @@ class Dialogue:
         elif head.version == b"HTTP/1.1":
             named["Transfer-Encoding"] = "chunked"
         else:
-            self.closing = True
+            self._last = True
         if answer.retry_after is not None:
             named["Retry-After"] = answer.retry_after
         if self._ask is not None and self._ask.dropped:
             named["x-ray-guard-dropped"] = ", ".join(each for each in self._ask.dropped if _is_plain(each))
-        if not (head.keep and answer.keep):
-            self.closing = True
-        if self.closing:
+        self._last = self._last or not (head.keep and answer.keep)
+        if self._last:
             named["Connection"] = "close"
         self.to_tool += encode_head(f"HTTP/1.1 {answer.status} {_STATUS_TEXT.get(answer.status, 'Answer')}", named)
 
@@ -391,6 +392,7 @@ class Dialogue:
 
     def _next(self) -> None:
         self._requests.next()
+        self.closing = self.closing or self._last
         self._state, self._head, self._ask, self._answer = "idle", None, None, None
         self._stream, self._collected, self._first_ns = None, None, None
 

@@ -166,6 +166,21 @@ def test_however_it_ends_what_was_admitted_is_settled_once(ends: str, at: str) -
         assert line.take("to_engine") == b""
 
 
+@pytest.mark.parametrize("how", ["Connection: close", "HTTP/1.0"])
+def test_a_stream_to_who_wants_no_more_goes_on_to_its_end(how: str) -> None:
+    line = Line()
+    data = request("/v1/chat/completions", "POST", how, stream=True) if ":" in how else request(stream=True)
+    line.dialogue.from_tool(data.replace(b"HTTP/1.1", b"HTTP/1.0") if how == "HTTP/1.0" else data)
+    line.dialogue.answered({**ADMITTED, "call": line.said()[0]["call"]})
+    line.dialogue.from_engine(STREAM + chunk(event(choices=[{"index": 0}])))
+    assert not line.dialogue.closing
+    assert b"Connection: close" in line.take("to_tool")
+    line.dialogue.from_engine(chunk(event(choices=[], usage=usage(7, 5))) + chunk("data: [DONE]\n\n") + b"0\r\n\r\n")
+    assert b"[DONE]" in line.take("to_tool")
+    assert line.dialogue.closing
+    assert line.said()[-1]["output"] == 5
+
+
 def test_an_answer_that_was_not_asked_for_ends_it() -> None:
     line = Line()
     line.dialogue.from_engine(DONE)
