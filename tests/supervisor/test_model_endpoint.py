@@ -16,7 +16,7 @@ from typing import Any
 
 import launcher
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, wait
+from harness import PYTHON, ROOT, Host, Namespace, read_journal, wait
 from model_server import ADMIN, LENGTH, LOOKS, MODEL, PIECES, PROMPT_TOKENS, ModelServer
 
 pytestmark = pytest.mark.kernel
@@ -675,3 +675,19 @@ def test_an_endpoint_that_is_a_name(scene: Scene, tmp_path: Path, proxy: str | N
         assert scene.server.paths() == ["POST /v1/chat/completions"]
         assert json.loads(ask("other.example.org").stdout) == [403, 403]  # the address is right, the host is not
         assert scene.server.paths() == ["POST /v1/chat/completions"]
+
+
+def test_a_command_that_calls_a_model(scene: Scene, tmp_path: Path) -> None:
+    """``ray-guard run`` with limits of tokens: an agent CLI without Ray or Python of ours around it."""
+    policy = tmp_path / "policy.json"
+    endpoint = f"127.0.0.1:{scene.server.port}"
+    policy.write_text(json.dumps({"model_endpoint": endpoint, "budgets": {"call": {"tokens": 700}}}))
+    program = 'say([post("/v1/chat/completions", GIVEN)[0] for GIVEN in [GIVEN, {**GIVEN, "max_tokens": 1000}]])'
+    evidence = tmp_path / "evidence"
+    command = [PYTHON, "-m", "ray_guard.cli", "run", "--policy", str(policy), "--evidence", str(evidence), "--"]
+    argv = [*scene.namespace.prefix, *command, *scene.argv(program, HELLO)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout) == [200, 429]
+    spans = [span for span in read_journal(evidence) if span["name"] == f"chat {MODEL}"]
+    assert [span["attributes"].get("ray_guard.tokens.charged") for span in spans] == [PROMPT_TOKENS + 3, None]

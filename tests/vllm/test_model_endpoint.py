@@ -26,7 +26,7 @@ from harness import PYTHON, Host, Namespace, wait  # noqa: E402 - tests are no p
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make env installs it")
 pytest.importorskip("openai", reason="the openai client is not installed")
-pytestmark = [pytest.mark.vllm, pytest.mark.kernel, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.vllm, pytest.mark.kernel, pytest.mark.slow, pytest.mark.timeout(420)]
 
 MODEL = "tiny"
 JOB_TOKENS = 100_000
@@ -62,7 +62,7 @@ class Engine:
         )
 
     def await_ready(self) -> None:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while True:
             with contextlib.suppress(OSError):
                 self.get("/health")
