@@ -47,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="checkpoints that were kept elsewhere: what they speak of must still be there; repeatable",
+        help="checkpoints that were kept elsewhere: the logs they speak of must be in the folder; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

@@ -129,6 +129,8 @@ class Sealer:
             self._loop.later(_FIRST_S, self._start)
             self._loop.later(SEAL_S, self._tick)
         self._journals.append(journal)
+        if self._public is not None:
+            self._introduce(journal)
         self._loop.later(_FIRST_S, lambda: self._recover(journal))
 
     def close(self) -> None:
@@ -244,6 +246,9 @@ class Sealer:
             self._public = None
             why = ("signer lost", "what signs checkpoints was ended or stopped from outside")
             self._stale = {id(journal): why for journal in self._journals}
+        elif self._delay == _BACKOFF_S[0]:
+            for journal in self._journals:
+                self._violation(journal, "unsealed", "what signs checkpoints does not start: see the supervisor's log")
         self._loop.later(self._delay, self._start)
         self._delay = min(2 * self._delay, _BACKOFF_S[1])
 

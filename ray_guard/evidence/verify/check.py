@@ -256,7 +256,7 @@ def _vouched(by: str, lines: Sequence[bytes]) -> Iterator[Known]:
             said = json.loads(line)["resourceSpans"][0]["resource"]["attributes"]
             about = {each["key"].removeprefix(BEFORE).lstrip("."): next(iter(each["value"].values())) for each in said}
             log = str(about[""])
-            if "records" in about:
+            if int(about.get("records", -1)) >= 0:
                 root = bytes.fromhex(str(about["root"]))
                 yield Known(log, int(about["records"]), root, f"log {by}", whole=True)
             if "checkpoint" in about:
@@ -299,6 +299,8 @@ def _judge(log: _Log, said: Sequence[Known]) -> LogReport:
     if any(content.roots.get(each.checkpoint.size) != each.checkpoint.root for each in seal.sealed):
         altered, consumed = _altered(log)
         findings += altered
+    elif not findings:
+        findings += _shifted(log)
     findings += _contradicted(log, said, altered=bool(findings))
     _judge_tail(log, report, consumed, [each for each in said if each.whole])
     report.notes += [f"{path.name} ends in {size} bytes of an unfinished line" for path, size in content.torn]
@@ -333,6 +335,16 @@ def _altered(log: _Log) -> tuple[list[Finding], int]:
             return [Finding(Kind.DIFFERENT, position, text)], min(size, content.count)
         good = size
     return [], consumed
+
+
+def _shifted(log: _Log) -> Iterator[Finding]:
+    """Files that hold the right records, but not each its own."""
+    sealed, starts = log.seal.segments(), log.content.starts
+    for number, (path, start) in enumerate(starts[:-1]):
+        lines = starts[number + 1][1] - start
+        if sealed.get(path.name, lines) != lines:
+            text = f"it holds {lines} records, and was sealed with {sealed[path.name]}: some are in another segment now"
+            yield Finding(Kind.REORDERED, Position(str(path), 0, 0), text)
 
 
 def _named(content: _Content, found: Sequence[Difference]) -> list[Finding]:

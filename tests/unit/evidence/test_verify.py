@@ -158,6 +158,19 @@ def test_what_is_named(original: Path, tmp_path: Path) -> None:
     )
 
 
+def test_records_in_another_file(original: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(original, tmp_path / "e")
+    one, two, *_ = segments(folder)
+    lines = two.read_bytes().splitlines(keepends=True)
+    one.write_bytes(one.read_bytes() + lines[0])
+    two.write_bytes(b"".join(lines[1:]))
+    found = the_only(folder).findings
+    assert [(each.kind, each.position.path) for each in found] == [
+        (Kind.REORDERED, str(one)),
+        (Kind.REORDERED, str(two)),
+    ]
+
+
 def test_a_segment_is_gone(original: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(original, tmp_path / "e")
     gone = segments(folder)[1]
