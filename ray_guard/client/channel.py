@@ -52,12 +52,15 @@ class Channel:
         """The id of this process's account, for other nodes."""
         self.quotas: dict[str, dict[str, float]] = {}
         """What the policy says of tokens and FLOPs, by scope."""
+        self.leases = False
+        """These limits hold on other nodes too."""
         self.identity: dict[str, str | int] = dict(identity or {})
 
     def take(self, answer: Mapping[str, Any]) -> None:
         """What the supervisor says of the policy that holds now."""
         self.acts = bool(answer["acts"])
         self.account, self.quotas = str(answer["account"]), dict(answer["quotas"])
+        self.leases = bool(answer["leases"])
 
     def fileno(self) -> int:
         return self._sock.fileno()

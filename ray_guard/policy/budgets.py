@@ -246,18 +246,13 @@ class Account:
         """This scope's own enforced limits."""
         return dict(self._limits)
 
-    def own_room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
-        """:meth:`room` as far as this scope alone is concerned."""
-        limit = self.limit(kind)
-        return UNLIMITED if limit is UNLIMITED else max(0, limit - self._taken(kind))
-
     def room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
         """What may still be reserved: the least room of this scope and those around it; never negative."""
         _known(kind)
         least: Amount | Literal[Unlimited.UNLIMITED] = UNLIMITED
         for node in self._upwards():
-            own = node.own_room(kind)
-            if own is not UNLIMITED:
+            if kind in node._limits:
+                own = max(0, node._limits[kind] - node._taken(kind))
                 least = own if least is UNLIMITED else min(least, own)
         return least
 

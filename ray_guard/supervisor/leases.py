@@ -92,9 +92,13 @@ class Lease:
         return 0 if limit is UNLIMITED else limit
 
     @property
+    def _leased(self) -> Amount:
+        return sum(self._part(number) for number in self._mine)
+
+    @property
     def _room(self) -> Amount:
-        room = self._account.own_room(self._kind)
-        return 0 if room is UNLIMITED else room
+        """What is left of that; negative where more was used before the limit came."""
+        return self._leased - self._account.used(self._kind) - self._account.held(self._kind)
 
     def _part(self, number: int) -> Amount:
         """How much a part is. Together they are the limit exactly."""
@@ -110,9 +114,8 @@ class Lease:
 
     def _spread(self) -> None:
         """Tells the account what of its limit may not be used here."""
-        mine = sum(self._part(number) for number in self._mine)
         others = max(0, self._parts - self._free - len(self._mine)) * self._limit / self._parts
-        self._account.spread(self._kind, elsewhere=max(0, self._limit - mine), others=others)
+        self._account.spread(self._kind, elsewhere=max(0, self._limit - self._leased), others=others)
 
     def lacks(self, amount: Amount) -> bool:
         """Whether there is too little here, and perhaps more to be had."""
@@ -243,10 +246,12 @@ class Leases:
             self._loop.later(LOOK_S, self._look)
         return [(lease, 0) for lease in leases.values() if not lease.known]
 
-    def lacking(self, account: Account, amounts: Limits) -> list[tuple[Lease, Amount]]:
-        """Leases that are too small for ``amounts`` and may grow."""
-        leases = self._leases.get(account, {})
-        asked = [(leases[kind], amount) for kind, amount in amounts.items() if kind in leases]
+    def lacking(self, payers: Iterable[Account], amounts: Limits) -> list[tuple[Lease, Amount]]:
+        """Leases of ``payers`` that are too small for ``amounts`` and may grow."""
+        if not self._leases:
+            return []
+        leases = [self._leases[account] for account in payers if account in self._leases]
+        asked = [(each[kind], amount) for each in leases for kind, amount in amounts.items() if kind in each]
         return [(lease, amount) for lease, amount in asked if lease.lacks(amount)]
 
     def wait(self, lacking: Iterable[tuple[Lease, Amount]], again: Callable[[], None]) -> None:
