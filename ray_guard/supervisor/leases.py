@@ -118,8 +118,8 @@ class Lease:
         self._account.spread(self._kind, elsewhere=max(0, self._limit - self._leased), others=others)
 
     def lacks(self, amount: Amount) -> bool:
-        """Whether there is too little here, and perhaps more to be had."""
-        if self._room >= amount or len(self._mine) >= self._parts:
+        """Whether there is too little here (nothing at all, where ``amount`` is 0), and perhaps more to be had."""
+        if (self._mine and self._room >= amount) or len(self._mine) >= self._parts:
             return False
         return bool(self._free) or time.monotonic() - self._tried >= RETRY_S
 
@@ -246,12 +246,10 @@ class Leases:
             self._loop.later(LOOK_S, self._look)
         return [(lease, 0) for lease in leases.values() if not lease.known]
 
-    def lacking(self, payers: Iterable[Account], amounts: Limits) -> list[tuple[Lease, Amount]]:
-        """Leases of ``payers`` that are too small for ``amounts`` and may grow."""
-        if not self._leases:
-            return []
-        leases = [self._leases[account] for account in payers if account in self._leases]
-        asked = [(each[kind], amount) for each in leases for kind, amount in amounts.items() if kind in each]
+    def lacking(self, account: Account, amounts: Limits) -> list[tuple[Lease, Amount]]:
+        """Leases of this scope alone that are too small for ``amounts`` and may grow."""
+        leases = self._leases.get(account, {})
+        asked = [(leases[kind], amount) for kind, amount in amounts.items() if kind in leases]
         return [(lease, amount) for lease, amount in asked if lease.lacks(amount)]
 
     def wait(self, lacking: Iterable[tuple[Lease, Amount]], again: Callable[[], None]) -> None:

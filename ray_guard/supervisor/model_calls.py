@@ -11,19 +11,16 @@ supervisor gives it back with its own reservation, and does not charge again who
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ray_guard.egress.relay.model.admission import RELEASED, plan
 from ray_guard.evidence.journal import JournalError
 from ray_guard.log import logger
 from ray_guard.policy.bill import Bill
-from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded
+from ray_guard.policy.budgets import Account, Exceeded
 from ray_guard.policy.decide import Endpoint
 from ray_guard.policy.destination import canonical_address, is_address, is_loopback, parse_address
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor.leases import Lease
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
 
 if TYPE_CHECKING:
@@ -90,8 +87,6 @@ class ModelCalls:
 
     def __init__(self, ring: Ring, origin: Origin, span: str, model: Endpoint) -> None:
         self._target: Target = ring.target
-        self._leases = ring.node.leases
-        self._closed = False
         self._paid: dict[str, Paid] = ring.node.paid
         self._origin = origin
         self._span = span
@@ -99,16 +94,20 @@ class ModelCalls:
         self._where = f"http://{model[0]}:{model[1]}" if ":" not in model[0] else f"http://[{model[0]}]:{model[1]}"
         self._call: _Call | None = None
 
-    def heard(self, message: Message, answer: Callable[[Message], None]) -> None:
-        """What the relay says of the dialogue. Where it asks it is answered, once there is what a request needs."""
+    def heard(self, message: Message) -> Message | None:
+        """What the relay says of the dialogue; an answer, where it asks."""
         operation = message["op"]
         if operation == "ask":
-            lacking = self._lacking(message)
-            if lacking:
-                self._leases.wait(lacking, partial(self._asked, message, answer))
-            else:
-                self._asked(message, answer)
-            return
+            try:
+                return {"op": "answer", "call": message["call"], **self._admit(message)}
+            except JournalError:
+                log.exception("a model call could not be journaled")
+                self._abandon()
+                return {
+                    "op": "answer",
+                    "call": message["call"],
+                    **_error(503, "server_error", "no evidence can be written"),
+                }
         try:
             if operation == "called":
                 self._settle(message)
@@ -116,26 +115,7 @@ class ModelCalls:
                 self._refused(message)
         except JournalError:
             log.exception("a model call could not be journaled")
-
-    def _asked(self, message: Message, answer: Callable[[Message], None]) -> None:
-        if self._closed:
-            return
-        try:
-            found = self._admit(message)
-        except JournalError:
-            log.exception("a model call could not be journaled")
-            self._abandon()
-            found = _error(503, "server_error", "no evidence can be written")
-        answer({"op": "answer", "call": message["call"], **found})
-
-    def _lacking(self, message: Message) -> list[tuple[Lease, Amount]]:
-        """The leases of limits over several nodes that must grow for a request."""
-        account = self._origin.account
-        if account.closed:
-            return []
-        asked = (int(message["prompt"]), int(message["copies"]), message["output"], message["length"])
-        most = plan(*asked, UNLIMITED).reserve or asked[0] + asked[1]
-        return self._leases.lacking(Bill([account]).payers, {TOKENS: most})
+        return None
 
     # -- before --------------------------------------------------------------------------------------------------------
 
@@ -268,7 +248,6 @@ class ModelCalls:
 
     def close(self) -> None:
         """The connection has ended."""
-        self._closed = True
         try:
             self._abandon()
         except JournalError:

@@ -144,7 +144,7 @@ class Quotas:
             return []  # most jobs lease nothing
         amounts = {TOKENS: _count(message.get("tokens")), FLOPS: _flops(message.get("flops")) or 0}
         bill, _ = self._bill(target, message)
-        return self._leases.lacking(bill.payers, amounts)
+        return [each for account in bill.payers for each in self._leases.lacking(account, amounts)]
 
     def _bill(self, target: Target, message: Mapping[str, Any]) -> tuple[Bill, Asking]:
         asking = self._asking(target, message.get("place"))

@@ -11,7 +11,6 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.relay.crossing import Crossing, End
@@ -87,11 +86,7 @@ class Desk:
     def _spoken(self, message: Message) -> None:
         """Whoever reads along on a flow asks its owner, or tells it."""
         crossing = self._moving.get(message["flow"])
-        if crossing is not None:
-            crossing.owner.heard(message, partial(self._answer, crossing))
-
-    def _answer(self, crossing: Crossing, answer: Message) -> None:
-        if crossing.number in self._moving:  # else it has ended meanwhile
+        if crossing is not None and (answer := crossing.owner.heard(message)) is not None:
             self._tell({**answer, "flow": crossing.number})
 
     def _leave(self, crossing: Crossing, end: End) -> None:

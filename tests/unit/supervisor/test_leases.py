@@ -111,7 +111,7 @@ def test_what_was_used_before_the_limit_came_is_leased_too() -> None:
     node.job.tighten({"tokens": 1000})
     node.enter()
     node.desk.answer()
-    node.leases.wait(node.leases.lacking([node.job], {"tokens": 100}), lambda: None)
+    node.leases.wait(node.leases.lacking(node.job, {"tokens": 100}), lambda: None)
     node.desk.answer()
     assert node.job.reserve("tokens", 100) is None
 
@@ -137,11 +137,11 @@ def test_two_nodes_share_and_never_pass_the_limit_together() -> None:
 def test_what_one_request_needs_is_fetched_at_once() -> None:
     node = Node(Store(), {"tokens": 1000})
     node.desk.answer()
-    lacking = node.leases.lacking([node.job], {"tokens": 900, "flops": 1})
+    lacking = node.leases.lacking(node.job, {"tokens": 900, "flops": 1})
     assert len(lacking) == 1
     heard: list[int] = []
     node.leases.wait(lacking, lambda: heard.append(1))
-    node.leases.wait(node.leases.lacking([node.job], {"tokens": 50}), lambda: heard.append(2))
+    node.leases.wait(node.leases.lacking(node.job, {"tokens": 50}), lambda: heard.append(2))
     assert heard == [2]  # that much is here
     node.desk.answer()
     assert heard == [2, 1]
@@ -153,7 +153,7 @@ def test_what_one_request_needs_is_fetched_at_once() -> None:
 def test_who_waits_for_a_question_that_was_asked_before_is_asked_for_as_well() -> None:
     node = Node(Store(), {"tokens": 1000}, nodes=50)
     heard: list[int] = []
-    node.leases.wait(node.leases.lacking([node.job], {"tokens": 600}), lambda: heard.append(1))
+    node.leases.wait(node.leases.lacking(node.job, {"tokens": 600}), lambda: heard.append(1))
     node.desk.answer()
     assert heard == []
     node.desk.answer()
@@ -171,7 +171,7 @@ def test_what_lies_idle_goes_where_it_is_needed(monkeypatch: pytest.MonkeyPatch)
     busy.desk.answer()
     idle.idle(monkeypatch)
     assert idle.job.room("tokens") <= held / 2 + 8  # type: ignore[operator]
-    lacking = busy.leases.lacking([busy.job], {"tokens": 700})
+    lacking = busy.leases.lacking(busy.job, {"tokens": 700})
     busy.leases.wait(lacking, lambda: None)
     busy.desk.answer()
     assert busy.job.reserve("tokens", 700) is None
@@ -239,5 +239,5 @@ def test_the_sum_over_nodes_never_passes_the_limit(data: st.DataObject, limit: f
         elif action == "enter":
             node.enter()
         elif action == "fetch":
-            node.leases.wait(node.leases.lacking([node.job], {kind: amount}), lambda: None)
+            node.leases.wait(node.leases.lacking(node.job, {kind: amount}), lambda: None)
         assert sum(each.job.used(kind) for each in nodes) <= limit * (1 + 1e-12)
