@@ -62,10 +62,12 @@ class Asking(NamedTuple):
     @property
     def scope(self) -> Scope:
         """The innermost that pays."""
+        kinds = {span.scope for _, span in self.scopes}
+        if "tool" in kinds:
+            return Scope.CALL
         if self.away:
             return self.away[0].scope
-        kinds = {span.scope for _, span in self.scopes}
-        return Scope.CALL if "tool" in kinds else Scope.EPISODE if "episode" in kinds else Scope.ACTOR
+        return Scope.EPISODE if "episode" in kinds else Scope.ACTOR
 
 
 class _Reserved(NamedTuple):
