@@ -45,6 +45,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, identity: Mapping[str, str | int] | None = None) -> None:
         self._sock = sock
+        self._unread = bytearray(_NO_BYTES)  # what is waiting, in bytes, as the kernel writes it
         self.lost = False
         self.acts = False
         """A violation ends more than the call that was refused (``on_violation``)."""
@@ -128,10 +129,10 @@ class Channel:
 
     def warnings(self) -> list[str]:
         """What the supervisor has to say unasked: limits that are almost reached. Never waits, never raises."""
-        waiting, found = bytearray(_NO_BYTES), []
+        found: list[str] = []
         try:
             # Asked at the end of every call, and mostly in vain: a receive that fails costs ten times as much.
-            while fcntl.ioctl(self._sock, termios.FIONREAD, waiting) == 0 and waiting != _NO_BYTES:
+            while fcntl.ioctl(self._sock, termios.FIONREAD, self._unread) == 0 and self._unread != _NO_BYTES:
                 received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
                 if received is None:
                     break
