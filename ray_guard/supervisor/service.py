@@ -7,13 +7,13 @@ import os
 import resource
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
 from ray_guard.log import logger
-from ray_guard.supervisor import leaf, zygote
+from ray_guard.supervisor import leaf, memory_group, zygote
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.node import Node
@@ -59,12 +59,17 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     node.hold = hold
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
-    loop.later(SWEEP_S, leaf.sweep)
+    for place in (leaf.place, memory_group.place):
+        loop.later(SWEEP_S, partial(_sweep, place))
     gc.freeze()  # what is here now stays; what comes and goes is few and small
     gc.enable()
     gc.set_threshold(50_000, 20, 100)
     loop.run()
     node.close()
+
+
+def _sweep(place: Callable[[], str]) -> None:
+    leaf.sweep(place())
 
 
 class Supervisor:

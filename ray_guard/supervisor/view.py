@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from ray_guard.kernel import devices, landlock, libc, mounting
+from ray_guard.kernel import cgroup, devices, landlock, libc, mounting
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.policy.files import (
     DEVICE,
@@ -261,7 +261,7 @@ class Views:
             homes=self._found["homes"],
             environment=self._found["environment"],
             prefixes=self._found["prefixes"],
-            never=self._found["never"],
+            never=(*self._found["never"], *cgroup.mount_points()),
             hidden=(*hidden, *self._found["hidden"]),
             ray=tuple(ray),
         )

@@ -674,7 +674,7 @@ def engine(
     ],
 )
 def test_where_a_model_endpoint_is(
-    endpoint: str, address: str, port: int, allowed: bool, reason: str, role: Role
+    *, endpoint: str, address: str, port: int, allowed: bool, reason: str, role: Role
 ) -> None:
     around = Surroundings(
         own_addresses=frozenset({"10.0.0.5"}),
