@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, Attack, Stage, cases, escape, needs
+from harness import PYTHON, UNREADABLE, Attack, Stage, cases, escape, needs, skip_without
 
 pytestmark = pytest.mark.kernel
 
@@ -260,6 +260,8 @@ def test_simultaneous_open(stage: Stage, attack: Attack, ring: str) -> None:
 
 @pytest.mark.parametrize("ring", ["actor", "call"])
 def test_a_port_of_ones_own_to_send_from_is_free(stage: Stage, ring: str) -> None:
+    if ring == "actor":
+        skip_without(UNREADABLE)
     program = """
 import socket, sys
 sock = socket.socket()
@@ -275,6 +277,8 @@ print(sock.getsockname() == own and own[1] > 0)
 @pytest.mark.parametrize("ring", ["actor", "call"])
 def test_own_unix_sockets_work(stage: Stage, ring: str) -> None:
     """What a call binds itself it may connect to: multiprocessing, ssh's ControlMaster, language servers."""
+    if ring == "actor":
+        skip_without(UNREADABLE)
     program = """
 import os, socket, sys
 path = os.path.join(sys.argv[1], 's')
@@ -296,6 +300,8 @@ client = socket.socket(socket.AF_UNIX); client.connect('./relative'); print(oct(
 @pytest.mark.parametrize("ring", ["actor", "call"])
 def test_own_unix_sockets_may_come_and_go(stage: Stage, ring: str) -> None:
     """More of them than are remembered at a time: an actor lives long."""
+    if ring == "actor":
+        skip_without(UNREADABLE)
     program = """
 import os, resource, socket, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
