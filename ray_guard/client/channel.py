@@ -12,6 +12,7 @@ import os
 import socket
 import termios
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -22,6 +23,9 @@ from ray_guard.kernel import rendezvous, seqpacket
 
 ANSWER_TIMEOUT_S: Final = 30.0
 
+_PATIENCE_S: Final = 10.0
+"""How long a supervisor that neither lets in nor ends is waited for."""
+_LOOK_S: Final = 0.002
 _NO_BYTES: Final = bytes(4)
 #: what says where spans and checkpoints are exported to: each target's own
 _EXPORT_ENVIRONMENT: Final = (
@@ -189,18 +193,22 @@ class Summons:
     """
 
     def __init__(self, *, starts: int = 0, supervise: boot.Main | None = None) -> None:
-        self._path = rendezvous.socket_path()
         self._starter: int | None = None
-        self._sock = rendezvous.connect(self._path)
-        if self._sock is None:
-            with rendezvous.start_lock(self._path):
-                self._sock = rendezvous.connect(self._path)  # somebody else may have been quicker
-                if self._sock is None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while (sock := rendezvous.connect()) is None:
+            listener = rendezvous.bind()
+            if listener is not None:
+                with listener:
                     if supervise is not None and boot.may_fork():
-                        self._starter = boot.fork(self._path, starts, supervise)
+                        self._starter = boot.fork(listener, starts, supervise)
                     else:
-                        self._starter = boot.spawn(self._path, starts)
-                    self._sock = rendezvous.connect(self._path)
+                        self._starter = boot.spawn(listener, starts)
+                    sock = rendezvous.connect()
+                break
+            if time.monotonic() >= deadline:
+                raise NotEnforced(["supervisor"], "one that lets nobody in does not end")
+            time.sleep(_LOOK_S)  # one is leaving, or about to listen
+        self._sock = sock
 
     def connect(self) -> Channel:
         """The channel. Call once. Raises NotEnforced: the supervisor could not be started."""
@@ -215,7 +223,7 @@ class Summons:
             if status != 0:
                 sock = None
         if sock is None:
-            log = rendezvous.log_path(self._path)
+            log = rendezvous.log_path()
             raise NotEnforced(["supervisor"], f"no supervisor can be started; its log is {log}")
         return Channel(sock)
 

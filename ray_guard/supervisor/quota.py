@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced, RayGuardError
@@ -34,6 +34,9 @@ from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.leases import PARTS, Desk, Lease, Leases
 from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
+
+if TYPE_CHECKING:
+    from ray_guard.supervisor.model_calls import Paid
 
 log = logger("ray_guard.quota")
 
@@ -96,11 +99,13 @@ class Quotas:
     Args:
         leases: this node's.
         desk: where a target's are claimed; None: it is in no cluster.
+        paid: model calls that are charged elsewhere, by their word.
     """
 
-    def __init__(self, leases: Leases, desk: Callable[[Target], Desk | None]) -> None:
+    def __init__(self, leases: Leases, desk: Callable[[Target], Desk | None], paid: Mapping[str, Paid]) -> None:
         self._leases = leases
         self._desk = desk
+        self._paid = paid
         self._spenders: dict[int, _Spender] = {}
         self._away: dict[str, _Away] = {}
 
@@ -151,7 +156,8 @@ class Quotas:
     def _bill(self, target: Target, message: Mapping[str, Any]) -> tuple[Bill, Asking]:
         asking = self._asking(target, message.get("place"))
         here = [span.account for _, span in asking.scopes if span.account is not None]
-        return Bill([target.account, *here, *asking.away]), asking
+        paid = self._paid.get(str(message.get("paid")))  # by the relay, for a tool that called the engine by HTTP
+        return Bill([target.account, *here, *asking.away], besides=() if paid is None else paid.payers), asking
 
     def reserve(self, target: Target, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request's reservation. Raises BadPacket for what is none, NotEnforced, JournalError."""
