@@ -218,6 +218,16 @@ def mounted_device(descriptor: int, other: int) -> int | None:
     return None
 
 
+def kinship() -> dict[int, tuple[int, int]]:
+    """(parent, process group) of every process."""
+    found: dict[int, tuple[int, int]] = {}
+    for pid in processes():
+        fields = _stat_fields(pid)
+        if fields is not None:
+            found[pid] = (int(fields[1]), int(fields[2]))
+    return found
+
+
 def processes() -> Iterator[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():

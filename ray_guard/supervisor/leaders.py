@@ -88,6 +88,14 @@ class Leader:
         self._started = True
         self.tell({**message, "op": "start"}, descriptors)
 
+    def announce(self, group: int) -> bool:
+        """Tells the leader of a process group; False: it could not be told now."""
+        try:
+            seqpacket.send(self._line, {"op": "group", "number": group}, flags=socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        return True
+
     def cancel(self) -> None:
         """What was not prepared will not be started."""
         if self._embryo is not None:

@@ -181,7 +181,7 @@ class ModelCalls:
             self._exceeded(record.span_id, exceeded)
         word = new_trace_id()
         try:
-            self._target.write(record, self._origin.identity)
+            self._target.write(record, self._origin.identity, grants=True)
         except JournalError:
             bill.release()
             raise

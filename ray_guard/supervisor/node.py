@@ -67,7 +67,7 @@ class Node:
         self.loop = loop
         self.leaders = leaders
         self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop, self._flush)
+        self.meter = Meter(SockDiag(), loop, self._flush, borrows=self.means.borrows)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.paid: dict[str, Paid] = {}
@@ -113,14 +113,20 @@ class Node:
 
         Args:
             environment: says whether and where its spans are exported (``OTEL_EXPORTER_OTLP_*``), and how large the
-                folder may become (``RAY_GUARD_EVIDENCE_LIMIT``); that of the first target which asks.
+                folder may become (``RAY_GUARD_EVIDENCE_LIMIT``) and where checkpoints are taken to
+                (``RAY_GUARD_EVIDENCE_CHECKPOINTS``); that of the first target which asks.
 
         Raises:
             NotEnforced: there can be none.
         """
         if folder not in self._journals:
-            self._journals[folder] = Journal(folder, _bounds(environment))
-            self.sealer.add(self._journals[folder])
+            journal = Journal(folder, _bounds(environment))
+            try:
+                self.sealer.add(journal, environment)
+            except NotEnforced:
+                journal.close()
+                raise
+            self._journals[folder] = journal
             self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
@@ -134,6 +140,7 @@ class Node:
         for journal in self._journals.values():
             try:
                 journal.flush()
+                journal.hash()
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
 
@@ -286,6 +293,7 @@ class Node:
             control_folders=(*own, *sorted(folders)),
             guard_folders=own,
             ray_listen=membership.listening if membership is not None else frozenset(),
+            cuts=self.means.borrows,
         )
 
     def _changed(self) -> None:

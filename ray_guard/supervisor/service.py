@@ -87,16 +87,22 @@ class Supervisor:
         self._linger()
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return
-        self._visits += 1
-        self._sessions.add(Session(sock, self._node, self._starts, self._left))
+        """Lets in all who have come."""
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self._visits += 1
+            self._sessions.add(Session(sock, self._node, self._starts, self._left))
 
     def _left(self, session: Session) -> None:
         self._sessions.discard(session)
-        if not self._sessions:
+        if self._sessions:
+            return
+        if self._listener.fileno() < 0:
+            self._loop.stop()
+        else:
             self._linger()
 
     def abandon(self) -> None:
@@ -115,14 +121,10 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Closes the door first, then looks who still stands in it."""
-        path = rendezvous.socket_path()
-        with rendezvous.start_lock(path):
-            try:
-                if os.path.samestat(os.stat(path), os.stat(self._listener.getsockname())):
-                    os.unlink(path)
-            except OSError:
-                pass
+        rendezvous.leave(self._listener)
         self._accept()
+        self._loop.forget(self._listener.fileno())
+        self._listener.close()  # another supervisor may be started from here on
         if not self._sessions:
             self._loop.stop()
 

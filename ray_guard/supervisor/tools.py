@@ -24,7 +24,7 @@ from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import pidfd, seqpacket
+from ray_guard.kernel import landlock, pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
 from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
@@ -41,6 +41,7 @@ from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.process_spans import exit_attributes
 from ray_guard.supervisor.processes import Processes, Usage
 from ray_guard.supervisor.ring import Ring
+from ray_guard.supervisor.signals import Signals
 from ray_guard.supervisor.start import Start
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
 
@@ -277,7 +278,10 @@ class Tool:
         policy = self._policy.with_role(Role.TOOL)
         self._ring = Ring(self._node, self._target, policy, leader.pid, self._origin, view=self._view)
         listener, leader.listener = Listener(leader.listener), -1
-        handlers = {**self._handlers(), **bystanders.handlers(leader.pid), **Metadata(self._view).handlers()}
+        within = bystanders.within(leader.pid)
+        handlers = {**self._handlers(), **bystanders.handlers(within), **Metadata(self._view).handlers()}
+        if landlock.abi() < landlock.SIGNAL_SCOPE_ABI:
+            handlers |= Signals(within, leader.announce).handlers()
         self._gate = Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
 
     def _begin_anew(self, leader: Leader) -> None:
@@ -385,6 +389,8 @@ class Tool:
                 self._begin_anew(self._leader)
         elif operation == "failed":
             self._failed(self._refused or message)
+        elif operation == "ending":
+            self._disarm()
         elif operation == "left":
             self._left_behind(message)
         elif operation == "exited":
@@ -407,6 +413,12 @@ class Tool:
     def _unfiltered(self) -> None:
         """The last process of the tool's tree is gone."""
         self._gate = None
+
+    def _disarm(self) -> None:
+        """What is left of the tree is being killed: every call that asks fails from now on."""
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
 
     def _failed(self, message: dict[str, Any]) -> None:
         if message.get("stage") == "exec":
@@ -463,9 +475,7 @@ class Tool:
             leader.release()
 
     def _unring(self) -> None:
-        if self._gate is not None:
-            self._gate.close()
-            self._gate = None
+        self._disarm()
         if self._ring is not None:
             self._ring.close()
             self._ring = None

@@ -59,7 +59,7 @@ def _system() -> tuple[Grant, ...]:
 
 def unavailable() -> frozenset[str]:
     """What of a policy cannot be held on this host (names as in ``policy.enforcement``)."""
-    if landlock.abi() >= landlock.FILES_ABI:
+    if landlock.abi():
         return frozenset()
     return frozenset({"require.files", *(f"files.{key}" for key in ("read", "write", "hide", "protect"))})
 
@@ -186,8 +186,8 @@ class Views:
             hidden: folders of the guard itself, and Ray's on this node.
 
         Raises:
-            PolicyError, NotEnforced: ``files`` is malformed, or cannot be held here. (Where there is no Landlock, or an
-                old one, the leader says so.)
+            PolicyError, NotEnforced: ``files`` is malformed, or cannot be held here. (Where there is no Landlock
+                the leader says so.)
         """
         wires = [wire for wire in policy.wires if wire.get("mode") == Mode.ENFORCE.value]
         mounts = mounting.works()

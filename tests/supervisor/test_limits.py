@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, wait
+from harness import PYTHON, ROOT, Host, Namespace, skip_without, wait
 
 from ray_guard.supervisor import memory_group
 from ray_guard.supervisor.leaf import place
@@ -384,6 +384,8 @@ def test_a_spinner_is_ended_at_its_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 9)", "THREAD_EXIT"])
 def test_a_swarm_that_nobody_waits_for_is_charged(tmp_path: Path, end: str, clock: str, without: str) -> None:
     """``none``: where perf_event_open is refused, what ends unmeasured is charged an upper bound, and marked."""
+    if without:
+        skip_without("mount namespaces")
     last = "__import__('ctypes').CDLL(None).syscall(60, 0)"  # exit(2), not exit_group(2)
     program = SWARM.replace("END", end.replace("THREAD_EXIT", last))
     with limited(tmp_path, ("-c", WITHOUT, without), call={"cpu_seconds": 1.0}) as host:
@@ -395,7 +397,7 @@ def test_a_swarm_that_nobody_waits_for_is_charged(tmp_path: Path, end: str, cloc
         bound = about.get("ray_guard.process.cpu_bound_seconds", 0)
         print(f"{end}, {clock}: ended after {outcome.seconds:.2f} s, {bound:.2f} s of it bounds")
         assert outcome.seconds < 12
-        assert bound == 0 if clock != "none" else bound < 0.5 if end == "os._exit(0)" else bound >= 0.5
+        assert bound == 0 if clock != "none" else bound < 0.9 if end == "os._exit(0)" else bound >= 0.5
 
 
 def test_children_that_have_ended_count(tmp_path: Path) -> None:

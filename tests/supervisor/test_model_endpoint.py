@@ -10,6 +10,7 @@ import json
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -675,6 +676,16 @@ def test_an_endpoint_that_is_a_name(scene: Scene, tmp_path: Path, proxy: str | N
         assert scene.server.paths() == ["POST /v1/chat/completions"]
         assert json.loads(ask("other.example.org").stdout) == [403, 403]  # the address is right, the host is not
         assert scene.server.paths() == ["POST /v1/chat/completions"]
+
+
+def test_what_is_refused_there_is_a_violation_like_others(scene: Scene) -> None:
+    host = scene.host(on_violation="kill_call")
+    scene.server.seen.clear()
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"EgressDenied.*path_not_allowed"):  # as the confined process was told
+        host.run("call", scene.argv('post("/update_weights", {}); time.sleep(19)'))
+    assert time.monotonic() - began < 15
+    assert scene.server.seen == []
 
 
 def test_a_command_that_calls_a_model(scene: Scene, tmp_path: Path) -> None:

@@ -126,6 +126,22 @@ def test_the_server_is_asked_once_for_its_models() -> None:
     assert line.said()[-1]["op"] == "ask"
 
 
+@pytest.mark.parametrize("status", ["401 Unauthorized", "500 Internal Server Error", "204 No Content"])
+def test_a_server_that_does_not_want_to_say_is_asked_again(status: str) -> None:
+    """Else a wrong key would make it one of which nothing is known, for everybody."""
+    line = Line(knows=False)
+    line.dialogue.from_tool(request(model="not/served"))
+    line.take("to_engine")
+    line.dialogue.from_engine(answer(b"", status=status))
+    assert line.said() == []
+    assert line.take("to_tool").startswith(b"HTTP/1.1 " + (status if status[0] != "2" else "503").encode()[:3])
+    line.dialogue.from_tool(request(model="not/served"))
+    assert line.take("to_engine").startswith(b"GET /v1/models ")
+    line.dialogue.from_engine(answer(CARDS))
+    assert b"model_not_found" in line.take("to_tool")
+    assert line.said() == []
+
+
 def test_a_stream_is_cut_where_it_breaks_and_says_what_was_told() -> None:
     line = Line().sent(stream=True)
     line.dialogue.from_engine(STREAM + chunk(event(choices=[{"index": 0}], usage=usage(7, 1))))
