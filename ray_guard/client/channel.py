@@ -49,6 +49,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, identity: Mapping[str, str | int] | None = None) -> None:
         self._sock = sock
+        self._unread = bytearray(_NO_BYTES)  # what is waiting, in bytes, as the kernel writes it
         self.lost = False
         self.acts = False
         """A violation ends more than the call that was refused (``on_violation``)."""
@@ -56,12 +57,15 @@ class Channel:
         """The id of this process's account, for other nodes."""
         self.quotas: dict[str, dict[str, float]] = {}
         """What the policy says of tokens and FLOPs, by scope."""
+        self.leases = False
+        """These limits hold on other nodes too."""
         self.identity: dict[str, str | int] = dict(identity or {})
 
     def take(self, answer: Mapping[str, Any]) -> None:
         """What the supervisor says of the policy that holds now."""
         self.acts = bool(answer["acts"])
         self.account, self.quotas = str(answer["account"]), dict(answer["quotas"])
+        self.leases = bool(answer["leases"])
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -129,10 +133,10 @@ class Channel:
 
     def warnings(self) -> list[str]:
         """What the supervisor has to say unasked: limits that are almost reached. Never waits, never raises."""
-        waiting, found = bytearray(_NO_BYTES), []
+        found: list[str] = []
         try:
             # Asked at the end of every call, and mostly in vain: a receive that fails costs ten times as much.
-            while fcntl.ioctl(self._sock, termios.FIONREAD, waiting) == 0 and waiting != _NO_BYTES:
+            while fcntl.ioctl(self._sock, termios.FIONREAD, self._unread) == 0 and self._unread != _NO_BYTES:
                 received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
                 if received is None:
                     break

@@ -238,9 +238,16 @@ class Session:
                 "datagrams": grants_datagrams(policy),
                 "borrows": self._node.means.borrows,
                 "names": policy.names,
-                **_told_of(target),
+                **self._told_of(target),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _told_of(self, target: Target) -> dict[str, Any]:
+        """What a target is told of its policy, now and whenever it is tightened."""
+        policy, kinds = target.policy, (TOKENS, FLOPS)
+        limits = {s.value: {k: v for k, v in policy.limits(s).items() if k in kinds} for s in Scope}
+        leases = self._node.directory(target) is not None
+        return {"acts": acts(policy), "account": target.key, "quotas": limits, "leases": leases}
 
     def _waits_for_gpus(self, policy: CompiledPolicy, message: dict[str, Any], descriptors: list[int]) -> bool:
         """Whether the hello is handled again later. Raises NotEnforced: GPUs cannot be held to ``policy`` here."""
@@ -393,7 +400,7 @@ class Session:
         self._node.job(target.run_id, added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
-        self._reply(descriptors[0], {"ok": True, **_told_of(target)})
+        self._reply(descriptors[0], {"ok": True, **self._told_of(target)})
 
     # -- the target's reports ------------------------------------------------------------------------------------------
 
@@ -587,13 +594,6 @@ class Session:
             self._target.scratches.end_all()
             self._target.account.close()
         self._ended(self)
-
-
-def _told_of(target: Target) -> dict[str, Any]:
-    """What a target is told of its policy, now and whenever it is tightened."""
-    kinds = (TOKENS, FLOPS)
-    limits = {s.value: {k: v for k, v in target.policy.limits(s).items() if k in kinds} for s in Scope}
-    return {"acts": acts(target.policy), "account": target.key, "quotas": limits}
 
 
 def _sends_anywhere(descriptor: int) -> bool:
