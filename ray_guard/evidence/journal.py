@@ -219,7 +219,8 @@ class Journal:
             if self._postponed:
                 self.flush()
             self._write(line, 0)
-        except JournalError:
+        except JournalError as error:
+            self.refused = error
             if len(self._postponed) >= _POSTPONED_LIMIT:
                 self.lost += line.count(b"\n")
                 raise
