@@ -12,7 +12,7 @@ from ray_guard.egress.meter import TICK_S
 from ray_guard.egress.resolver import start as resolver
 from ray_guard.evidence import probe as evidence
 from ray_guard.kernel.probe import Feature, Status, probe
-from ray_guard.supervisor import ceilings, leaf
+from ray_guard.supervisor import ceilings, leaf, memory_group
 
 _EGRESS: Final = (
     "seccomp.architecture",
@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         {
             "resolver": resolver.probe,
             "cgroup.kill": leaf.probe,
+            "cgroup.memory": memory_group.probe,
             "nftables": ceilings.probe,
             "evidence.seal": evidence.seal,
             "evidence.reserve": lambda: evidence.reserve(folder),
