@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import functools
 import signal
 import struct
 import sys
@@ -167,20 +166,23 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-@functools.lru_cache(maxsize=8)
-def encode(program: tuple[Instruction, ...]) -> bytes:
-    """``struct sock_filter[]``. Kept: a process that forks before it installs should call this before it forks."""
+def encode(program: Sequence[Instruction]) -> bytes:
+    """``struct sock_filter[]``."""
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def _install(program: Sequence[Instruction], flags: int) -> int:
-    code = encode(tuple(program))
+Program = Sequence[Instruction] | bytes
+"""What :func:`assemble` gives, or :func:`encode`: to encode takes longer than to install."""
+
+
+def _install(program: Program, flags: int) -> int:
+    code = program if isinstance(program, bytes) else encode(program)
     buffer = ctypes.create_string_buffer(code, len(code))
     prog = _SockFprog(len(code) // 8, ctypes.addressof(buffer))
     return libc.syscall(libc.NR_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(prog))
 
 
-def _install_listener(program: Sequence[Instruction], flags: int) -> int:
+def _install_listener(program: Program, flags: int) -> int:
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     flags |= SECCOMP_FILTER_FLAG_NEW_LISTENER
     try:
@@ -200,7 +202,7 @@ def install_on_process(program: Sequence[Instruction]) -> int:
     return _install_listener(program, SECCOMP_FILTER_FLAG_TSYNC | SECCOMP_FILTER_FLAG_TSYNC_ESRCH)
 
 
-def install_on_thread(program: Sequence[Instruction]) -> int:
+def install_on_thread(program: Program) -> int:
     """Filters the calling thread and what it will start, and returns the listener: for a single-threaded child."""
     return _install_listener(program, 0)
 

@@ -33,7 +33,7 @@ def spawn(
     environment: Sequence[str],
     descriptors: Iterable[tuple[int, int]],
     *,
-    ignored: Iterable[int] = (),
+    restored: Iterable[int] = (),
     terminal: int | None = None,
 ) -> int:
     """Starts ``path`` in a session of its own, no signal blocked; its pid.
@@ -41,7 +41,7 @@ def spawn(
     Args:
         environment: ``NAME=value`` each.
         descriptors: (here, there): what is open there, in this order. All others must be close-on-exec.
-        ignored: signals that stay as they are here; all others are at their default.
+        restored: signals that are ignored here and not there.
         terminal: a descriptor here whose terminal becomes the session's.
 
     Raises:
@@ -54,9 +54,8 @@ def spawn(
         _call("posix_spawnattr_setflags", attributes, ctypes.c_short(_SETSIGDEF | _SETSIGMASK | _SETSID))
         libc.c_library.sigemptyset(signals)
         _call("posix_spawnattr_setsigmask", attributes, signals)
-        libc.c_library.sigfillset(signals)
-        for number in ignored:
-            libc.c_library.sigdelset(signals, int(number))
+        for number in restored:
+            libc.c_library.sigaddset(signals, int(number))
         _call("posix_spawnattr_setsigdefault", attributes, signals)
         pairs = list(descriptors)
         if terminal is not None:  # whoever leads a session and has none gets the first that it opens

@@ -15,6 +15,7 @@ import _thread
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import select
 import signal
@@ -42,9 +43,7 @@ class Embryo:
         failure: why there is none; empty: nobody asked for one, or there is.
     """
 
-    def __init__(
-        self, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant], covers: mounts.Covers, leaf: str
-    ) -> None:
+    def __init__(self, program: bytes, system: Sequence[Grant], covers: mounts.Covers, leaf: str) -> None:
         self.pid = 0
         self.failure: dict[str, Any] = {}
         self._program, self._system, self._covers, self._leaf = program, system, covers, leaf
@@ -187,6 +186,12 @@ def close_all_but(kept: Iterable[int]) -> None:
             libc.close_range(low + 1, high - 1)
 
 
+@functools.cache
+def _ignored_signals() -> tuple[int, ...]:
+    """By this process, and so by whatever it starts, unless they are restored."""
+    return tuple(int(each) for each in signal.valid_signals() if signal.getsignal(each) is signal.SIG_IGN)
+
+
 def bound_capabilities() -> None:
     """From here on no capability can come back that is given up: by exec of a set-user-id file least of all."""
     _, permitted, inheritable = libc.capget()
@@ -241,7 +246,9 @@ def _execute(start: Start, pairs: Sequence[tuple[int, int]]) -> int:
     if not program:  # a folder of PATH itself
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     variables = [f"{name}={value}" for name, value in start.environment.items()]
-    ignored = () if start.restore_signals else (signal.SIGPIPE,)  # as it is in Python, and so in what it starts
+    ignored = set(_ignored_signals())
+    if not start.restore_signals:
+        ignored.discard(signal.SIGPIPE)  # as it is in Python, and so in what it starts
     here = {there: here for here, there in pairs}
     terminal = None if start.terminal is None else here[start.terminal]
     failure: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -249,7 +256,7 @@ def _execute(start: Start, pairs: Sequence[tuple[int, int]]) -> int:
     for path in [program] if "/" in program else _along_path(program, start.environment):
         try:
             os.stat(path)
-            return spawn.spawn(path, start.argv, variables, pairs, ignored=ignored, terminal=terminal)
+            return spawn.spawn(path, start.argv, variables, pairs, restored=ignored, terminal=terminal)
         except (FileNotFoundError, NotADirectoryError) as error:
             failure = error
         except OSError as error:

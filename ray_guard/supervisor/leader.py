@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacket
+from ray_guard.kernel import landlock, libc, mounting, procfs, seqpacket
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
@@ -28,7 +28,7 @@ TERM_PATIENCE_S: Final = 1.0
 
 def lead(
     line: socket.socket,
-    program: tuple[seccomp.Instruction, ...],
+    program: bytes,
     system: Sequence[Grant],
     covers: mounts.Covers,
     leaf: str,

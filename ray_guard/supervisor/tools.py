@@ -267,7 +267,7 @@ class Tool:
         self._leader = leader
         leader.heard = self._from_leader
         # While its thread takes on what the tool shall have:
-        self._born = cgroups.groups(leader.pid, leader.leaf, self._target.pid)
+        self._born = cgroups.groups(leader, self._target.pid)
         policy = self._policy.with_role(Role.TOOL)
         self._ring = Ring(self._node, self._target, policy, leader.pid, self._origin, view=self._view)
         listener, leader.listener = Listener(leader.listener), -1

@@ -71,10 +71,11 @@ class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
         self._programs = {
-            gpu: rings.call_ring(syscalls.MACHINE, borrows=borrowing.works(), own_ipc=ipc.can_be_own(), gpu=gpu)
+            gpu: seccomp.encode(
+                rings.call_ring(syscalls.MACHINE, borrows=borrowing.works(), own_ipc=ipc.can_be_own(), gpu=gpu)
+            )
             for gpu in (False, True)
         }
-        seccomp.encode(self._programs[False])
         self._system = domain.prepare()
         self._wards: dict[int, _Ward] = {}
         self.held = Held()
