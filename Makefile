@@ -41,6 +41,7 @@ $(PACKAGES):
 # The build backend comes from requirements/dev.txt: nothing is fetched to build with.
 $(PROJECT): $(PACKAGES)
 	$(call pip_install,$(VENV)) --no-build-isolation --editable .
+	$(PY) -m compileall -q ray_guard # as pip does for what it copies: a cold start loads a hundred modules
 	rm -f $(VENV)/.project-* && touch $@
 
 env-bench: env $(BENCH_PACKAGES) ## .venv-bench with the peers that are measured against

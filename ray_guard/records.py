@@ -6,11 +6,14 @@ Runs everywhere. No I/O, no third-party import: the supervisor and the zygote lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
 AttributeValue = str | bool | int | float | tuple[str, ...]
 Attributes = Mapping[str, AttributeValue]
+
+_NONE: Final[Attributes] = MappingProxyType({})
 
 
 class Role(StrEnum):
@@ -48,22 +51,19 @@ class Source(StrEnum):
     SUPERVISOR = "supervisor"
 
 
-@dataclass(frozen=True, slots=True)
-class SpanEvent:
+class SpanEvent(NamedTuple):
     name: str
     time_ns: int
-    attributes: Attributes = field(default_factory=dict)
+    attributes: Attributes = _NONE
 
 
-@dataclass(frozen=True, slots=True)
-class SpanLink:
+class SpanLink(NamedTuple):
     trace_id: str
     span_id: str
-    attributes: Attributes = field(default_factory=dict)
+    attributes: Attributes = _NONE
 
 
-@dataclass(frozen=True, slots=True)
-class SpanRecord:
+class SpanRecord(NamedTuple):
     """One span, begun or ended.
 
     ``trace_id`` is 32 and ``span_id`` 16 lower-case hex digits; times are Unix nanoseconds. ``end_ns`` None: the span
@@ -84,8 +84,7 @@ class SpanRecord:
     links: tuple[SpanLink, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Resource:
+class Resource(NamedTuple):
     """Who a span is about: attributes of the OTLP resource (``service.name``, ``host.ip``, ``ray.actor_id`` …)."""
 
     attributes: Attributes

@@ -12,11 +12,17 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from generate import SCENARIOS, generate
 
 HERE = Path(__file__).parent
+
+
+def rows_of(path: Path) -> Iterator[dict]:
+    with path.open() as lines:
+        yield from map(json.loads, lines)
 
 
 def answers(folder: Path) -> dict[str, object]:
@@ -41,10 +47,9 @@ def answers(folder: Path) -> dict[str, object]:
 
 
 def score(folder: Path, answer: dict) -> dict[str, float]:
-    truth = {(row["path"], row["byte_offset"]): row for row in map(json.loads, (folder / "truth.jsonl").open())}
+    truth = {(row["path"], row["byte_offset"]): row for row in rows_of(folder / "truth.jsonl")}
     kept = {
-        json.loads(line)["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["spanId"]
-        for line in (folder / "traces.otlp.jsonl").open()
+        row["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["spanId"] for row in rows_of(folder / "traces.otlp.jsonl")
     }
     count_all = right = caused = covered = wrong_sure = sure = negatives = negatives_seen = 0
     bins: dict[int, list[tuple[float, bool]]] = defaultdict(list)
@@ -99,8 +104,8 @@ def score(folder: Path, answer: dict) -> dict[str, float]:
 def baselines(folder: Path) -> dict[str, float]:
     """Top-1 of two joins by time on the alert's machine: any call that contains it, and the last one begun before."""
     calls: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
-    for line in (folder / "traces.otlp.jsonl").open():
-        group = json.loads(line)["resourceSpans"][0]
+    for line in rows_of(folder / "traces.otlp.jsonl"):
+        group = line["resourceSpans"][0]
         span = group["scopeSpans"][0]["spans"][0]
         if span["name"].startswith("execute_tool"):
             node = next(
@@ -113,7 +118,7 @@ def baselines(folder: Path) -> dict[str, float]:
         rows.sort()
     truth = [
         row
-        for row in map(json.loads, (folder / "truth.jsonl").open())
+        for row in rows_of(folder / "truth.jsonl")
         if row["path"] == "suricata.log" and row["span"] and row["objected"]
     ]
     lines = {}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import sys
 from collections.abc import Sequence
-
-from ray_guard import __version__
 
 COMMANDS = ("doctor", "run", "report", "attribute", "verify", "cost")
 
@@ -16,6 +12,31 @@ COMMANDS = ("doctor", "run", "report", "attribute", "verify", "cost")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] != ["run"]:
+        return _parsed(words)
+    from ray_guard.cli import order
+
+    given = order.at_first_sight(words[1:])
+    if given is None:
+        status = _parsed(words)
+    else:
+        from ray_guard.cli import run
+
+        status = run.carry_out(given)
+    if argv is None:
+        # Nothing is left to tidy up, and taking an interpreter down takes as long as starting a tool.
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _parsed(words: list[str]) -> int:
+    """By way of argparse, which knows what to say of what is wrong, and loads more than starting a tool takes."""
+    import argparse
+    import importlib
+
+    from ray_guard import __version__
+
     parser = argparse.ArgumentParser(
         prog="ray-guard", description="Kernel-enforced egress and compute budgets, with a span for every tool call."
     )
@@ -29,10 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers).set_defaults(run=command.run)
     arguments = parser.parse_args(words)
     status: int = arguments.run(arguments)
-    if argv is None and asked == ["run"]:
-        # Nothing is left to tidy up, and taking an interpreter down takes as long as starting a tool.
-        sys.stderr.flush()
-        os._exit(status)
     return status
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ray_guard.cli.order import Order
 from ray_guard.client import channel as channels
-from ray_guard.client import places
 from ray_guard.errors import RayGuardError
+from ray_guard.policy.plain import wire_of
 
 if TYPE_CHECKING:
+    import argparse
+
     from ray_guard.cli.terminal import Terminal
     from ray_guard.client.channel import Channel
     from ray_guard.client.start import Control
@@ -23,6 +25,8 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, sign
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    from argparse import REMAINDER
+
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "run",
         help="run a command confined as one tool call",
@@ -35,24 +39,27 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--pass-fd", type=int, action="append", default=[], metavar="N", help="pass descriptor N on (repeatable)"
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD …")
+    parser.add_argument("command", nargs=REMAINDER, metavar="-- CMD …")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    gc.disable()  # this process starts and waits: collecting garbage would only delay it
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    return carry_out(Order(arguments.policy, arguments.evidence, arguments.pass_fd, command))
+
+
+def carry_out(order: Order) -> int:
+    """Runs the command; the exit status."""
+    gc.disable()  # this process starts and waits: collecting garbage would only delay it
+    command = order.command
     if not command:
         return _nothing("no command: ray-guard run --policy FILE -- CMD …")
     try:
-        summons = channels.Summons(starts=1)
-        # Loaded only now: where a supervisor must be started it does the same meanwhile.
-        from ray_guard.policy.plain import wire_of
-
-        channel = _introduce(summons, wire_of(arguments.policy), arguments.evidence)
+        summons = channels.Summons(starts=1, supervise=_supervise)
+        channel = _introduce(summons, wire_of(order.policy), order.evidence)
         terminal = _terminal()
         forward = _Forwarding()
-        control = _start(channel, command, arguments.pass_fd, terminal)
+        control = _start(channel, command, order.pass_fd, terminal)
     except OSError as error:
         if isinstance(error, RayGuardError):
             return _nothing(str(error))
@@ -71,6 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
     if ended.get("unkillable"):
         _say(f"unkillable (uninterruptible sleep): {', '.join(map(str, ended['unkillable']))}")
     return 128 - code if code < 0 else code
+
+
+def _supervise(listener: int, prepared: int) -> None:
+    """In a copy of this process, where no supervisor is there yet."""
+    from ray_guard.supervisor.__main__ import main
+
+    main(listener, prepared)
 
 
 class _Forwarding:
@@ -95,6 +109,7 @@ class _Forwarding:
 
 
 def _introduce(summons: channels.Summons, policy: dict[str, Any], evidence: str | None) -> Channel:
+    from ray_guard.client import places
     from ray_guard.client.identity import from_environment
 
     identity = from_environment("ray-guard run", evidence)

@@ -9,36 +9,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
 import socket
-import sys
 import termios
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ray_guard import errors
+from ray_guard.client import boot
 from ray_guard.errors import NotEnforced, SupervisorLost
 from ray_guard.kernel import rendezvous, seqpacket
 
 ANSWER_TIMEOUT_S: Final = 30.0
 
 _NO_BYTES: Final = bytes(4)
-_LISTENER: Final = 3
-"""The number at which a new supervisor finds its listening socket."""
-_BOOT: Final = (
-    "import os,sys\n"
-    "if os.fork(): os._exit(0)\n"  # the starter reaps this; the supervisor belongs to nobody
-    "os.setsid()\n"
-    "os.chdir('/')\n"
-    "os.closerange({socket} + 1, 1 << 30)\n"
-    "sys.path[:] = {path!r}\n"
-    "from ray_guard.supervisor.__main__ import main\n"
-    "main({socket}, {prepared})\n"
-)
-
-#: what a supervisor may know of the environment of whoever happened to start it
-_KEPT_ENVIRONMENT: Final = ("LANG", "LC_", "TZ", "PATH", "HOME", "RAY_GUARD_NFTABLES")
 #: what says where spans and checkpoints are exported to: each target's own
 _EXPORT_ENVIRONMENT: Final = (
     "RAY_GUARD_EVIDENCE_",
@@ -64,7 +48,16 @@ class Channel:
         self.lost = False
         self.acts = False
         """A violation ends more than the call that was refused (``on_violation``)."""
+        self.account = ""
+        """The id of this process's account, for other nodes."""
+        self.quotas: dict[str, dict[str, float]] = {}
+        """What the policy says of tokens and FLOPs, by scope."""
         self.identity: dict[str, str | int] = dict(identity or {})
+
+    def take(self, answer: Mapping[str, Any]) -> None:
+        """What the supervisor says of the policy that holds now."""
+        self.acts = bool(answer["acts"])
+        self.account, self.quotas = str(answer["account"]), dict(answer["quotas"])
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -184,12 +177,14 @@ class Summons:
 
     Args:
         starts: how many tools are going to be started at once; a new supervisor prepares for them.
+        supervise: the supervisor's ``main``, from a process that has only just begun: a copy of it can be the new one
+            (:func:`ray_guard.client.boot.fork`).
 
     Raises:
         NotEnforced: it cannot be started here.
     """
 
-    def __init__(self, *, starts: int = 0) -> None:
+    def __init__(self, *, starts: int = 0, supervise: boot.Main | None = None) -> None:
         self._path = rendezvous.socket_path()
         self._starter: int | None = None
         self._sock = rendezvous.connect(self._path)
@@ -197,7 +192,10 @@ class Summons:
             with rendezvous.start_lock(self._path):
                 self._sock = rendezvous.connect(self._path)  # somebody else may have been quicker
                 if self._sock is None:
-                    self._starter = _start_supervisor(self._path, starts)
+                    if supervise is not None and boot.may_fork():
+                        self._starter = boot.fork(self._path, starts, supervise)
+                    else:
+                        self._starter = boot.spawn(self._path, starts)
                     self._sock = rendezvous.connect(self._path)
 
     def connect(self) -> Channel:
@@ -216,40 +214,6 @@ class Summons:
             log = rendezvous.log_path(self._path)
             raise NotEnforced(["supervisor"], f"no supervisor can be started; its log is {log}")
         return Channel(sock)
-
-
-def _start_supervisor(path: str, prepared: int) -> int:
-    """Binds its socket and starts it; the pid of the process in between, which ends as soon as that stands alone."""
-    opened: list[int] = []
-    try:
-        with rendezvous.bind(path) as listener:
-            opened.append(fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1))
-        log = os.open(rendezvous.log_path(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            opened.append(fcntl.fcntl(log, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1))
-        finally:
-            os.close(log)
-        code = _BOOT.format(path=[entry or os.getcwd() for entry in sys.path], socket=_LISTENER, prepared=prepared)
-        # Not by subprocess, which takes longer to load than the rest of this module. -S -E: no site-packages start-up
-        # files and no PYTHON* variables of whoever starts it.
-        return os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-S", "-E", "-c", code],
-            {key: value for key, value in os.environ.items() if key.startswith(_KEPT_ENVIRONMENT)},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, opened[1], 1),
-                (os.POSIX_SPAWN_DUP2, opened[1], 2),
-                (os.POSIX_SPAWN_DUP2, opened[0], _LISTENER),
-            ],
-            setsigmask=(),
-            setsigdef=(signal.SIGCHLD,),  # ignored, it would be so there too, and no child's end be told
-        )
-    except OSError as error:
-        raise NotEnforced(["supervisor"], f"it cannot be started: {error}") from error
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
 
 
 class _Lines:

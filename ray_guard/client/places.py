@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import pwd
 import sys
-import tempfile
-from pathlib import Path
 from typing import Final
 
 _CACHES: Final = (
@@ -31,7 +29,7 @@ def told() -> dict[str, list[str]]:
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     user_site = [f"{base}/lib/{version}/site-packages" for base in (*(f"{home}/.local" for home in homes), user_base)]
     prefixes = [sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix]
-    temporary = tempfile.gettempdir()
+    temporary = _temporary()
     shared = {temporary, "/tmp", "/var/tmp"}  # noqa: S108 - where a script lies there, the rest is still not its own
     return {
         "homes": _absolute(homes),
@@ -41,7 +39,7 @@ def told() -> dict[str, list[str]]:
         ),
         "never": _absolute(
             [
-                str(Path(__file__).parents[1]),
+                os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
                 user_base,
                 *user_site,
                 *(os.environ.get(name, "") for name in _CACHES),
@@ -70,3 +68,14 @@ def _own_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return ""
+
+
+def _temporary() -> str:
+    """What ``tempfile.gettempdir`` says, or would say: for ``ray-guard run`` it takes too long to load."""
+    loaded = sys.modules.get("tempfile")
+    if loaded is not None:
+        return str(loaded.gettempdir())
+    named = (os.environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP"))
+    usual = ("/tmp", "/var/tmp", "/usr/tmp")  # noqa: S108 - as tempfile has them
+    folders = [os.path.abspath(each) for each in (*named, *usual) if each]
+    return next((each for each in folders if os.path.isdir(each) and os.access(each, os.W_OK | os.X_OK)), os.getcwd())

@@ -6,11 +6,10 @@ here is what :mod:`ray_guard.kernel.gpu_devices` and NVML found; nothing is read
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
-from ray_guard.kernel.gpu_devices import Kind
+from ray_guard.kernel.gpu_majors import Kind
 
 
 class Place(StrEnum):
@@ -40,8 +39,7 @@ class Reason(StrEnum):
     """Of a driver's control nodes alone, through which nothing computes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """A process that holds, or may hold, a GPU."""
 
     place: Place
@@ -55,8 +53,7 @@ class Holder:
     unreadable: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """``ends``: in enforce mode the process is killed; False: it is only told."""
 
     reason: Reason

@@ -7,7 +7,6 @@ about its phases is found by identity and by its budget, not here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -36,18 +35,20 @@ class Phase(StrEnum):
 _ANSWERS_REQUESTS: Final = (Phase.ROLLOUT, Phase.SLEEP)
 
 
-@dataclass(slots=True)
 class Engine:
     """One engine process. ``in_flight`` None: it does not tell, so idle use cannot be judged."""
 
-    pid: int
-    start_time: int
-    phase: Phase = Phase.LOAD
-    in_flight: int | None = None
-    settled: float = 0.0
-    """When (monotonic seconds) NVML shows nothing any more of what it was asked before."""
-    idle_s: float = 0.0
-    """GPU-seconds that nobody asked for, as far as they are not forgotten."""
+    __slots__ = ("idle_s", "in_flight", "phase", "pid", "settled", "start_time")
+
+    def __init__(self, pid: int, start_time: int, phase: Phase = Phase.LOAD, *, in_flight: int | None = None) -> None:
+        self.pid = pid
+        self.start_time = start_time
+        self.phase = phase
+        self.in_flight = in_flight
+        self.settled = 0.0
+        """When (monotonic seconds) NVML shows nothing any more of what it was asked before."""
+        self.idle_s = 0.0
+        """GPU-seconds that nobody asked for, as far as they are not forgotten."""
 
 
 class Engines:

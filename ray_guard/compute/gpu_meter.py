@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -86,19 +85,19 @@ class Tick(NamedTuple):
     unmeasured: str
 
 
-@dataclass(slots=True)
 class Usage:
     """What a scope has used, summed over processes and GPUs."""
 
-    seconds: float = 0.0
-    bias_s: float = 0.0
-    variance_s2: float = 0.0
-    energy_j: float = 0.0
-    energy_known: bool = True
-    memory: int = 0
-    memory_exact: bool = True
-    memory_peak: int = 0
-    methods: set[Method] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.bias_s = 0.0
+        self.variance_s2 = 0.0
+        self.energy_j = 0.0
+        self.energy_known = True
+        self.memory = 0
+        self.memory_exact = True
+        self.memory_peak = 0
+        self.methods: set[Method] = set()
 
     def add(self, share: Share) -> None:
         self.seconds += share.seconds

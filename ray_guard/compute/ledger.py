@@ -11,14 +11,12 @@ it was measured; so are those that came and went unseen, by whoever is found in 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Final
 
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _NS: Final = 1_000_000_000
 
 
-@dataclass(slots=True, eq=False)
 class Entry:
     """A process that has been seen.
 
@@ -29,21 +27,24 @@ class Entry:
         heir: who forked it has ended unseen, or sees to it that its children do.
     """
 
-    pid: int
-    born: int
-    measured: float
-    cpu_ns: int = 0
-    heir: bool = False
+    __slots__ = ("born", "cpu_ns", "heir", "measured", "pid")
+
+    def __init__(self, pid: int, born: int, measured: float, cpu_ns: int = 0) -> None:
+        self.pid = pid
+        self.born = born
+        self.measured = measured
+        self.cpu_ns = cpu_ns
+        self.heir = False
 
 
-@dataclass(slots=True)
 class Ledger:
     """See the module. ``bounds``: charge what ended unmeasured; False where a sum over the whole tree settles it."""
 
-    bounds: bool = False
-    seen: int = 0
-    cpu_ns: int = 0
-    bounded_ns: int = 0
+    def __init__(self, *, bounds: bool = False) -> None:
+        self.bounds = bounds
+        self.seen = 0
+        self.cpu_ns = 0
+        self.bounded_ns = 0
 
     def enter(self, pid: int, born: int = 0) -> Entry:
         """A process has made itself known, or was found. ``born`` is not needed where nothing is bounded."""

@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import errno
 import functools
-import logging
 import os
 import select
 import signal
@@ -29,7 +28,6 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 from weakref import WeakSet
@@ -44,10 +42,11 @@ from ray_guard.kernel.seccomp import Listener, Notification
 from ray_guard.kernel.seqpacket import DESCRIPTOR_LIMIT
 from ray_guard.kernel.sock_diag import SO_COOKIE, unix_file
 from ray_guard.kernel.syscalls import NUMBERS
+from ray_guard.log import logger
 from ray_guard.policy.decide import Operation
 from ray_guard.policy.destination import Transport
 
-log = logging.getLogger("ray_guard.gate")
+log = logger("ray_guard.gate")
 
 _NONBLOCK, _CLOEXEC, _TYPE = 0o4000, 0o2000000, 0xF
 _MSG_DONTWAIT, _MSG_NOSIGNAL, _MSG_ZEROCOPY, _MSG_FASTOPEN = 0x40, 0x4000, 0x4000000, 0x20000000
@@ -275,8 +274,7 @@ class _Views:
         return sock
 
 
-@dataclass(slots=True)
-class _Pending:
+class _Pending(NamedTuple):
     """A call that is waited for on the target's behalf."""
 
     notification: Notification

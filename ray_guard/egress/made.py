@@ -17,7 +17,6 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Protocol
 from weakref import WeakSet
 
@@ -46,10 +45,12 @@ class Nullary(Protocol):
     def __call__(self) -> None: ...
 
 
-@dataclass(slots=True)
 class _Held:
-    sock: socket.socket
-    watched: bool = False
+    __slots__ = ("sock", "watched")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.watched = False
 
 
 class MadeSockets(Threads):

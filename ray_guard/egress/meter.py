@@ -7,21 +7,20 @@ cut late, by at most its rate times :data:`TICK_S`.
 
 from __future__ import annotations
 
-import logging
 import select
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 from ray_guard.egress.gate import Waiting
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import procfs
 from ray_guard.kernel.sock_diag import SO_COOKIE, LostEvents, SockDiag
+from ray_guard.log import logger
 
-log = logging.getLogger("ray_guard.meter")
+log = logger("ray_guard.meter")
 
 TICK_S: Final = 0.005
 """How often flows under a byte cap are read."""
@@ -47,23 +46,32 @@ class FlowOwner(Protocol):
         """The flow's counts are final."""
 
 
-@dataclass(slots=True)
 class Flow:
-    """One granted TCP connection of a target."""
+    """One granted TCP connection of a target.
 
-    cookie: int
-    address: str
-    port: int
-    holder: tuple[int, int]
-    """(thread, descriptor) that made it: the first place to look for it again."""
-    owner: FlowOwner
-    root: int
-    """Process whose tree may hold the socket by now."""
-    local: tuple[str, int] | None = None
-    """Its own end, known once the kernel has told of it."""
-    sent: int = 0
-    received: int = 0
-    cut: bool = False
+    Args:
+        holder: (thread, descriptor) that made it: the first place to look for it again.
+        root: process whose tree may hold the socket by now.
+
+    Attributes:
+        local: its own end, known once the kernel has told of it.
+    """
+
+    __slots__ = ("address", "cookie", "cut", "holder", "local", "owner", "port", "received", "root", "sent")
+
+    def __init__(  # noqa: PLR0917 - one per connection, made in one place
+        self, cookie: int, address: str, port: int, holder: tuple[int, int], owner: FlowOwner, root: int
+    ) -> None:
+        self.cookie = cookie
+        self.address = address
+        self.port = port
+        self.holder = holder
+        self.owner = owner
+        self.root = root
+        self.local: tuple[str, int] | None = None
+        self.sent = 0
+        self.received = 0
+        self.cut = False
 
 
 class Meter:

@@ -14,24 +14,22 @@ import base64
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
-import logging
 import os
 import re
 import socket
 import stat
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from ray_guard.errors import NotEnforced, RayGuardError
+from ray_guard.evidence import merkle
 from ray_guard.evidence.layout import SCHEMA, SEAL_SUFFIX, SHORT, VOUCHED_SUFFIX, segment_name
 from ray_guard.evidence.merkle import Tree
 from ray_guard.evidence.note import Checkpoint, Key
 from ray_guard.evidence.otlp import LINE_LIMIT, resource_line
 from ray_guard.kernel import libc
+from ray_guard.log import logger
 
 _FEATURE: Final = "evidence"
 _POSTPONED_LIMIT: Final = 1024
@@ -40,7 +38,7 @@ _GROUP: Final = 64
 _AHEAD: Final = 1 << 20
 _SEAL_RESERVE: Final = 1 << 16
 
-log = logging.getLogger("ray_guard.journal")
+log = logger("ray_guard.journal")
 
 
 class JournalError(RayGuardError, OSError):
@@ -61,8 +59,7 @@ class Bounds(NamedTuple):
 DEFAULT_BOUNDS: Final = Bounds()
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """What is to be signed: see :meth:`Journal.cut`."""
 
     checkpoint: Checkpoint
@@ -86,7 +83,8 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike[str], bounds: Bounds = DEFAULT_BOUNDS) -> None:
-        self.folder = Path(folder).absolute()  # not resolve(): a symlink is judged, not followed
+        # Not abspath or realpath: a symlink is judged, not followed. Nor a slash at its end, which would follow it.
+        self.folder = os.path.join(os.getcwd(), os.fsdecode(folder)).rstrip("/") or "/"
         self.bounds = bounds
         self._folder_fd = _open_folder(self.folder)
         self._fd = self._seal_fd = -1
@@ -100,7 +98,6 @@ class Journal:
         try:
             self._begin()
             self._weigh()
-            os.fsync(self._folder_fd)  # the names themselves must survive a power cut
         except OSError as error:
             self.close()
             raise NotEnforced([_FEATURE], f"{self.folder} takes no journal segment: {error.strerror}") from error
@@ -128,7 +125,7 @@ class Journal:
         self._cut_size = self._number = self._seal_size = 0
         self._seal_fd = seal
         self._seal_backlog = _json({"schema": SCHEMA, "log": name})
-        self._keyed = False
+        self._keyed = self._named = False
         self._use(segment)
         self._write_seal()
 
@@ -139,7 +136,7 @@ class Journal:
     def _use(self, descriptor: int, torn: int = 0) -> None:
         """Goes on in a new segment, which begins by saying what it is."""
         self._number += 1
-        self._fd, self.path = descriptor, self.folder / segment_name(self.log, self._number)
+        self._fd, self.path = descriptor, f"{self.folder}/{segment_name(self.log, self._number)}"
         self._began = time.monotonic()
         #: Bytes in the segment.
         self.size = 0
@@ -162,6 +159,11 @@ class Journal:
             if self._number == 1:
                 raise
             self._postponed.insert(0, line)
+
+    @property
+    def _segment(self) -> str:
+        """The segment's name."""
+        return os.path.basename(self.path)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -240,7 +242,7 @@ class Journal:
         """Counts what else is in the folder, where its size is bounded."""
         if self.bounds.total is not None:
             with os.scandir(self._folder_fd) as entries:
-                sizes = [_size(entry) for entry in entries if entry.name != self.path.name]
+                sizes = [_size(entry) for entry in entries if entry.name != self._segment]
             self._others = sum(sizes)
 
     def _write_each(self) -> None:
@@ -259,7 +261,7 @@ class Journal:
                 errno.EDQUOT,
                 f"the evidence folder has reached its limit of {total} bytes: move finished logs away "
                 "(segments and seal together), or raise RAY_GUARD_EVIDENCE_LIMIT",
-                str(self.folder),
+                self.folder,
             )
         if self._broken:
             raise self._failed("written", OSError(errno.EIO, "the segment is not as it was written; another follows"))
@@ -304,7 +306,7 @@ class Journal:
             self._broken = True  # until the next cut, which goes on in a new segment
 
     def _failed(self, what: str, error: OSError) -> JournalError:
-        return JournalError(error.errno, f"the journal cannot be {what}: {error.strerror}", str(self.path))
+        return JournalError(error.errno, f"the journal cannot be {what}: {error.strerror}", self.path)
 
     # -- the seal ------------------------------------------------------------------------------------------------------
 
@@ -313,7 +315,8 @@ class Journal:
         lines.pop()
         self._chunks.clear()
         # As merkle.hash_leaf does it, without the call: this is on the way of every record.
-        hashes = [hashlib.sha256(b"\0" + line).digest() for line in lines]
+        sha256 = merkle.sha256()
+        hashes = [sha256(b"\0" + line).digest() for line in lines]
         self._tree.extend(hashes)
         self._leaves += b"".join([each[:SHORT] for each in hashes])
         self._lines += len(lines)
@@ -347,8 +350,8 @@ class Journal:
             log=self.log,
             size=self._tree.size,
             root=self._tree.root(),
-            segments=((self.path.name, self._lines),),
-            leaves=hashlib.sha256(leaves).digest(),
+            segments=((self._segment, self._lines),),
+            leaves=merkle.sha256()(leaves).digest(),
             time_ns=time.time_ns(),
             boot_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             ended=last,
@@ -382,7 +385,7 @@ class Journal:
             return None
         found = os.fstat(self._fd)
         try:
-            named = os.stat(self.path.name, dir_fd=self._folder_fd, follow_symlinks=False)
+            named = os.stat(self._segment, dir_fd=self._folder_fd, follow_symlinks=False)
         except OSError:
             named = None
         if found.st_size != self.size:
@@ -392,7 +395,7 @@ class Journal:
         else:
             return None
         self._broken = True
-        return f"{self.path.name}: {why}"
+        return f"{self._segment}: {why}"
 
     def renew(self) -> None:
         """Begins another log, because nobody is left who could seal this one; the new one's records vouch for it.
@@ -429,6 +432,7 @@ class Journal:
         self._seal_backlog += _json({"checkpoint": note, "leaves": base64.b64encode(cut.leaves).decode()})
         try:
             os.fdatasync(cut.descriptor)
+            self._sync_names()
             self._write_seal()
             os.fdatasync(self._seal_fd)
         except OSError as error:
@@ -467,8 +471,15 @@ class Journal:
             if self._fd < 0:  # fdatasync(-1) is a ValueError in Python
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             os.fdatasync(self._fd)
+            self._sync_names()
         except OSError as error:
             raise self._failed("synced", error) from error
+
+    def _sync_names(self) -> None:
+        """A log's first names must survive a power cut too; nobody's first call waits for that. Raises OSError."""
+        if not self._named:
+            os.fsync(self._folder_fd)
+            self._named = True
 
     def close(self) -> None:
         """Closes the segment, with what is postponed if it can be; later appends raise. Closing twice is harmless."""
@@ -514,16 +525,16 @@ def _size(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def _open_folder(folder: Path) -> int:
+def _open_folder(folder: str) -> int:
     """A descriptor of the folder, once it is known to be safe to write evidence to."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
+            os.mkdir(folder, 0o700)
         # Opened first and judged by the descriptor: what is checked is what is used.
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        why = "it is a symlink" if folder.is_symlink() else error.strerror
+        why = "it is a symlink" if os.path.islink(folder) else error.strerror
         raise NotEnforced([_FEATURE], f"{folder} cannot be the evidence folder: {why}") from error
     about = os.fstat(descriptor)
     if about.st_uid != os.geteuid():

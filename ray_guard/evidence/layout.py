@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Final
 
@@ -18,6 +19,8 @@ SCHEMA: Final = 1
 SHORT: Final = 8
 """Bytes of each record's leaf hash that stand in the seal: enough to say which line is not what was written."""
 
+VOUCHES: Final = b'{"resourceSpans":[{"resource":{"attributes":[{"key":"ray_guard.journal.before",'
+"""How a line begins that vouches for another log. No target can have a line begin so."""
 _SEGMENT: Final = re.compile(r"(?P<log>.+)-(?P<number>[0-9]{6,})" + re.escape(SUFFIX))
 
 
@@ -30,3 +33,10 @@ def log_of(name: str) -> tuple[str, int] | None:
     """Which log and which of its segments a file of that name is; None for any other file."""
     match = _SEGMENT.fullmatch(name)
     return None if match is None else (match["log"], int(match["number"]))
+
+
+def unvouched(folder: str | os.PathLike[str], own: str) -> list[str]:
+    """The other logs in the folder that no log vouches for, oldest first. Raises OSError."""
+    names = set(os.listdir(folder))
+    logs = {name.removesuffix(SEAL_SUFFIX) for name in names if name.endswith(SEAL_SUFFIX)} - {own}
+    return sorted(log for log in logs if f"{log}{VOUCHED_SUFFIX}" not in names)

@@ -7,20 +7,31 @@ Pure, standard library only. A leaf is a record's line without its newline; hash
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
-from typing import Final
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final
 
-EMPTY: Final = sha256().digest()
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+EMPTY: Final = bytes.fromhex("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
 """The root of a tree without leaves."""
 
 
+@functools.cache
+def sha256() -> Callable[[bytes], _Hash]:
+    """``hashlib.sha256``, loaded when first asked for: it loads OpenSSL, and every cold start would wait for that."""
+    from hashlib import sha256
+
+    return sha256
+
+
 def hash_leaf(record: bytes) -> bytes:
-    return sha256(b"\0" + record).digest()
+    return sha256()(b"\0" + record).digest()
 
 
 def hash_node(left: bytes, right: bytes) -> bytes:
-    return sha256(b"\1" + left + right).digest()
+    return sha256()(b"\1" + left + right).digest()
 
 
 class Tree:
@@ -36,7 +47,7 @@ class Tree:
     def extend(self, hashes: Sequence[bytes]) -> None:
         """Appends leaf hashes. Level by level, because this is half of what sealing costs."""
         self.size += len(hashes)
-        nodes, level = list(hashes), 0
+        nodes, level, digest = list(hashes), 0, sha256()
         while nodes:
             if level == len(self._waiting):
                 self._waiting.append(None)
@@ -45,7 +56,7 @@ class Tree:
                 nodes.insert(0, waiting)
             self._waiting[level] = nodes.pop() if len(nodes) & 1 else None
             each = iter(nodes)
-            nodes = [sha256(b"\1" + left + right).digest() for left, right in zip(each, each, strict=True)]
+            nodes = [digest(b"\1" + left + right).digest() for left, right in zip(each, each, strict=True)]
             level += 1
 
     def root(self) -> bytes:

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
-from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
+
+from ray_guard.evidence.merkle import sha256
 
 ORIGIN: Final = "ray_guard/"
 _ED25519: Final = b"\x01"
@@ -31,8 +31,7 @@ class BadNote(ValueError):
     """A text that is no checkpoint, no key, or not signed as it says."""
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """A log's public key and the name it signs under, as a C2SP verifier key: ``name+id+key``."""
 
     name: str
@@ -40,7 +39,7 @@ class Key:
 
     @property
     def id(self) -> bytes:
-        return hashlib.sha256(self.name.encode() + b"\n" + _ED25519 + self.public).digest()[:4]
+        return sha256()(self.name.encode() + b"\n" + _ED25519 + self.public).digest()[:4]
 
     def __str__(self) -> str:
         return f"{self.name}+{self.id.hex()}+{base64.b64encode(_ED25519 + self.public).decode()}"
@@ -62,8 +61,7 @@ class Key:
         return key
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """What a log's signer vouches for."""
 
     log: str
@@ -92,13 +90,12 @@ class Checkpoint:
         return f"{self.text()}\n{_SIGNATURE}{key.name} {_encode(key.id + signature)}\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """A checkpoint as read: parsed, not yet verified."""
 
     checkpoint: Checkpoint
     text: str
-    signatures: tuple[tuple[str, bytes, bytes], ...] = field(repr=False)
+    signatures: tuple[tuple[str, bytes, bytes], ...]
     """(name, key id, signature)"""
 
     @classmethod

@@ -13,11 +13,10 @@ import json
 import re
 from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
 from math import isfinite, isnan
 from sys import intern
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ray_guard import __version__
 from ray_guard.records import (
@@ -139,8 +138,7 @@ def resource_line(attributes: Attributes) -> bytes:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Fragment:
+class Fragment(NamedTuple):
     """Attributes encoded once and put on many records (identity, source). Make it with :func:`fragment`."""
 
     keys: frozenset[str]

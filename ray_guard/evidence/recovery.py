@@ -17,20 +17,17 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, Self
 
-from ray_guard.evidence.layout import SEAL_SUFFIX, VOUCHED_SUFFIX, log_of
+from ray_guard.evidence.layout import SEAL_SUFFIX, VOUCHED_SUFFIX, log_of, unvouched
 from ray_guard.evidence.merkle import Tree
 from ray_guard.evidence.otlp import LineEncoder, NotOtlp, decode, resource_line
 from ray_guard.evidence.reader import open_segment, scan
 from ray_guard.records import AttributeValue, StatusCode
 
 BEFORE: Final = "ray_guard.journal.before"
-VOUCHES: Final = b'{"resourceSpans":[{"resource":{"attributes":[{"key":"ray_guard.journal.before",'
-"""How a line begins that vouches for another log. No target can have a line begin so."""
 _IDS: Final = re.compile(rb'"spans":\[\{"traceId":"([0-9a-f]{32})","spanId":"([0-9a-f]{16})"')
 _TAIL: Final = 4 << 20
 _PATIENCE_S: Final = 2.0
@@ -52,13 +49,6 @@ def run(line: socket.socket) -> None:
                     (folder / f"{log}{VOUCHED_SUFFIX}").touch(0o600)
         except ConnectionError:
             pass  # the supervisor is gone, or has no room
-
-
-def unvouched(folder: Path, own: str) -> list[str]:
-    """The other logs in the folder that no log vouches for, oldest first. Raises OSError."""
-    names = set(os.listdir(folder))
-    logs = {name.removesuffix(SEAL_SUFFIX) for name in names if name.endswith(SEAL_SUFFIX)} - {own}
-    return sorted(log for log in logs if f"{log}{VOUCHED_SUFFIX}" not in names)
 
 
 class _Abandoned:
@@ -168,8 +158,7 @@ class _Found:
             except (NotOtlp, ValueError):
                 continue
             attributes = {**record.attributes, "ray_guard.ended_by": "supervisor", "ray_guard.recovered_from": log}
-            ended = replace(
-                record,
+            ended = record._replace(
                 end_ns=max(record.start_ns, self._last_ns),
                 attributes=attributes,
                 status=StatusCode.ERROR,

@@ -7,16 +7,20 @@ asked once, before the zygote is forked, and both go by the same answer.
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
+from typing import Final
 
 from ray_guard.kernel import libc
+from ray_guard.kernel.trial import Trial
 
 
-@functools.cache
 def works() -> bool:
     """Whether a child's descriptor could be taken. Tried once per process; a forked one keeps the answer."""
+    return TRIAL.outcome == 0
+
+
+def _attempt() -> int:
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -31,14 +35,12 @@ def works() -> bool:
             taken = libc.pidfd_getfd(pidfd, read)
         finally:
             os.close(pidfd)
-    except OSError:
-        return False
     finally:
         os.close(read)
         os.close(write)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    if taken < 0:
-        return False
-    os.close(taken)
-    return True
+    return 0 if taken >= 0 else 1
+
+
+TRIAL: Final = Trial(_attempt)

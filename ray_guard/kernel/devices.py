@@ -1,7 +1,6 @@
 """Device nodes by what is behind them, not by their path. Runs in target, supervisor and zygote.
 
-Source: ``Documentation/admin-guide/devices.txt``; majors that the kernel gives out at run time are read from
-/proc/devices (NVIDIA's uvm, caps and nvswitch; KFD; infiniband).
+Source: ``Documentation/admin-guide/devices.txt``. What is a GPU's is known in :mod:`ray_guard.kernel.gpu_majors`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import stat
 from collections.abc import Iterator
 from enum import Enum
 from typing import Final
+
+from ray_guard.kernel import gpu_majors
 
 
 class Kind(Enum):
@@ -24,25 +25,6 @@ class Kind(Enum):
 
 _MEM: Final = frozenset({3, 5, 7, 8, 9})
 _TERMINALS: Final = frozenset({4, 5, *range(136, 144)})
-_NVIDIA: Final = 195
-_DRM: Final = 226
-_FIRST_RENDER: Final = 128
-
-
-def _named_majors() -> dict[int, str]:
-    """Name by number of the character devices in /proc/devices; empty where it cannot be read."""
-    found: dict[int, str] = {}
-    try:
-        with open("/proc/devices") as file:
-            for line in file:
-                number, _, name = line.strip().partition(" ")
-                if line.startswith("Block"):
-                    break
-                if number.isdigit():
-                    found[int(number)] = name
-    except OSError:
-        pass
-    return found
 
 
 def kind(mode: int, device: int) -> Kind | None:
@@ -56,10 +38,9 @@ def kind(mode: int, device: int) -> Kind | None:
         return Kind.HARMLESS if minor in _MEM else Kind.OTHER
     if major in _TERMINALS:
         return Kind.HARMLESS
-    if major == _NVIDIA or (major == _DRM and minor >= _FIRST_RENDER):
-        return Kind.GPU
-    name = _named_majors().get(major, "")
-    return Kind.GPU if name.startswith("nvidia") or name == "kfd" else Kind.OTHER
+    if major == gpu_majors.DRM_MAJOR:
+        return Kind.GPU if minor >= gpu_majors.FIRST_RENDER_MINOR else Kind.OTHER
+    return Kind.GPU if major == gpu_majors.NVIDIA_MAJOR or major in gpu_majors.known_majors() else Kind.OTHER
 
 
 def gpu_nodes() -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""GPU device nodes and who holds one: /proc/devices, /sys/class/drm, /proc/PID/fd. Runs in supervisor and its helper.
+"""GPU device nodes and who holds one: /dev, /proc/PID/fd. Runs in the supervisor and its helper.
 
-By device number, not by path: a node may be made anywhere. Source: ``fs/proc/devices.c``, ``fs/proc/fd.c``.
+By device number (:mod:`ray_guard.kernel.gpu_majors`), not by path: a node may be made anywhere. Source:
+``fs/proc/fd.c``.
 """
 
 from __future__ import annotations
@@ -10,86 +11,11 @@ import os
 import re
 import stat
 import time
-from collections.abc import Mapping
-from enum import StrEnum
 from typing import Final, NamedTuple
 
-NVIDIA_MAJOR: Final = 195
-"""Of nvidia0 … and nvidiactl, for ever; nvidia-uvm and nvidia-caps are given theirs when the driver is loaded."""
-DRM_MAJOR: Final = 226
-_NVIDIA_CONTROL_MINOR: Final = 254
-"""nvidia-modeset; 255 is nvidiactl. Below them every minor is a GPU."""
+from ray_guard.kernel.gpu_majors import Kind, Majors
 
-PROC_DEVICES: Final = "/proc/devices"
 _CPUCLOCK_SCHED: Final = 2
-
-
-class Kind(StrEnum):
-    """Whose driver a device node belongs to. ``NVIDIA_CONTROL``: nothing runs on a GPU through these alone."""
-
-    NVIDIA = "nvidia"
-    NVIDIA_CONTROL = "nvidia_control"
-    DRM = "drm"
-    KFD = "kfd"
-
-
-Majors = Mapping[int, Kind]
-
-
-def parse_majors(text: str) -> dict[int, Kind]:
-    """The GPU majors in the text of /proc/devices; what is no line of it is passed over."""
-    found: dict[int, Kind] = {}
-    for line in text.partition("Block devices:")[0].splitlines():
-        number, _, name = line.strip().partition(" ")
-        if not number.isdigit():
-            continue
-        if name in ("nvidia", "nvidia-frontend", "nvidiactl") or int(number) == NVIDIA_MAJOR:
-            found[int(number)] = Kind.NVIDIA
-        elif name.startswith("nvidia"):
-            found.setdefault(int(number), Kind.NVIDIA_CONTROL)
-        elif name == "drm":
-            found[int(number)] = Kind.DRM
-        elif name == "kfd":
-            found[int(number)] = Kind.KFD
-    return found
-
-
-def majors(path: str = PROC_DEVICES, drm: str = "/sys/class/drm") -> dict[int, Kind]:
-    """The majors of GPU drivers that are loaded; empty: there is none, so no GPU can be opened.
-
-    Raises:
-        OSError: /proc/devices cannot be read: then nobody knows.
-    """
-    with open(path, encoding="ascii", errors="replace") as file:
-        found = parse_majors(file.read())
-    if DRM_MAJOR in found and not _renders(drm):
-        del found[DRM_MAJOR]  # many a virtual machine has the driver and nothing to render with
-    return found
-
-
-def known_majors() -> dict[int, Kind]:
-    """:func:`majors`; where /proc/devices cannot be read, those that are the same everywhere."""
-    try:
-        return majors()
-    except OSError:
-        return {NVIDIA_MAJOR: Kind.NVIDIA, DRM_MAJOR: Kind.DRM}
-
-
-def _renders(folder: str) -> bool:
-    try:
-        return any(name.startswith("renderD") for name in os.listdir(folder))
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True  # not known to be none
-
-
-def kind_of(device: int, known: Majors) -> Kind | None:
-    """What ``device`` (``st_rdev``) is; None: no GPU."""
-    kind = known.get(os.major(device))
-    if kind is Kind.NVIDIA and os.minor(device) >= _NVIDIA_CONTROL_MINOR:
-        return Kind.NVIDIA_CONTROL
-    return kind
 
 
 class Node(NamedTuple):

@@ -7,11 +7,10 @@ once, before the zygote forks anything.
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Final
 
 from ray_guard.kernel import libc
+from ray_guard.kernel.trial import Trial
 
 _CLONE_NEWIPC: Final = 0x08000000
 
@@ -21,14 +20,14 @@ def enter_own_namespace() -> None:
     libc.unshare(_CLONE_NEWIPC)
 
 
-@functools.cache
 def can_be_own() -> bool:
     """Whether :func:`enter_own_namespace` works here. Tried once per process; a forked one keeps the answer."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            enter_own_namespace()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1] == 0
+    return TRIAL.outcome == 0
+
+
+def _attempt() -> int:
+    enter_own_namespace()
+    return 0
+
+
+TRIAL: Final = Trial(_attempt)

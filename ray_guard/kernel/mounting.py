@@ -6,12 +6,12 @@ Source: mount(2), mount_setattr(2), mount_namespaces(7).
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from enum import Enum
 from typing import Final
 
 from ray_guard.kernel import libc
+from ray_guard.kernel.trial import FAILED, Trial
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
@@ -87,28 +87,27 @@ def enter_own_namespace(how: Way) -> None:
     mount("none", "/", "none", MS_REC | MS_SLAVE)
 
 
-@functools.cache
 def way() -> Way:
-    """How this process and its children could have one, and mount in it; tried in a child, once."""
-    return next((each for each in (Way.PRIVILEGED, Way.USER) if _works(each)), Way.NONE)
+    """How this process and its children could have one, and mount in it; tried once, and a forked one keeps it."""
+    outcome = TRIAL.outcome
+    return Way.NONE if outcome == FAILED else Way(outcome)
 
 
 def works() -> bool:
     return way() is not Way.NONE
 
 
-def _works(how: Way) -> bool:
-    pid = os.fork()
-    if pid == 0:
-        code = 1
+def _attempt() -> int:
+    libc.prctl(libc.PR_SET_DUMPABLE, 1)  # else /proc/self is root's
+    for how in (Way.PRIVILEGED, Way.USER):
         try:
-            libc.prctl(libc.PR_SET_DUMPABLE, 1)  # else /proc/self is root's
             enter_own_namespace(how)
             mount("tmpfs", "/dev", "tmpfs", MS_RDONLY, "size=4k")
             make_read_only("/dev")
-            code = 0
         except OSError:
-            pass
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            continue
+        return int(how.value)
+    return int(Way.NONE.value)
+
+
+TRIAL: Final = Trial(_attempt)

@@ -23,7 +23,19 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from ray_guard.kernel import borrowing, gpu_devices, ipc, landlock, libc, mounting, nvml, procfs, seccomp, sock_diag
+from ray_guard.kernel import (
+    borrowing,
+    gpu_devices,
+    gpu_majors,
+    ipc,
+    landlock,
+    libc,
+    mounting,
+    nvml,
+    procfs,
+    seccomp,
+    sock_diag,
+)
 from ray_guard.kernel.perf import TreeClock
 from ray_guard.kernel.seccomp import NOTIFY, Rule
 from ray_guard.kernel.syscalls import MACHINE, TABLES
@@ -337,7 +349,7 @@ def _yama() -> str:
 
 
 def _gpu_census() -> str:
-    known = gpu_devices.majors()
+    known = gpu_majors.majors()
     if not known:
         return "no GPU driver is loaded: nothing can be opened"
     _, unreadable = gpu_devices.Descriptors(known).scan()
@@ -347,10 +359,10 @@ def _gpu_census() -> str:
 
 def _gpu_meter() -> Feature | str:
     """In a process of its own: NVML may hang in the driver."""
-    kinds = set(gpu_devices.majors().values())
+    kinds = set(gpu_majors.majors().values())
     if not kinds:
         return "no GPU driver is loaded: GPU-seconds are zero for certain"
-    if gpu_devices.Kind.NVIDIA not in kinds:
+    if gpu_majors.Kind.NVIDIA not in kinds:
         names = ", ".join(sorted(kind.value for kind in kinds))
         return Feature("gpu.meter", Status.PARTLY, f"GPUs of {names} are found, and not measured: NVML alone is asked")
     argv = [sys.executable, "-I", "-m", "ray_guard.kernel.nvml"]

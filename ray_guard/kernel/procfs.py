@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import time
@@ -256,3 +257,16 @@ def command_name(pid: int) -> str:
             return file.read(64).decode(errors="replace").rstrip("\n")
     except OSError:
         return ""
+
+
+def overwrite_arguments(name: bytes) -> None:
+    """Makes ``name`` what /proc shows as this process's command, and empties what it shows as its environment.
+
+    The kernel shows the memory that both were handed over in. Nothing may be looked up there any more: variables that
+    are to stay must have been set anew.
+    """
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    start, end, environment_end = int(fields[45]), int(fields[46]), int(fields[48])
+    ctypes.memset(start, 0, environment_end - start)
+    ctypes.memmove(start, name, min(len(name), end - start - 1))

@@ -43,8 +43,8 @@ would have denied is allowed, with its reason and ``report_only``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -210,15 +210,10 @@ class Decision(NamedTuple):
 
 
 _NO_NAMES: Final[Mapping[str, Collection[str]]] = MappingProxyType({})
+_NOTHING: Final[Mapping[Scope, Limits]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What is true around a target right now. Replace it when that changes; everything is empty by default.
-
-    Addresses are canonical text. ``control`` need not repeat ``cluster``.
-    """
-
+class _Surroundings(NamedTuple):
     cluster: frozenset[Endpoint] = frozenset()
     """Endpoints of this Ray cluster: GCS, raylets, object managers, agents, workers (TCP)."""
     control: frozenset[Endpoint] = frozenset()
@@ -239,16 +234,23 @@ class Surroundings:
     another socket later; hold an O_PATH descriptor of each, because a freed inode number is given out again."""
     ray_listen: frozenset[int] = frozenset()
     """Ports that Ray itself listens on in this actor's process."""
-    names: Mapping[str, Collection[str]] = field(default_factory=lambda: _NO_NAMES)
+    names: Mapping[str, Collection[str]] = _NO_NAMES
     """For each address the canonical names that the guard's resolver gave it for, to this target; the latest first."""
-    _control: frozenset[Endpoint] = field(init=False, repr=False, compare=False)
-    _local_control_ports: frozenset[int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        control = self.control | self.cluster
-        object.__setattr__(self, "_control", control)
-        local = frozenset(port for address, port in control if self.is_local(address))
-        object.__setattr__(self, "_local_control_ports", local)
+
+class Surroundings(_Surroundings):
+    """What is true around a target right now. Replace it when that changes; everything is empty by default.
+
+    Addresses are canonical text. ``control`` need not repeat ``cluster``.
+    """
+
+    @cached_property
+    def _control(self) -> frozenset[Endpoint]:
+        return self.control | self.cluster
+
+    @cached_property
+    def _local_control_ports(self) -> frozenset[int]:
+        return frozenset(port for address, port in self._control if self.is_local(address))
 
     def is_local(self, address: str) -> bool:
         """Whether ``address`` is this node: one of its own, or loopback."""
@@ -306,10 +308,7 @@ _FIRST_UNPRIVILEGED_PORT: Final = 1024
 _DNS_PORT: Final = 53
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One policy, made ready for deciding."""
-
+class _Layer(NamedTuple):
     mode: Mode
     groups: frozenset[Group]
     addresses: Mapping[tuple[Transport, int], tuple[AddressRule, ...]]
@@ -324,7 +323,14 @@ class Layer:
     """Host (a name or an address) and port of the proxy that names are reached through."""
     model: Endpoint | None = None
     """Host (a name or an address) and port of the engine's server."""
-    _memory: dict[tuple[str, str, int], _Answer] = field(default_factory=dict, repr=False, compare=False)
+
+
+class Layer(_Layer):
+    """One policy, made ready for deciding."""
+
+    @cached_property
+    def _memory(self) -> dict[tuple[str, str, int], _Answer]:
+        return {}
 
     def decide(self, role: Role, surroundings: Surroundings, request: Request) -> Decision:
         operation = request.operation
@@ -500,8 +506,7 @@ _STRICTER_VIOLATION: Final = ("kill_actor", "end_episode", "kill_call", "deny")
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class CompiledPolicy:
+class CompiledPolicy(NamedTuple):
     """One or several policies, all of which must allow. The zero value, without any, denies everything."""
 
     layers: tuple[Layer, ...] = ()
@@ -513,8 +518,8 @@ class CompiledPolicy:
     require: frozenset[str] = frozenset()
     wires: tuple[Mapping[str, Any], ...] = ()
     """What each was built from (:meth:`ray_guard.Policy.to_wire`), for what is enforced elsewhere."""
-    _limits: Mapping[Scope, Limits] = field(default_factory=dict, repr=False)
-    _watched: Mapping[Scope, Limits] = field(default_factory=dict, repr=False)
+    limits_enforced: Mapping[Scope, Limits] = _NOTHING
+    limits_watched: Mapping[Scope, Limits] = _NOTHING
 
     @property
     def mode(self) -> Mode:
@@ -533,11 +538,11 @@ class CompiledPolicy:
 
     def limits(self, scope: Scope) -> Limits:
         """The limits of that scope that are enforced."""
-        return self._limits.get(scope, NO_LIMITS)
+        return self.limits_enforced.get(scope, NO_LIMITS)
 
     def watched(self, scope: Scope) -> Limits:
         """The limits of that scope that only report."""
-        return self._watched.get(scope, NO_LIMITS)
+        return self.limits_watched.get(scope, NO_LIMITS)
 
     def allows_name(self, name: str) -> bool:
         """Whether the resolver answers for ``name`` (canonical): every enforcing policy lists it."""
@@ -563,7 +568,7 @@ class CompiledPolicy:
 
     def with_role(self, role: Role) -> CompiledPolicy:
         """The same policy for the processes of another role: a call's tools get ``tool``."""
-        return replace(self, role=role)
+        return self._replace(role=role)
 
     def intersect(self, other: CompiledPolicy) -> CompiledPolicy:
         """What both allow, with the smaller limit of each and the stricter of every setting.
@@ -582,8 +587,8 @@ class CompiledPolicy:
             on_violation=_stricter(_STRICTER_VIOLATION, ours.on_violation, theirs.on_violation),
             require=self.require | other.require,
             wires=self.wires + other.wires,
-            _limits={scope: tightest(self.limits(scope), other.limits(scope)) for scope in Scope},
-            _watched={scope: tightest(self.watched(scope), other.watched(scope)) for scope in Scope},
+            limits_enforced={scope: tightest(self.limits(scope), other.limits(scope)) for scope in Scope},
+            limits_watched={scope: tightest(self.watched(scope), other.watched(scope)) for scope in Scope},
         )
 
     @classmethod
@@ -692,8 +697,8 @@ def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
         on_violation=wire.word("on_violation", _STRICTER_VIOLATION),
         require=frozenset(wire.texts("require")),
         wires=(MappingProxyType({str(key): value for key, value in wire.value.items()}),),
-        _limits=limits if mode is Mode.ENFORCE else {},
-        _watched=limits if mode is Mode.REPORT else {},
+        limits_enforced=limits if mode is Mode.ENFORCE else {},
+        limits_watched=limits if mode is Mode.REPORT else {},
     )
 
 

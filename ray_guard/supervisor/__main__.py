@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 
-from ray_guard.kernel import borrowing, ipc, mounting
-from ray_guard.supervisor import leaf, zygote
+from ray_guard import log
+from ray_guard.kernel import borrowing, ipc, mounting, trial
 
 
 def main(descriptor: int, prepared: int = 0) -> None:
@@ -24,13 +24,14 @@ def main(descriptor: int, prepared: int = 0) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # it ends after its last target, not with a terminal or a job's group
     os.umask(0o077)
-    # Asked here, so that the zygote goes by the same answers.
-    borrowing.works(), ipc.can_be_own(), mounting.works(), leaf.place()
+    # Begun here, so that the zygote goes by the same answers; nobody waits for them yet.
+    trial.begin([borrowing.TRIAL, ipc.TRIAL, mounting.TRIAL])
+    from ray_guard.supervisor import leaf, zygote
+
+    leaf.place()  # asked here too
     starts, zygote_pid = zygote.fork(close=[descriptor])
     leaders = [zygote.ask_for_leader(starts) for _ in range(prepared)]
-    import logging
-
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    log.to_stderr()
     from ray_guard.supervisor.service import serve
 
     serve(descriptor, starts, zygote_pid, leaders)

@@ -6,11 +6,15 @@ direction, for the caller chooses the pointers: an array without end, a megabyte
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import struct
 from typing import Final, NamedTuple
+
+try:  # as ``random`` does with its own: hashlib loads OpenSSL, which takes longer than a tool to start
+    from _sha256 import sha256  # type: ignore[import-not-found]
+except ImportError:
+    from hashlib import sha256
 
 SHOWN: Final = 64
 SHOWN_LENGTH: Final = 256
@@ -35,7 +39,8 @@ def shown(argv: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def digest(argv: tuple[str, ...]) -> str:
-    return hashlib.sha256("\0".join(argv).encode(errors="surrogateescape")).hexdigest()
+    found: str = sha256("\0".join(argv).encode(errors="surrogateescape")).hexdigest()
+    return found
 
 
 class Memory:
@@ -94,7 +99,7 @@ class Memory:
     def arguments(self, array: int) -> Arguments | None:
         """None: the array or a string in it is unreadable, so that the kernel will say EFAULT."""
         if array == 0:
-            return Arguments((), hashlib.sha256().hexdigest())
+            return Arguments((), sha256().hexdigest())
         room = _BYTES_LIMIT
         found: list[bytes] = []
         for pointer in self._pointers(array):
@@ -105,7 +110,7 @@ class Memory:
                 return Arguments(_decoded(found), "")
             found.append(argument)
             room -= len(argument) + 1
-        return Arguments(_decoded(found), hashlib.sha256(b"\0".join(found)).hexdigest())
+        return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
 
     def _pointers(self, array: int) -> list[int]:
         pointers: list[int] = []

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import NamedTuple
 
 from ray_guard.kernel import cgroup
+from ray_guard.log import logger
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import Leaf, OwnLeaf, place
 
-log = logging.getLogger("ray_guard.cgroups")
+log = logger("ray_guard.cgroups")
 
 
 class Groups(NamedTuple):

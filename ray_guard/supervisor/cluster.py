@@ -7,7 +7,6 @@ answers one line per question; it is started when the first target of a cluster 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 import subprocess
@@ -18,9 +17,10 @@ from functools import partial
 from typing import IO, Any, Final, cast
 
 from ray_guard.egress.gate import Waiting
+from ray_guard.log import logger
 from ray_guard.policy.destination import canonical_address
 
-log = logging.getLogger("ray_guard.cluster")
+log = logger("ray_guard.cluster")
 
 REREAD_S: Final = 1.0
 """Least time between two readings: a target that sweeps addresses must not load the cluster's control plane."""

@@ -8,10 +8,10 @@ recorded, and nobody is ended for it on a guess.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
+from ray_guard.log import logger
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import Mode
 from ray_guard.supervisor.target import Origin, Target, Violation
@@ -19,7 +19,7 @@ from ray_guard.supervisor.target import Origin, Target, Violation
 if TYPE_CHECKING:
     from ray_guard.supervisor.tools import Tool
 
-log = logging.getLogger("ray_guard.consequences")
+log = logger("ray_guard.consequences")
 
 END_EPISODE: Final = "end_episode"
 KILL_ACTOR: Final = "kill_actor"

@@ -8,22 +8,21 @@ that runs is a look at /proc/devices.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ray_guard.compute.census import Finding, Holder, Place, judge
 from ray_guard.compute.engines import Phase
 from ray_guard.compute.gpu_meter import MEMORY_S, GpuMeter, Hidden, Method, Share, Tick
 from ray_guard.egress.gate import Waiting
 from ray_guard.errors import NotEnforced, PolicyError
-from ray_guard.kernel import gpu_devices, procfs
-from ray_guard.kernel.gpu_devices import Descriptors, Kind
-from ray_guard.kernel.nvml import Reading
+from ray_guard.kernel import gpu_devices, gpu_majors, procfs
+from ray_guard.kernel.gpu_devices import Descriptors
+from ray_guard.kernel.gpu_majors import Kind
+from ray_guard.log import logger
 from ray_guard.policy.budgets import Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import Mode
@@ -32,7 +31,10 @@ from ray_guard.supervisor.gpu_poller import LOAD_S, Census, Held, Poller
 from ray_guard.supervisor.gpu_target import GpuTarget, granted, has_budget, limits
 from ray_guard.supervisor.target import Origin, Target
 
-log = logging.getLogger("ray_guard.gpu")
+if TYPE_CHECKING:
+    from ray_guard.kernel.nvml import Reading
+
+log = logger("ray_guard.gpu")
 
 PROCESS: Final = "gpu_process"
 HIDDEN_TENANT: Final = "gpu_hidden_tenant"
@@ -48,8 +50,7 @@ _DEPTH: Final = 4096
 _FAULTS_TOLD: Final = 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Owner:
+class _Owner(NamedTuple):
     """Whose a process is, and where in there."""
 
     watched: GpuTarget
@@ -71,7 +72,7 @@ class Gpus:
         self._poller: Poller | None = None
         self._own: Descriptors | None = None
         self._looking = False
-        self._majors: gpu_devices.Majors = {}
+        self._majors: gpu_majors.Majors = {}
         self._census: float | None = None
         """When the last one came, or the first was asked for."""
         self._tried = float("-inf")
@@ -92,7 +93,7 @@ class Gpus:
         """Whether it must be known first if NVML works: :meth:`when_known`."""
         if policy.mode is not Mode.ENFORCE or not (has_budget(policy) or "gpu" in policy.require):
             return False
-        if Kind.NVIDIA not in gpu_devices.known_majors().values():
+        if Kind.NVIDIA not in gpu_majors.known_majors().values():
             return False
         poller = self._started()
         self._loop.later(2 * LOAD_S, self._stop_unused)
@@ -109,7 +110,7 @@ class Gpus:
         if policy.mode is not Mode.ENFORCE or not keys + required:
             return
         try:
-            majors = gpu_devices.majors()
+            majors = gpu_majors.majors()
         except OSError as error:
             raise NotEnforced(keys + required, f"/proc/devices: {error.strerror}: GPUs are not known") from error
         missing = "the GPU helper does not run" if self._poller is None else self._poller.missing
@@ -208,7 +209,7 @@ class Gpus:
         """Whether there is anything to look for; sees to it that the helper runs then."""
         if not any(watched.asks for watched in self._watched.values()):
             return False
-        self._majors = gpu_devices.known_majors()
+        self._majors = gpu_majors.known_majors()
         if not self._majors:
             return False  # no driver is loaded: there is nothing that could be opened
         self._started()
@@ -281,7 +282,7 @@ class Gpus:
 
     def _judge(self, census: Census) -> None:
         """Every holder once; whom NVML lists without a descriptor of its own too."""
-        self._majors = gpu_devices.known_majors()
+        self._majors = gpu_majors.known_majors()
         held = {each.pid: each for each in census.held}
         for pid, start in self._contexts.items():
             if pid not in held:
@@ -360,7 +361,7 @@ class Gpus:
 
     def _labelled(self, devices: tuple[int, ...]) -> Iterator[tuple[int, Kind]]:
         for device in devices:
-            yield device, gpu_devices.kind_of(device, self._majors) or Kind.NVIDIA  # its driver is gone just now
+            yield device, gpu_majors.kind_of(device, self._majors) or Kind.NVIDIA  # its driver is gone just now
 
     def _described(self, held: Held) -> str:
         """The process and what it holds, in words."""

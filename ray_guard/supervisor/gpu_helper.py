@@ -20,7 +20,7 @@ import threading
 import time
 from typing import Any, Final
 
-from ray_guard.kernel import gpu_devices, nvml, procfs
+from ray_guard.kernel import gpu_devices, gpu_majors, nvml, procfs
 
 CENSUS_S: Final = 0.13
 TURNS: Final = 6
@@ -79,12 +79,12 @@ def main() -> None:
     """Until stdin closes."""
     line = _Line()
     threading.Thread(target=_poll_nvml, args=(line,), name="nvml", daemon=True).start()
-    descriptors = gpu_devices.Descriptors(gpu_devices.known_majors(), turns=TURNS)
+    descriptors = gpu_devices.Descriptors(gpu_majors.known_majors(), turns=TURNS)
     waiting = select.poll()
     waiting.register(0, select.POLLIN)
     while True:
         began = time.monotonic()
-        known = gpu_devices.known_majors()
+        known = gpu_majors.known_majors()
         if known != descriptors.majors:  # a driver was loaded, or unloaded: what was looked at before counts no more
             descriptors = gpu_devices.Descriptors(known, turns=TURNS)
         line.tell({"census": census(descriptors)})

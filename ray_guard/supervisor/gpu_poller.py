@@ -7,10 +7,8 @@ import from.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,8 +17,9 @@ from typing import IO, Any, Final, NamedTuple, cast
 from ray_guard.egress.gate import Waiting
 from ray_guard.kernel import nvml
 from ray_guard.kernel.nvml import Reading
+from ray_guard.log import logger
 
-log = logging.getLogger("ray_guard.gpu")
+log = logger("ray_guard.gpu")
 
 LOAD_S: Final = 10.0
 """How long NVML may take to be loaded; without a persistent driver every GPU is started then."""
@@ -73,6 +72,8 @@ class Poller:
         self._counted, self._read, self._known, self._lost = counted, read, known, lost
         self._buffer = b""
         self._closed = False
+        import subprocess  # not with this module: where there is no GPU no helper is started, but every start waits
+
         self._helper = subprocess.Popen(
             _ARGV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(_ENVIRONMENT), cwd="/", bufsize=0
         )
@@ -130,6 +131,8 @@ class Poller:
         """Ends it, and hardly waits: it may hang within the driver."""
         if self._closed:
             return
+        from subprocess import TimeoutExpired
+
         self._closed = True
         self._loop.forget(self._lines.fileno())
         self._lifeline.close()
@@ -137,6 +140,6 @@ class Poller:
         self._helper.kill()
         try:
             self._helper.wait(_END_S)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             log.warning("the GPU helper (pid %d) does not end: it waits for the driver", self.pid)
             self._helper.returncode = 0  # nobody can do more about it

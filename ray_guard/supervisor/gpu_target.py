@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Final
 
 from ray_guard.compute import engines
@@ -14,13 +12,14 @@ from ray_guard.compute.engines import Engines
 from ray_guard.compute.gpu_meter import Share, Usage, memory
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import procfs
+from ray_guard.log import logger
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded, Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Mode, SpanKind, SpanRecord
 from ray_guard.supervisor.orphans import Mark
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
-log = logging.getLogger("ray_guard.gpu")
+log = logger("ray_guard.gpu")
 
 SECONDS: Final = "gpu_seconds"
 MEMORY: Final = "gpu_memory"
@@ -47,26 +46,26 @@ def has_budget(policy: CompiledPolicy) -> bool:
     return any(limits(policy, scope) for scope in Scope)
 
 
-@dataclass(slots=True)
 class GpuTarget:
     """See the module. ``mark``: what its processes have in common; None: it is not filtered itself."""
 
-    target: Target
-    mark: Mark | None = None
-    engines: Engines = field(default_factory=Engines)
-    usage: Usage = field(default_factory=Usage)
-    tools: dict[int, Origin] = field(default_factory=dict)
-    """By the process that a tool began with, and by its leader."""
-    told: set[tuple[int, int, Reason]] = field(default_factory=set)
-    """Processes (pid, start time) of which a violation was told."""
-    _unknown: set[Account] = field(default_factory=set)
-    """Whose memory NVML does not tell, though it is limited."""
-    _over_memory: set[Account] = field(default_factory=set)
-    _passed: set[tuple[str, str]] = field(default_factory=set)
-    """Limits that were passed, and told: kind, and whose."""
-    _span: str = field(default_factory=new_span_id)
-    _began_ns: int = field(default_factory=time.time_ns)
-    _recorded: float = 0.0
+    def __init__(self, target: Target, mark: Mark | None = None) -> None:
+        self.target = target
+        self.mark = mark
+        self.engines = Engines()
+        self.usage = Usage()
+        self.tools: dict[int, Origin] = {}
+        """By the process that a tool began with, and by its leader."""
+        self.told: set[tuple[int, int, Reason]] = set()
+        """Processes (pid, start time) of which a violation was told."""
+        self._unknown: set[Account] = set()
+        """Whose memory NVML does not tell, though it is limited."""
+        self._over_memory: set[Account] = set()
+        self._passed: set[tuple[str, str]] = set()
+        """Limits that were passed, and told: kind, and whose."""
+        self._span = new_span_id()
+        self._began_ns = time.time_ns()
+        self._recorded = 0.0
 
     @property
     def word(self) -> str:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 import select
 import time
 from collections.abc import Callable
 from typing import Final
 
-log = logging.getLogger("ray_guard.loop")
+from ray_guard.log import logger
+
+log = logger("ray_guard.loop")
 
 _EVENTS: Final = 64
 """Taken from the kernel at one go."""

@@ -10,13 +10,12 @@ supervisor gives it back with its own reservation, and does not charge again who
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ray_guard.egress.relay.model.admission import RELEASED, plan
 from ray_guard.evidence.journal import JournalError
+from ray_guard.log import logger
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import Account, Exceeded
 from ray_guard.policy.decide import Endpoint
@@ -27,7 +26,7 @@ from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_i
 if TYPE_CHECKING:
     from ray_guard.supervisor.ring import Ring
 
-log = logging.getLogger("ray_guard.model_calls")
+log = logger("ray_guard.model_calls")
 
 RESERVATION: Final = "x-ray-guard-reservation"
 TOKENS: Final = "tokens"
@@ -222,8 +221,7 @@ class ModelCalls:
             attributes["error.type"] = str(status) if not message["error"] else "cut"
         # Before anything can fail: what was computed is charged whatever becomes of the record.
         exceeded = call.bill.settle({TOKENS: actual})
-        ended = replace(
-            call.record,
+        ended = call.record._replace(
             end_ns=time.time_ns(),
             attributes=attributes,
             status=StatusCode.ERROR if text else StatusCode.UNSET,
@@ -262,4 +260,4 @@ def _error(status: int, code: str, text: str) -> Message:
 
 def _failed(record: SpanRecord, kind: str, text: str) -> SpanRecord:
     attributes: dict[str, AttributeValue] = {**record.attributes, "error.type": kind}
-    return replace(record, end_ns=time.time_ns(), attributes=attributes, status=StatusCode.ERROR, status_message=text)
+    return record._replace(end_ns=time.time_ns(), attributes=attributes, status=StatusCode.ERROR, status_message=text)

@@ -6,16 +6,15 @@ Order of work for a question, as for every request: decide (pure) â†’ account â†
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from ray_guard.egress.gate import Ruling
-from ray_guard.egress.resolver.door import Reply
 from ray_guard.egress.resolver.told import LOOKUPS, Told
 from ray_guard.evidence.journal import JournalError
+from ray_guard.log import logger
 from ray_guard.policy.budgets import RECEIVED, SENT, Exceeded
 from ray_guard.policy.decide import Decision, Operation, Reason, Request, Verdict
 from ray_guard.policy.destination import Transport, canonical_name
@@ -24,10 +23,11 @@ from ray_guard.supervisor import resolver
 from ray_guard.supervisor.resolver import Answer, Forward, Instruction, Resolve
 
 if TYPE_CHECKING:
+    from ray_guard.egress.resolver.door import Reply
     from ray_guard.supervisor.ring import Ring
     from ray_guard.supervisor.target import Origin
 
-log = logging.getLogger("ray_guard.names")
+log = logger("ray_guard.names")
 
 _WAITING: Final = 512
 """Questions of one ring that may wait for their answer."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
-import subprocess
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +14,13 @@ from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Bounds, Journal
 from ray_guard.kernel import rtnetlink
 from ray_guard.kernel.sock_diag import SockDiag
+from ray_guard.log import logger
 from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.policy.values import parse_size
 from ray_guard.records import Role
-from ray_guard.supervisor.cluster import Directory
-from ray_guard.supervisor.gpu import Gpus
+from ray_guard.supervisor.gpu_presence import Presence
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.leases import Lease, Leases
 from ray_guard.supervisor.limits import Census
@@ -33,12 +31,15 @@ from ray_guard.supervisor.resolver import Resolver
 from ray_guard.supervisor.sealing import Sealer
 
 if TYPE_CHECKING:
+    import subprocess
+
     from ray_guard.supervisor.ceilings import Ceilings
+    from ray_guard.supervisor.cluster import Directory
     from ray_guard.supervisor.leaf import Leaf
     from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.target import Target
 
-log = logging.getLogger("ray_guard.node")
+log = logger("ray_guard.node")
 
 Endpoint = tuple[str, int]
 
@@ -81,9 +82,9 @@ class Node:
         """Has the zygote hold a folder as long as this process lives; set likewise."""
         self.number = os.urandom(6).hex()
         """Tells this supervisor from all others."""
-        self.gpus = Gpus(loop)
+        self.gpus = Presence(loop)
         self.leases = Leases(loop)
-        self.quotas = Quotas()
+        self.quotas = Quotas(self.leases, self.directory)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
@@ -120,6 +121,8 @@ class Node:
             self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
+                import subprocess  # most nodes export nothing, and every start would wait for it
+
                 whole = {**os.environ, **environment}
                 self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/", env=whole))
         return self._journals[folder]
@@ -210,6 +213,8 @@ class Node:
     def _directory(self, membership: Membership) -> Directory:
         directory = self._directories.get(membership.address)
         if directory is None:
+            from ray_guard.supervisor.cluster import Directory  # nor do most calls belong to a cluster
+
             environment = {**membership.environment}
             directory = Directory(membership.argv, environment, self.loop, self._changed)
             self._directories[membership.address] = directory

@@ -5,19 +5,19 @@ A call can execute as many as it likes: after :data:`SPANS_LIMIT` further ones a
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
+from ray_guard.log import logger
 from ray_guard.records import AttributeValue, StatusCode
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.arguments import Arguments
     from ray_guard.supervisor.target import Origin, Target
 
-log = logging.getLogger("ray_guard.processes")
+log = logger("ray_guard.processes")
 
 SPANS_LIMIT: Final = 4096
 _NAME_SHOWN: Final = 128

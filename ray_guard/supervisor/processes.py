@@ -17,18 +17,17 @@ A process that a signal ends is heard of by its pidfd; who its parent was is lea
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ray_guard.compute.ledger import Entry
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import pidfd, procfs
+from ray_guard.log import logger
 from ray_guard.supervisor.arguments import Memory, runnable
 from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from ray_guard.policy.budgets import Exceeded
     from ray_guard.supervisor.node import Node
 
-log = logging.getLogger("ray_guard.processes")
+log = logger("ray_guard.processes")
 
 _KNOWN_LIMIT: Final = 4096
 _WATCHED_LIMIT: Final = 256
@@ -52,7 +51,6 @@ _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _AT_FDCWD: Final = -100 & 0xFFFFFFFF
 
 
-@dataclass(slots=True, eq=False)
 class _Attempt:
     """An exec that was let through.
 
@@ -62,13 +60,15 @@ class _Attempt:
         begun: its span, once that has begun.
     """
 
-    image: Image
-    memory: Memory
-    there: bool
-    begun: OpenImage | None = None
+    __slots__ = ("begun", "image", "memory", "there")
+
+    def __init__(self, image: Image, memory: Memory, *, there: bool) -> None:
+        self.image = image
+        self.memory = memory
+        self.there = there
+        self.begun: OpenImage | None = None
 
 
-@dataclass(slots=True, eq=False)
 class Process:
     """One process.
 
@@ -81,20 +81,22 @@ class Process:
         origin: the call, below that span; made when first asked for.
     """
 
-    entry: Entry
-    parent: Process | None
-    parent_pid: int
-    pidfd: int
-    program: bytes
-    span: str
-    watched: bool = False
-    origin: Origin | None = None
-    image: OpenImage | None = None
-    attempt: _Attempt | None = None
+    __slots__ = ("attempt", "entry", "image", "origin", "parent", "parent_pid", "pidfd", "program", "span", "watched")
+
+    def __init__(self, entry: Entry, parent: Process | None, parent_pid: int, program: bytes, span: str) -> None:
+        self.entry = entry
+        self.parent = parent
+        self.parent_pid = parent_pid
+        self.pidfd = -1
+        self.program = program
+        self.span = span
+        self.watched = False
+        self.origin: Origin | None = None
+        self.image: OpenImage | None = None
+        self.attempt: _Attempt | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What a call's tree has used in all.
 
     Attributes:
@@ -162,8 +164,8 @@ class Processes:
         """Whose child a process was that has lost its parent before it was heard of."""
         self._base_ns = base_ns
         entry = Entry(root, 0, now(), base_ns)
-        span = origin.parent_id or ""
-        self._root = self._known[root] = Process(entry, None, target.pid, -1, b"", span, origin=origin)
+        self._root = self._known[root] = Process(entry, None, target.pid, b"", origin.parent_id or "")
+        self._root.origin = origin
         self._limits = Limits(
             node.loop,
             node.census,
@@ -182,7 +184,7 @@ class Processes:
             return self._origin
         self._ask(process)
         if process.origin is None:
-            process.origin = replace(self._origin, parent_id=process.span)
+            process.origin = self._origin._replace(parent_id=process.span)
         return process.origin
 
     # -- who calls -----------------------------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ class Processes:
         if parent is not None:
             self._ask(parent)
         above = self._root if parent is None else parent
-        process = Process(entry, parent, parent_pid, -1, above.program, above.span)
+        process = Process(entry, parent, parent_pid, above.program, above.span)
         if descriptor >= 0 and self._watched < _WATCHED_LIMIT:
             self._watched += 1
             process.pidfd = descriptor
@@ -333,7 +335,7 @@ class Processes:
             time.time_ns(),
             pidfd.cpu_ns(pid) or process.entry.cpu_ns,
         )
-        return _Attempt(image, memory, not self._spans.full and self._is_there(tid, name, folder))
+        return _Attempt(image, memory, there=not self._spans.full and self._is_there(tid, name, folder))
 
     def _is_there(self, tid: int, path: str, folder: str) -> bool:
         """Whether there is a program at ``path``: one that was there before, most often."""

@@ -7,7 +7,6 @@ a pipe. Until it is known nobody is connected through it, nor to its port; where
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 import socket
@@ -18,10 +17,11 @@ from enum import Enum
 from typing import Final
 
 from ray_guard.kernel import libc
+from ray_guard.log import logger
 from ray_guard.policy.destination import canonical_address
 from ray_guard.supervisor.loop import Loop
 
-log = logging.getLogger("ray_guard.proxies")
+log = logger("ray_guard.proxies")
 
 Endpoint = tuple[str, int]
 _KEPT_S: Final = 60.0

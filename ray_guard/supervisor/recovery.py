@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import select
 import socket
 from collections.abc import Callable
 
 from ray_guard.egress.made import Waiting
 from ray_guard.evidence.journal import Journal
-from ray_guard.evidence.recovery import VOUCHES, unvouched
+from ray_guard.evidence.layout import VOUCHES, unvouched
+from ray_guard.log import logger
 
-log = logging.getLogger("ray_guard.recovery")
+log = logger("ray_guard.recovery")
 
 _PIECE = 1 << 16
 """Read at one go: calls wait for the loop."""
@@ -38,7 +38,7 @@ class Recovery:
         except OSError as error:
             log.warning("former logs in %s are not seen to: %s", journal.folder, error)
             return
-        self._line.sendall(json.dumps({"folder": str(journal.folder), "log": journal.log}).encode() + b"\n")
+        self._line.sendall(json.dumps({"folder": journal.folder, "log": journal.log}).encode() + b"\n")
         loop.watch(self._line.fileno(), select.EPOLLIN, lambda _events: self._ready())
 
     def _ready(self) -> None:

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import base64
 import functools
-import importlib.util
 import itertools
-import logging
 import select
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ray_guard.egress.gate import Waiting
-from ray_guard.egress.resolver.door import Door, Reply
 from ray_guard.egress.resolver.hosts import Hosts
-from ray_guard.egress.resolver.start import start
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import seqpacket
+from ray_guard.log import logger
 from ray_guard.policy.decide import CompiledPolicy, Layer
 from ray_guard.policy.destination import canonical_address
 
-log = logging.getLogger("ray_guard.resolver")
+if TYPE_CHECKING:
+    from ray_guard.egress.resolver.door import Door, Reply
+    from ray_guard.egress.resolver.start import Helper
+
+log = logger("ray_guard.resolver")
 
 PENDING_LIMIT: Final = 4096
 _POLICIES_KEPT: Final = 64
@@ -101,7 +101,7 @@ class Resolver:
         self._loop = loop
         self._opened = opened
         self._line: socket.socket | None = None
-        self._helper: subprocess.Popen[bytes] | None = None
+        self._helper: Helper | None = None
         self._started = float("-inf")
         self._numbers = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
@@ -139,7 +139,9 @@ class Resolver:
         Raises:
             NotEnforced: names cannot be resolved here.
         """
-        if importlib.util.find_spec("dns") is None:
+        from importlib.util import find_spec
+
+        if find_spec("dns") is None:
             raise NotEnforced(["egress.allow"], "names need the package dnspython: pip install dnspython")
         try:
             self.door()
@@ -150,6 +152,8 @@ class Resolver:
     def door(self) -> Door:
         """Where queries come in. Raises OSError: see :class:`Door`."""
         if self._door is None:
+            from ray_guard.egress.resolver.door import Door  # most policies list no names
+
             self._door = Door(self._loop)
             self._opened()
         return self._door
@@ -206,12 +210,14 @@ class Resolver:
             return False
         self._started = time.monotonic()
         try:
-            self._helper, line = start(self._resolv_conf)
+            from ray_guard.egress.resolver.start import start
+
+            self._helper = start(self._resolv_conf)
         except OSError as error:
             log.warning("the resolver cannot be started: %s", error)
             return False
+        self._line = line = self._helper.line
         line.setblocking(False)
-        self._line = line
         self._loop.watch(line.fileno(), select.EPOLLIN, lambda _events: self._ready(line))
         return True
 
@@ -282,14 +288,9 @@ class Resolver:
     def _hang_up(self) -> None:
         if self._line is not None:
             self._loop.forget(self._line.fileno())
-            self._line.close()
             self._line = None
         if self._helper is not None:
-            try:
-                self._helper.wait(0.2)
-            except subprocess.TimeoutExpired:
-                self._helper.kill()
-                self._helper.wait()
+            self._helper.end()
             self._helper = None
 
     def close(self) -> None:

@@ -7,12 +7,10 @@ work for every request: decide (pure) → account → journal → only then may 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Ruling
@@ -24,6 +22,7 @@ from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.kernel import libc, procfs
+from ray_guard.log import logger
 from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Account, Exceeded
 from ray_guard.policy.decide import (
     CompiledPolicy,
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from ray_guard.supervisor.node import Node
     from ray_guard.supervisor.view import View
 
-log = logging.getLogger("ray_guard.ring")
+log = logger("ray_guard.ring")
 
 _OWN_SOCKETS_LIMIT: Final = 1024
 _LOOK_EVERY_S: Final = 0.05
@@ -264,7 +263,7 @@ class Ring:
         if self._surroundings is None:
             base = self._node.surroundings(self.target)
             names = self._names.by_address() if self._names is not None else base.names
-            self._surroundings = replace(base, own_unix=frozenset(self._own_unix), names=names)
+            self._surroundings = base._replace(own_unix=frozenset(self._own_unix), names=names)
         return self._surroundings
 
     def _process(self, tid: int) -> Process:

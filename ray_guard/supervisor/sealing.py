@@ -7,13 +7,12 @@ each journal: a slow disk or signer makes batches larger, and calls wait for nei
 from __future__ import annotations
 
 import base64
-import importlib.util
 import itertools
-import logging
 import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from ray_guard.evidence.journal import Cut, Journal, JournalError
 from ray_guard.evidence.note import ORIGIN, Key
 from ray_guard.evidence.otlp import LineEncoder, resource_line
 from ray_guard.kernel import seqpacket
+from ray_guard.log import logger
 from ray_guard.records import AttributeValue, Resource, Source, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor.recovery import Recovery
 
@@ -40,7 +40,7 @@ _LAST_S: Final = 5.0
 _TOLD_S: Final = 60.0
 """How often it is said that a journal is full."""
 
-log = logging.getLogger("ray_guard.sealing")
+log = logger("ray_guard.sealing")
 
 
 class Syncer:
@@ -109,7 +109,8 @@ class Sealer:
             NotEnforced: what signs is not installed.
         """
         if not self._journals:
-            if importlib.util.find_spec("cryptography") is None:
+            # Not find_spec, which lists every folder: the first call would wait.
+            if not any(os.path.isdir(f"{entry}/cryptography") for entry in sys.path):
                 raise NotEnforced(["evidence"], "its seal needs the package cryptography: pip install cryptography")
             self._loop.later(_FIRST_S, self._start)
             self._loop.later(SEAL_S, self._tick)

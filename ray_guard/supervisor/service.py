@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import resource
 import select
@@ -13,16 +12,19 @@ from functools import partial
 from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
+from ray_guard.log import logger
 from ray_guard.supervisor import leaf, zygote
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.session import Session
 
-log = logging.getLogger("ray_guard.supervisor")
+log = logger("ray_guard.supervisor")
 
 LINGER_S: Final = 2.0
 """How long a supervisor without targets waits for the next one."""
+_FIRST_LINE_S: Final = 0.5
+"""When the log's first line is written, and what writes it is loaded: not before the first call has begun."""
 SWEEP_S: Final = 1.0
 """When what earlier ones have left is looked for: nobody's first call waits for that."""
 
@@ -42,7 +44,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     pool = Leaders(loop, lambda fit: zygote.ask_for_leader(starts, fit.covers, gpu=fit.gpu), leaders)
     node = Node(loop, (rendezvous.folder(),), pool)
     listener = socket.socket(fileno=descriptor)
-    log.info("started, pid %d", os.getpid())
+    loop.later(_FIRST_LINE_S, lambda: log.info("started, pid %d", os.getpid()))
     node.zygote = zygote_pid
     node.ward = partial(zygote.ward, starts)
     node.means.relay.start = partial(zygote.start_mover, starts)

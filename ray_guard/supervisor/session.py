@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import select
 import signal
@@ -17,7 +16,6 @@ import socket
 import stat
 import termios
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Final
 
 from ray_guard import errors
@@ -26,6 +24,7 @@ from ray_guard.errors import NotEnforced, PolicyError, RayGuardError
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel import libc, seqpacket
 from ray_guard.kernel.seccomp import Listener
+from ray_guard.log import logger
 from ray_guard.policy.budgets import Scope
 from ray_guard.policy.decide import CompiledPolicy, Operation, Process, Request, decide
 from ray_guard.policy.destination import Group, Transport, canonical_address
@@ -34,7 +33,7 @@ from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
-from ray_guard.supervisor.quota import FLOPS, TOKENS, asked_for
+from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.start import read_start
@@ -42,7 +41,7 @@ from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
 from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
 
-log = logging.getLogger("ray_guard.session")
+log = logger("ray_guard.session")
 
 _BATCH: Final = 64
 """Packets read at one go: a chatty target must not keep others waiting."""
@@ -79,7 +78,7 @@ class Session:
         self._connected = True
         self._dead = False
         self._handlers: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
-            "open": lambda message, _: self._known().begin(message),
+            "open": self._open_span,
             "close": self._close_span,
             "intent": self._intent,
             "identify": self._identify,
@@ -187,10 +186,8 @@ class Session:
         if kind != "observer":
             borrows = self._node.means.borrows
             policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
-            if self._node.gpus.must_wait(policy):
-                self._node.gpus.when_known(self._later(message, descriptors))
+            if self._waits_for_gpus(policy, message, descriptors):
                 return
-            self._node.gpus.admit(policy)
             if policy.names:
                 self._node.resolver.require()
             self._require_proxies(policy)
@@ -239,9 +236,20 @@ class Session:
                 "datagrams": grants_datagrams(policy),
                 "borrows": self._node.means.borrows,
                 "names": policy.names,
-                "acts": acts(policy),
+                **_told_of(target),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _waits_for_gpus(self, policy: CompiledPolicy, message: dict[str, Any], descriptors: list[int]) -> bool:
+        """Whether the hello is handled again later. Raises NotEnforced: GPUs cannot be held to ``policy`` here."""
+        gpus = self._node.gpus.asked(policy)
+        if gpus is None:
+            return False
+        if gpus.must_wait(policy):
+            gpus.when_known(self._later(message, descriptors))
+            return True
+        gpus.admit(policy)
+        return False
 
     def _must_lease(
         self,
@@ -383,9 +391,14 @@ class Session:
         self._node.job(target.run_id, added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
-        self._reply(descriptors[0], {"ok": True, "acts": acts(target.policy)})
+        self._reply(descriptors[0], {"ok": True, **_told_of(target)})
 
     # -- the target's reports ------------------------------------------------------------------------------------------
+
+    def _open_span(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        target = self._known()
+        target.begin(message)
+        self._node.quotas.opened(target, message["span"])
 
     def _close_span(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         target = self._known()
@@ -428,8 +441,8 @@ class Session:
 
     def _reserve(self, message: dict[str, Any], descriptors: list[int]) -> None:
         target = self._known()
-        lacking = self._node.leases.lacking(target.account.root, asked_for(message))
-        if lacking and not message.get("waited"):
+        lacking = [] if message.get("waited") else self._node.quotas.lacking(target, message)
+        if lacking:
             self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
             return
         self._reply(descriptors[0], self._node.quotas.reserve(target, message))
@@ -438,12 +451,12 @@ class Session:
         self._node.quotas.settle(self._known(), message)
 
     def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
-        self._node.gpus.register(self._known(), int(message["pid"]), str(message.get("phase")))
+        self._node.gpus.watching().register(self._known(), int(message["pid"]), str(message.get("phase")))
         self._reply(descriptors[0], {"ok": True})
 
     def _engine_state(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         phase, in_flight = message.get("phase"), message.get("in_flight")
-        self._node.gpus.declare(
+        self._node.gpus.watching().declare(
             self._known(),
             int(message["pid"]),
             None if phase is None else str(phase),
@@ -567,6 +580,13 @@ class Session:
         self._ended(self)
 
 
+def _told_of(target: Target) -> dict[str, Any]:
+    """What a target is told of its policy, now and whenever it is tightened."""
+    kinds = (TOKENS, FLOPS)
+    limits = {s.value: {k: v for k, v in target.policy.limits(s).items() if k in kinds} for s in Scope}
+    return {"acts": acts(target.policy), "account": target.key, "quotas": limits}
+
+
 def _sends_anywhere(descriptor: int) -> bool:
     """Whether it is a socket whose messages may name any destination."""
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
@@ -645,6 +665,6 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
     if clustered and policy.role in _ENV_ROLES:
         # A Ray actor without its cluster is none: the role grants it to the actor's own process, listed or not.
         groups = {Group.CLUSTER} | ({Group.COLLECTIVES} if policy.role is Role.POLICY else set())
-        layers = tuple(replace(layer, groups=layer.groups | groups) for layer in policy.layers)
-        policy = replace(policy, layers=layers)
+        layers = tuple(layer._replace(groups=layer.groups | groups) for layer in policy.layers)
+        policy = policy._replace(layers=layers)
     return policy

@@ -6,19 +6,18 @@ are journaled, nothing more). It holds the open spans that its process reported,
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal, JournalError
 from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
 from ray_guard.kernel.seqpacket import BadPacket
+from ray_guard.log import logger
 from ray_guard.policy.budgets import Account, Exceeded, Limits, Near, Scope, limits_from_wire, tightest
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
@@ -26,7 +25,7 @@ from ray_guard.supervisor import fields
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.view import Views
 
-log = logging.getLogger("ray_guard.target")
+log = logger("ray_guard.target")
 
 BUDGET_WARNING: Final = "ray_guard.budget_warning"
 """Name of the span that says that a limit is almost reached."""
@@ -49,27 +48,37 @@ def new_trace_id() -> str:
     return os.urandom(16).hex()
 
 
-@dataclass(slots=True)
 class OpenSpan:
-    """A span that the target has begun and not ended."""
+    """A span that the target has begun and not ended.
 
-    record: SpanRecord
-    scope: str
-    identity: Mapping[str, AttributeValue]
-    episode: str | None
-    account: Account | None
-    violations: int = 0
-    began: float = field(default_factory=time.monotonic)
-    ended: Violation | None = None
-    """What it was ended for before its time (``on_violation``)."""
-    origin: Origin | None = None
-    """As :meth:`Target.origin_of_call` gives it; made when first asked for."""
-    told: Told = field(default_factory=Told)
-    """Names told to the tools of a call, whichever of them asked."""
+    Attributes:
+        ended: what it was ended for before its time (``on_violation``).
+        origin: as :meth:`Target.origin_of_call` gives it; made when first asked for.
+        told: names told to the tools of a call, whichever of them asked.
+    """
+
+    def __init__(
+        self,
+        record: SpanRecord,
+        scope: str,
+        identity: Mapping[str, AttributeValue],
+        *,
+        episode: str | None,
+        account: Account | None,
+    ) -> None:
+        self.record = record
+        self.scope = scope
+        self.identity = identity
+        self.episode = episode
+        self.account = account
+        self.violations = 0
+        self.began = time.monotonic()
+        self.ended: Violation | None = None
+        self.origin: Origin | None = None
+        self.told = Told()
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Which call something is put down to, and who pays for it."""
 
     trace_id: str
@@ -82,8 +91,7 @@ class Origin:
     """Calls it may as well belong to; empty: it is certain."""
 
 
-@dataclass(slots=True)
-class Violation:
+class Violation(NamedTuple):
     """One entry of ``violations()``."""
 
     kind: str
@@ -106,41 +114,51 @@ class Violation:
         return {**{name: getattr(self, name) for name in names}, "time": self.time_ns}
 
 
-@dataclass(slots=True)
 class Target:
     """See the module. ``around`` is the account above its own: its submitter's, or the job's."""
 
-    pid: int
-    kind: str
-    policy: CompiledPolicy
-    resource: Resource
-    journal: Journal
-    around: Account
-    run_id: str
-    actor_id: str
-    views: Views
-    scratches: Scratches
-    account: Account = field(init=False)
-    trace_id: str = field(default_factory=new_trace_id)
-    open: dict[str, OpenSpan] = field(default_factory=dict)
-    intents: dict[int, str] = field(default_factory=dict)
-    violations: deque[Violation] = field(default_factory=lambda: deque(maxlen=_VIOLATIONS_KEPT))
-    pump: Callable[[], None] = lambda: None
-    """Reads what the target has sent so far; set by its session."""
-    offended: Callable[[Origin, Violation], None] = lambda _origin, _violation: None
-    """Told of every violation that stands in the journal; see :mod:`ray_guard.supervisor.consequences`."""
-    warn: Callable[[str], None] = lambda _text: None
-    """Has the target log a warning; set by its session."""
-    _encoder: LineEncoder = field(init=False)
-    _own: Origin = field(init=False)
-    _unknown: Origin | None = None
-    """As :meth:`origin_unknown` gives it, until a span begins or ends."""
-    _fragments: dict[str, Fragment] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.account = self._scope_account(Scope.ACTOR, self.actor_id, self.around)
-        self._encoder = LineEncoder(self.resource)
+    def __init__(
+        self,
+        *,
+        pid: int,
+        kind: str,
+        policy: CompiledPolicy,
+        resource: Resource,
+        journal: Journal,
+        around: Account,
+        run_id: str,
+        actor_id: str,
+        views: Views,
+        scratches: Scratches,
+    ) -> None:
+        self.pid = pid
+        self.kind = kind
+        self.policy = policy
+        self.resource = resource
+        self.journal = journal
+        self.around = around
+        self.run_id = run_id
+        self.actor_id = actor_id
+        self.views = views
+        self.scratches = scratches
+        self.trace_id = new_trace_id()
+        self.key = new_trace_id()
+        """Names its account to other nodes; nobody guesses it."""
+        self.open: dict[str, OpenSpan] = {}
+        self.intents: dict[int, str] = {}
+        self.violations: deque[Violation] = deque(maxlen=_VIOLATIONS_KEPT)
+        self.pump: Callable[[], None] = lambda: None
+        """Reads what the target has sent so far; set by its session."""
+        self.offended: Callable[[Origin, Violation], None] = lambda _origin, _violation: None
+        """Told of every violation that stands in the journal; see :mod:`ray_guard.supervisor.consequences`."""
+        self.warn: Callable[[str], None] = lambda _text: None
+        """Has the target log a warning; set by its session."""
+        self.account = self._scope_account(Scope.ACTOR, actor_id, around)
+        self._encoder = LineEncoder(resource)
         self._own = self._own_origin()
+        self._unknown: Origin | None = None
+        """As :meth:`origin_unknown` gives it, until a span begins or ends."""
+        self._fragments: dict[str, Fragment] = {}
 
     def _scope_account(self, scope: Scope, source: str, parent: Account, limits: Limits | None = None) -> Account:
         own = self.policy.limits(scope)
@@ -241,7 +259,7 @@ class Target:
         elif scope == "tool":
             account = self.call_account(span_id, episode)
         self._write_reported(record, identity)
-        self.open[span_id] = OpenSpan(record, scope, identity, episode, account)
+        self.open[span_id] = OpenSpan(record, scope, identity, episode=episode, account=account)
         self._unknown = None
 
     def call_account(self, span_id: str, episode: str | None) -> Account:
@@ -278,8 +296,7 @@ class Target:
         attributes = {**record.attributes, **more}
         if span.scope == "episode":
             attributes["ray_guard.violation_count"] = span.violations
-        record = replace(
-            record,
+        record = record._replace(
             end_ns=max(end_ns, record.start_ns),
             attributes=attributes,
             status=status,
@@ -328,7 +345,7 @@ class Target:
             return self._own
         traces = {self.open[call].record.trace_id for call in calls}
         trace = traces.pop() if len(traces) == 1 else self.trace_id
-        return replace(self._own, trace_id=trace, candidates=calls[:64])
+        return self._own._replace(trace_id=trace, candidates=calls[:64])
 
     def own_origin(self) -> Origin:
         """The actor itself, for what no call can have caused."""
@@ -342,7 +359,7 @@ class Target:
             account = span.account or (around.account if around is not None else None) or self.account
             identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
             span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call)
-        return span.origin if parent is None else replace(span.origin, parent_id=parent)
+        return span.origin if parent is None else span.origin._replace(parent_id=parent)
 
     def origin_of(self, span: OpenSpan) -> Origin:
         """An open call, or an open episode, of which then no call is known."""

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import select
 import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ray_guard import errors
 from ray_guard.egress.gate import Gate
@@ -27,6 +26,7 @@ from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
+from ray_guard.log import logger
 from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
@@ -47,15 +47,14 @@ if TYPE_CHECKING:
     from ray_guard.egress.gate import Handler
     from ray_guard.kernel.seccomp import Notification
 
-log = logging.getLogger("ray_guard.tools")
+log = logger("ray_guard.tools")
 
 _LOST: Final = "the process that led it was lost"
 _LOOK_AGAIN_S: Final = 0.002
 _NONE: Final = "no process can be made to lead it"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Where in the traces a start belongs, as its requester says.
 
     ``span`` is the open tool call; where there is none the tool becomes a call of its own below ``parent``.
@@ -64,7 +63,7 @@ class Call:
     span: str | None = None
     trace: str | None = None
     parent: str | None = None
-    identity: Mapping[str, AttributeValue] = field(default_factory=dict)
+    identity: Mapping[str, AttributeValue] = MappingProxyType({})
 
 
 class Tool:
@@ -152,7 +151,7 @@ class Tool:
 
     def _find_origin(self, call: Call) -> Origin:
         if call.span is not None and call.span in self._target.open:
-            return replace(self._target.origin_of_call(call.span), parent_id=self._span)
+            return self._target.origin_of_call(call.span)._replace(parent_id=self._span)
         # Nobody said which call this is: it is one, named after its program, and recorded by the supervisor itself.
         span_id = new_span_id()
         name = os.path.basename(self._start.argv[0])[:128]
@@ -203,7 +202,7 @@ class Tool:
         if self._implicit is not None:
             text = str(refusal.error())
             self._target.write(
-                replace(self._implicit, end_ns=time.time_ns(), status=StatusCode.ERROR, status_message=text),
+                self._implicit._replace(end_ns=time.time_ns(), status=StatusCode.ERROR, status_message=text),
                 self._origin.identity,
             )
             account.close()
@@ -457,7 +456,7 @@ class Tool:
     def _end_implicit(self, message: dict[str, Any]) -> None:
         if self._implicit is not None:
             status = StatusCode.ERROR if message.get("status") != 0 else StatusCode.UNSET
-            self._target.write(replace(self._implicit, end_ns=time.time_ns(), status=status), self._origin.identity)
+            self._target.write(self._implicit._replace(end_ns=time.time_ns(), status=status), self._origin.identity)
 
     def _tell_end(self, message: dict[str, Any]) -> None:
         if "status" in message:

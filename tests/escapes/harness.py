@@ -463,14 +463,18 @@ class Stage:
             self._hosts[name] = host
         return host
 
-    def peer_command(self, peer: Column, attack: Attack, argv: list[str], arguments: dict[str, Any]) -> list[str]:
-        """The attack as a command within another sandbox. Skips where there is none, and the table says so."""
+    def require_peer(self, peer: Column) -> None:
+        """Skips where another sandbox is not there or does not work, and the table says so."""
         if peer not in self._peers:
-            grant = peers.Grant(peers.programs(), str(arguments["folder"]), ["tcp://127.0.0.1:1"])
+            grant = peers.Grant(peers.programs(), [str(self.folder)], ["tcp://127.0.0.1:1"])
             self._peers[peer] = peers.missing(peer, grant)
         if self._peers[peer]:
             TABLE.missing[peer] = self._peers[peer]
             pytest.skip(f"{peer}: {self._peers[peer]}")
+
+    def peer_command(self, peer: Column, attack: Attack, argv: list[str], arguments: dict[str, Any]) -> list[str]:
+        """The attack as a command within another sandbox: see :meth:`require_peer`."""
+        self.require_peer(peer)
         port = self.sinks.address("granted")
         destinations = [f"tcp://127.0.0.1:{port}", f"tcp://[::1]:{port}"]
         if all(ring.endswith("_nothing") for ring in attack.rings):
@@ -478,7 +482,7 @@ class Stage:
         if any(ring.endswith("_udp") for ring in attack.rings):
             destinations.append(f"udp://127.0.0.1:{self.sinks.address('granted_udp')}")
         readable = [*peers.programs(), str(self.programs)]
-        return peers.command(peer, argv, peers.Grant(readable, str(arguments["folder"]), destinations))
+        return peers.command(peer, argv, peers.Grant(readable, [str(arguments["folder"])], destinations))
 
     def argv(self, attack: Attack, arguments: dict[str, Any]) -> list[str]:
         """The attack as a command."""

@@ -29,25 +29,38 @@ class Grant:
 
     Args:
         readable: folders beside the system's that programs need (the interpreter's, compiled attacks).
-        writable: the attack's own.
+        writable: the attack's own; the first is where it begins.
         destinations: ``tcp://ADDRESS:PORT`` or ``udp://…``.
+        hidden: below what is granted, and not to be reached.
+        protected: below what may be written, and not to be changed. sandlock cannot express that.
     """
 
     readable: Sequence[str]
-    writable: str
+    writable: Sequence[str]
     destinations: Sequence[str]
+    hidden: Sequence[str] = ()
+    protected: Sequence[str] = ()
 
 
 def command(peer: Column, argv: Sequence[str], grant: Grant) -> list[str]:
     """``argv``, run within ``peer``."""
     if peer is Column.SANDLOCK:
-        told = {"readable": list(grant.readable), "writable": [grant.writable], "net_allow": list(grant.destinations)}
+        told = {
+            "readable": list(grant.readable),
+            "writable": list(grant.writable),
+            "denied": list(grant.hidden),
+            "net_allow": list(grant.destinations),
+        }
         return [str(SANDLOCK_PYTHON), str(_SANDLOCKED), json.dumps(told), *argv]
     network = ["--share-net"] if peer is Column.BUBBLEWRAP else []
+    mounts = [word for folder in grant.writable for word in ("--bind", folder, folder)]
+    mounts += [word for path in grant.protected for word in ("--ro-bind", path, path)]
+    for path in grant.hidden:
+        mounts += ["--tmpfs", path] if os.path.isdir(path) else ["--ro-bind", "/dev/null", path]
     return [
         "bwrap", "--unshare-all", *network, "--die-with-parent", "--new-session", "--cap-drop", "ALL",
         "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp",
-        "--bind", grant.writable, grant.writable, "--chdir", grant.writable, "--", *argv,
+        *mounts, "--chdir", grant.writable[0], "--", *argv,
     ]  # fmt: skip
 
 

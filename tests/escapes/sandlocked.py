@@ -1,6 +1,6 @@
 """Runs a command in sandlock's sandbox, by its Python library. For the peers' interpreter, which has no ray_guard.
 
-    python sandlocked.py '{"readable": […], "writable": […], "net_allow": […]}' COMMAND [ARGUMENT …]
+    python sandlocked.py '{"readable": […], "writable": […], "denied": […], "net_allow": […]}' COMMAND [ARGUMENT …]
 
 The folders to read are those of its documentation's first example, and what is told; everything else is its default.
 """
@@ -17,6 +17,7 @@ documented = ["/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/dev"
 sandbox = Sandbox(
     fs_readable=[*documented, *told["readable"]],
     fs_writable=[*told["writable"], "/dev/null"],
+    fs_denied=told["denied"],
     net_allow=told["net_allow"],
     cwd=told["writable"][0],
 )

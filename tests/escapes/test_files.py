@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -18,11 +19,27 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import pytest
-from harness import EPILOGUE, PRELUDE, PYTHON, ROOT, Host, Namespace, Outcome, launcher, run_unconfined, wait
+from harness import (
+    EPILOGUE,
+    PRELUDE,
+    PYTHON,
+    ROOT,
+    Host,
+    Namespace,
+    Outcome,
+    Stage,
+    launcher,
+    row,
+    run_unconfined,
+    wait,
+)
+from table import PEERS, TABLE, Cell, Column, Verdict, column
 
 import ray_guard
 from ray_guard.kernel import mounting
@@ -58,6 +75,14 @@ class Ground:
             "site": Path(sysconfig.get_path("purelib")),
             "package": Path(ray_guard.__file__).parent,
         }
+        self.readable = str(root / "readable")
+        self.hidden = [str(self.paths["secret"]), str(root / "work/secrets")]
+
+    def grant(self) -> peers.Grant:
+        """What the policy grants, as far as other sandboxes can express it."""
+        writable = [str(self.paths[name]) for name in ("work", "home")]
+        readable = [*peers.programs(), self.readable]
+        return peers.Grant(readable, writable, [], self.hidden, [str(self.paths["hooks"])])
 
     def reset(self) -> None:
         for name in ("work", "readable", "outside", "home"):
@@ -105,21 +130,22 @@ def _clear(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    found = Ground(tmp_path_factory.mktemp("ground").resolve())
+def ground(stage: Stage) -> Ground:
+    found = Ground(stage.folder / "ground")  # not below /tmp: see the stage
+    found.root.mkdir()
     found.reset()
     return found
 
 
 @pytest.fixture(scope="module")
-def host(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+def host(ground: Ground) -> Iterator[Host]:
     paths = {name: str(path) for name, path in ground.paths.items()}
     policy = {
         "egress": {"allow": []},
         "files": {
-            "read": ["system", "env", str(ground.root / "readable")],
+            "read": ["system", "env", ground.readable],
             "write": ["scratch", paths["work"], paths["home"]],
-            "hide": [paths["secret"], str(ground.root / "work/secrets")],
+            "hide": ground.hidden,
             "protect": [paths["hooks"]],
         },
     }
@@ -251,10 +277,12 @@ CHANGES = [
     Attack("~/.bashrc", "open(A['bashrc'], 'a').write('x')", _of("bashrc")),
     Attack("~/.bashrc by rename", "os.rename(A['work'] + '/mine', A['bashrc'])", _of("bashrc")),
     Attack("a new ~/.bash_profile", "open(A['home'] + '/.bash_profile', 'w').write('x')", _exists(lambda g: g.paths["home"] / ".bash_profile")),
+    Attack("~/.gitconfig", "open(A['home'] + '/.gitconfig', 'w').write('[core]\\n  hooksPath = /x\\n')", _exists(lambda g: g.paths["home"] / ".gitconfig")),
     Attack("a new ~/.ssh", "os.mkdir(A['home'] + '/.ssh')", _exists(lambda g: g.paths["home"] / ".ssh")),
     Attack("a .pth in site-packages", "open(A['site'] + '/ray_guard_escape.pth', 'w').write('#')", _exists(lambda g: g.paths["site"] / "ray_guard_escape.pth")),
     Attack("a module of ray_guard", "open(A['package'] + '/escape.py', 'w').write('#')", _exists(lambda g: g.paths["package"] / "escape.py")),
     Attack("a compile cache", "open(A['cache'] + '/kernel.so', 'w').write('x')", _exists(lambda g: g.paths["cache"] / "kernel.so")),
+    Attack("Ray's runtime environments", "os.makedirs('/tmp/ray/ray_guard_escape')", _exists(lambda _: Path("/tmp/ray/ray_guard_escape"))),
     Attack("/dev/shm", "open('/dev/shm/ray_guard_escape', 'w').write('x')", _exists(lambda _: Path("/dev/shm/ray_guard_escape"))),
     Attack("cron", "open('/etc/cron.d/ray_guard_escape', 'w').write('#')", _exists(lambda _: Path("/etc/cron.d/ray_guard_escape")), privileged=True),
     Attack("/etc", "open('/etc/ray_guard_escape', 'w').write('#')", _exists(lambda _: Path("/etc/ray_guard_escape")), privileged=True),
@@ -325,12 +353,34 @@ def _stranger(ground: Ground) -> Iterator[int]:
         process.wait()
 
 
-def _try(host: Host, ground: Ground, attack: Attack) -> None:
-    if attack.privileged and not ROOT:
-        pytest.skip(f"{attack.name}: needs root even unconfined")
+def _untold(attack: Attack, peer: Column) -> str:
+    """Why ``peer`` cannot be blamed for what it lets happen; "": it was told."""
+    used = set(re.findall(r"A\['(\w+)'\]", attack.body))
+    if used & {"bashrc", "cache", "home", "token_file"}:
+        return "what the guard refuses by itself below a grant: no other sandbox was told of it"
+    if used & {"hook", "hooks"} and peer is Column.SANDLOCK:
+        return "sandlock cannot be told of anything below a grant that may not be changed"
+    if attack.reads and "victim" in used and peer is not Column.SANDLOCK:
+        return "bubblewrap is given all of / to read"
+    return ""
+
+
+def _try(family: str, attack: Attack, ring: str, *, stage: Stage, host: Host, ground: Ground) -> None:
+    """As :func:`harness.escape`: unconfined and in ``ring``, judged and noted; what a peer lets happen fails nothing."""
+    where = column(ring)
+    note = partial(TABLE.note, family, attack.name)
     needed = [name for name in ("site", "package") if f"A['{name}']" in attack.body]
+    why = "needs root even unconfined" if attack.privileged and not ROOT else ""
     if not all(os.access(ground.paths[name], os.W_OK) for name in needed):
-        pytest.skip(f"{attack.name}: not this user's even unconfined")
+        why = "not this user's even unconfined"
+    if why:
+        note(where, Cell(Verdict.INAPPLICABLE, why))
+        pytest.skip(f"{attack.name}: {why}")
+    if where in PEERS:
+        stage.require_peer(where)
+        if untold := _untold(attack, where):
+            note(where, Cell(Verdict.INAPPLICABLE, untold))
+            return
 
     def once(run: Callable[[list[str]], Outcome]) -> tuple[Outcome, str]:
         ground.reset()
@@ -342,28 +392,43 @@ def _try(host: Host, ground: Ground, attack: Attack) -> None:
         return outcome, attack.harm(ground)
 
     free, harm = once(run_unconfined)
-    missing = free.said.get("errno") in ("ENOSYS", "EOPNOTSUPP")
+    missing = str(free.said["errno"]) if free.said.get("errno") in ("ENOSYS", "EOPNOTSUPP") else ""
     assert missing or harm, f"the attack does not even work unconfined: {free.said or free.stderr}"
-    held, harm = once(lambda argv: host.run("call", argv))
+    unproved = Cell(Verdict.INAPPLICABLE, f"unconfined: {missing}")
+    note(Column.UNCONFINED, unproved if missing else Cell(Verdict.WORKS))
+    if where in PEERS:
+        held, harm = once(lambda argv: run_unconfined(peers.command(where, argv, ground.grant())))
+    else:
+        held, harm = once(lambda argv: host.run("call", argv))
+    said = str(held.said.get("errno", ""))
+    note(where, Cell(Verdict.ESCAPED, harm) if harm else unproved if missing else Cell(Verdict.BLOCKED, said))
+    if where in PEERS:
+        return
     assert not harm, f"ESCAPED: {harm}; {held.said or held.stderr}"
     assert held.said or held.stderr, held  # it ran
     if missing:
-        pytest.skip(f"{attack.name}: refused, but proves nothing here: unconfined it says {free.said['errno']}")
+        pytest.skip(f"{attack.name}: refused, but proves nothing here: unconfined it says {missing}")
 
 
+everywhere = pytest.mark.parametrize("ring", ["call", *PEERS])
+
+
+@everywhere
 @pytest.mark.parametrize("attack", READS, ids=str)
-def test_reading(host: Host, ground: Ground, attack: Attack) -> None:
-    _try(host, ground, attack)
+def test_reading(stage: Stage, host: Host, ground: Ground, attack: Attack, ring: str) -> None:
+    _try("files: reading", attack, ring, stage=stage, host=host, ground=ground)
 
 
+@everywhere
 @pytest.mark.parametrize("attack", CHANGES, ids=str)
-def test_changing(host: Host, ground: Ground, attack: Attack) -> None:
-    _try(host, ground, attack)
+def test_changing(stage: Stage, host: Host, ground: Ground, attack: Attack, ring: str) -> None:
+    _try("files: changing", attack, ring, stage=stage, host=host, ground=ground)
 
 
+@everywhere
 @pytest.mark.parametrize("attack", METADATA, ids=str)
-def test_metadata(host: Host, ground: Ground, attack: Attack) -> None:
-    _try(host, ground, attack)
+def test_metadata(stage: Stage, host: Host, ground: Ground, attack: Attack, ring: str) -> None:
+    _try("files: mode, owner, times, attributes", attack, ring, stage=stage, host=host, ground=ground)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +448,9 @@ OWN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("attack", OWN, ids=str)
+@pytest.mark.parametrize(
+    "attack", [pytest.param(each, marks=row("the guard's files", each.name), id=each.name) for each in OWN]
+)
 def test_the_guards_own_files(host: Host, ground: Ground, attack: Attack) -> None:
     """Its evidence lies below what this policy lets be written. Not tried unconfined: that would work, and be missed."""
     assert host.run("call", ["true"]).status == 0  # there is evidence
@@ -421,9 +488,10 @@ def _device(host: Host | None, path: str, flags: str) -> Outcome:
     return run_unconfined(argv) if host is None else host.run("call", argv)
 
 
-@pytest.mark.parametrize(
-    "path", ["/dev/kmsg", "/dev/loop-control", "/dev/kvm", "/dev/fuse", "/dev/net/tun", "/dev/vda"]
-)
+DEVICES = ["/dev/kmsg", "/dev/loop-control", "/dev/kvm", "/dev/fuse", "/dev/net/tun", "/dev/vda"]
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, marks=row("files: devices", path), id=path) for path in DEVICES])
 def test_a_device_that_is_not_granted(host: Host, path: str) -> None:
     """Any of them stands for a GPU here: nodes are granted one by one, by what is behind them."""
     if _device(None, path, "O_RDONLY").said.get("done") is None:
@@ -452,6 +520,7 @@ GPU_CALLS = {
 }
 
 
+@row("files: devices", "a GPU's ioctl on a descriptor that was passed on")
 def test_a_gpu_descriptor_that_was_passed_on_does_nothing(host: Host) -> None:
     """The number of the call decides, whatever it is made on: unconfined a pipe says that it knows no such call."""
     numbers = [str(number) for number in GPU_CALLS.values()]

@@ -254,7 +254,7 @@ def test_killed_and_started_again_it_goes_on_where_it_was(
         received.wait(lambda r: set(r.ids()) >= expected)
         assert finish(again)[0] == 0
         offsets = json.loads((tmp_path / "e" / STATE).read_text())["segments"]
-        assert offsets == {journal.path.name: journal.size}
+        assert offsets == {Path(journal.path).name: journal.size}
     assert set(received.ids()) == expected
     twice = [name for name, count in Counter(received.ids()).items() if count > 1]
     assert len(twice) <= 512  # at most the batch under way; the first ones were not sent again
@@ -281,9 +281,11 @@ def test_a_broken_state_file_costs_duplicates_not_spans(
 def test_an_offset_within_a_line_is_not_trusted(tmp_path: Path, start: Start, received: Any, serve: Serve) -> None:
     with serve() as endpoint, Journal(tmp_path / "e") as journal:
         expected = append(journal, range(3))
-        (tmp_path / "e" / STATE).write_text(json.dumps({"segments": {journal.path.name: 17, "gone.otlp.jsonl": 3}}))
+        (tmp_path / "e" / STATE).write_text(
+            json.dumps({"segments": {Path(journal.path).name: 17, "gone.otlp.jsonl": 3}})
+        )
         assert finish(start(tmp_path / "e", environment(endpoint), "--once"))[0] == 0
-        assert json.loads((tmp_path / "e" / STATE).read_text())["segments"] == {journal.path.name: journal.size}
+        assert json.loads((tmp_path / "e" / STATE).read_text())["segments"] == {Path(journal.path).name: journal.size}
     assert set(received.ids()) == expected
 
 

@@ -20,8 +20,9 @@ import pytest
 from harness import PYTHON, Host, Namespace, wait
 
 from ray_guard.compute.gpu_meter import HIDDEN_READINGS, GpuMeter
-from ray_guard.kernel import gpu_devices, nvml
-from ray_guard.kernel.gpu_devices import Descriptors, Kind
+from ray_guard.kernel import gpu_majors, nvml
+from ray_guard.kernel.gpu_devices import Descriptors
+from ray_guard.kernel.gpu_majors import Kind
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernel, pytest.mark.slow]
 
@@ -30,7 +31,7 @@ PROGRAMS = str(Path(__file__).with_name("programs.py"))
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu() -> None:
-    if Kind.NVIDIA not in gpu_devices.known_majors().values():
+    if Kind.NVIDIA not in gpu_majors.known_majors().values():
         pytest.skip("NOT TESTED ON A GPU: no NVIDIA driver is loaded here")
     torch = pytest.importorskip("torch", reason="NOT TESTED ON A GPU: no torch")
     if not torch.backends.cuda.is_built():
@@ -152,10 +153,10 @@ def test_what_a_process_holds_that_only_asks_for_gpus() -> None:
                                    env=environment)  # fmt: skip
         assert process.stdout is not None
         said = process.stdout.readline().strip()
-        majors = gpu_devices.known_majors()
+        majors = gpu_majors.known_majors()
         held = Descriptors(majors).scan()[0].get(process.pid, frozenset())
         process.communicate("\n")
-        kinds = sorted({str(gpu_devices.kind_of(device, majors)) for device in held})
+        kinds = sorted({str(gpu_majors.kind_of(device, majors)) for device in held})
         print(f"CUDA_VISIBLE_DEVICES={visible!r}: is_available() {said}, holds {kinds}")
         if visible == "":
             assert "nvidia" not in kinds

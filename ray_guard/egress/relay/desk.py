@@ -7,7 +7,6 @@ called back first: a flow is cut only when nothing is left anywhere.
 from __future__ import annotations
 
 import itertools
-import logging
 import select
 import socket
 from collections import deque
@@ -17,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 from ray_guard.egress.relay.crossing import Crossing, End
 from ray_guard.egress.relay.leases import KINDS, Lease
 from ray_guard.kernel import seqpacket
+from ray_guard.log import logger
 from ray_guard.policy.budgets import Account
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Waiting
 
-log = logging.getLogger("ray_guard.relay")
+log = logger("ray_guard.relay")
 
 MOVER_LOST: Final = "mover_lost"
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))

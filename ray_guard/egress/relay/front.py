@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import logging
 import os
 import select
 import socket
@@ -30,11 +29,12 @@ from ray_guard.egress.relay.desk import Desk
 from ray_guard.egress.relay.doors import Door, Meeting, Room, reject
 from ray_guard.egress.relay.proxy import Proxied
 from ray_guard.kernel.seccomp import Notification
+from ray_guard.log import logger
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Gate, Waiting
 
-log = logging.getLogger("ray_guard.relay")
+log = logger("ray_guard.relay")
 
 STEPS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
 """Each step of a connect that is made is an edge: connected, then what a proxy answers."""

@@ -9,7 +9,6 @@ noted when it led the socket here; a query from any other address is not answere
 from __future__ import annotations
 
 import errno
-import logging
 import select
 import socket
 import struct
@@ -19,9 +18,10 @@ from typing import Final, Protocol
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.resolver.forged import Forger
+from ray_guard.log import logger
 from ray_guard.policy.destination import canonical_address
 
-log = logging.getLogger("ray_guard.door")
+log = logger("ray_guard.door")
 
 QUERY_LIMIT: Final = 4096
 """Bytes of a query: a name has 255 at most, the rest is header and options."""

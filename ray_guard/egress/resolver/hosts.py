@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from ray_guard.policy.destination import canonical_address, canonical_name
 
 _NOTHING: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Hosts:
+class Hosts(NamedTuple):
     """Canonical addresses by canonical name, and names by address, both in the file's order."""
 
-    addresses: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
+    addresses: Mapping[str, tuple[str, ...]] = _NOTHING
+    names: Mapping[str, tuple[str, ...]] = _NOTHING
 
     @classmethod
     def parse(cls, text: str) -> Hosts:

@@ -16,12 +16,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from ray_guard.evidence.layout import SEAL_SUFFIX, SHORT, SUFFIX, log_of
+from ray_guard.evidence.layout import SEAL_SUFFIX, SHORT, SUFFIX, VOUCHES, log_of
 from ray_guard.evidence.merkle import EMPTY, Tree
 from ray_guard.evidence.note import BadNote, Key, Note, verified
 from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode
 from ray_guard.evidence.reader import NotEvidence, Position, open_segment, scan
-from ray_guard.evidence.recovery import BEFORE, VOUCHES
+from ray_guard.evidence.recovery import BEFORE
 from ray_guard.evidence.verify.align import Change, Difference, differences
 from ray_guard.evidence.verify.seals import Seal, read_seal
 

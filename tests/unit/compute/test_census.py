@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ray_guard.compute.census import Finding, Holder, Place, Reason, judge, word
-from ray_guard.kernel.gpu_devices import Kind
+from ray_guard.kernel.gpu_majors import Kind
 
 _ENDS = {
     reason: Finding(reason, ends=True)

@@ -29,7 +29,7 @@ UNRESERVED = Bounds(reserve=0)
 
 def content(journal: Journal) -> bytes:
     """The current segment's, after the line in which it says what it is."""
-    header, _, rest = journal.path.read_bytes().partition(b"\n")
+    header, _, rest = Path(journal.path).read_bytes().partition(b"\n")
     assert b'"ray_guard.journal.schema","value":{"intValue":"1"}' in header
     return rest
 
@@ -40,15 +40,15 @@ def test_a_segment_of_its_own_in_a_private_folder(tmp_path: Path) -> None:
         assert first.path != second.path
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert re.fullmatch(
-            rf"\d{{8}}T\d{{6}}Z-[\w.]+-{os.getpid()}-[0-9a-f]{{8}}-000001\.otlp\.jsonl", first.path.name
+            rf"\d{{8}}T\d{{6}}Z-[\w.]+-{os.getpid()}-[0-9a-f]{{8}}-000001\.otlp\.jsonl", Path(first.path).name
         )
         for journal in (first, second):
-            assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+            assert stat.S_IMODE(Path(journal.path).stat().st_mode) == 0o600
             assert not os.get_inheritable(journal.fileno())
         first.append(b"{}\n")
         first.append(b"{}\n{}\n")
         first.sync()
-        assert first.size == first.path.stat().st_size
+        assert first.size == Path(first.path).stat().st_size
         assert first.records == 4
         assert content(first) == b"{}\n{}\n{}\n"
         assert content(second) == b""
@@ -126,7 +126,7 @@ def test_a_full_file_system_is_an_error_and_leaves_whole_lines(tmp_path: Path) -
                 with pytest.raises(JournalError, match="cannot be written") as caught:
                     journal.append(line)
                 assert isinstance(caught.value, RayGuardError)
-                assert caught.value.filename == str(journal.path)
+                assert caught.value.filename == journal.path
                 assert content(journal) == line * 2
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -244,7 +244,7 @@ def test_a_full_disk_keeps_denials_writable(small_disk: Path, signer: Signer) ->
         reported, _ = until_refused(journal.report, line)  # what a target says uses half of the reserve
         assert 500 < reported < 600
         kept = 0
-        while journal.path.stat().st_size == journal.size and not journal._postponed:
+        while Path(journal.path).stat().st_size == journal.size and not journal._postponed:
             journal.keep(line)
             kept += 1
         assert 1000 < reported + kept < 1100
@@ -277,7 +277,7 @@ def test_what_memory_has_no_room_for_is_counted(small_disk: Path) -> None:
 def test_what_was_set_aside_is_given_back(tmp_path: Path) -> None:
     with Journal(tmp_path / "e") as journal:
         journal.append(b"x\n")
-        path = journal.path
+        path = Path(journal.path)
         if path.stat().st_blocks * 512 < 1 << 20:
             pytest.skip(f"{tmp_path} is on a file system that sets nothing aside")
     assert path.stat().st_blocks * 512 < 1 << 16
@@ -304,8 +304,8 @@ def test_segments(tmp_path: Path, signer: Signer) -> None:
         paths = []
         for number in range(10):
             journal.append(b"%0999d\n" % number)
-            if journal.path not in paths:
-                paths.append(journal.path)
+            if Path(journal.path) not in paths:
+                paths.append(Path(journal.path))
             signer.seal(journal)
         signer.seal(journal, last=True)
     assert [path.name[-18:] for path in paths] == [f"-{number:06d}.otlp.jsonl" for number in range(1, len(paths) + 1)]
@@ -327,7 +327,7 @@ def test_what_others_do_to_the_segment_is_noticed(tmp_path: Path, signer: Signer
         for number in range(3):
             journal.append(b"%d\n" % number)
         assert journal.altered() is None
-        first = journal.path
+        first = Path(journal.path)
         if how == "cut":
             os.truncate(first, 100)
         elif how == "grown":
@@ -345,7 +345,7 @@ def test_what_others_do_to_the_segment_is_noticed(tmp_path: Path, signer: Signer
             journal.append(b"refused\n")
         journal.keep(b"told\n")
         signer.seal(journal)
-        assert journal.path != first  # it goes on elsewhere
+        assert Path(journal.path) != first  # it goes on elsewhere
         assert journal.altered() is None
         journal.append(b"last\n")
         signer.seal(journal, last=True)

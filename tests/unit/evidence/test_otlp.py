@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -236,9 +235,9 @@ def test_the_short_way_of_egress_spans_writes_the_same_lines(parent_id: str | No
     form = encoder.egress_form(TRACE, parent_id, f"{fixed.encoded},{own.encoded}")
     assert form.begun(SPAN, 5) == encoder.encode(span, fixed)
     events = (SpanEvent("e", 6, {}),)
-    whole = replace(span, end_ns=7, attributes={**span.attributes, "n": 1})
+    whole = span._replace(end_ns=7, attributes={**span.attributes, "n": 1})
     assert form.ended(SPAN, 5, 7, f",{more.encoded}") == encoder.encode(whole, fixed)
-    whole = replace(whole, events=events, status=StatusCode.ERROR, status_message="no")
+    whole = whole._replace(events=events, status=StatusCode.ERROR, status_message="no")
     said = tail(events, StatusCode.ERROR, "no")
     assert form.ended(SPAN, 5, 7, f",{more.encoded}", said) == encoder.encode(whole, fixed)
 

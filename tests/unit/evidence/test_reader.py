@@ -52,7 +52,7 @@ def test_a_journal_comes_back_with_positions(tmp_path: Path) -> None:
     last = entries[-1].position
     assert last.line == 4  # after the line in which the segment says what it is
     assert str(last) == f"{journal.path}:4 (byte {journal.size - len(line(3))})"
-    assert journal.path.read_bytes()[last.offset :] == line(3)
+    assert Path(journal.path).read_bytes()[last.offset :] == line(3)
 
 
 def test_what_cannot_be_used_is_counted_with_its_place(tmp_path: Path) -> None:

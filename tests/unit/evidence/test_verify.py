@@ -216,13 +216,13 @@ def test_a_log_cut_back_to_an_older_checkpoint(signer: Signer, tmp_path: Path) -
     with Journal(tmp_path / "e") as journal:
         journal.append(RECORDS[0])
         signer.seal(journal)
-        segment, seal = journal.path.read_bytes(), seal_of(tmp_path / "e").read_bytes()
+        segment, seal = Path(journal.path).read_bytes(), seal_of(tmp_path / "e").read_bytes()
         journal.append(RECORDS[1])
         note = signer.seal(journal)
         assert note is not None
         live = the_only(tmp_path / "e")
         assert (live.state, live.findings) == (State.LIVE, [])
-        path = journal.path
+        path = Path(journal.path)
     path.write_bytes(segment)
     seal_of(tmp_path / "e").write_bytes(seal)
     assert [each.kind for each in the_only(tmp_path / "e").findings] == [Kind.UNSEALED]

@@ -14,7 +14,8 @@ from typing import Self
 import pytest
 
 from ray_guard.kernel import gpu_devices
-from ray_guard.kernel.gpu_devices import Descriptors, Kind, kind_of, majors, nodes, parse_majors
+from ray_guard.kernel.gpu_devices import Descriptors, nodes
+from ray_guard.kernel.gpu_majors import Kind, kind_of, majors, parse_majors
 
 _TABLE = """Character devices:
   1 mem

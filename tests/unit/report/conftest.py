@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Writer:
         if lasting is None:
             return begun
         end = begun.start_ns + round(lasting * SECOND)
-        ended = replace(begun, end_ns=end, status=status, status_message=message, events=events)
+        ended = begun._replace(end_ns=end, status=status, status_message=message, events=events)
         self.journal.append(encoder.encode(ended))
         return ended
 

@@ -1,4 +1,4 @@
-"""What the zygote loads, every leader and every tool's first process is a copy of."""
+"""What every tool's first process is a copy of, and what a start waits for: each module loaded costs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,37 @@ import subprocess
 import sys
 
 
-def test_the_zygote_is_small() -> None:
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import ray_guard.supervisor.zygote; print(*sys.modules)"
+def loaded_by(module: str) -> set[str]:
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert "ray_guard.supervisor.zygote" in loaded
+    assert module in loaded
+    return loaded
+
+
+def test_the_zygote_is_small() -> None:
+    loaded = loaded_by("ray_guard.supervisor.zygote")
     heavy = {"dataclasses", "inspect", "logging", "pathlib", "subprocess", "ipaddress", "hashlib", "ray_guard.records"}
     assert not loaded & heavy
+
+
+def test_a_supervisor_does_not_wait_for_what_its_first_call_does_not_need() -> None:
+    loaded = loaded_by("ray_guard.supervisor.service")
+    rare = {"ray_guard.supervisor.gpu", "ray_guard.supervisor.cluster", "ray_guard.egress.resolver.door"}
+    slow = {
+        "dataclasses",
+        "inspect",
+        "logging",
+        "traceback",
+        "pathlib",
+        "subprocess",
+        "hashlib",
+        "urllib.parse",
+        "argparse",
+    }
+    assert not loaded & (rare | slow)
+
+
+def test_a_command_that_runs_one_tool_loads_no_parser_and_no_model() -> None:
+    loaded = loaded_by("ray_guard.cli.run")
+    assert not loaded & {"argparse", "pydantic", "dataclasses", "pathlib", "tempfile", "subprocess", "yaml"}

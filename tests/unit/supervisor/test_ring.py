@@ -83,7 +83,7 @@ def test_what_a_rule_grants_is_granted_again_and_recorded(journal: Journal) -> N
     assert connect(ring) == 0
     before = journal.size
     assert is_granted_again(ring)
-    (line,) = journal.path.read_bytes()[before:].splitlines()
+    (line,) = Path(journal.path).read_bytes()[before:].splitlines()
     assert b'"ray_guard.egress.decision","value":{"stringValue":"allow"}' in line
     assert ring.target.account.used("connections") == 2
 
