@@ -1,13 +1,14 @@
 """The zygote: starts tool processes outside any actor's filter, each with a listener of its own.
 
 Runs in the zygote: a single-threaded child of the supervisor, forked before that grew, since what is small is forked
-fast. It forks *leaders*, each with a process that is already filtered and waits to become a tool; from then on they
-talk to the supervisor alone.
+fast. It forks *leaders*, each with a thread that is already filtered and waits to start a tool; from then on they talk
+to the supervisor alone.
 
-    supervisor ──leader──▶ zygote ──fork──▶ leader ──fork──▶ the next tool (filter …
-         ◀── ready (its listener, its line) ── line ─┘             │
-         ──── prepare (what it will be) · go ─────────────────────▶│ … exec)
-         ──── start ── line ─▶ leader
+    supervisor ──leader──▶ zygote ──fork──▶ leader ── thread (filter …
+         ◀── ready (its listener, its line) ── line ─┘    │
+         ──── prepare (what the tool will be) ───────────▶│ … domain) ──posix_spawn──▶ the tool
+         ◀─── its exec, notified; answered, it is stopped ─────────────────────────────┘ ▲
+         ──── start ── line ─▶ leader ── when the thread is gone: continue ──────────────┘
          ◀─── started · failed · exited ─┘
 """
 
