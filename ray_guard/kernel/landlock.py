@@ -54,7 +54,7 @@ class Scope(IntFlag):
 
 OF_FILES: Final = Fs.EXECUTE | Fs.WRITE_FILE | Fs.READ_FILE | Fs.TRUNCATE | Fs.IOCTL_DEV
 """What a rule for anything but a folder may name; the kernel refuses such a rule with more."""
-_OF_FILES: Final = int(OF_FILES)
+_OF_FILES, _REFER, _SIGNAL = int(OF_FILES), int(Fs.REFER), int(Scope.SIGNAL)
 _LAST_RIGHT: Final = {0: 0, 1: 13, 2: 14, 3: 15, 4: 15, 5: 16, 6: 16, 7: 16, 8: 16}
 """How many rights each interface version knows."""
 
@@ -109,7 +109,7 @@ class Ruleset:
 
     __slots__ = ("_handled", "_rule", "descriptor")
 
-    def __init__(self, files: Fs, scoped: Scope) -> None:
+    def __init__(self, files: int, scoped: int) -> None:
         attributes = _RulesetAttr(files, 0, scoped)
         # An older kernel takes the larger structure too, as long as what it does not know is zero.
         size = ctypes.sizeof(attributes)
@@ -150,10 +150,10 @@ def enter_process_scope() -> None:
     """
     # Every domain that judges files at all denies renames and links between folders in *each* layer that does not say
     # otherwise: so this layer, which is not about files, has to.
-    ruleset = Ruleset(Fs.REFER, Scope.SIGNAL)
+    ruleset = Ruleset(_REFER, _SIGNAL)
     try:
         root = os.open("/", os.O_PATH | os.O_CLOEXEC)
-        ruleset.allow(root, Fs.REFER)
+        ruleset.allow(root, _REFER)
         os.close(root)
         ruleset.enter()
     finally:

@@ -163,7 +163,7 @@ def _assemble_rule(rule: Rule) -> list[Instruction]:
 
 
 class _SockFprog(ctypes.Structure):
-    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
 def encode(program: Sequence[Instruction]) -> bytes:
@@ -177,8 +177,7 @@ Program = Sequence[Instruction] | bytes
 
 def _install(program: Program, flags: int) -> int:
     code = program if isinstance(program, bytes) else encode(program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    prog = _SockFprog(len(code) // 8, ctypes.addressof(buffer))
+    prog = _SockFprog(len(code) // 8, code)
     return libc.syscall(libc.NR_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(prog))
 
 

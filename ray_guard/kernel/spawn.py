@@ -9,12 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable, Sequence
-from typing import Final
 
 from ray_guard.kernel import libc
 
 _SETSIGDEF, _SETSIGMASK, _SETSID = 0x04, 0x08, 0x80
-_ROOM: Final = 1024
+_Room = ctypes.c_char * 1024
 """More than any C library needs for one of its attribute, action or signal set objects."""
 
 _spawn = libc.c_library["posix_spawn"]
@@ -47,7 +46,7 @@ def spawn(
     Raises:
         OSError: with the errno of exec.
     """
-    actions, attributes, signals = (ctypes.create_string_buffer(_ROOM) for _ in range(3))
+    actions, attributes, signals = _Room(), _Room(), _Room()
     _call("posix_spawn_file_actions_init", actions)
     _call("posix_spawnattr_init", attributes)
     try:

@@ -78,6 +78,8 @@ class _Zygote:
             for gpu in (False, True)
         }
         self._system = domain.prepare()
+        with contextlib.suppress(OSError):  # its leaders say so
+            domain.Domain(self._system).close()  # what is kept of it once they share
         self._wards: dict[int, _Ward] = {}
         self.held = Held()
         self._leaves: list[leaf.OwnLeaf] = []
