@@ -33,6 +33,7 @@ from ray_guard.supervisor.domain import Domain, read_view
 from ray_guard.supervisor.start import Start, read_start
 
 _UMASK: Final = 0o077
+_SIGNALS: Final = tuple(map(int, signal.valid_signals()))
 
 
 class Embryo:
@@ -100,7 +101,7 @@ class Embryo:
         stage = "setup"
         try:
             self._thread = _thread.get_native_id()
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the leader's
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they are the leader's
             name = ctypes.create_string_buffer(self._name.encode())
             libc.prctl(libc.PR_SET_NAME, ctypes.addressof(name))
             bound_capabilities()
@@ -189,7 +190,7 @@ def close_all_but(kept: Iterable[int]) -> None:
 @functools.cache
 def _ignored_signals() -> tuple[int, ...]:
     """By this process, and so by whatever it starts, unless they are restored."""
-    return tuple(int(each) for each in signal.valid_signals() if signal.getsignal(each) is signal.SIG_IGN)
+    return tuple(each for each in _SIGNALS if signal.getsignal(each) is signal.SIG_IGN)
 
 
 def bound_capabilities() -> None:

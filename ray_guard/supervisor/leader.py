@@ -40,8 +40,7 @@ def lead(
     Args:
         leaf: the folder of the control group that it was born into, its own; empty: there is none.
     """
-    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
-        signal.signal(number, lambda _signal, _frame: None)
+    signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
     for descriptor in (0, 1, 2):
         os.set_inheritable(descriptor, False)  # a tool has what it was given, and nothing of ours
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -35,6 +35,8 @@ from ray_guard.supervisor.leftovers import Held, sweep
 def run(requests: socket.socket) -> NoReturn:
     """The zygote's life, until the supervisor hangs up."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaders report to the supervisor; nobody waits for them here
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, lambda _signal, _frame: None)  # not ignored: what is executed would do so too
     libc.prctl(libc.PR_SET_DUMPABLE, 0)  # nobody of the same user may write its memory, nor its leaders'
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a tool's descriptors may have any number
