@@ -253,7 +253,7 @@ class Listener:
     Its buffers are kept: fcntl.ioctl takes a bytearray in half the time of bytes.
     """
 
-    __slots__ = ("_buffer", "_caller", "_crowd", "_id", "_response", "_whole", "fd", "sync_wake_up")
+    __slots__ = ("_buffer", "_caller", "_crowd", "_here", "_id", "_response", "_whole", "fd", "sync_wake_up")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -263,6 +263,7 @@ class Listener:
         self._response = bytearray(24)
         self._caller = 0
         self._crowd = 0
+        self._here = False
         self.sync_wake_up = self._wake_up_here(here=True)
         """Whether the kernel has the flag (Linux 6.6)."""
 
@@ -275,6 +276,7 @@ class Listener:
             _ioctl(self.fd, _IOCTL_SET_FLAGS, _SYNC_WAKE_UP if here else 0)
         except OSError:
             return False
+        self._here = here
         return True
 
     def _met(self, tid: int) -> None:
@@ -326,6 +328,15 @@ class Listener:
         Only for calls whose decisive arguments are in registers: memory can change after it was checked.
         """
         return self._send(notification_id, 0, 0, _FLAG_CONTINUE)
+
+    def proceed_elsewhere(self, notification_id: int) -> bool:
+        """:meth:`proceed`, for whoever has more to do: meanwhile the caller runs on another CPU, if one is free."""
+        here = self._here and self._wake_up_here(here=False)
+        try:
+            return self.proceed(notification_id)
+        finally:
+            if here:
+                self._wake_up_here(here=True)
 
     def _send(self, notification_id: int, value: int, negated: int, flags: int) -> bool:
         _RESPONSE.pack_into(self._response, 0, notification_id, value, negated, flags)

@@ -415,7 +415,7 @@ class Processes:
         for child in procfs.children(pid, pid):
             if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
                 self._orphans[child] = process
-        gate.listener.proceed(call.id)
+        gate.listener.proceed_elsewhere(call.id)
         self._forget(process)
         self._settle(process, executed=executed, ends=True)
         if process.image is not None:
