@@ -33,6 +33,7 @@ from ray_guard.supervisor.sealing import Sealer
 if TYPE_CHECKING:
     import subprocess
 
+    from ray_guard.egress.relay.model.admission import Price
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
     from ray_guard.supervisor.leaf import Leaf
@@ -66,11 +67,13 @@ class Node:
         self.loop = loop
         self.leaders = leaders
         self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop, self._flush)
+        self.meter = Meter(SockDiag(), loop, self._flush, borrows=self.means.borrows)
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.paid: dict[str, Paid] = {}
-        """Model calls that the relay has admitted and charged, by the word that each carries to the engine."""
+        """Model calls that the relay has admitted and charges, by the word that each carries to the engine."""
+        self.prices: dict[tuple[str, str], Price] = {}
+        """What a model costs, by job and its name, as the policy actor that serves it has announced."""
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""
@@ -84,7 +87,7 @@ class Node:
         """Tells this supervisor from all others."""
         self.gpus = Presence(loop)
         self.leases = Leases(loop)
-        self.quotas = Quotas(self.leases, self.directory)
+        self.quotas = Quotas(self.leases, self.directory, self.paid)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
@@ -110,14 +113,20 @@ class Node:
 
         Args:
             environment: says whether and where its spans are exported (``OTEL_EXPORTER_OTLP_*``), and how large the
-                folder may become (``RAY_GUARD_EVIDENCE_LIMIT``); that of the first target which asks.
+                folder may become (``RAY_GUARD_EVIDENCE_LIMIT``) and where checkpoints are taken to
+                (``RAY_GUARD_EVIDENCE_CHECKPOINTS``); that of the first target which asks.
 
         Raises:
             NotEnforced: there can be none.
         """
         if folder not in self._journals:
-            self._journals[folder] = Journal(folder, _bounds(environment))
-            self.sealer.add(self._journals[folder])
+            journal = Journal(folder, _bounds(environment))
+            try:
+                self.sealer.add(journal, environment)
+            except NotEnforced:
+                journal.close()
+                raise
+            self._journals[folder] = journal
             self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
@@ -131,6 +140,7 @@ class Node:
         for journal in self._journals.values():
             try:
                 journal.flush()
+                journal.hash()
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
 
@@ -158,6 +168,7 @@ class Node:
 
             self._ceilings = Ceilings(self._own_ports)
             self.surroundings_changed.append(self._ceilings.changed)
+            self.means.relay.led = self._ceilings.led
         self._ceilings.put(leaf, policy.wires, exact=exact)
 
     def lift_ceiling(self, leaf: Leaf | None) -> None:
@@ -282,6 +293,7 @@ class Node:
             control_folders=(*own, *sorted(folders)),
             guard_folders=own,
             ray_listen=membership.listening if membership is not None else frozenset(),
+            cuts=self.means.borrows,
         )
 
     def _changed(self) -> None:
