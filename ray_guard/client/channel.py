@@ -235,6 +235,8 @@ class _Lines:
         self.lock = threading.Lock()
         self.own: Channel | None = None
         self.observer: Channel | None = None
+        self.observed: tuple[str, str | None] | None = None
+        """Where the observer's spans go, and of which run they are."""
         self.evidence: str | None = None
 
     def forked(self) -> None:
@@ -273,10 +275,14 @@ def observer() -> Channel | None:
     evidence = os.environ.get("RAY_GUARD_EVIDENCE") or _lines.evidence
     if not evidence:
         return None
+    job = evidence, os.environ.get("RAY_GUARD_RUN_ID")  # a driver may have one after the other
     with _lines.lock:
-        if _lines.observer is None or _lines.observer.lost:
+        if _lines.observer is None or _lines.observer.lost or _lines.observed != job:
+            if _lines.observer is not None:
+                _lines.observer.close()  # what of the job before is still open is ended by the supervisor
+                _lines.observer = None
             channel = connect()
-            run = os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}"
+            run = job[1] or f"run-{os.urandom(4).hex()}"
             identity = {"run_id": run, "service_name": os.environ.get("OTEL_SERVICE_NAME", "driver")}
             channel.request(
                 {
@@ -289,5 +295,5 @@ def observer() -> Channel | None:
                 }
             )
             channel.identity = {"rl.run.id": run}
-            _lines.observer = channel
+            _lines.observer, _lines.observed = channel, job
         return _lines.observer

@@ -97,9 +97,10 @@ class Journal:
         self.refused: JournalError | None = None
         try:
             self._begin()
+            self.flush()  # where its first record could not be written, it says why
             self._weigh()
         except OSError as error:
-            self.close()
+            self._discard()
             raise NotEnforced([_FEATURE], f"{self.folder} takes no journal segment: {error.strerror}") from error
 
     def _begin(self) -> None:
@@ -107,7 +108,6 @@ class Journal:
 
         Raises:
             OSError: nothing has changed.
-            JournalError: there is no room for its first record.
         """
         name = _name()
         seal = self._create(f"{name}{SEAL_SUFFIX}")
@@ -115,6 +115,7 @@ class Journal:
             segment = self._create(segment_name(name, 1))
         except OSError:
             os.close(seal)
+            os.unlink(f"{name}{SEAL_SUFFIX}", dir_fd=self._folder_fd)
             raise
         with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell that it is being written
             fcntl.flock(seal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +129,17 @@ class Journal:
         self._seal_backlog = _json({"schema": SCHEMA, "log": name})
         self._keyed = self._named = False
         self._use(segment)
-        self._write_seal()
+        with contextlib.suppress(OSError):  # it is written with the first checkpoint then
+            self._write_seal()
+
+    def _discard(self) -> None:
+        """Leaves no trace of a log that could not be begun: it would pass for one that was killed."""
+        if self._fd >= 0:
+            for name in (self._segment, f"{self.log}{SEAL_SUFFIX}"):
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=self._folder_fd)
+        self._postponed.clear()
+        self.close()
 
     def _create(self, name: str) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -157,8 +168,6 @@ class Journal:
         try:
             self._write(line, 0)
         except JournalError:
-            if self._number == 1:
-                raise
             self._postponed.insert(0, line)
 
     @property
@@ -210,7 +219,8 @@ class Journal:
             if self._postponed:
                 self.flush()
             self._write(line, 0)
-        except JournalError:
+        except JournalError as error:
+            self.refused = error
             if len(self._postponed) >= _POSTPONED_LIMIT:
                 self.lost += line.count(b"\n")
                 raise
@@ -427,7 +437,8 @@ class Journal:
         )
         old, segment, seal = self.log, self._fd, self._seal_fd
         self._begin()
-        os.close(self._create(f"{old}{VOUCHED_SUFFIX}"))  # what is open in it goes on here
+        with contextlib.suppress(OSError):
+            os.close(self._create(f"{old}{VOUCHED_SUFFIX}"))  # what is open in it goes on here
         os.close(segment)
         os.close(seal)
         self.keep(before)

@@ -304,9 +304,13 @@ class Node:
 def _bounds(environment: Mapping[str, str]) -> Bounds:
     said = environment.get("RAY_GUARD_EVIDENCE_LIMIT", "").strip()
     try:
-        return Bounds(total=parse_size(said) if said else None)
+        bounds = Bounds(total=parse_size(said) if said else None)
     except PolicyError as error:
-        raise NotEnforced(["evidence"], f"RAY_GUARD_EVIDENCE_LIMIT: {error}") from error
+        raise NotEnforced(["evidence"], f"RAY_GUARD_EVIDENCE_LIMIT: {str(error).lstrip(': ')}") from error
+    if bounds.total is not None and bounds.total < 2 * bounds.reserve:
+        why = f"RAY_GUARD_EVIDENCE_LIMIT: {said} is less than the {2 * bounds.reserve >> 20}MiB it takes to begin a log"
+        raise NotEnforced(["evidence"], why)
+    return bounds
 
 
 def resource_attributes(node: Node, identity: dict[str, Any]) -> dict[str, Any]:

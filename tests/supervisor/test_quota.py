@@ -368,7 +368,7 @@ say([before, Kept.texts, ray_guard.violations()])
         ("connections", 5, "[__import__('socket').socket().connect_ex(('127.0.0.1', 9)) for _ in range(4)]"),
         ("cpu_seconds", 0.5, "tool('while True: pass')"),
         ("processes", 2, "tool('import os, time; os.fork(); time.sleep(.2)')"),
-        ("memory", 60 << 20, "tool('import time; held = b\"1\" * (44 << 20); time.sleep(.6)')"),
+        ("memory", 60 << 20, "tool('import time; held = b\"1\" * (49 << 20); time.sleep(.6)')"),
         ("wall_seconds", 1.0, "tool('import time; time.sleep(.95)')"),
     ],
 )

@@ -299,6 +299,12 @@ def test_the_folder_has_a_limit(tmp_path: Path) -> None:
         journal.append(line)
 
 
+def test_a_log_that_cannot_be_begun_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NotEnforced, match="takes no journal segment: the evidence folder has reached its limit"):
+        Journal(tmp_path / "e", Bounds(reserve=0, total=100))
+    assert list((tmp_path / "e").iterdir()) == []
+
+
 def test_segments(tmp_path: Path, signer: Signer) -> None:
     with Journal(tmp_path / "e", Bounds(segment=3000, reserve=0)) as journal:
         paths = []

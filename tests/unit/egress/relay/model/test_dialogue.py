@@ -89,6 +89,20 @@ def test_the_engine_sees_nothing_before_it_is_admitted() -> None:
     assert not line.dialogue.closing
 
 
+def test_who_waits_to_be_asked_for_the_body_is_asked() -> None:
+    """As curl does with long ones; but not where the body is not wanted."""
+    line = Line()
+    data = request("/v1/chat/completions", "POST", "Expect: 100-continue")
+    head = data.index(b"\r\n\r\n") + 4
+    line.dialogue.from_tool(data[:head])
+    assert line.take("to_tool") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    line.dialogue.from_tool(data[head:])
+    assert [each["op"] for each in line.said()] == ["ask"]
+    other = Line()
+    other.dialogue.from_tool(request("/update_weights", "POST", "Expect: 100-continue")[:head])
+    assert other.take("to_tool").startswith(b"HTTP/1.1 403 ")
+
+
 def test_who_is_refused_learns_it_and_the_connection_stays() -> None:
     line = Line()
     line.dialogue.from_tool(request() + request())
