@@ -127,15 +127,15 @@ class Processes:
         leaf, pages: the control groups they are all in; None: there is none.
     """
 
-    def __init__(  # noqa: PLR0917 - TODO
+    def __init__(
         self,
         node: Node,
         target: Target,
         origin: Origin,
+        *,
         root: int,
         leader: int,
         end_call: Callable[[Exceeded], None],
-        *,
         base_ns: int,
         leaf: Leaf | None,
         pages: MemoryGroup | None,
