@@ -58,6 +58,7 @@ class Scope(IntFlag):
 
 OF_FILES: Final = Fs.EXECUTE | Fs.WRITE_FILE | Fs.READ_FILE | Fs.TRUNCATE | Fs.IOCTL_DEV
 """What a rule for anything but a folder may name; the kernel refuses such a rule with more."""
+_OF_FILES, _REFER, _SIGNAL = int(OF_FILES), int(Fs.REFER), int(Scope.SIGNAL)
 _LAST_RIGHT: Final = {0: 0, 1: 13, 2: 14, 3: 15, 4: 15, 5: 16, 6: 16, 7: 16, 8: 16}
 """How many rights each interface version knows."""
 
@@ -110,13 +111,14 @@ class Ruleset:
         OSError: EINVAL where this kernel does not know one of them, ENOSYS or EOPNOTSUPP where it has no Landlock.
     """
 
-    __slots__ = ("_handled", "descriptor")
+    __slots__ = ("_handled", "_rule", "descriptor")
 
-    def __init__(self, files: Fs, scoped: Scope) -> None:
+    def __init__(self, files: int, scoped: int) -> None:
         attributes = _RulesetAttr(files, 0, scoped)
         # An older kernel takes the larger structure too, as long as what it does not know is zero.
         size = ctypes.sizeof(attributes)
         self._handled = int(files)
+        self._rule = _PathBeneathAttr()
         self.descriptor = libc.syscall(_CREATE_RULESET, ctypes.addressof(attributes), size, 0)
 
     def allow(self, descriptor: int, rights: int) -> None:
@@ -126,9 +128,10 @@ class Ruleset:
         """
         rights &= self._handled
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            rights &= OF_FILES
+            rights &= _OF_FILES
         if rights:
-            rule = _PathBeneathAttr(rights, descriptor)
+            rule = self._rule
+            rule.allowed_access, rule.parent_fd = rights, descriptor
             libc.check(_add_rule(_ADD_RULE, self.descriptor, _RULE_PATH_BENEATH, rule, 0), "landlock_add_rule")
 
     def enter(self) -> None:

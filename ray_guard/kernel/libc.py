@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import Iterator
 from typing import Final
@@ -187,10 +188,18 @@ _openat2.restype = ctypes.c_long
 _openat2.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t)
 
 
+_OPEN_HOW_SIZE: Final = ctypes.sizeof(_OpenHow)
+
+
+@functools.lru_cache(maxsize=16)
+def _open_how(flags: int, resolve: int) -> _OpenHow:
+    return _OpenHow(flags, 0, resolve)
+
+
 def openat2(path: str, flags: int, resolve: int) -> int:
     """openat2(2) of an absolute path; ``-errno`` where it fails."""
-    how = _OpenHow(flags, 0, resolve)
-    opened: int = _openat2(NR_OPENAT2, AT_FDCWD, os.fsencode(path), how, ctypes.sizeof(how))
+    how = _open_how(flags, resolve)
+    opened: int = _openat2(NR_OPENAT2, AT_FDCWD, os.fsencode(path), how, _OPEN_HOW_SIZE)
     return opened if opened >= 0 else -get_errno()
 
 

@@ -34,7 +34,7 @@ class _MountAttr(ctypes.Structure):
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    texts = [ctypes.create_string_buffer(os.fsencode(text)) for text in (source, target, kind, options)]
+    texts = [os.fsencode(text) for text in (source, target, kind, options)]
     libc.check(libc.c_library.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount {target}")
 
 

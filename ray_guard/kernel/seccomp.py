@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import functools
 import signal
 import struct
 import sys
@@ -164,23 +163,25 @@ def _assemble_rule(rule: Rule) -> list[Instruction]:
 
 
 class _SockFprog(ctypes.Structure):
-    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-@functools.lru_cache(maxsize=8)
-def encode(program: tuple[Instruction, ...]) -> bytes:
-    """``struct sock_filter[]``. Kept: a process that forks before it installs should call this before it forks."""
+def encode(program: Sequence[Instruction]) -> bytes:
+    """``struct sock_filter[]``."""
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def _install(program: Sequence[Instruction], flags: int) -> int:
-    code = encode(tuple(program))
-    buffer = ctypes.create_string_buffer(code, len(code))
-    prog = _SockFprog(len(code) // 8, ctypes.addressof(buffer))
+Program = Sequence[Instruction] | bytes
+"""What :func:`assemble` gives, or :func:`encode`: to encode takes longer than to install."""
+
+
+def _install(program: Program, flags: int) -> int:
+    code = program if isinstance(program, bytes) else encode(program)
+    prog = _SockFprog(len(code) // 8, code)
     return libc.syscall(libc.NR_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(prog))
 
 
-def _install_listener(program: Sequence[Instruction], flags: int) -> int:
+def _install_listener(program: Program, flags: int) -> int:
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     flags |= SECCOMP_FILTER_FLAG_NEW_LISTENER
     try:
@@ -200,7 +201,7 @@ def install_on_process(program: Sequence[Instruction]) -> int:
     return _install_listener(program, SECCOMP_FILTER_FLAG_TSYNC | SECCOMP_FILTER_FLAG_TSYNC_ESRCH)
 
 
-def install_on_thread(program: Sequence[Instruction]) -> int:
+def install_on_thread(program: Program) -> int:
     """Filters the calling thread and what it will start, and returns the listener: for a single-threaded child."""
     return _install_listener(program, 0)
 
@@ -252,7 +253,7 @@ class Listener:
     Its buffers are kept: fcntl.ioctl takes a bytearray in half the time of bytes.
     """
 
-    __slots__ = ("_buffer", "_caller", "_crowd", "_id", "_response", "_whole", "fd", "sync_wake_up")
+    __slots__ = ("_buffer", "_caller", "_crowd", "_here", "_id", "_response", "_whole", "fd", "sync_wake_up")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -262,6 +263,7 @@ class Listener:
         self._response = bytearray(24)
         self._caller = 0
         self._crowd = 0
+        self._here = False
         self.sync_wake_up = self._wake_up_here(here=True)
         """Whether the kernel has the flag (Linux 6.6)."""
 
@@ -274,6 +276,7 @@ class Listener:
             _ioctl(self.fd, _IOCTL_SET_FLAGS, _SYNC_WAKE_UP if here else 0)
         except OSError:
             return False
+        self._here = here
         return True
 
     def _met(self, tid: int) -> None:
@@ -325,6 +328,15 @@ class Listener:
         Only for calls whose decisive arguments are in registers: memory can change after it was checked.
         """
         return self._send(notification_id, 0, 0, _FLAG_CONTINUE)
+
+    def proceed_elsewhere(self, notification_id: int) -> bool:
+        """:meth:`proceed`, for whoever has more to do: meanwhile the caller runs on another CPU, if one is free."""
+        here = self._here and self._wake_up_here(here=False)
+        try:
+            return self.proceed(notification_id)
+        finally:
+            if here:
+                self._wake_up_here(here=True)
 
     def _send(self, notification_id: int, value: int, negated: int, flags: int) -> bool:
         _RESPONSE.pack_into(self._response, 0, notification_id, value, negated, flags)

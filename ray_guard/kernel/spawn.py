@@ -9,12 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable, Sequence
-from typing import Final
 
 from ray_guard.kernel import libc
 
 _SETSIGDEF, _SETSIGMASK, _SETSID = 0x04, 0x08, 0x80
-_ROOM: Final = 1024
+_Room = ctypes.c_char * 1024
 """More than any C library needs for one of its attribute, action or signal set objects."""
 
 _spawn = libc.c_library["posix_spawn"]
@@ -33,7 +32,7 @@ def spawn(
     environment: Sequence[str],
     descriptors: Iterable[tuple[int, int]],
     *,
-    ignored: Iterable[int] = (),
+    restored: Iterable[int] = (),
     terminal: int | None = None,
 ) -> int:
     """Starts ``path`` in a session of its own, no signal blocked; its pid.
@@ -41,22 +40,21 @@ def spawn(
     Args:
         environment: ``NAME=value`` each.
         descriptors: (here, there): what is open there, in this order. All others must be close-on-exec.
-        ignored: signals that stay as they are here; all others are at their default.
+        restored: signals that are ignored here and not there.
         terminal: a descriptor here whose terminal becomes the session's.
 
     Raises:
         OSError: with the errno of exec.
     """
-    actions, attributes, signals = (ctypes.create_string_buffer(_ROOM) for _ in range(3))
+    actions, attributes, signals = _Room(), _Room(), _Room()
     _call("posix_spawn_file_actions_init", actions)
     _call("posix_spawnattr_init", attributes)
     try:
         _call("posix_spawnattr_setflags", attributes, ctypes.c_short(_SETSIGDEF | _SETSIGMASK | _SETSID))
         libc.c_library.sigemptyset(signals)
         _call("posix_spawnattr_setsigmask", attributes, signals)
-        libc.c_library.sigfillset(signals)
-        for number in ignored:
-            libc.c_library.sigdelset(signals, int(number))
+        for number in restored:
+            libc.c_library.sigaddset(signals, int(number))
         _call("posix_spawnattr_setsigdefault", attributes, signals)
         pairs = list(descriptors)
         if terminal is not None:  # whoever leads a session and has none gets the first that it opens

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ray_guard.kernel import cgroup
 from ray_guard.log import logger
+from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import PREFIX, Leaf, OwnLeaf, place
 
 log = logger("ray_guard.cgroups")
@@ -24,15 +25,15 @@ class Groups(NamedTuple):
     wanted: dict[str, str]
 
 
-def groups(leader: int, leaf: str, requester: int) -> Groups:
-    """Those of what ``leader``, which is in ``leaf`` (empty: in none), starts for ``requester``."""
+def groups(leader: Leader, requester: int) -> Groups:
+    """Those of what ``leader`` starts for ``requester``."""
     try:
-        wanted, here = cgroup.paths(cgroup.read(requester)), cgroup.paths(cgroup.read(leader))
+        wanted, here = cgroup.paths(cgroup.read(requester)), cgroup.paths(cgroup.read(leader.pid))
     except OSError:
         return Groups(None, {})
-    if leaf:
+    if leader.leaf:
         here[""] = os.path.dirname(here.get("", ""))
-    return Groups(Leaf(leaf, leader) if leaf else None, {} if wanted == here else wanted)
+    return Groups(Leaf(leader.leaf, leader.pid) if leader.leaf else None, {} if wanted == here else wanted)
 
 
 def follow(pid: int, born: Groups, requester: int) -> tuple[Leaf | None, tuple[str, ...]]:

@@ -26,6 +26,7 @@ _RIGHTS: Final = {
     DEVICE: Fs.READ_FILE | Fs.WRITE_FILE | Fs.IOCTL_DEV | Fs.TRUNCATE,
 }  # fmt: skip
 """No letter stands for making device nodes."""
+_READING, _WRITING, _OF_TERMINALS = int(Fs.READ_FILE), int(Fs.WRITE_FILE | Fs.TRUNCATE), int(Fs.IOCTL_DEV)
 
 
 _NOTHING_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
@@ -137,11 +138,11 @@ def _add_streams(ruleset: landlock.Ruleset, streams: Iterable[int]) -> None:
         if not (stat.S_ISREG(status.st_mode) or terminal) or flags & os.O_PATH:
             continue
         access = flags & os.O_ACCMODE
-        rights = Fs.IOCTL_DEV if terminal else Fs(0)
+        rights = _OF_TERMINALS if terminal else 0
         if access in (os.O_RDONLY, os.O_RDWR):
-            rights |= Fs.READ_FILE
+            rights |= _READING
         if access in (os.O_WRONLY, os.O_RDWR) and not flags & os.O_APPEND:  # else what is there could be overwritten
-            rights |= Fs.WRITE_FILE | Fs.TRUNCATE
+            rights |= _WRITING
         try:
             ruleset.allow(descriptor, rights)
         except OSError as error:

@@ -15,6 +15,7 @@ import _thread
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import select
 import signal
@@ -32,6 +33,7 @@ from ray_guard.supervisor.domain import Domain, read_view
 from ray_guard.supervisor.start import Start, read_start
 
 _UMASK: Final = 0o077
+_SIGNALS: Final = tuple(map(int, signal.valid_signals()))
 
 
 class Embryo:
@@ -42,9 +44,7 @@ class Embryo:
         failure: why there is none; empty: nobody asked for one, or there is.
     """
 
-    def __init__(
-        self, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant], covers: mounts.Covers, leaf: str
-    ) -> None:
+    def __init__(self, program: bytes, system: Sequence[Grant], covers: mounts.Covers, leaf: str) -> None:
         self.pid = 0
         self.failure: dict[str, Any] = {}
         self._program, self._system, self._covers, self._leaf = program, system, covers, leaf
@@ -101,7 +101,7 @@ class Embryo:
         stage = "setup"
         try:
             self._thread = _thread.get_native_id()
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the leader's
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they are the leader's
             name = ctypes.create_string_buffer(self._name.encode())
             libc.prctl(libc.PR_SET_NAME, ctypes.addressof(name))
             bound_capabilities()
@@ -195,6 +195,12 @@ def close_all_but(kept: Iterable[int]) -> None:
             libc.close_range(low + 1, high - 1)
 
 
+@functools.cache
+def _ignored_signals() -> tuple[int, ...]:
+    """By this process, and so by whatever it starts, unless they are restored."""
+    return tuple(each for each in _SIGNALS if signal.getsignal(each) is signal.SIG_IGN)
+
+
 def bound_capabilities() -> None:
     """From here on no capability can come back that is given up: by exec of a set-user-id file least of all."""
     _, permitted, inheritable = libc.capget()
@@ -249,7 +255,9 @@ def _execute(start: Start, pairs: Sequence[tuple[int, int]]) -> int:
     if not program:  # a folder of PATH itself
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     variables = [f"{name}={value}" for name, value in start.environment.items()]
-    ignored = () if start.restore_signals else (signal.SIGPIPE,)  # as it is in Python, and so in what it starts
+    ignored = set(_ignored_signals())
+    if not start.restore_signals:
+        ignored.discard(signal.SIGPIPE)  # as it is in Python, and so in what it starts
     here = {there: here for here, there in pairs}
     terminal = None if start.terminal is None else here[start.terminal]
     failure: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -257,7 +265,7 @@ def _execute(start: Start, pairs: Sequence[tuple[int, int]]) -> int:
     for path in [program] if "/" in program else _along_path(program, start.environment):
         try:
             os.stat(path)
-            return spawn.spawn(path, start.argv, variables, pairs, ignored=ignored, terminal=terminal)
+            return spawn.spawn(path, start.argv, variables, pairs, restored=ignored, terminal=terminal)
         except (FileNotFoundError, NotADirectoryError) as error:
             failure = error
         except OSError as error:

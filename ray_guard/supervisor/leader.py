@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacket
+from ray_guard.kernel import landlock, libc, mounting, procfs, seqpacket
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
@@ -30,7 +30,7 @@ _REAPED_AT_ONCE: Final = 256
 
 def lead(
     line: socket.socket,
-    program: tuple[seccomp.Instruction, ...],
+    program: bytes,
     system: Sequence[Grant],
     covers: mounts.Covers,
     leaf: str,
@@ -42,8 +42,7 @@ def lead(
     Args:
         leaf: the folder of the control group that it was born into, its own; empty: there is none.
     """
-    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
-        signal.signal(number, lambda _signal, _frame: None)
+    signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
     for descriptor in (0, 1, 2):
         os.set_inheritable(descriptor, False)  # a tool has what it was given, and nothing of ours
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -127,15 +127,15 @@ class Processes:
         leaf, pages: the control groups they are all in; None: there is none.
     """
 
-    def __init__(  # noqa: PLR0917 - TODO
+    def __init__(
         self,
         node: Node,
         target: Target,
         origin: Origin,
+        *,
         root: int,
         leader: int,
         end_call: Callable[[Exceeded], None],
-        *,
         base_ns: int,
         leaf: Leaf | None,
         pages: MemoryGroup | None,
@@ -418,7 +418,7 @@ class Processes:
         for child in procfs.children(pid, pid):
             if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
                 self._orphans[child] = process
-        gate.listener.proceed(call.id)
+        gate.listener.proceed_elsewhere(call.id)
         self._forget(process)
         self._settle(process, executed=executed, ends=True)
         if process.image is not None:

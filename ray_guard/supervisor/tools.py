@@ -274,7 +274,7 @@ class Tool:
         self._leader = leader
         leader.heard = self._from_leader
         # While its thread takes on what the tool shall have:
-        self._born = cgroups.groups(leader.pid, leader.leaf, self._target.pid)
+        self._born = cgroups.groups(leader, self._target.pid)
         policy = self._policy.with_role(Role.TOOL)
         self._ring = Ring(self._node, self._target, policy, leader.pid, self._origin, view=self._view)
         listener, leader.listener = Listener(leader.listener), -1
@@ -328,7 +328,7 @@ class Tool:
         rlimits.impose(self._pid, self._start.limits, _least(self._origin.account, MEMORY))
         self._node.gpus.began(self._pid, self._target, self._origin)
         self._base_ns = pidfd.cpu_ns(self._pid) or 0
-        if gate.listener.is_valid(call.id):
+        if landlock.abi() >= landlock.SIGNAL_SCOPE_ABI and gate.listener.is_valid(call.id):  # else signals are notified
             signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)  # its leader lets it go: see embryo
         gate.listener.proceed(call.id)
 
@@ -342,9 +342,9 @@ class Tool:
             self._node,
             self._target,
             self._origin,
-            self._pid,
-            leader.pid,
-            self._over,
+            root=self._pid,
+            leader=leader.pid,
+            end_call=self._over,
             base_ns=self._base_ns,
             leaf=self._leaf,
             pages=self._pages,

@@ -1,13 +1,14 @@
 """The zygote: starts tool processes outside any actor's filter, each with a listener of its own.
 
 Runs in the zygote: a single-threaded child of the supervisor, forked before that grew, since what is small is forked
-fast. It forks *leaders*, each with a process that is already filtered and waits to become a tool; from then on they
-talk to the supervisor alone.
+fast. It forks *leaders*, each with a thread that is already filtered and waits to start a tool; from then on they talk
+to the supervisor alone.
 
-    supervisor ──leader──▶ zygote ──fork──▶ leader ──fork──▶ the next tool (filter …
-         ◀── ready (its listener, its line) ── line ─┘             │
-         ──── prepare (what it will be) · go ─────────────────────▶│ … exec)
-         ──── start ── line ─▶ leader
+    supervisor ──leader──▶ zygote ──fork──▶ leader ── thread (filter …
+         ◀── ready (its listener, its line) ── line ─┘    │
+         ──── prepare (what the tool will be) ───────────▶│ … domain) ──posix_spawn──▶ the tool
+         ◀─── its exec, notified; answered, it is stopped ─────────────────────────────┘ ▲
+         ──── start ── line ─▶ leader ── when the thread is gone: continue ──────────────┘
          ◀─── started · failed · exited ─┘
 """
 
@@ -34,6 +35,8 @@ from ray_guard.supervisor.leftovers import Held, sweep
 def run(requests: socket.socket) -> NoReturn:
     """The zygote's life, until the supervisor hangs up."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaders report to the supervisor; nobody waits for them here
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, lambda _signal, _frame: None)  # not ignored: what is executed would do so too
     libc.prctl(libc.PR_SET_DUMPABLE, 0)  # nobody of the same user may write its memory, nor its leaders'
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a tool's descriptors may have any number
@@ -71,17 +74,20 @@ class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
         self._programs = {
-            gpu: rings.call_ring(
-                syscalls.MACHINE,
-                landlock=landlock.abi(),
-                borrows=borrowing.works(),
-                own_ipc=ipc.can_be_own(),
-                gpu=gpu,
+            gpu: seccomp.encode(
+                rings.call_ring(
+                    syscalls.MACHINE,
+                    landlock=landlock.abi(),
+                    borrows=borrowing.works(),
+                    own_ipc=ipc.can_be_own(),
+                    gpu=gpu,
+                )
             )
             for gpu in (False, True)
         }
-        seccomp.encode(self._programs[False])
         self._system = domain.prepare()
+        with contextlib.suppress(OSError):  # its leaders say so
+            domain.Domain(self._system).close()  # what is kept of it once they share
         self._wards: dict[int, _Ward] = {}
         self.held = Held()
         self._leaves: list[leaf.OwnLeaf] = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, wait
+from harness import PYTHON, ROOT, CannotBuild, Host, Namespace, Stage, wait
 
 from ray_guard.kernel import procfs
 
@@ -103,6 +104,41 @@ result = [process.wait(10), process.pid]
     assert status[0] == -signal.SIGKILL
     wait(lambda: procfs.is_zombie(status[1]) or not Path(f"/proc/{status[1]}").exists(), "the tool outlived its leader")
     assert host.run("call", ["echo", "here"]).stdout == "here\n"
+
+
+THREADS_OF_PARENT = r"""
+#include <dirent.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int main(void) {
+    char path[64];
+    int others = 0;
+    snprintf(path, sizeof path, "/proc/%d/task", getppid());
+    DIR *threads = opendir(path);
+    for (struct dirent *each; threads && (each = readdir(threads));)
+        if (atoi(each->d_name) > 0 && atoi(each->d_name) != getppid())
+            others++, syscall(SYS_tkill, atoi(each->d_name), SIGKILL);
+    printf("%d\n", threads ? others : -1);
+    return 0;
+}
+"""
+
+
+def test_a_tool_never_runs_beside_the_thread_that_has_started_it(stage: Stage) -> None:
+    """Both are in one domain: it could signal that thread, and with it end its leader."""
+    try:
+        program = stage.compile("threads of parent", THREADS_OF_PARENT, ("-static",))  # it begins at once
+    except CannotBuild as error:
+        pytest.skip(f"missing: {error}")
+    beside = "import subprocess, sys, threading, time\n"
+    beside += "threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\nsubprocess.run(sys.argv[1:])"
+    control = subprocess.run([PYTHON, "-c", beside, program], capture_output=True, text=True, check=False)
+    assert (control.returncode, control.stdout) == (-signal.SIGKILL, "1\n")
+    code = "result = [ray_guard.run([program], capture_output=True, text=True).stdout for _ in range(60)]"
+    assert stage.host().inside(code, program=program) == ["0\n"] * 60
 
 
 def test_usage_is_each_calls_own(host: Host) -> None:
