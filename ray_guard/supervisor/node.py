@@ -96,7 +96,7 @@ class Node:
         self._actors: dict[str, Account] = {}
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
-        self.means.relay.opened = self._changed
+        self.means.relay_opened = self._changed
         self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
@@ -137,7 +137,8 @@ class Node:
     def close(self) -> None:
         self.means.impatience.end()
         self.gpus.close()
-        self.means.relay.close()
+        if self.means.relaying is not None:
+            self.means.relaying.close()
         self.sealer.close()
         for journal in self._journals.values():
             journal.close()
@@ -169,7 +170,8 @@ class Node:
                 log.warning("a ceiling stays: %s", error)
 
     def _own_ports(self) -> frozenset[int]:
-        return self.means.relay.ports() | {port for _, port in self.resolver.endpoints}
+        relayed = frozenset() if self.means.relaying is None else self.means.relaying.ports()
+        return relayed | {port for _, port in self.resolver.endpoints}
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
@@ -268,7 +270,7 @@ class Node:
         control = self.resolver.endpoints.union(
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
-            self.means.relay.endpoints(),
+            frozenset() if self.means.relaying is None else self.means.relaying.endpoints(),
             self.proxies.endpoints(),
         )
         own = (*self._own_folders, *self._evidence_folders)
