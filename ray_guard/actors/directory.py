@@ -9,7 +9,7 @@ closes. ``{"op": "read"}`` gives::
 the agent's gRPC port and the ports of workers and drivers; for this node (``NODE_ID``) on loopback too. Never among
 them, and listed as ``control`` where Ray says where they are: the job API (8265), the agent's HTTP port (it takes jobs
 as well), the client server (10001), the runtime environment agent (it installs packages for whoever asks) and metrics.
-``{"op": "claim", …}`` claims parts of a limit that holds over several nodes (:mod:`ray_guard.actors.job_budget`).
+``claim`` and ``forget`` are about limits that hold over several nodes (:mod:`ray_guard.actors.job_budget`).
 A failed reading is ``{"error": …}``: the supervisor then keeps what it knew, and what it did not know stays refused.
 
 It is a process of its own because ray is too large for the supervisor. Measured: 77 MB resident, 39 of them its own,
@@ -146,13 +146,18 @@ def main(arguments: list[str]) -> int:
         tables = tables or Tables(arguments[0], arguments[1] if len(arguments) > 1 else None)
         return tables.read()
 
-    def claim(question: dict[str, Any]) -> dict[str, Any]:
+    def store() -> job_budget.Store:
         nonlocal parts
         parts = parts or job_budget.Gcs(arguments[0])
-        return job_budget.claim(parts, question, 1 if tables is None else tables.nodes)
+        return parts
+
+    def claim(question: dict[str, Any]) -> dict[str, Any]:
+        return job_budget.claim(store(), question, 1 if tables is None else tables.nodes)
+
+    operations = {"read": read, "claim": claim, "forget": lambda question: job_budget.forget(store(), question)}
 
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(line, {"read": read, "claim": claim})) + "\n")
+        sys.stdout.write(json.dumps(answer(line, operations)) + "\n")
         sys.stdout.flush()
     return 0
 

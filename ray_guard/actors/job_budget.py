@@ -27,6 +27,8 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None: ...
 
+    def delete_all(self, prefix: str) -> None: ...
+
     def keys(self, prefix: str) -> Iterable[str]: ...
 
 
@@ -44,6 +46,9 @@ class Gcs:
 
     def delete(self, key: str) -> None:
         self._client.internal_kv_del(key.encode(), False, NAMESPACE, timeout=TIMEOUT_S)
+
+    def delete_all(self, prefix: str) -> None:
+        self._client.internal_kv_del(prefix.encode(), True, NAMESPACE, timeout=TIMEOUT_S)
 
     def keys(self, prefix: str) -> Iterable[str]:
         return [key.decode() for key in self._client.internal_kv_keys(prefix.encode(), NAMESPACE, timeout=TIMEOUT_S)]
@@ -84,3 +89,9 @@ def claim(store: Store, question: dict[str, Any], nodes: int) -> dict[str, Any]:
                 raise
             break
     return {"claimed": claimed, "free": max(0, len(free) - len(claimed))}
+
+
+def forget(store: Store, question: dict[str, Any]) -> dict[str, Any]:
+    """A limit is over, whoever has parts of it: an episode has ended (``name``)."""
+    store.delete_all(f"share/{question['name']}/")
+    return {}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from ray_guard.attribution import findings
 from ray_guard.attribution.attribute import Attribution, Candidate, Result, Source
+from ray_guard.attribution.recurrence import Recurrence
+from ray_guard.attribution.reward import Association
 
 SCHEMA: Final = 1
 _SECOND: Final = 1_000_000_000
@@ -13,13 +16,40 @@ _SECOND: Final = 1_000_000_000
 
 def document(result: Result) -> dict[str, Any]:
     """The whole answer as plain data."""
+    caused = findings.causes(result)
     return {
         "schema": SCHEMA,
         "sources": [_source(each) for each in result.sources],
         "alerts": [_alert(each) for each in result.alerts],
-        "recurrence": [],
-        "reward": None,
+        "recurrence": [_recurrence(each) for each in findings.recurrences(result, caused)],
+        "reward": _reward(findings.association(result, caused)),
         "traces": {"quarantined": dict(result.quarantine.counts)},
+    }
+
+
+def _recurrence(found: Recurrence) -> dict[str, Any]:
+    return {
+        "dimension": found.dimension,
+        "pattern": found.pattern,
+        "tool": found.tool,
+        "alerts": found.alerts,
+        "calls": found.calls,
+        "p_value": found.p_value,
+        "q_value": found.q_value,
+    }
+
+
+def _reward(found: Association) -> dict[str, Any]:
+    return {
+        "within_group_difference": found.difference,
+        "interval": None if found.interval is None else list(found.interval),
+        "trend_per_iteration": found.trend,
+        "groups": found.groups,
+        "rollouts": found.rollouts,
+        "violating_rollouts": found.violating,
+        "rollouts_without_reward": found.unrewarded,
+        "detectable_difference": found.detectable,
+        "note": "an association within groups; filtered episodes are missing, and no cause is shown",
     }
 
 

@@ -57,12 +57,12 @@ def reach(text: str) -> Reach:
 
 _TEMPLATE: Final = (
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{12,}\b", re.IGNORECASE), "<id>"),
-    (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b"), "<ip>"),
     (re.compile(r"\b(?:https?|ssh|tcp|udp|wss?|stratum\+\w+)://[^\s'\"]+"), "<url>"),
     (re.compile(r"[\w.+-]+@[\w.-]+"), "<user>@<host>"),
+    (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b"), "<ip>"),
     (re.compile(r"(?<!\S)(?:/[\w.@%+-]+){2,}/?"), "<path>"),
     (re.compile(r"\"[^\"]{24,}\"|'[^']{24,}'"), "<text>"),
-    (re.compile(r"(?<![\w-])\d+(?:\.\d+)?\b|(?<=:)\d+"), "<n>"),
+    (re.compile(r"\d+(?:\.\d+)*"), "<n>"),
 )
 
 

@@ -36,8 +36,8 @@ _ROUNDS: Final = 200
 _SETTLED: Final = 1e-3
 _PLAIN: Final = np.arange(2 * CLASSES) % CLASSES < 3
 """Classes of calls that neither name the destination nor are made for such things."""
-_CONVINCED: Final = 4.0
-"""How much more likely (log) the alerts must be, if such calls are to be blamed for more than the little expected."""
+_DOUBT: Final = 5.0
+"""How much more likely (log) alerts must be for it to be even that such calls cause more than the little expected."""
 
 
 class Rows(NamedTuple):
@@ -135,9 +135,13 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS) -> tuple[
     learned = _learn(rows.alert, of_class, density, groups, exposed)
     # Calls of which nothing speaks are blamed only where alerts fall on them more often than chance explains.
     modest = _learn(rows.alert, of_class, density, groups, exposed, frozen=_PLAIN)
-    blamed = (learned.likelihood - modest.likelihood > _CONVINCED)[groups.kind][groups.of]
-    probability = np.where(blamed[rows.alert], learned.probability, modest.probability)
-    return probability, np.where(blamed, learned.nobody, modest.nobody)
+    # Which of both holds is itself uncertain; flexible rates have to earn what they explain by chance.
+    trust = (
+        1 / (1 + np.exp(np.clip(_DOUBT - (learned.likelihood - modest.likelihood), -30, 30)))[groups.kind][groups.of]
+    )
+    per_row = trust[rows.alert]
+    probability = per_row * learned.probability + (1 - per_row) * modest.probability
+    return probability, trust * learned.nobody + (1 - trust) * modest.nobody
 
 
 class _Fit(NamedTuple):

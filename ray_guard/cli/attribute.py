@@ -9,14 +9,16 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from ray_guard.attribution.attribute import Options, Result, attribute
+from ray_guard.attribution.attribute import Attribution, Options, Result, attribute
 from ray_guard.attribution.document import document
 from ray_guard.attribution.sources import FORMATS
 from ray_guard.attribution.sources.reader import NotAlerts
+from ray_guard.cli.output import say
 from ray_guard.evidence.reader import NotEvidence
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "attribute",
         help="from alerts of firewalls and sensors to the tool call that caused each",
-        description="Joins alerts with traces: aligns each log's clock, finds the calls that may have caused each record "
-        "and says how sure that is, or that it was nobody in this job.",
+        description="Joins alerts with traces: aligns each log's clock, finds the calls that may have caused each "
+        "record and says how sure that is, or that it was nobody in this job.",
     )
     parser.add_argument(
         "--traces", metavar="PATH", nargs="+", required=True, help="evidence folders, OTLP JSON lines, Parquet"
@@ -71,35 +73,37 @@ def run(args: argparse.Namespace) -> int:
             args.json.write_text(json.dumps(document(result), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             return _failed(f"{args.json} cannot be written: {error.strerror}")
-    _summary(result)
+    say(_summary(result))
     return 0
 
 
-def _summary(result: Result) -> None:
+def _summary(result: Result) -> str:
+    lines = []
     for source in result.sources:
         clock = source.clock
         skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
         left = source.report.quarantined.total()
-        print(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
-    counts: dict[str, int] = {}
-    for alert in result.alerts:
-        if not alert.informational:
-            counts[alert.verdict] = counts.get(alert.verdict, 0) + 1
-    quiet = sum(alert.informational for alert in result.alerts)
+        lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
+    alerts = [alert for alert in result.alerts if not alert.informational]
+    counts = Counter(alert.verdict for alert in alerts)
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
-    print(f"{named}; {quiet} informational records")
-    for alert in result.alerts:
-        if alert.informational or not alert.candidates:
-            continue
-        first = alert.candidates[0]
-        about = first.about
-        print(
-            f"{alert.source.path}:{alert.record}  {alert.verdict} {first.confidence:.2f} ({first.tier})  "
-            f"iteration {about.get('iteration')} rollout {about.get('rollout')} turn {about.get('turn')} "
-            f"{about.get('tool')} {about.get('call_id') or ''}".rstrip()
-        )
+    lines.append(f"{named}; {len(result.alerts) - len(alerts)} informational records")
+    lines += [f"{alert.source.path}:{alert.record}  {_answer(alert)}" for alert in alerts]
+    return "\n".join(lines) + "\n"
+
+
+def _answer(alert: Attribution) -> str:
+    if alert.verdict == "unobserved":
+        return f"nobody in this job ({alert.unobserved:.2f})"
+    first = alert.candidates[0]
+    about = first.about
+    parts = [f"{alert.verdict} {first.confidence:.2f} ({first.tier}): iteration {about.get('iteration')}"]
+    for name in ("group", "rollout", "turn", "tool", "call_id"):
+        if about.get(name) is not None:
+            parts.append(f"{name.replace('call_id', 'call')} {about[name]}")
+    return ", ".join(parts)
 
 
 def _failed(why: str) -> int:
-    print(f"ray-guard: {why}", file=sys.stderr)
+    print(f"ray-guard attribute: {why}", file=sys.stderr)
     return 2

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_guard.cli.output import say
 from ray_guard.evidence.reader import NotEvidence, Quarantine, merge, read, segments
 from ray_guard.report import html, tables, terminal
 from ray_guard.report.index import Index
@@ -56,21 +57,10 @@ def run(args: argparse.Namespace) -> int:
             return _failed(f"{args.html} cannot be written: {error.strerror}")
     wide = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else None
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    _print(terminal.render(report, columns=wide, colour=colour))
+    say(terminal.render(report, columns=wide, colour=colour))
     if args.html is not None:
-        _print(f"\nwritten: {args.html}\n")
+        say(f"\nwritten: {args.html}\n")
     return 0
-
-
-def _print(content: str) -> None:
-    """To stdout in whatever encoding it has, and quietly when nobody reads any more (``| head``)."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter would flush once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(why: str) -> int:

@@ -18,7 +18,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -32,12 +32,17 @@ UNASKED: Any = False
 """The attachment of a place where nobody has asked yet whether the user has an OpenTelemetry provider (None: none)."""
 
 
+Quotas = tuple[tuple[str, str, Mapping[str, float]], ...]
+"""Scope (``actor``, ``episode``, ``call``), its id, and its limits by kind; scopes without any are left out."""
+
+
 class Node:
     """A place in the tree of spans: what a new scope, an intent or a message to another actor needs to know of it.
 
     ``trace``, ``span``: hex ids. ``episode``: span id of the enclosing episode. ``call``: span id of the enclosing tool
     call. ``capture``: content of tool calls is recorded. ``sampled``: what the user's OpenTelemetry sampler said.
     ``attachment``: what we have at the user's OpenTelemetry provider (see :mod:`ray_guard.client.mirror`).
+    ``quotas``: the limits of tokens and FLOPs around, from the actor inwards, for whoever computes on another node.
     """
 
     __slots__ = (
@@ -48,6 +53,7 @@ class Node:
         "identity",
         "identity_json",
         "kind",
+        "quotas",
         "sampled",
         "span",
         "trace",
@@ -62,6 +68,7 @@ class Node:
     call: str | None
     capture: bool
     sampled: bool
+    quotas: Quotas
     attachment: Any
 
 

@@ -48,7 +48,16 @@ class Channel:
         self.lost = False
         self.acts = False
         """A violation ends more than the call that was refused (``on_violation``)."""
+        self.account = ""
+        """The id of this process's account, for other nodes."""
+        self.quotas: dict[str, dict[str, float]] = {}
+        """What the policy says of tokens and FLOPs, by scope."""
         self.identity: dict[str, str | int] = dict(identity or {})
+
+    def take(self, answer: Mapping[str, Any]) -> None:
+        """What the supervisor says of the policy that holds now."""
+        self.acts = bool(answer["acts"])
+        self.account, self.quotas = str(answer["account"]), dict(answer["quotas"])
 
     def fileno(self) -> int:
         return self._sock.fileno()

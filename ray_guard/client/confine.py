@@ -123,7 +123,7 @@ def _enter_as(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess |
     with _lock:
         known = channels.current()
         if known is not None:
-            known.acts = bool(known.request({"op": "tighten", "policy": wire})["acts"])
+            known.take(known.request({"op": "tighten", "policy": wire}))
             _policies.append(wire)
             _take_over(wire)
             return known
@@ -166,7 +166,7 @@ def _enter(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess | No
             "cluster": None if cluster is None else cluster.as_message(),
         }
         answer, passed = channel.exchange(hello)
-        channel.acts = bool(answer["acts"])
+        channel.take(answer)
         channel.identity = {"rl.run.id": identity.run_id} if identity.run_id else {}
         _let_judge(int(answer["supervisor"]))
         if not answer["datagrams"]:  # only now: a refused confine has changed nothing

@@ -38,7 +38,7 @@ def context() -> dict[str, Any]:
     """Where the running code is, as plain data for :func:`attach` in another thread, executor, process or actor.
 
     Keys: ``trace``, ``span`` (None outside of any scope), ``identity``, ``episode``, ``call``, ``scope``, ``sampled``,
-    ``capture``. Budgets are the supervisor's to know and are found by these ids.
+    ``capture``, and ``quotas`` where tokens or FLOPs are limited: another node does not know these scopes by their ids.
     """
     node = carry.current()
     if node is None:
@@ -54,6 +54,7 @@ def context() -> dict[str, Any]:
         "scope": node.kind,
         "sampled": node.sampled,
         "capture": node.capture,
+        **({"quotas": node.quotas} if node.quotas else {}),
     }
 
 
@@ -90,9 +91,19 @@ def read_context(given: Mapping[str, Any]) -> Node | None:
     node.sampled = given.get("sampled", True) is not False
     node.attachment = carry.UNASKED
     node.capture = given.get("capture", False) is True
+    node.quotas = _quotas(given.get("quotas", ()))
     node.identity = dict(identity)
     node.identity_json = to_json(node.identity)
     return node
+
+
+def _quotas(given: object) -> carry.Quotas:
+    if not isinstance(given, (list, tuple)):
+        raise PolicyError("context.quotas", given, "a list")
+    for entry in given:
+        if not (isinstance(entry, (list, tuple)) and len(entry) == 3 and isinstance(entry[2], Mapping)):
+            raise PolicyError("context.quotas", entry, "a scope, its id and its limits")
+    return tuple((str(scope), str(name), dict(limits)) for scope, name, limits in given)
 
 
 class attach:  # noqa: N801 - used as a function

@@ -43,6 +43,15 @@ class Outlet:
 
     __slots__ = ("_send", "binding", "identity", "identity_json", "wire")
 
+    @property
+    def account(self) -> str:
+        return str(getattr(self.wire, "account", ""))
+
+    def quota(self, scope: str) -> Mapping[str, float]:
+        """What the policy says of tokens and FLOPs in that scope."""
+        limits: Mapping[str, float] = getattr(self.wire, "quotas", {}).get(scope, {})
+        return limits
+
     def __init__(self, wire: Wire, *, binding: bool) -> None:
         self.wire = wire
         self.binding = binding

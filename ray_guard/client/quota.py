@@ -19,7 +19,10 @@ from ray_guard.client.spans import new_span_id
 from ray_guard.client.verdicts import log_warnings
 from ray_guard.errors import SupervisorLost
 
-__all__ = ["Reservation", "reserve"]
+__all__ = ["QUOTAS", "Reservation", "reserve"]
+
+QUOTAS = ("tokens", "flops")
+"""The limits that this is about."""
 
 
 class Reservation:
@@ -115,7 +118,7 @@ def reserve(*, tokens: int, flops: float | None = None, context: Mapping[str, An
         return Reservation(None, "", 0, None, scope="", unknown=False)
     place = None
     if where is not None:
-        place = {"trace": where.trace, "span": where.span, "call": where.call, "episode": where.episode}
+        place = {name: getattr(where, name) for name in ("trace", "span", "call", "episode", "quotas")}
     key = new_span_id()
     log_warnings()
     answer = line.request({"op": "reserve", "id": key, "tokens": tokens, "flops": flops, "place": place})

@@ -19,11 +19,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ray_guard.client import carry
-from ray_guard.client.carry import Node
+from ray_guard.client.carry import Node, Quotas
 from ray_guard.client.context import Place, attach, context, environment, read_context, traceparent
 from ray_guard.client.otel import attempt, mirror
 from ray_guard.client.outlet import Outlet, base_identity, outlet
-from ray_guard.client.quota import reserve
+from ray_guard.client.quota import QUOTAS, reserve
 from ray_guard.client.spans import (
     ATTRIBUTE_LIMIT,
     EVENT_LIMIT,
@@ -200,10 +200,16 @@ class Scope(Node):
                 self.identity = base_identity(None)
                 self.identity_json = to_json(self.identity)
             self.capture = os.environ.get("RAY_GUARD_CAPTURE_CONTENT") == "1"
+        self.quotas = self._quotas_around(above, where)
         own = self._own_identity()
         if own is not None:
             self.identity = own
             self.identity_json = to_json(own)
+
+    def _quotas_around(self, above: Node | None, where: Outlet | None) -> Quotas:
+        if above is not None and not self.is_root:
+            return above.quotas
+        return () if where is None else _quota("actor", where.account, where.quota("actor"))
 
     def __enter__(self) -> Self:
         if self.entered:
@@ -343,6 +349,8 @@ class ToolCall(Scope):
     def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
         super()._locate(above, where, otel)
         self.call = self.span
+        if where is not None:
+            self.quotas += _quota("call", self.span, where.quota("call"))
 
     def _hash(self) -> None:
         """Hashes the arguments, once, and only when somebody wants to know."""
@@ -424,6 +432,14 @@ class Episode(Scope):
         else:
             self._iteration = None if iteration is None else _number(iteration)
         self._budget_wire = _budget_wire(budget)
+
+    def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
+        super()._locate(above, where, otel)
+        limits = dict(() if where is None else where.quota("episode"))
+        for kind, limit in (self._budget_wire or {}).items():
+            if kind in QUOTAS:
+                limits[kind] = min(limit, limits.get(kind, limit))
+        self.quotas += _quota("episode", self.span, limits)
 
     def _own_identity(self) -> dict[str, str | int]:
         kept = ("rl.run.id", "rl.iteration", "rl.policy.version")
@@ -559,6 +575,10 @@ class Chat(Scope):
 
     def _flops(self, tokens: int) -> int | None:
         return None if self._cost is None else self._cost.flops(tokens, 0)
+
+
+def _quota(scope: str, name: str, limits: Mapping[str, float]) -> Quotas:
+    return ((scope, name, limits),) if limits else ()
 
 
 def _number(value: object) -> int | str:

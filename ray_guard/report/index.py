@@ -113,6 +113,10 @@ class Index:
             above = current.span.parent_id
             current = self._spans.get((current.span.trace_id, above)) if above is not None else None
 
+    def above(self, entry: Entry, kind: Kind) -> Entry | None:
+        """The next span of that kind above."""
+        return next((each for each in self.lineage(entry) if each is not entry and kind_of(each.span) is kind), None)
+
     def place(self, entry: Entry) -> Place:
         """Where the span belongs: by what it says itself, else by what is above it."""
         said: dict[str, AttributeValue] = {}

@@ -6,7 +6,7 @@ Runs later, on any machine. Pure: spans in, numbers out.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ray_guard.evidence.reader import Entry
@@ -212,7 +212,11 @@ def summarise(index: Index) -> Summary:
     ):
         for entry in index.of(kind):
             place = index.place(entry)
-            count(summary, entry, place)
+            above = index.above(entry, Kind.CHAT) if kind is Kind.CHAT else None
+            if above is None:
+                count(summary, entry, place)
+            elif index.place(above).actor != place.actor:
+                _served(summary, entry, place)
             _state(summary, entry, place, kind)
     _rewards(summary, index)
     summary.unfinished.sort(key=lambda item: (item.start_ns, item.what))
@@ -320,8 +324,17 @@ def _turn(summary: Summary, _entry: Entry, place: Place) -> None:
 
 
 def _chat(summary: Summary, entry: Entry, place: Place) -> None:
+    _count_tokens(entry, _usages(summary, place))
+
+
+def _served(summary: Summary, entry: Entry, place: Place) -> None:
+    """The model call of the chat above it, as its engine saw it: counted there, but for the actor that computed it."""
+    _count_tokens(entry, [summary.actors.setdefault(place.actor, Usage())])
+
+
+def _count_tokens(entry: Entry, usages: Sequence[Usage]) -> None:
     attributes = entry.span.attributes
-    for usage in _usages(summary, place):
+    for usage in usages:
         usage.input_tokens += _integer(attributes.get("gen_ai.usage.input_tokens"))
         usage.output_tokens += _integer(attributes.get("gen_ai.usage.output_tokens"))
         usage.flops += _number(attributes.get("ray_guard.flops")) or 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
 try:  # as ``random`` does with its own: hashlib loads OpenSSL, which takes longer than a tool to start
     from _sha256 import sha256  # type: ignore[import-not-found]
@@ -44,7 +44,10 @@ def digest(argv: tuple[str, ...]) -> str:
 
 
 class Memory:
-    """The memory of one thread, for the length of a ``with``. What cannot be read is missing: no error leaves here."""
+    """The memory of one thread, as it is now: once another program is executed nothing of it is left.
+
+    To be closed. What cannot be read is missing: no error leaves here.
+    """
 
     def __init__(self, tid: int) -> None:
         try:
@@ -54,12 +57,17 @@ class Memory:
         self._base = 0
         self._window = b""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+            self._descriptor = -1
+
+    def is_gone(self) -> bool:
+        """Whether no process has that memory any more; False where it was closed."""
+        try:
+            return self._descriptor >= 0 and not os.pread(self._descriptor, 1, self._base)
+        except OSError:  # it is unmapped there by now
+            return False
 
     def _read(self, address: int, length: int) -> bytes:
         if self._descriptor < 0:

@@ -23,14 +23,13 @@ _BY_KIND: Final = {"setpriority": 0, "ioprio_set": 1}
 """Calls whose first argument says whom the second one names: this number a process, the next one a process group."""
 
 
-def handlers(root: int) -> Mapping[str, Handler]:
-    """For the gate of the call whose first process is ``root``."""
-    leader = procfs.parent(root)
+def handlers(leader: int) -> Mapping[str, Handler]:
+    """For the gate of the call that process ``leader`` leads."""
 
     def is_within(tid: int) -> bool:
         # All that a call starts descends from its leader, which adopts what has lost its parents.
         pid = procfs.thread_group(tid)
-        return pid is not None and leader is not None and pid != leader and procfs.is_in_tree(pid, leader)
+        return pid is not None and pid != leader and procfs.is_in_tree(pid, leader)
 
     by_pid = _answering(lambda call: _judged(is_within, call.arg0))
     found: dict[str, Handler] = dict.fromkeys(_BY_PID, by_pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 from ray_guard.kernel import cgroup
 from ray_guard.log import logger
@@ -11,22 +12,42 @@ from ray_guard.supervisor.leaf import Leaf, OwnLeaf, place
 log = logger("ray_guard.cgroups")
 
 
-def follow(pid: int, leader: int, leaf: str, requester: int) -> tuple[Leaf | None, tuple[str, ...]]:
-    """Sees to it that a tool is in its requester's groups, and where it can be in a leaf below that of version 2.
+class Groups(NamedTuple):
+    """Where a tool is born, and where it belongs.
 
-    Args:
-        pid, leader, leaf: the process that will be the tool, who forked it, and the leaf that it is in; empty: in none.
+    Attributes:
+        leaf: the one it is born into with its leader; None: there is none, or nobody tells.
+        wanted: its requester's path in each hierarchy, where that is not its leader's; else empty.
+    """
+
+    leaf: Leaf | None
+    wanted: dict[str, str]
+
+
+def groups(leader: int, leaf: str, requester: int) -> Groups:
+    """Those of what ``leader``, which is in ``leaf`` (empty: in none), starts for ``requester``."""
+    try:
+        wanted, here = cgroup.paths(cgroup.read(requester)), cgroup.paths(cgroup.read(leader))
+    except OSError:
+        return Groups(None, {})
+    if leaf:
+        here[""] = os.path.dirname(here.get("", ""))
+    return Groups(Leaf(leaf, leader) if leaf else None, {} if wanted == here else wanted)
+
+
+def follow(pid: int, born: Groups, requester: int) -> tuple[Leaf | None, tuple[str, ...]]:
+    """Sees to it that a tool is in its requester's groups, and where it can be in a leaf below that of version 2.
 
     Returns:
         Its leaf, and the hierarchies in which it has to stay where it is.
     """
+    if not born.wanted:  # as good as always
+        return born.leaf, ()
     try:
-        there, here = cgroup.read(requester), cgroup.read(leader)
-        if there == here:  # as good as always: then what was made ahead is right
-            return Leaf(leaf) if leaf else None, ()
-        wanted, found = cgroup.paths(there), cgroup.paths(cgroup.read(pid))
+        found = cgroup.paths(cgroup.read(pid))
     except OSError:
         return None, ()
+    wanted = dict(born.wanted)
     moved = _new_leaf_below(wanted) if place() else None
     left = cgroup.move(pid, wanted, found)
     if left:

@@ -64,14 +64,10 @@ class Domain:
         self._abi = landlock.abi()
         self._ready: landlock.Ruleset | None = self._ruleset(system)
 
-    @property
-    def descriptor(self) -> int:
-        return -1 if self._ready is None else self._ready.descriptor
-
-    @descriptor.setter
-    def descriptor(self, number: int) -> None:
+    def close(self) -> None:
+        """It is not needed."""
         if self._ready is not None:
-            self._ready.descriptor = number
+            self._ready.close()
 
     def _ruleset(self, grants: Iterable[Grant]) -> landlock.Ruleset:
         ruleset = landlock.Ruleset(landlock.known_rights(self._abi), landlock.known_scopes(self._abi))

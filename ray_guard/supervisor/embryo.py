@@ -1,167 +1,156 @@
-"""A process that is going to be a tool: forked, filtered, and waiting to be told what it will be. Runs in the zygote.
+"""What is going to start a tool: a thread of the leader, filtered, and waiting to be told. Runs in the zygote.
 
-Forking and filtering take milliseconds, exec one: so the first two are done before anybody asks. What is the same for
-every tool is settled at birth; what its requester wants comes with the start.
+The filter, the Landlock domain and the priority of a thread are its own, and what it starts has them too. So a call
+costs no copy of the leader: its thread takes on what the tool shall have, starts it by posix_spawn, and ends. What
+takes long and is the same for every tool is done before anybody asks.
+
+The tool could signal such a thread, for both are in one domain, and with it end its own leader. So it does not run
+before the thread has gone: it is stopped while it is executed (``supervisor.tools``), and its leader
+lets it go.
 """
 
 from __future__ import annotations
 
+import _thread
+import ctypes
 import errno
 import fcntl
-import functools
-import json
 import os
-import resource
+import select
 import signal
 import socket
 import stat
-import termios
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-from ray_guard.kernel import borrowing, ipc, libc, seccomp, seqpacket
+from ray_guard.kernel import ipc, libc, procfs, seccomp, seqpacket, spawn
+from ray_guard.kernel.syscalls import NUMBERS
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.domain import Domain, read_view
-from ray_guard.supervisor.leaf import OwnLeaf
 from ray_guard.supervisor.start import Start, read_start
 
-_FIRST_FREE: Final = 255
-"""Descriptors are parked above this, and above all of the tool's own numbers, while those are being filled."""
+_UMASK: Final = 0o077
 
 
 class Embryo:
     """The leader's side.
 
     Attributes:
-        pid: the tool's, from the beginning.
-        leaf: the control group it was born into; None: there is none.
-        listener: where its notifications arrive; ``-errno`` where it could not be taken.
+        pid: the tool's, once :meth:`await_start` has returned.
+        failure: why there is none; empty: nobody asked for one, or there is.
     """
 
     def __init__(
-        self,
-        program: tuple[seccomp.Instruction, ...],
-        system: Sequence[Grant],
-        covers: mounts.Covers,
-        leaf: OwnLeaf | None = None,
+        self, program: tuple[seccomp.Instruction, ...], system: Sequence[Grant], covers: mounts.Covers, leaf: str
     ) -> None:
-        armed_read, armed_write = os.pipe()
-        self._failed, failed_write = os.pipe()
-        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        _altered_signals()
-        self.leaf = leaf
-        self.pid = os.fork() if leaf is None else leaf.fork()
-        if self.pid == 0:
-            _live(program, system, covers, theirs.detach(), armed_write, failed_write)
-        theirs.close()
-        os.close(armed_write)
-        os.close(failed_write)
-        number = os.read(armed_read, 16)
-        os.close(armed_read)
-        self.listener = self._take(int(number)) if number else -errno.ECHILD
+        self.pid = 0
+        self.failure: dict[str, Any] = {}
+        self._program, self._system, self._covers, self._leaf = program, system, covers, leaf
+        self._listener = -1
+        self._thread = 0
+        self._name = os.urandom(6).hex()
+        """The thread's, and of what it starts until that has executed something. Nobody can guess it."""
+        self._line, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._news, self._tell = os.pipe()
+        _thread.start_new_thread(self._live, ())
+        os.read(self._news, 1)
 
-    def _take(self, number: int) -> int:
-        if not borrowing.works():
-            return _handed_over(self._line)
-        pidfd = os.pidfd_open(self.pid)
+    def announce(self, line: socket.socket) -> bool:
+        """Gives the supervisor what it needs: the thread's own line, and its listener. False: it has failed."""
+        if self._listener < 0:
+            self.await_start(-1)
+            return False
+        told = {"op": "ready", "pid": os.getpid(), "leaf": self._leaf}
         try:
-            return libc.pidfd_getfd(pidfd, number)
-        finally:
-            os.close(pidfd)
-
-    def announce(self, line: socket.socket) -> None:
-        """Gives the supervisor what it needs of this process: its own line and its listener."""
-        leaf = self.leaf.path if self.leaf is not None and self.leaf.joined else ""
-        told = {"op": "ready", "pid": self.pid, "leader": os.getpid(), "leaf": leaf}
-        try:
-            seqpacket.send(line, told, [self._line.fileno(), self.listener])
+            seqpacket.send(line, told, [self._line.fileno(), self._listener])
         except OSError:
             pass  # the supervisor is gone: the line says so
         self._line.close()
-        os.close(self.listener)
+        os.close(self._listener)
+        return True
 
-    def abandon(self) -> None:
-        """There will be no tool: ends the process."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+    def await_start(self, wake: int) -> None:
+        """Waits until the thread has ended, whether it has started the tool or not. ``wake``: read at each SIGCHLD."""
+        poll = select.poll()
+        for descriptor in (self._news, wake):
+            if descriptor >= 0:
+                poll.register(descriptor, select.POLLIN)
+        while (self._news, select.POLLHUP) not in poll.poll():
+            if wake >= 0:
+                _drain(wake)
+                self._let_fail()
+        os.close(self._news)
+        while os.path.exists(f"/proc/self/task/{self._thread}"):
+            os.sched_yield()
 
-    def failure(self) -> dict[str, Any]:
-        """Waits until it is the tool (then empty) or has said why it cannot be."""
-        found = os.read(self._failed, 4096)
-        os.close(self._failed)
-        failure: dict[str, Any] = json.loads(found) if found else {}
-        return failure
+    def _let_fail(self) -> None:
+        """What could not be executed is stopped too, and must go on to say so: the thread waits for it."""
+        try:
+            stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+            if stopped is not None and procfs.command_name(stopped.si_pid) == self._name:
+                os.kill(stopped.si_pid, signal.SIGCONT)
+        except (ChildProcessError, ProcessLookupError):
+            pass  # it has gone on already
 
-    def fault(self) -> dict[str, Any] | None:
-        """Why no listener came; None: the process was killed, and another one may live."""
-        self._line.close()
-        failure = self.failure()
-        if failure or self.listener == -errno.ECHILD:
-            return failure or None
-        error = f"the listener cannot be taken: {os.strerror(-self.listener)}"
-        return {"stage": "filter", "errno": -self.listener, "text": error}
+    # -- the thread ----------------------------------------------------------------------------------------------------
 
-
-def _live(  # noqa: PLR0917 - everything that the process will ever know
-    program: tuple[seccomp.Instruction, ...],
-    system: Sequence[Grant],
-    covers: mounts.Covers,
-    line: int,
-    armed: int,
-    failed: int,
-) -> NoReturn:
-    """The embryo's own life, up to exec. Every failure is told, none is passed over."""
-    stage = "setup"
-    try:
-        close_all_but((0, 1, 2, line, armed, failed))
-        os.setsid()
-        libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)  # a tool without its leader would be nobody's
-        _reset_signals()
-        bound_capabilities()
-        if ipc.can_be_own():
-            ipc.enter_own_namespace()
-        stage = "scope"
-        domain = Domain(system)
-        stage = "filter"
-        listener = seccomp.install_on_thread(program)
-        libc.prctl(libc.PR_SET_DUMPABLE, 1)  # the zygote is not; the leader must be able to take the listener
-        if not borrowing.works():  # this ring looks at no message, so one can be sent with nobody there to answer
-            _hand_over(line, listener)
-        os.write(armed, b"%d" % listener)
-        os.close(armed)
+    def _live(self) -> None:
+        """The thread's life. Every failure is told, none is passed over."""
         stage = "setup"
-        told, (memory, viewed, folder, *given) = _told(line)
-        os.close(listener)  # the leader has it, else there would be no start
-        start, view = read_start(memory), read_view(viewed)
-        _enter(folder, view["cwd"])
-        # Park what must survive above the tool's own numbers, fill those, close everything else.
-        free = max(_FIRST_FREE, *start.descriptors) + 1
-        line, failed, domain.descriptor = _park(line, free), _park(failed, free), _park(domain.descriptor, free)
-        parked = [_park(descriptor, free) for descriptor in given]
-        for number, descriptor in zip(start.descriptors, parked, strict=True):
-            os.dup2(descriptor, number, inheritable=True)
-        close_all_but((*start.descriptors, line, failed, domain.descriptor))
-        if start.terminal is not None:
-            fcntl.ioctl(start.terminal, termios.TIOCSCTTY, 0)
-        _inherit(start)
-        _limit_data(told.get("memory"))
-        stage = "files"
-        if not mounts.stand(covers):
-            raise OSError(errno.ESTALE, "what is hidden or protected was replaced this moment; try again")
-        _make_scratch(view["scratch"])
-        domain.enter(view, [number for number in start.descriptors if number <= 2])
-        start.environment.update(view["environment"])
-        libc.capset(0, 0, 0)
-        _told(line)
-        stage = "exec"
-        _execute(start)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the requester must hear of it
-        code = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
-        report = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
-        os.write(failed, json.dumps(report).encode()[:4000])
-    _end()
+        try:
+            self._thread = _thread.get_native_id()
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the leader's
+            name = ctypes.create_string_buffer(self._name.encode())
+            libc.prctl(libc.PR_SET_NAME, ctypes.addressof(name))
+            bound_capabilities()
+            if ipc.can_be_own():
+                ipc.enter_own_namespace()
+            stage = "scope"
+            domain = Domain(self._system)
+            stage = "filter"
+            self._listener = seccomp.install_on_thread(self._program)
+            os.write(self._tell, b"-")
+            stage = "setup"
+            received = seqpacket.receive(self._theirs)
+            if received is None:
+                domain.close()
+                return
+            memory, viewed, folder, *given = received[1]
+            start, view = read_start(memory), read_view(viewed)
+            stage = "files"
+            if not mounts.stand(self._covers):
+                raise OSError(errno.ESTALE, "what is hidden or protected was replaced this moment; try again")
+            _make_scratch(view["scratch"])
+            stage = "setup"
+            _inherit(start)
+            # These two are the leader's as well, which does not mind.
+            _enter(folder, view["cwd"])
+            os.umask(start.umask)
+            stage = "files"
+            pairs = list(_apart(given, start.descriptors))
+            domain.enter(view, [here for here, there in pairs if there <= 2])
+            start.environment.update(view["environment"])
+            libc.capset(0, 0, 0)
+            stage = "exec"
+            self.pid = _execute(start, pairs)
+            seqpacket.close_all([memory, viewed, folder, *(here for here, _ in pairs)])
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the requester must hear of it
+            code = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
+            self.failure = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
+        finally:
+            os.chdir("/")
+            os.umask(_UMASK)
+            self._theirs.close()
+            os.close(self._tell)
+
+
+def _drain(wake: int) -> None:
+    try:
+        os.read(wake, 512)
+    except BlockingIOError:
+        pass
 
 
 def _make_scratch(path: str | None) -> None:
@@ -190,67 +179,12 @@ def _enter(folder: int, path: str | None) -> None:
         raise OSError(errno.ESTALE, f"{path} is another folder by now")
 
 
-def _hand_over(line: int, listener: int) -> None:
-    sock = socket.socket(fileno=line)
-    try:
-        seqpacket.send(sock, {"op": "listener"}, [listener])
-    finally:
-        sock.detach()
-
-
-def _handed_over(line: socket.socket) -> int:
-    """The listener, where it comes by message; ``-errno`` where it did not."""
-    try:
-        received = seqpacket.receive(line)
-    except (OSError, seqpacket.BadPacket):
-        received = None
-    if received is None or len(received[1]) != 1:
-        return -errno.ECHILD
-    return received[1][0]
-
-
-def _told(line: int) -> tuple[dict[str, Any], list[int]]:
-    """The supervisor's next message with its descriptors. Without one there will be no tool: this process ends."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
-    try:
-        received = seqpacket.receive(sock)
-    finally:
-        sock.detach()
-    if received is None:
-        _end()
-    return received
-
-
-def _end() -> NoReturn:
-    """Not by exit: that is notified, and there may be nobody to answer."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    os._exit(127)
-
-
 def close_all_but(kept: Iterable[int]) -> None:
     """Closes every descriptor of this process that is not ``kept``."""
     kept = sorted(set(kept))
     for low, high in zip([-1, *kept], [*kept, 0x7FFFFFFF], strict=True):
         if high - low > 1:
             libc.close_range(low + 1, high - 1)
-
-
-def _park(descriptor: int, at_least: int) -> int:
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, at_least)
-
-
-@functools.cache
-def _altered_signals() -> tuple[int, ...]:
-    """Those that this process, a leader, does not leave at their default. Asked once: it costs more than to reset."""
-    numbers = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
-    # None: the C library keeps it for itself
-    return tuple(int(number) for number in numbers if signal.getsignal(number) not in (signal.SIG_DFL, None))
-
-
-def _reset_signals() -> None:
-    for number in _altered_signals():
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def bound_capabilities() -> None:
@@ -270,17 +204,16 @@ def bound_capabilities() -> None:
 
 
 def _inherit(start: Start) -> None:
-    """What a child of the requester would have inherited from it. Raises OSError for groups that cannot be taken on."""
+    """What a child of the requester would have inherited from it. Raises OSError for groups that cannot be taken on.
+
+    Its limits come from the supervisor: here they would be the leader's. The calls that change groups are made without
+    the C library, which would make them for all threads.
+    """
     if sorted(os.getgroups()) != list(start.groups):
-        os.setgroups(start.groups)
+        groups = (ctypes.c_uint32 * len(start.groups))(*start.groups)
+        libc.syscall(NUMBERS["setgroups"], len(groups), ctypes.addressof(groups))
     if os.getegid() != start.group:
-        os.setresgid(start.group, start.group, start.group)
-    os.umask(start.umask)
-    for name, (soft, hard) in start.limits.items():
-        try:
-            resource.setrlimit(getattr(resource, name), (soft, hard))
-        except (OSError, ValueError):
-            pass  # raising a limit above one's own is not for everybody; it then stays as it is, lower
+        libc.syscall(NUMBERS["setresgid"], start.group, start.group, start.group)
     if start.affinity:
         try:
             os.sched_setaffinity(0, start.affinity)
@@ -289,25 +222,40 @@ def _inherit(start: Start) -> None:
     more = start.nice - os.nice(0)
     if more > 0:
         os.nice(more)
-    if not start.restore_signals:
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as it is in Python, and so in what it starts
 
 
-def _limit_data(limit: int | None) -> None:
-    """So that no single process outgrows the call's memory by far between two samples. Its children inherit it.
+def _apart(given: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(here, there) of each descriptor: none is here where another one will be there."""
+    free = max(numbers, default=0) + 1
+    for here, there in zip(given, numbers, strict=True):
+        if here in numbers:
+            yield fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, free), there
+            os.close(here)
+        else:
+            yield here, there
 
-    Twice the limit: what counts here is reserved, and threads reserve stacks that they never touch.
-    """
-    if limit is not None:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        data = 2 * limit if hard == resource.RLIM_INFINITY else min(2 * limit, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
 
-
-def _execute(start: Start) -> NoReturn:
+def _execute(start: Start, pairs: Sequence[tuple[int, int]]) -> int:
+    """Starts the program; looked for along PATH as exec(3) does."""
     program = start.executable if start.executable is not None else start.argv[0]
     if not program:  # a folder of PATH itself
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-    if "/" in program:
-        os.execve(program, start.argv, start.environment)
-    os.execvpe(program, start.argv, start.environment)
+    variables = [f"{name}={value}" for name, value in start.environment.items()]
+    ignored = () if start.restore_signals else (signal.SIGPIPE,)  # as it is in Python, and so in what it starts
+    here = {there: here for here, there in pairs}
+    terminal = None if start.terminal is None else here[start.terminal]
+    failure: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    found: OSError | None = None
+    for path in [program] if "/" in program else _along_path(program, start.environment):
+        try:
+            os.stat(path)
+            return spawn.spawn(path, start.argv, variables, pairs, ignored=ignored, terminal=terminal)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            failure = error
+        except OSError as error:
+            found = found or error
+    raise found or failure
+
+
+def _along_path(program: str, environment: dict[str, str]) -> list[str]:
+    return [os.path.join(folder, program) for folder in environment.get("PATH", os.defpath).split(os.pathsep)]

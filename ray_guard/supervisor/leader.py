@@ -1,6 +1,6 @@
 """A leader: the subreaper of one tool's tree at a time. Runs in the zygote, as its child.
 
-It keeps a process ready that will be the next tool, starts that when there is a start, and ends everything that is left
+It keeps a thread ready that will start the next tool, and ends everything that is left
 when the tool has ended, when it is told to, or when the supervisor is gone. Nothing here decides anything.
 """
 
@@ -13,14 +13,13 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from typing import Any, Final
 
 from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacket
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
-from ray_guard.supervisor.leaf import OwnLeaf, Place
 
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
@@ -32,20 +31,24 @@ def lead(
     program: tuple[seccomp.Instruction, ...],
     system: Sequence[Grant],
     covers: mounts.Covers,
+    leaf: str,
 ) -> int:
     """A leader's life: one start after the other from ``line``, until the supervisor hangs up; its exit status.
 
     It ends as well behind a call that it could not end: what a call left must never be taken for the next one's.
+
+    Args:
+        leaf: the folder of the control group that it was born into, its own; empty: there is none.
     """
-    signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, lambda _signal, _frame: None)
+    for descriptor in (0, 1, 2):
+        os.set_inheritable(descriptor, False)  # a tool has what it was given, and nothing of ours
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     os.setsid()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     obstacle: tuple[str, str, OSError] | None = None
-    place = Place()
     if mounting.works():
         try:
             mounts.enter(covers)
@@ -62,28 +65,19 @@ def lead(
     if obstacle is not None:
         stage, what, why = obstacle
         return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
-    with closing(place):
-        return _serve(line, wake_read, lambda: Embryo(program, system, covers, place.leaf()))
+    return _serve(line, wake_read, lambda: Embryo(program, system, covers, leaf))
 
 
 def _serve(line: socket.socket, wake: int, conceive: Callable[[], Embryo]) -> int:
     while True:
         embryo = conceive()
-        if embryo.listener < 0:
-            fault = embryo.fault()
-            embryo.abandon()
-            if fault is None:  # it was killed meanwhile; at birth, if its group had been
-                if embryo.leaf is not None:
-                    embryo.leaf.killed = True
-                continue
-            return _unfit(line, fault)
-        embryo.announce(line)
+        if not embryo.announce(line):
+            return _unfit(line, embryo.failure)
         try:
             received = seqpacket.receive(line)
         except (OSError, seqpacket.BadPacket):
-            received = None
+            return 0
         if received is None:
-            embryo.abandon()
             return 0
         message, asking = received
         call = _Call(line, wake, message)
@@ -112,8 +106,9 @@ class _Call:
         wall = request.get("wall_seconds")
         self._wall = None if wall is None else float(wall)
         self._keeps = request.get("survivors") == "keep"
+        self._held = bool(request.get("held"))
+        """The supervisor has something to do between the start and the tool's first step, and will say so."""
         self._pid = 0
-        self._leaf: OwnLeaf | None = None
         self._deadline: float | None = None
         self._status: int | None = None
         self._released = False
@@ -123,7 +118,7 @@ class _Call:
     def await_release(self) -> bool:
         """Waits until the supervisor has taken the end in; False: it is gone.
 
-        The next fork can wait that long: the supervisor may share this core, and somebody waits for it.
+        The next thread can wait that long: the supervisor may share this core, and somebody waits for it.
         """
         while not self._released:
             try:
@@ -141,20 +136,22 @@ class _Call:
         Args:
             asking: the line to whoever asked for it, if there still is one.
         """
+        embryo.await_start(self._wake)
         self._pid = embryo.pid
-        self._leaf = embryo.leaf
-        failure = embryo.failure()
-        if failure:
+        if not self._pid:
             seqpacket.close_all(asking)
-            self._tell(failure)
+            self._tell(embryo.failure or {"op": "failed"})
             return not self._end_all()
         self._deadline = None if self._wall is None else time.monotonic() + self._wall
         started = {"op": "started", "pid": self._pid}
         self._tell(started)
+        goes = not self._held or self._obey()
+        if goes:
+            os.kill(self._pid, signal.SIGCONT)  # the supervisor has stopped it: see embryo
         for descriptor in asking:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor) as line, suppress(OSError):
                 seqpacket.send(line, started)
-        timed_out = self._attend()
+        timed_out = goes and self._attend()
         kept = self._survivors() if self._keeps and not timed_out and self._status is not None else 0
         if kept:
             self._tell({**self._outcome(), "op": "left", "survivors": kept})
@@ -214,9 +211,10 @@ class _Call:
             received = seqpacket.receive(self._line)
         except (OSError, seqpacket.BadPacket):
             return False
-        if received is None or received[0].get("op") != "signal":
-            self._released = received is not None and received[0].get("op") == "again"
-            return False
+        operation = None if received is None else received[0].get("op")
+        if received is None or operation != "signal":
+            self._released = operation == "again"
+            return operation == "go"
         try:
             if self._status is None:  # not reaped yet, so the pid is still the tool's
                 os.kill(self._pid, int(received[0]["number"]))
@@ -257,7 +255,5 @@ class _Call:
             if time.monotonic() > deadline:
                 return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
             self._signal_all(signal.SIGKILL)
-            if self._leaf is not None:
-                self._leaf.kill()
             time.sleep(0.0005)
         return []

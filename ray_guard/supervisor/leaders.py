@@ -1,4 +1,4 @@
-"""The leaders that wait for a start, each with a process that is ready to become a tool. Runs in the supervisor.
+"""The leaders that wait for a start, each with a thread that is ready to start a tool. Runs in the supervisor.
 
 The zygote forks them; from then on each talks to the supervisor alone, over its own line. They are kept and used again:
 there are as many as there were calls at once, a few of them idle, and none before the first start.
@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from ray_guard.kernel import seqpacket
-from ray_guard.supervisor import mounts
 from ray_guard.supervisor.loop import Loop
 
 SPARE: Final = 8
@@ -22,7 +21,7 @@ SPARE: Final = 8
 
 
 class Fit(NamedTuple):
-    """Which calls a leader can serve: what it has mounted and which filter its processes have are for good."""
+    """Which calls a leader can serve: what it has mounted and which filter its tools have are for good."""
 
     covers: tuple[tuple[object, ...], ...] = ()
     """See :mod:`ray_guard.supervisor.mounts`."""
@@ -37,10 +36,10 @@ class Leader:
     """One leader, from its fork to its end.
 
     Attributes:
-        pid: of the process that is ready to become a tool.
-        own_pid, leaf: the leader's, and the folder of the control group that process is in; empty: none of its own.
-        listener: where that process's notifications arrive; for its taker to close.
-        fault: why no process can be made ready here; empty: one is.
+        pid: its own.
+        leaf: the folder of the control group that it is in, and with it what it starts; empty: none of its own.
+        listener: where the notifications of its next tool arrive; for its taker to close.
+        fault: why nothing can be started here; empty: it is ready.
         heard: set by whoever has taken it.
     """
 
@@ -52,7 +51,6 @@ class Leader:
         self._started = True
         self.fresh = True
         self.pid = 0
-        self.own_pid = 0
         self.leaf = ""
         self.listener = -1
         self.fault: dict[str, Any] = {}
@@ -68,31 +66,27 @@ class Leader:
         except OSError:
             pass
 
-    def prepare(self, message: dict[str, Any], descriptors: Sequence[int]) -> bool:
-        """Tells the process that is ready what it will be; False: it has died while it waited."""
-        return self._tell_embryo(message, descriptors)
+    def prepare(self, descriptors: Sequence[int]) -> bool:
+        """Says what the tool will be: [memory file, view, working folder, its own …]; False: the leader has died.
 
-    def go(self) -> None:
-        """Lets it become the tool. Should it have ended, its leader says so."""
-        self._tell_embryo({"op": "go"})
-        self.cancel()
-
-    def start(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
-        """Tells the leader what it is to lead. The tool does not wait for that, so :meth:`go` comes first."""
-        self._started = True
-        self.tell({**message, "op": "start"}, descriptors)
-
-    def _tell_embryo(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> bool:
+        It is not executed before its notification is answered.
+        """
         if self._embryo is None:
             return False
         try:
-            seqpacket.send(self._embryo, message, descriptors)
+            seqpacket.send(self._embryo, {"op": "prepare"}, descriptors)
         except OSError:
             return False
+        self.cancel()
         return True
 
+    def start(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Tells the leader what it is to lead."""
+        self._started = True
+        self.tell({**message, "op": "start"}, descriptors)
+
     def cancel(self) -> None:
-        """Without :meth:`go` the process ends here."""
+        """What was not prepared will not be started."""
         if self._embryo is not None:
             self._embryo.close()
             self._embryo = None
@@ -115,10 +109,16 @@ class Leader:
             self.listener = -1
         self._line.close()
 
-    def receive(self) -> None:
-        """Takes in one message of its line."""
+    def ready(self, _events: int) -> None:
+        """The loop's callback."""
+        self.receive()
+
+    def receive(self) -> bool:
+        """Takes in a message of its line; False: there is none."""
         try:
-            received = seqpacket.receive(self._line)
+            received = seqpacket.receive(self._line, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except (OSError, seqpacket.BadPacket):
             received = None
         if received is None:
@@ -126,13 +126,12 @@ class Leader:
             self.drop()
             if heard is not None:
                 heard(None, [])
-            return
+            return True
         message, descriptors = received
         if message.get("op") == "ready":
             embryo, self.listener = descriptors
             self._embryo = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, embryo)
             self.pid = int(message["pid"])
-            self.own_pid = int(message["leader"])
             self.leaf = str(message["leaf"])
             self._started = False
             self._leaders.ready(self)
@@ -141,6 +140,7 @@ class Leader:
             self._leaders.ready(self)
         elif self.heard is not None:
             self.heard(message, descriptors)
+        return True
 
 
 class Leaders:
@@ -165,10 +165,8 @@ class Leaders:
         for leader in self._idle[::-1]:
             if leader.fit == fit:
                 self._idle.remove(leader)
-                if mounts.stand(fit.covers, f"/proc/{leader.pid}/root"):
-                    use(leader)
-                    return
-                leader.drop()
+                use(leader)
+                return
         self._waiting.append((fit, use))
         if self._made[fit] < sum(wanted == fit for wanted, _ in self._waiting):
             self._adopt(self._ask(fit), fit)
@@ -176,10 +174,10 @@ class Leaders:
     def _adopt(self, line: socket.socket, fit: Fit) -> None:
         leader = Leader(self, line, fit)
         self._made[fit] += 1
-        self._loop.watch(line.fileno(), select.EPOLLIN, lambda _events: leader.receive())
+        self._loop.watch(line.fileno(), select.EPOLLIN, leader.ready)
 
     def ready(self, leader: Leader) -> None:
-        """``leader`` has a process ready, or says why it has none."""
+        """``leader`` is ready, or says why it cannot be."""
         self._is_made(leader)
         use = self._next(leader.fit)
         if use is not None:

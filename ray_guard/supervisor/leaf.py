@@ -1,6 +1,9 @@
 """The control group of one start: a leaf below its requester's own, which the tool and all it starts are born into.
 
-Runs in the leaders, which make it and end it, and in the supervisor, which reads it. Version 2 alone is asked for:
+Its leader is born into it, by the zygote, and so is what it starts: to move a process takes milliseconds. It serves for
+one call after the other, for it is empty but for the leader in between (else that ends), and its readers go by
+differences. Runs in the zygote and its leaders, which make it and end it, and in the supervisor, which reads it.
+Version 2 alone is asked for:
 ``cgroup.kill``, ``cgroup.procs`` and the CPU time in ``cpu.stat`` need no controller there, so a leaf below a group
 that has processes offers them everywhere. Where no leaf can be made nothing here is used: the tree of processes tells.
 
@@ -19,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
-from ray_guard.kernel import cgroup
+from ray_guard.kernel import cgroup, pidfd
 
 _PREFIX: Final = "ray_guard-"
 _PATIENCE_S: Final = 5
@@ -54,34 +57,47 @@ class Leaf:
 
     Args:
         path: its folder.
+        leader: a process in it that is none of the call's; 0: there is none, or it is lost.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, leader: int = 0) -> None:
         self.path = path
+        self.leader = leader
 
     def pids(self) -> list[int]:
-        """All processes in it that live: zombies are not told. Raises OSError."""
+        """All of the call's processes that live: zombies are not told. Raises OSError."""
         with open(f"{self.path}/cgroup.procs", "rb", buffering=0) as file:
-            return [int(word) for word in file.readall().split()]
+            return [pid for pid in map(int, file.readall().split()) if pid != self.leader]
 
     def cpu_ns(self) -> int:
-        """CPU time of all that ever was in it, to the microsecond. Raises OSError."""
+        """CPU time of all that ever was in it but the leader, to the microsecond. Raises OSError."""
         with open(f"{self.path}/cpu.stat", "rb", buffering=0) as file:
-            return int(file.read(64).split(None, 2)[1]) * 1000
+            used = int(file.read(64).split(None, 2)[1]) * 1000
+        return used - (pidfd.cpu_ns(self.leader) or 0 if self.leader else 0)
 
     def kill(self) -> None:
-        """Kills all in it, and what they are forking. Without effect where it is gone."""
+        """Kills all in it but the leader. Without one, what they are forking too. Without effect where it is gone."""
         with contextlib.suppress(OSError):
-            self._write("cgroup.kill", b"1")
+            if not self.leader:
+                self._write("cgroup.kill", b"1")
+                return
+            for pid in self.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _write(self, name: str, data: bytes) -> None:
         with open(f"{self.path}/{name}", "wb", buffering=0) as file:
             file.write(data)
 
-    def remove(self) -> None:
-        """Takes it away; one that somebody is in stays."""
-        with contextlib.suppress(OSError):
+    def remove(self) -> bool:
+        """Takes it away; False: somebody is in it."""
+        try:
             os.rmdir(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
 
 
 class LeafClock:
@@ -103,34 +119,25 @@ class OwnLeaf(Leaf):
 
     Args:
         parent: the folder of the group above.
-        above: the same one, open, for who may have mounted something over it.
 
     Raises:
         OSError: none can be made (any more).
     """
 
-    def __init__(self, parent: str, above: int | None = None) -> None:
-        name = _name()
-        super().__init__(f"{parent}/{name}")
-        self._above = above
-        self._name = self.path if above is None else name
-        os.mkdir(self._name, dir_fd=above)
-        self._descriptor = os.open(self._name, _FOLDER, dir_fd=above)
-        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+    def __init__(self, parent: str) -> None:
+        super().__init__(f"{parent}/{_name()}")
+        os.mkdir(self.path)
+        self.descriptor = os.open(self.path, _FOLDER)
+        """Open, and so locked, as long as somebody owns it."""
+        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
         self.joined = True
         """What was forked last is in it."""
-        self.killed = False
-        """To be set by whoever knows that somebody else has killed it."""
-
-    @functools.cached_property
-    def counts_memory(self) -> bool:
-        return os.access("memory.stat", os.F_OK, dir_fd=self._descriptor)
 
     def fork(self) -> int:
         """fork(2) with the child in the leaf, or where that is refused, beside it."""
         self.joined = True
         try:
-            return cgroup.fork_into(self._descriptor)
+            return cgroup.fork_into(self.descriptor)
         except OSError:  # Docker's default profile, for one
             pid = os.fork()
         if pid:
@@ -140,53 +147,24 @@ class OwnLeaf(Leaf):
                 self.joined = False
         return pid
 
-    def _write(self, name: str, data: bytes) -> None:
-        file = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._descriptor)
-        try:
-            os.write(file, data)
-        finally:
-            os.close(file)
-
-    def kill(self) -> None:
-        self.killed = True
-        super().kill()
-
-    def remove(self) -> None:
-        with contextlib.suppress(OSError):
-            os.rmdir(self._name, dir_fd=self._above)
+    def let_go(self) -> None:
+        """It is another process's now."""
+        os.close(self.descriptor)
 
     def close(self) -> None:
         """It is of no use any more: removes it."""
         self.remove()
-        os.close(self._descriptor)
+        self.let_go()
 
 
-class Place:
-    """Where a leader has its leaf: below the group it is in itself, held open before it mounts anything.
-
-    One serves for one call after the other, for it is empty in between (else the leader ends), and its readers go by
-    differences. Not so where it counts memory: what a call left in a temporary file is there still. Nor once it was
-    killed: the kernel then kills whatever is forked into it from another group (seen on Linux 6.18).
-    """
-
-    def __init__(self) -> None:
-        self._above = os.open(place(), _FOLDER) if place() else -1
-        self._leaf: OwnLeaf | None = None
-
-    def leaf(self) -> OwnLeaf | None:
-        """For the next tool; None: it has to do without."""
-        if self._leaf is not None and (self._leaf.counts_memory or self._leaf.killed):
-            self.close()
-        if self._leaf is None and self._above >= 0:
-            with contextlib.suppress(OSError):  # there may be too many of them
-                self._leaf = OwnLeaf(place(), self._above)
-        return self._leaf
-
-    def close(self) -> None:
-        """The last call of it has ended."""
-        if self._leaf is not None:
-            self._leaf.close()
-            self._leaf = None
+def new() -> OwnLeaf | None:
+    """One below this process's own group; None: there can be none (any more)."""
+    if not place():
+        return None
+    try:
+        return OwnLeaf(place())
+    except OSError:
+        return None
 
 
 def sweep() -> None:

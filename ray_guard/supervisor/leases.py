@@ -60,9 +60,11 @@ class Lease:
     Args:
         name: of the limit, the same on every node.
         holder: this supervisor.
+        parts: into how many it is cut, where it has as many units.
+        ahead: more is claimed before it is needed.
     """
 
-    def __init__(self, account: Account, kind: str, name: str, holder: str) -> None:
+    def __init__(self, account: Account, kind: str, name: str, holder: str, *, parts: int, ahead: bool) -> None:
         self.known = False
         """Whether anybody has answered yet."""
         self.desk: Desk | None = None
@@ -72,7 +74,8 @@ class Lease:
         self._name = name
         self._holder = holder
         limit = self._limit
-        self._parts = min(PARTS, limit) if isinstance(limit, int) else PARTS
+        self._parts = min(parts, limit) if isinstance(limit, int) else parts
+        self._ahead = ahead
         self._mine: list[int] = []
         self._free = self._parts
         self._last = 1
@@ -163,8 +166,8 @@ class Lease:
             self._ask()
 
     def look(self) -> None:
-        """Claims more where less is left than half of the last lease."""
-        if not self._asked and self.lacks(self._last * self._least / 2):
+        """Claims more where less is left than half of the last lease, or than one part."""
+        if self._ahead and not self._asked and self.lacks(max(self._least, self._last * self._least / 2)):
             self._ask()
 
     def tidy(self, *, ended: bool = False) -> None:
@@ -184,6 +187,12 @@ class Lease:
             self._spread()  # before anybody else can have them
             self._send(self.desk, 0, given)
 
+    def forget(self) -> None:
+        """The limit is over, on every node."""
+        if self.desk is not None:
+            self.desk.ask({"op": "forget", "name": self._name}, lambda _answer: None)
+            self.desk = None
+
     def renew(self, desk: Desk) -> None:
         """Its account has come back to this node, or is here for the first time."""
         if self.desk is not desk:
@@ -201,17 +210,31 @@ class Leases:
         self._looking = False
         self._tidied = time.monotonic()
 
-    def enter(self, account: Account, name: str, desk: Desk) -> list[tuple[Lease, Amount]]:
+    def __bool__(self) -> bool:
+        return bool(self._leases)
+
+    def enter(
+        self,
+        account: Account,
+        name: str,
+        desk: Desk,
+        kinds: Iterable[str] | None = None,
+        *,
+        parts: int = PARTS,
+        ahead: bool = True,
+    ) -> list[tuple[Lease, Amount]]:
         """Puts the account's limits under leases; those of which nothing is known yet, with how little would do.
 
         Args:
             name: of the account, the same on every node.
             desk: where parts are claimed.
+            kinds: of limits; None: all.
+            parts, ahead: see :class:`Lease`.
         """
         leases = self._leases.setdefault(account, {})
-        for kind, limit in account.limits.items():
-            if kind not in leases and limit:  # zero grants nothing anywhere
-                leases[kind] = Lease(account, kind, f"{name}/{kind}", self._holder)
+        for kind in account.limits if kinds is None else kinds:
+            if kind not in leases and account.limits.get(kind):  # zero grants nothing anywhere
+                leases[kind] = Lease(account, kind, f"{name}/{kind}", self._holder, parts=parts, ahead=ahead)
         for lease in leases.values():
             lease.renew(desk)
         self._active.add(account)
@@ -254,6 +277,17 @@ class Leases:
         self._active.discard(account)
         for lease in self._leases.get(account, {}).values():
             lease.tidy(ended=True)
+
+    def drop(self, account: Account) -> None:
+        """:meth:`leave`, for good: what it has used stays used."""
+        self.leave(account)
+        self._leases.pop(account, None)
+
+    def forget(self, account: Account) -> None:
+        """The account's scope has ended, on every node."""
+        self._active.discard(account)
+        for lease in self._leases.pop(account, {}).values():
+            lease.forget()
 
     def lose(self, desk: Desk) -> None:
         """A desk closes: what is left of all leases made there is given back."""

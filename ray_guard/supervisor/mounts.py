@@ -58,18 +58,17 @@ def _cover(path: str, how: str, identity: tuple[object, object]) -> None:
             mounting.make_read_only(path)
 
 
-def stand(covers: Covers, root: str = "") -> bool:
-    """Whether what :func:`enter` covered still is, as seen from here or from ``root`` (of a process there).
+def stand(covers: Covers) -> bool:
+    """Whether what :func:`enter` covered still is.
 
     The kernel takes a mount away where somebody outside removes or replaces what it covers, and a new file may have the
     old one's number: so the path itself is asked.
     """
     for path, how, device, inode in covers:
-        there = f"{root}{path}"
         try:
-            if how == PROTECT and not os.statvfs(there).f_flag & os.ST_RDONLY:
+            if how == PROTECT and not os.statvfs(str(path)).f_flag & os.ST_RDONLY:
                 return False
-            found = os.stat(there, follow_symlinks=False)
+            found = os.stat(str(path), follow_symlinks=False)
         except OSError:
             return False
         if ((found.st_dev, found.st_ino) == (device, inode)) is (how == HIDE):

@@ -61,13 +61,30 @@ class ProcessSpans:
         self._origin = origin
         self._begun = 0
         self.left_out = 0
+        self.failing = False
+        """The journal did not take the last record but from what it keeps for such: nothing more may be executed."""
 
     @property
     def full(self) -> bool:
         return self._begun >= SPANS_LIMIT
 
     def begin(self, image: Image) -> OpenImage | None:
-        """Journals its beginning; None: there are too many. Raises JournalError."""
+        """Journals its beginning before it may happen; None: there are too many. Raises JournalError."""
+        begun = self.open(image)
+        if begun is not None:
+            self._target.journal.append(begun.form.begun(image.span, image.began))
+            self.failing = False
+        return begun
+
+    def began(self, image: Image) -> OpenImage | None:
+        """As :meth:`begin`, for one that was let through. Raises JournalError."""
+        begun = self.open(image)
+        if begun is not None:
+            self._keep(begun.form.begun(image.span, image.began))
+        return begun
+
+    def open(self, image: Image) -> OpenImage | None:
+        """As :meth:`begin`, for one that has ended: that is all there will be to write."""
         if self.full:
             self.left_out += 1
             return None
@@ -81,9 +98,15 @@ class ProcessSpans:
         if image.arguments.digest:
             attributes["ray_guard.arguments.sha256"] = image.arguments.digest
         program = image.path.rpartition("/")[2][:_NAME_SHOWN]
-        form = self._target.process_form(self._origin, image.parent, program, attributes)
-        self._target.journal.append(form.begun(image.span, image.began))
-        return OpenImage(image, form)
+        return OpenImage(image, self._target.process_form(self._origin, image.parent, program, attributes))
+
+    def _keep(self, line: bytes) -> None:
+        try:
+            self._target.journal.append(line)
+            self.failing = False
+        except JournalError:
+            self.failing = True
+            self._target.journal.keep(line)
 
     def end(
         self, begun: OpenImage, at: int, cpu_ns: int | None, *, status: int | None = None, peak: int = 0, lost: str = ""
@@ -109,7 +132,7 @@ class ProcessSpans:
             more += _LOST
         said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         try:
-            self._target.journal.keep(begun.form.ended(image.span, image.began, max(at, image.began), more, said))
+            self._keep(begun.form.ended(image.span, image.began, max(at, image.began), more, said))
         except JournalError:
             log.exception("the end of a process could not be journaled")
 

@@ -3,9 +3,14 @@
 Both are notified and let through (CONTINUE): they carry no destination, and nothing is decided by what a process says
 of itself.
 
-- *exec*: its record is journaled before it proceeds. Whether it then happened is known only when the process is heard
-  of again (:class:`_Attempt`): looking for a program along PATH makes many attempts, and most of them fail.
+- *exec*: what is to be executed is read before it proceeds. Whether it then happened is known only when the process is
+  heard of again (:class:`_Attempt`): looking for a program along PATH makes many attempts, and most of them fail.
 - *exit*: CPU time and memory are read while there is still something to read.
+
+Most processes end sooner than one could read of them: their span is written once, whole. Whoever lives on is looked at
+a few milliseconds later (:meth:`Processes._look`), or before anything is put down to it: then its span's beginning is
+written. So what a supervisor that is killed takes along is the execs of its last milliseconds, whose processes die
+with it. Where the journal takes no more, an exec is refused until it does.
 
 A process that a signal ends is heard of by its pidfd; who its parent was is learnt when it is first heard of.
 """
@@ -40,28 +45,43 @@ log = logger("ray_guard.processes")
 _KNOWN_LIMIT: Final = 4096
 _WATCHED_LIMIT: Final = 256
 """How many processes of a call are watched by a pidfd: descriptors are for all calls. The others are looked for."""
+_LOOK_S: Final = 0.004
+"""After so long a new process, or program, is looked at."""
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _AT_FDCWD: Final = -100 & 0xFFFFFFFF
 
 
-class _Attempt(NamedTuple):
-    """An exec that was let through. ``begun``: its span, where there seemed to be a program to execute."""
+class _Attempt:
+    """An exec that was let through.
 
-    image: Image
-    begun: OpenImage | None
+    Attributes:
+        memory: the process's, as it was before.
+        there: there is a program to execute.
+        begun: its span, once that has begun.
+    """
+
+    __slots__ = ("begun", "image", "memory", "there")
+
+    def __init__(self, image: Image, memory: Memory, *, there: bool) -> None:
+        self.image = image
+        self.memory = memory
+        self.there = there
+        self.begun: OpenImage | None = None
 
 
 class Process:
     """One process.
 
     Attributes:
-        program: tells it from the next one (see procfs.program). Every exec is notified, so it is known.
+        pidfd: -1 where it has none.
+        watched: that one is, by the loop.
+        program: tells it from the next one (see procfs.program); empty: it was not asked for yet.
         span: what is put down to it hangs under this one: of its own program, or of the one that forked it.
         image: its own program, where that has a span.
         origin: the call, below that span; made when first asked for.
     """
 
-    __slots__ = ("attempt", "entry", "image", "origin", "parent", "parent_pid", "pidfd", "program", "span")
+    __slots__ = ("attempt", "entry", "image", "origin", "parent", "parent_pid", "pidfd", "program", "span", "watched")
 
     def __init__(self, entry: Entry, parent: Process | None, parent_pid: int, program: bytes, span: str) -> None:
         self.entry = entry
@@ -70,6 +90,7 @@ class Process:
         self.pidfd = -1
         self.program = program
         self.span = span
+        self.watched = False
         self.origin: Origin | None = None
         self.image: OpenImage | None = None
         self.attempt: _Attempt | None = None
@@ -98,21 +119,31 @@ class Processes:
     Args:
         node, target: whose they are.
         origin: the call, below the span of its first process.
-        root: that process, forked, filtered and about to execute what was asked for.
+        root: that process. It has just executed what was asked for.
+        leader: the one above it.
         end_call: ends the call; told which limit it passed.
+        base_ns: CPU time the root had used before it executed.
         leaf: the control group they are all in; None: there is none.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - TODO
         self,
         node: Node,
         target: Target,
         origin: Origin,
         root: int,
+        leader: int,
         end_call: Callable[[Exceeded], None],
         *,
+        base_ns: int,
         leaf: Leaf | None,
     ) -> None:
+        self.handlers: Mapping[str, Handler] = {
+            "execve": lambda gate, call: self._execute(gate, call, (call.arg0, call.arg1), "cwd"),
+            "execveat": self._execute_at,
+            "exit_group": self._exit_always,
+        }
+        """For the gate."""
         self._loop = node.loop
         self._target = target
         self._origin = origin
@@ -126,18 +157,15 @@ class Processes:
         self._known: dict[int, Process] = {}
         self._threads: dict[int, Process] = {}
         self._watched = 0
+        self._new: list[Process] = []
         self._ended: dict[int, float] = {}
         """When a process has ended, or has said so: /proc shows it for a while yet."""
         self._orphans: dict[int, Process] = {}
         """Whose child a process was that has lost its parent before it was heard of."""
-        self._starting = True
-        """The first process has not executed anything: what it tries until then is the start itself."""
-        self._base_ns = pidfd.cpu_ns(root) or 0
-        entry = Entry(root, 0, now(), self._base_ns)
-        program = procfs.program(root)
-        self._root = self._known[root] = Process(entry, None, target.pid, program, origin.parent_id or "")
+        self._base_ns = base_ns
+        entry = Entry(root, 0, now(), base_ns)
+        self._root = self._known[root] = Process(entry, None, target.pid, b"", origin.parent_id or "")
         self._root.origin = origin
-        leader = procfs.parent(root) or 0
         self._limits = Limits(
             node.loop,
             node.census,
@@ -149,22 +177,12 @@ class Processes:
             leaf=leaf,
         )
 
-    @property
-    def handlers(self) -> Mapping[str, Handler]:
-        """For the gate."""
-        return {
-            "execve": lambda gate, call: self._execute(gate, call, call.arg0, call.arg1, "cwd"),
-            "execveat": self._execute_at,
-            "exit_group": self._exit_always,
-        }
-
     def origin_of(self, tid: int) -> Origin:
         """What a call of thread ``tid`` is put down to: its process, where that is known."""
         process = self._find(tid)
         if process is None:
             return self._origin
-        if process.attempt is not None:
-            self._settle(process, procfs.program(process.entry.pid))
+        self._ask(process)
         if process.origin is None:
             process.origin = self._origin._replace(parent_id=process.span)
         return process.origin
@@ -198,14 +216,14 @@ class Processes:
             entry.heir = parent is None or procfs.ignores(parent_pid, signal.SIGCHLD)
         else:
             entry = self._limits.ledger.enter(pid)
-        if parent is not None and parent.attempt is not None:
-            self._settle(parent, procfs.program(parent.entry.pid))
+        if parent is not None:
+            self._ask(parent)
         above = self._root if parent is None else parent
         process = Process(entry, parent, parent_pid, above.program, above.span)
         if descriptor >= 0 and self._watched < _WATCHED_LIMIT:
             self._watched += 1
             process.pidfd = descriptor
-            self._loop.watch(descriptor, select.EPOLLIN, lambda _events: self._died(process))
+            self._look_later(process)
         elif descriptor >= 0:
             os.close(descriptor)
         if len(self._known) >= _KNOWN_LIMIT:
@@ -226,7 +244,8 @@ class Processes:
             self._threads = {tid: other for tid, other in self._threads.items() if other is not process}
         if process.pidfd >= 0:
             self._watched -= 1
-            self._loop.forget(process.pidfd)
+            if process.watched:
+                self._loop.forget(process.pidfd)
             os.close(process.pidfd)
             process.pidfd = -1
 
@@ -234,6 +253,33 @@ class Processes:
         for process in list(self._known.values()):
             if process.pidfd < 0 and procfs.parent(process.entry.pid) is None:
                 self._died(process)
+
+    def _look_later(self, process: Process) -> None:
+        if not self._new:
+            self._loop.later(_LOOK_S, self._look)
+        self._new.append(process)
+
+    def _look(self) -> None:
+        """What was new a few milliseconds ago and is still there: its end is watched for, its span begins."""
+        new, self._new = self._new, []
+        for process in new:
+            if self._known.get(process.entry.pid) is not process:
+                continue
+            if process.pidfd >= 0 and not process.watched:
+                self._watch(process)
+            attempt = process.attempt
+            if attempt is None:
+                continue
+            attempt.memory.close()  # descriptors are for all calls
+            program = procfs.program(process.entry.pid)
+            if program and program != process.program:
+                self._settle(process, executed=True, program=program)
+            elif attempt.there and attempt.begun is None:  # the kernel may be about to
+                attempt.begun = self._began(attempt.image)
+
+    def _watch(self, process: Process) -> None:
+        process.watched = True
+        self._loop.watch(process.pidfd, select.EPOLLIN, lambda _events: self._died(process))
 
     def _living(self, pids: list[int]) -> Iterable[Entry]:
         for pid in pids:
@@ -247,33 +293,49 @@ class Processes:
 
     def _execute_at(self, gate: Gate, call: Notification) -> None:
         number = call.arg0 & 0xFFFFFFFF
-        self._execute(gate, call, call.arg1, call.arg2, "cwd" if number == _AT_FDCWD else f"fd/{number}")
+        self._execute(gate, call, (call.arg1, call.arg2), "cwd" if number == _AT_FDCWD else f"fd/{number}")
 
-    def _execute(self, gate: Gate, call: Notification, path: int, array: int, folder: str) -> None:
+    def _execute(self, gate: Gate, call: Notification, pointers: tuple[int, int], folder: str) -> None:
+        """``pointers``: to the path and to the arguments. ``folder``: what a relative path starts from (runnable)."""
         tid = call.pid
         process = self._find(tid)
-        if process is not None and not self._is_starting(process):
-            if process.attempt is not None:
-                self._settle(process, procfs.program(process.entry.pid))
-            with Memory(tid) as memory:
-                name = memory.path(path)
-                arguments = None if name is None else memory.arguments(array)
-            if name is not None and arguments is not None and gate.listener.is_valid(call.id):
-                if not name and folder != "cwd":
-                    name = _link(f"/proc/{tid}/{folder}")
-                tried = Image(
-                    process.entry.pid,
-                    process.parent_pid if process.parent is None else process.parent.entry.pid,
-                    name,
-                    arguments,
-                    new_span_id(),
-                    self._root.span if process.parent is None else process.parent.span,
-                    time.time_ns(),
-                    pidfd.cpu_ns(process.entry.pid) or process.entry.cpu_ns,
-                )
-                there = not self._spans.full and self._is_there(tid, name, folder)
-                process.attempt = _Attempt(tried, self._spans.begin(tried) if there else None)
+        attempt = None
+        if process is not None:
+            self._ask(process)
+            attempt = process.attempt = self._attempt(gate, call, process, pointers, folder)
+            if attempt is not None and attempt.there and self._spans.failing:
+                attempt.begun = self._spans.begin(attempt.image)  # or it does not happen
         gate.listener.proceed(call.id)
+        if process is not None and attempt is not None:
+            self._look_later(process)
+
+    def _attempt(
+        self, gate: Gate, call: Notification, process: Process, pointers: tuple[int, int], folder: str
+    ) -> _Attempt | None:
+        """What a process is about to execute; None: that cannot be read, and the kernel will say so."""
+        tid, pid = call.pid, process.entry.pid
+        memory = Memory(tid)
+        name = memory.path(pointers[0])
+        arguments = None if name is None else memory.arguments(pointers[1])
+        if name is None or arguments is None or not gate.listener.is_valid(call.id):
+            memory.close()
+            return None
+        if not name and folder != "cwd":
+            name = _link(f"/proc/{tid}/{folder}")
+        if not process.program:
+            process.program = procfs.program(pid)
+        parent = process.parent
+        image = Image(
+            pid,
+            process.parent_pid if parent is None else parent.entry.pid,
+            name,
+            arguments,
+            new_span_id(),
+            (self._root if parent is None else parent).span,
+            time.time_ns(),
+            pidfd.cpu_ns(pid) or process.entry.cpu_ns,
+        )
+        return _Attempt(image, memory, there=not self._spans.full and self._is_there(tid, name, folder))
 
     def _is_there(self, tid: int, path: str, folder: str) -> bool:
         """Whether there is a program at ``path``: one that was there before, most often."""
@@ -284,36 +346,49 @@ class Processes:
             self._paths.add(path)
         return there
 
-    def _is_starting(self, process: Process) -> bool:
-        if self._starting and process is self._root:
+    def _ask(self, process: Process) -> None:
+        """Something is going to be put down to it: what it executes must be known, and its span have begun."""
+        if process.attempt is not None:
             program = procfs.program(process.entry.pid)
-            self._starting = program == process.program
-            process.program = program
-            return self._starting
-        return False
+            executed = program != process.program if program else process.attempt.there
+            self._settle(process, executed=executed, program=program)
 
-    def _settle(self, process: Process, program: bytes) -> None:
-        """Whether the process's last exec has happened. ``program`` empty: nobody can tell."""
+    def _has_executed(self, process: Process, attempt: _Attempt) -> bool:
+        """Whether a process that is about to end has executed what it attempted."""
+        if attempt.memory.is_gone():
+            return True
+        return procfs.program(process.entry.pid) != process.program  # it may have called vfork: its parent has it still
+
+    def _settle(self, process: Process, *, executed: bool, program: bytes = b"", ends: bool = False) -> None:
+        """The process's last exec has happened, or has not.
+
+        Args:
+            program: what it runs now, where that was asked for.
+            ends: it is ending, and its span with it.
+        """
         attempt = process.attempt
         if attempt is None:
             return
         process.attempt = None
-        if program == process.program or (not program and attempt.begun is None):
-            if attempt.begun is not None:  # there was a program, and the kernel would not run it
-                self._spans.end(attempt.begun, time.time_ns(), None, lost="it was not executed")
+        attempt.memory.close()
+        if not executed:
+            if attempt.there:  # there was a program, and the kernel would not run it
+                begun = attempt.begun or self._spans.open(attempt.image)
+                if begun is not None:
+                    self._spans.end(begun, time.time_ns(), None, lost="it was not executed")
             return
         self._executed += 1
         process.program = program
         if process.image is not None:
             self._spans.end(process.image, attempt.image.began, attempt.image.cpu_ns)
-        process.image = attempt.begun or self._began(attempt.image)
+        process.image = attempt.begun or (self._spans.open if ends else self._began)(attempt.image)
         if process.image is not None:
             process.span = attempt.image.span
             process.origin = None
 
     def _began(self, image: Image) -> OpenImage | None:
         try:
-            return self._spans.begin(image)
+            return self._spans.began(image)
         except JournalError:
             log.exception("a process could not be journaled")
             return None
@@ -334,14 +409,15 @@ class Processes:
             return
         pid = process.entry.pid
         cpu = pidfd.cpu_ns(pid)
-        program = b"" if process.attempt is None else procfs.program(pid)
-        peak = procfs.peak_resident(pid) if process.image is not None or process.attempt is not None else 0
+        attempt = process.attempt
+        executed = attempt is not None and self._has_executed(process, attempt)
+        peak = procfs.peak_resident(pid) if process.image is not None or executed else 0
         for child in procfs.children(pid, pid):
             if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
                 self._orphans[child] = process
         gate.listener.proceed(call.id)
         self._forget(process)
-        self._settle(process, program)
+        self._settle(process, executed=executed, ends=True)
         if process.image is not None:
             self._peak_memory = max(self._peak_memory, peak)
             status = (call.arg0 & 0xFF) << 8
@@ -354,7 +430,8 @@ class Processes:
         """It has ended without saying so: by a signal, for the most part."""
         pid, ended = process.entry.pid, time.time_ns()
         cpu = pidfd.cpu_ns(pid) if process.pidfd >= 0 else None
-        self._settle(process, b"")
+        if process.attempt is not None:  # nobody can tell
+            self._settle(process, executed=process.attempt.there, ends=True)
         if process.image is not None:
             status = pidfd.exit_status(process.pidfd, pid) if process.pidfd >= 0 else None
             lost = "its end was not seen" if status is None else "it was ended from outside"

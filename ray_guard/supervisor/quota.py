@@ -6,6 +6,10 @@ in its context, which are a neighbour's where the call came from another guarded
 same job alone: no strange episode can be charged by guessing. A context that names none of these is paid for by the
 target alone, and the answer says so.
 
+A call may come from another node, whose scopes are not open here. Where they limit tokens or FLOPs the context says
+so, and names the limits' leases (:mod:`ray_guard.supervisor.leases`): what is claimed of them here may be used here. So
+such limits are leased on their own node too, and a request waits until what it needs is there.
+
 What was reserved and never settled, because its process is gone, is charged as reserved: the tokens may have been
 computed, and a crash must not be a way to compute for nothing. It is charged once and held no longer, so one crash
 costs an episode no more than the one request.
@@ -15,7 +19,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ray_guard import errors
@@ -24,9 +29,10 @@ from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
 from ray_guard.policy.bill import Bill
-from ray_guard.policy.budgets import Amount, Exceeded, Limits, Scope
+from ray_guard.policy.budgets import Account, Amount, Exceeded, Limits, Scope, limits_from_wire
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
+from ray_guard.supervisor.leases import PARTS, Desk, Lease, Leases
 from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
 
 log = logger("ray_guard.quota")
@@ -34,6 +40,10 @@ log = logger("ray_guard.quota")
 TOKENS: Final = "tokens"
 FLOPS: Final = "flops"
 _OPEN_LIMIT: Final = 100_000
+AWAY_S: Final = 60.0
+"""After so long without a request what stands for a scope of another node is forgotten."""
+_PARTS: Final[Mapping[str, int]] = {"episode": 8, "tool": 1}
+"""Into how many parts the limits of these scopes are cut: they are small, and many."""
 _DEPTH: Final = 64
 """Scopes within scopes that are followed upwards."""
 
@@ -46,10 +56,14 @@ class Asking(NamedTuple):
 
     scopes: tuple[tuple[Target, OpenSpan], ...] = ()
     unknown: bool = False
+    away: tuple[Account, ...] = ()
+    """What stands here for scopes of another node, from the innermost outwards."""
 
     @property
     def scope(self) -> Scope:
         """The innermost that pays."""
+        if self.away:
+            return self.away[0].scope
         kinds = {span.scope for _, span in self.scopes}
         return Scope.CALL if "tool" in kinds else Scope.EPISODE if "episode" in kinds else Scope.ACTOR
 
@@ -59,20 +73,52 @@ class _Reserved(NamedTuple):
     asking: Asking
 
 
+class _Away:
+    """What stands for a scope of another node; ``asked``: when it was last asked for."""
+
+    __slots__ = ("account", "asked")
+
+    def __init__(self, account: Account, asked: float) -> None:
+        self.account = account
+        self.asked = asked
+
+
 class _Spender(NamedTuple):
     target: Target
     open: dict[str, _Reserved]
 
 
 class Quotas:
-    """See the module."""
+    """See the module.
 
-    def __init__(self) -> None:
+    Args:
+        leases: this node's.
+        desk: where a target's are claimed; None: it is in no cluster.
+    """
+
+    def __init__(self, leases: Leases, desk: Callable[[Target], Desk | None]) -> None:
+        self._leases = leases
+        self._desk = desk
         self._spenders: dict[int, _Spender] = {}
+        self._away: dict[str, _Away] = {}
 
     def join(self, target: Target) -> None:
         """A target is here: it may reserve, and its open scopes may pay."""
         self._spenders[id(target)] = _Spender(target, {})
+        self._spread(target, target.account, target.key, PARTS)
+
+    def opened(self, target: Target, span_id: str) -> None:
+        """A span of the target's has begun."""
+        span = target.open.get(span_id)
+        if span is not None and span.account is not None and span.scope in _PARTS:
+            self._spread(target, span.account, span_id, _PARTS[span.scope])
+
+    def _spread(self, target: Target, account: Account, name: str, parts: int) -> None:
+        """Puts a scope's limits under leases: it may be charged on other nodes."""
+        desk = self._desk(target)
+        if desk is not None and any(account.limits.get(kind) for kind in (TOKENS, FLOPS)):
+            self._leases.enter(account, name, desk, (TOKENS, FLOPS), parts=parts, ahead=False)
+            account.on_close(partial(self._leases.forget, account))
 
     def leave(self, target: Target) -> None:
         """A target is gone. What it has not settled is charged: see the module."""
@@ -90,15 +136,27 @@ class Quotas:
         """The targets of a job that are here."""
         return [spender.target for spender in self._spenders.values() if spender.target.run_id == run_id]
 
+    def lacking(self, target: Target, message: Mapping[str, Any]) -> list[tuple[Lease, Amount]]:
+        """The leases that must grow before a reservation can be answered. Raises BadPacket, NotEnforced."""
+        if not self._leases:
+            return []
+        amounts = {TOKENS: _count(message.get("tokens")), FLOPS: _flops(message.get("flops")) or 0}
+        bill, _ = self._bill(target, message)
+        return [each for account in bill.payers for each in self._leases.lacking(account, amounts)]
+
+    def _bill(self, target: Target, message: Mapping[str, Any]) -> tuple[Bill, Asking]:
+        asking = self._asking(target, message.get("place"))
+        here = [span.account for _, span in asking.scopes if span.account is not None]
+        return Bill([target.account, *here, *asking.away]), asking
+
     def reserve(self, target: Target, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a request's reservation. Raises BadPacket for what is none, JournalError."""
+        """The answer to a request's reservation. Raises BadPacket for what is none, NotEnforced, JournalError."""
         opened = self._spenders[id(target)].open
         key = fields.identifier(message.get("id"), 16)
         if key in opened or len(opened) >= _OPEN_LIMIT:
             raise BadPacket("reserved already" if key in opened else "too many open reservations")
         tokens, flops = _count(message.get("tokens")), _flops(message.get("flops"))
-        asking = self._asking(target, message.get("place"))
-        bill = Bill([target.account, *(span.account for _, span in asking.scopes if span.account is not None)])
+        bill, asking = self._bill(target, message)
         refusal = _refusal(target, bill, asking, tokens, flops)
         if refusal is not None:
             return errors.to_wire(refusal)
@@ -146,7 +204,43 @@ class Quotas:
             found = self._open_scopes(target, trace, ids)
         scopes = [(owner, span) for owner, span in found.values() if span.account is not None]
         scopes.sort(key=lambda each: each[1].scope != "tool")  # calls are inside of episodes
-        return Asking(tuple(scopes), outermost is not None and outermost not in found)
+        away = self._away_from_here(target, place.get("quotas"), found)
+        return Asking(tuple(scopes), outermost is not None and outermost not in found and not away, away)
+
+    def _away_from_here(self, target: Target, quotas: object, found: Mapping[str, object]) -> tuple[Account, ...]:
+        """What stands for those of the asker's limited scopes that are of another node. Raises NotEnforced."""
+        if not isinstance(quotas, list):
+            return ()
+        here = {*found, *(spender.target.key for spender in self._spenders.values())}
+        account, away = target.account.root, []
+        for scope, name, limits in _read_quotas(quotas):
+            if name not in here:
+                account = self._stand_in(target, scope, name, limits, account)
+                away.append(account)
+        return tuple(reversed(away))
+
+    def _stand_in(self, target: Target, scope: Scope, name: str, limits: Limits, around: Account) -> Account:
+        desk = self._desk(target)
+        if desk is None:
+            keys = [f"budgets.{scope.value}.{kind}" for kind in limits]
+            raise NotEnforced(keys, "they are of a scope that is not open on this node, and there is no cluster to ask")
+        now = time.monotonic()
+        known = self._away.get(name)
+        if known is None:
+            self._prune(now)
+            known = self._away[name] = _Away(Account(scope, name, limits, parent=around), now)
+            parts = {Scope.ACTOR: PARTS, Scope.EPISODE: _PARTS["episode"], Scope.CALL: _PARTS["tool"]}[scope]
+            self._leases.enter(known.account, name, desk, limits, parts=parts, ahead=False)
+        known.asked = now
+        return known.account
+
+    def _prune(self, now: float) -> None:
+        """Forgets the scopes of other nodes that have not asked for long: nobody tells of their end."""
+        for name, away in list(self._away.items()):
+            if now - away.asked > AWAY_S and not (away.account.held(TOKENS) or away.account.held(FLOPS)):
+                del self._away[name]
+                self._leases.drop(away.account)
+                away.account.close()
 
     def _open_scopes(self, target: Target, trace: str, ids: list[str]) -> dict[str, tuple[Target, OpenSpan]]:
         """The open spans with these ids and those around them, by id."""
@@ -212,6 +306,9 @@ def _ended(asking: Asking) -> RayGuardError:
 
 def _tell(target: Target, asking: Asking, exceeded: Exceeded) -> None:
     """Journals that a limit was passed, where the scope is whose it is. Raises JournalError."""
+    if any(account.source == exceeded.source for account in asking.away):
+        # Its own node does not hear of it, and the one who computes has done nothing wrong.
+        exceeded = exceeded._replace(report_only=True)
     whose, origin = _whose(target, asking, exceeded)
     whose.exceeded(origin, None, exceeded)
 
@@ -247,9 +344,18 @@ def _record_unsettled(target: Target, charged: Mapping[str, Amount]) -> None:
         log.exception("unsettled reservations could not be journaled")
 
 
-def asked_for(message: Mapping[str, Any]) -> Limits:
-    """The amounts that a reservation is about, as far as they are known. Raises BadPacket for what is none."""
-    return {TOKENS: _count(message.get("tokens")), FLOPS: _flops(message.get("flops")) or 0}
+def _read_quotas(quotas: list[Any]) -> Iterator[tuple[Scope, str, Limits]]:
+    """The scopes in a context that limit tokens or FLOPs, from the outermost inwards. Raises BadPacket."""
+    for entry in quotas:
+        try:
+            word, name, given = entry
+            scope = Scope(word)
+            limits = limits_from_wire(scope, given)
+        except (TypeError, ValueError) as error:  # a PolicyError is one
+            raise BadPacket(f"not a limited scope: {entry!r:.200}: {error}") from error
+        if scope is Scope.JOB or not set(limits) <= {TOKENS, FLOPS}:
+            raise BadPacket(f"not a limited scope: {entry!r:.200}")
+        yield scope, fields.identifier(name, 32 if scope is Scope.ACTOR else 16), limits
 
 
 def _count(value: object) -> int:

@@ -33,7 +33,7 @@ from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
-from ray_guard.supervisor.quota import FLOPS, TOKENS, asked_for
+from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.start import read_start
@@ -78,7 +78,7 @@ class Session:
         self._connected = True
         self._dead = False
         self._handlers: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
-            "open": lambda message, _: self._known().begin(message),
+            "open": self._open_span,
             "close": self._close_span,
             "intent": self._intent,
             "identify": self._identify,
@@ -236,7 +236,7 @@ class Session:
                 "datagrams": grants_datagrams(policy),
                 "borrows": self._node.means.borrows,
                 "names": policy.names,
-                "acts": acts(policy),
+                **_told_of(target),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
@@ -391,9 +391,14 @@ class Session:
         self._node.job(target.run_id, added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
-        self._reply(descriptors[0], {"ok": True, "acts": acts(target.policy)})
+        self._reply(descriptors[0], {"ok": True, **_told_of(target)})
 
     # -- the target's reports ------------------------------------------------------------------------------------------
+
+    def _open_span(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        target = self._known()
+        target.begin(message)
+        self._node.quotas.opened(target, message["span"])
 
     def _close_span(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         target = self._known()
@@ -436,8 +441,8 @@ class Session:
 
     def _reserve(self, message: dict[str, Any], descriptors: list[int]) -> None:
         target = self._known()
-        lacking = self._node.leases.lacking(target.account.root, asked_for(message))
-        if lacking and not message.get("waited"):
+        lacking = [] if message.get("waited") else self._node.quotas.lacking(target, message)
+        if lacking:
             self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
             return
         self._reply(descriptors[0], self._node.quotas.reserve(target, message))
@@ -573,6 +578,13 @@ class Session:
             self._target.scratches.end_all()
             self._target.account.close()
         self._ended(self)
+
+
+def _told_of(target: Target) -> dict[str, Any]:
+    """What a target is told of its policy, now and whenever it is tightened."""
+    kinds = (TOKENS, FLOPS)
+    limits = {s.value: {k: v for k, v in target.policy.limits(s).items() if k in kinds} for s in Scope}
+    return {"acts": acts(target.policy), "account": target.key, "quotas": limits}
 
 
 def _sends_anywhere(descriptor: int) -> bool:

@@ -142,6 +142,8 @@ class Target:
         self.views = views
         self.scratches = scratches
         self.trace_id = new_trace_id()
+        self.key = new_trace_id()
+        """Names its account to other nodes; nobody guesses it."""
         self.open: dict[str, OpenSpan] = {}
         self.intents: dict[int, str] = {}
         self.violations: deque[Violation] = deque(maxlen=_VIOLATIONS_KEPT)

@@ -8,6 +8,7 @@ filtered process is gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -16,20 +17,20 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ray_guard import errors
 from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import seqpacket
+from ray_guard.kernel import pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
 from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import arguments, bystanders, cgroups
+from ray_guard.supervisor import arguments, bystanders, cgroups, rlimits
 from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import Leaf, OwnLeaf
@@ -41,6 +42,10 @@ from ray_guard.supervisor.processes import Processes, Usage
 from ray_guard.supervisor.ring import Ring
 from ray_guard.supervisor.start import Start
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
+
+if TYPE_CHECKING:
+    from ray_guard.egress.gate import Handler
+    from ray_guard.kernel.seccomp import Notification
 
 log = logger("ray_guard.tools")
 
@@ -96,7 +101,10 @@ class Tool:
         self._gate: Gate | None = None
         self._ring: Ring | None = None
         self._pid = 0
-        self._started = False
+        self._pidfd = -1
+        self._base_ns = 0
+        self._born = cgroups.Groups(None, {})
+        self._refused: dict[str, Any] | None = None
         self._executable = _executable(start)
         self._began = time.time_ns()
         self._span = new_span_id()
@@ -120,6 +128,7 @@ class Tool:
             descriptors.insert(1, self._view.descriptor())
             self._fit = self._view.fit()
             self._origin = self._find_origin(call)
+            self._held = self._origin.account.limits_any((CPU,))  # a clock must be there before it runs
             self._clocks = [*target.clocks(self._origin), *self._own_clock()]
             self._admit()
         except BaseException:
@@ -237,7 +246,7 @@ class Tool:
     # -- the leader ----------------------------------------------------------------------------------------------------
 
     def _begin(self, leader: Leader | None) -> None:
-        """A leader is there, with a process that will be the tool; None: there can be none."""
+        """A leader is there; None: there can be none."""
         if not self.running:  # it came too late
             if leader is not None:
                 self._node.leaders.ready(leader)
@@ -247,28 +256,92 @@ class Tool:
                 leader.drop()
             self._failed({"stage": "leader", "text": _NONE} if leader is None else leader.fault)
             return
-        memory = _least(self._origin.account, MEMORY)
-        if not leader.prepare({"op": "prepare", "memory": memory}, self._descriptors):
-            leader.drop()  # what it held ready has died
-            self._node.leaders.take(self._fit, self._begin)
+        if not leader.prepare(self._descriptors):
+            self._begin_anew(leader)
             return
-        self._close_descriptors()
+        # The requester waits for the start, so its leader says so itself; all else comes from here.
+        asking = () if self._control is None else (self._control.fileno(),)
+        request = {"wall_seconds": self._time_left(), "survivors": self._policy.survivors, "held": self._held}
+        leader.start(request, asking)
         self._leader = leader
         leader.heard = self._from_leader
-        listener, leader.listener = leader.listener, -1
-        self._leaf, self._strays = cgroups.follow(leader.pid, leader.own_pid, leader.leaf, self._target.pid)
+        # While its thread takes on what the tool shall have:
+        self._born = cgroups.groups(leader.pid, leader.leaf, self._target.pid)
+        policy = self._policy.with_role(Role.TOOL)
+        self._ring = Ring(self._node, self._target, policy, leader.pid, self._origin, view=self._view)
+        listener, leader.listener = Listener(leader.listener), -1
+        handlers = {**self._handlers(), **bystanders.handlers(leader.pid), **Metadata(self._view).handlers()}
+        self._gate = Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
+
+    def _begin_anew(self, leader: Leader) -> None:
+        """What ``leader`` held ready is gone, or what it covers was replaced."""
+        self._leader = None
+        self._unring()
+        leader.drop()
+        self._node.leaders.take(self._fit, self._begin)
+
+    def _handlers(self) -> dict[str, Handler]:
+        return {name: partial(self._notified, name) for name in ("execve", "execveat", "exit_group")}
+
+    def _notified(self, name: str, gate: Gate, call: Notification) -> None:
+        """An exec or an exit: the tool's, or still of the leader's child that is to become it."""
+        if self._processes is None and self._leader is not None:
+            while self._leader is not None and self._leader.receive():
+                pass  # before the tool takes its first step its leader has said so
+        if self._processes is not None:
+            self._processes.handlers[name](gate, call)
+        elif name == "exit_group":
+            gate.listener.proceed(call.id)
+        else:
+            self._arm(gate, call)
+
+    def _arm(self, gate: Gate, call: Notification) -> None:
+        """The tool's process is about to execute what was asked for. Raises OSError: it shall not."""
+        self._pid = call.pid
+        if self._pidfd >= 0:  # it could not, somewhere along PATH; this is the next attempt
+            os.close(self._pidfd)
+        self._pidfd = os.pidfd_open(self._pid)
+        self._leaf, self._strays = cgroups.follow(self._pid, self._born, self._target.pid)
+        stage = "nftables"
         try:
             self._node.put_ceiling(self._leaf, self._policy, exact=self._origin.account.exact)
+            stage = "journal"
+            self._target.write(self._process_record(None), self._origin.identity, grants=True)
         except OSError as error:
-            os.close(listener)
-            self._failed({"stage": "nftables", "text": f"RAY_GUARD_NFTABLES asks for it: {error}"})
+            asked = "RAY_GUARD_NFTABLES asks for it: " if stage == "nftables" else ""
+            log.warning("a tool was not started: %s", error)
+            self._refused = {"stage": stage, "text": f"{asked}{error}"}
+            gate.refuse(call, errno.EPERM)
             return
-        self._armed(leader.pid, listener)
-        if self.running:
-            # The requester waits for the start, so its leader says so itself; all else comes from here.
-            asking = () if self._control is None else (self._control.fileno(),)
-            request = {"wall_seconds": self._time_left(), "survivors": self._policy.survivors}
-            leader.start(request, asking)
+        rlimits.impose(self._pid, self._start.limits, _least(self._origin.account, MEMORY))
+        self._node.gpus.began(self._pid, self._target, self._origin)
+        self._base_ns = pidfd.cpu_ns(self._pid) or 0
+        if gate.listener.is_valid(call.id):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)  # its leader lets it go: see embryo
+        gate.listener.proceed(call.id)
+
+    def _is_started(self) -> None:
+        """The tool has been executed, and has not taken a step yet."""
+        self._close_descriptors()
+        leader = self._leader
+        if leader is None:
+            return
+        self._processes = Processes(
+            self._node,
+            self._target,
+            self._origin,
+            self._pid,
+            leader.pid,
+            self._over,
+            base_ns=self._base_ns,
+            leaf=self._leaf,
+        )
+        self._warn_of_time()
+        if self._ring is not None:
+            self._ring.root = self._pid
+            self._ring.origin_of = self._processes.origin_of
+        if self._held:
+            leader.tell({"op": "go"})
 
     def _close_descriptors(self) -> None:
         seqpacket.close_all(self._descriptors)
@@ -277,16 +350,24 @@ class Tool:
     def _from_leader(self, message: dict[str, Any] | None, descriptors: list[int]) -> None:
         if message is None:
             self._leader = None
-            if self._started:
+            if self._pidfd >= 0:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # without its leader it would be nobody's
+            if self._leaf is not None:
+                self._leaf.leader = 0
+            if self._processes is not None:
                 self._end_orphans(time.monotonic() + KILL_PATIENCE_S)
             else:
                 self._failed({"stage": "leader", "text": _LOST})
             return
         operation = message.get("op")
         if operation == "started":
-            self._started = True
+            self._is_started()
+        elif operation == "failed" and message.get("errno") == errno.ESTALE and message.get("stage") == "files":
+            if self._leader is not None:
+                self._begin_anew(self._leader)
         elif operation == "failed":
-            self._failed(message)
+            self._failed(self._refused or message)
         elif operation == "left":
             self._left_behind(message)
         elif operation == "exited":
@@ -305,31 +386,6 @@ class Tool:
                 return
             self._leaf.remove()
         self._finished({"status": int(signal.SIGKILL), "error": _LOST, "unkillable": left})
-
-    def _armed(self, pid: int, listener: int) -> None:
-        self._pid = pid
-        try:
-            self._target.write(self._process_record(None), self._origin.identity, grants=True)
-        except JournalError as error:
-            os.close(listener)
-            log.warning("a tool was not started: %s", error)
-            self._failed({"stage": "journal", "text": str(error)})
-            return
-        policy = self._policy.with_role(Role.TOOL)
-        self._ring = Ring(self._node, self._target, policy, pid, self._origin, view=self._view)
-        self._processes = Processes(self._node, self._target, self._origin, pid, self._over, leaf=self._leaf)
-        self._ring.origin_of = self._processes.origin_of
-        self._gate = Gate(
-            Listener(listener),
-            self._ring,
-            self._node.means,
-            self._unfiltered,
-            {**self._processes.handlers, **bystanders.handlers(pid), **Metadata(self._view).handlers()},
-        )
-        self._warn_of_time()
-        self._node.gpus.began(pid, self._target, self._origin)
-        if self._leader is not None:
-            self._leader.go()
 
     def _unfiltered(self) -> None:
         """The last process of the tool's tree is gone."""
@@ -360,12 +416,10 @@ class Tool:
         self._node.gpus.ended(self._pid, self._target)
         self.running = False
         self._close_descriptors()
-        if self._gate is not None:
-            self._gate.close()
-            self._gate = None
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self._unring()
         if self._processes is not None:
             usage = self._processes.close(message.get("cpu_seconds", 0.0), message.get("peak_memory", 0))
             message |= {"usage": usage}
@@ -390,6 +444,14 @@ class Tool:
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.release()
+
+    def _unring(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
 
     def _end_implicit(self, message: dict[str, Any]) -> None:
         if self._implicit is not None:
@@ -488,7 +550,7 @@ class Tool:
         """
         self._why = self._why or why
         if self._leader is not None:
-            if self._leaf is not None and self._started:
+            if self._leaf is not None and self._processes is not None:
                 self._leaf.kill()  # at once: with hundreds of processes ready to run its leader may have to wait
             self._leader.tell({"op": "end"})
         elif self.running:

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
 from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, syscalls, trees
-from ray_guard.supervisor import domain, mounts
+from ray_guard.supervisor import domain, leaf, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
 from ray_guard.supervisor.leftovers import Held, sweep
@@ -46,6 +46,7 @@ def run(requests: socket.socket) -> NoReturn:
         pass
     zygote.end_wards()
     zygote.held.clear()
+    zygote.remove_leaves()
     os._exit(0)
 
 
@@ -77,6 +78,7 @@ class _Zygote:
         self._system = domain.prepare()
         self._wards: dict[int, _Ward] = {}
         self.held = Held()
+        self._leaves: list[leaf.OwnLeaf] = []
 
     def step(self) -> bool:
         """Handles what has come; False: the supervisor is gone."""
@@ -148,14 +150,27 @@ class _Zygote:
                 os._exit(0)
 
     def _fork_leader(self, line: int, covers: mounts.Covers, *, gpu: bool) -> None:
-        if os.fork() != 0:
+        self._leaves = [each for each in self._leaves if not each.remove()]
+        own = leaf.new()
+        try:
+            pid = os.fork() if own is None else own.fork()
+        except OSError:
+            if own is not None:
+                own.close()
+            raise
+        if pid != 0:
+            if own is not None:
+                own.let_go()
+                self._leaves.append(own)
             return
         code = 1
         try:
             # A leader's copies would keep alive the lines of targets that are the zygote's wards.
-            close_all_but((0, 1, 2, line))
+            close_all_but((0, 1, 2, line, *(() if own is None else (own.descriptor,))))
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
-            code = lead(sock, self._programs[gpu], self._system, covers)
+            code = lead(
+                sock, self._programs[gpu], self._system, covers, own.path if own is not None and own.joined else ""
+            )
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
@@ -189,6 +204,13 @@ class _Zygote:
             traceback.print_exc()
         finally:
             os._exit(1)
+
+    def remove_leaves(self) -> None:
+        """The supervisor is gone, and so are its leaders, or about to."""
+        deadline = time.monotonic() + 2 * KILL_PATIENCE_S
+        while (left := [each for each in self._leaves if not each.remove()]) and time.monotonic() < deadline:
+            self._leaves = left
+            time.sleep(0.002)
 
     def end_wards(self) -> None:
         """The supervisor is gone, and its lifelines have stopped the targets: ends all below them.

@@ -22,7 +22,7 @@ from harness import PYTHON, Host, Namespace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "supervisor"))
 
-from model_server import MODEL, ModelServer  # noqa: E402 - tests are no package
+from model_server import MODEL, ModelServer
 
 pytestmark = pytest.mark.kernel
 
@@ -116,7 +116,7 @@ say(call(f"Content-Length: {len(body)}", body=body))
 
 class Stage:
     def __init__(self, folder: Path) -> None:
-        self.server = ModelServer("0.0.0.0")  # noqa: S104 - as engines do
+        self.server = ModelServer("0.0.0.0")
         self.namespace = Namespace()
         policy = {"model_endpoint": f"127.0.0.1:{self.server.port}", "egress": {"allow": ["0.0.0.0/0:*", "[::]/0:*"]}}
         self.host = Host(policy, folder / "evidence", self.namespace)

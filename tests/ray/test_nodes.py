@@ -89,7 +89,7 @@ class Spender:
 
 
 def test_the_sum_over_two_supervisors_never_passes_the_jobs_limit() -> None:
-    here = Spender.remote()
+    here = Spender.options(resources={"node:__internal_head__": 0.001}).remote()
     there = Spender.options(resources={"second": 1}).remote()
     supervisors = ray.get([here.supervisor.remote(), there.supervisor.remote()])
     assert "" not in supervisors

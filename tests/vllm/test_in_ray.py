@@ -13,12 +13,17 @@ from ray_guard.records import SpanRecord, StatusCode
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.kernel, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_tokens_of_the_policy_actor_are_the_asking_episodes(
-    serve: Callable[..., Any], spans: Callable[[Path], list[SpanRecord]]
-) -> None:
+Ran = tuple[dict[str, Any], list[SpanRecord]]
+
+
+@pytest.fixture(scope="module")
+def ran(serve: Callable[..., Any], spans: Callable[[Path], list[SpanRecord]]) -> Ran:
     program = serve("in_ray")
-    rollouts = program.ends()["rollouts"]
-    found = spans(program.evidence)
+    return program.ends(), spans(program.evidence)
+
+
+def test_tokens_of_the_policy_actor_are_the_asking_episodes(ran: Ran) -> None:
+    rollouts, found = ran[0]["rollouts"], ran[1]
     rich, poor = rollouts["rich"], rollouts["poor"]
     assert (len(rich["served"]), rich["refused"], rich["violations"]) == (4, None, [])
     assert len(poor["served"]) == 2, "a third of 19 tokens does not fit into 50"
@@ -35,3 +40,12 @@ def test_tokens_of_the_policy_actor_are_the_asking_episodes(
         usage = [[attributes[f"gen_ai.usage.{way}_tokens"] for way in ("input", "output")] for attributes in served]
         spent = [tuple(each) for each in usage]
         assert spent == [(each["input"], each["output"]) for each in rollout["served"]]
+
+
+def test_the_core_is_killed_and_its_request_is_charged_once(ran: Ran) -> None:
+    assert ran[0]["dies"]["type"] == "EngineDeadError"
+    (span,) = [s for s in ran[1] if s.name == "chat tiny" and s.attributes.get("rl.rollout.id") == "last"]
+    assert span.status is StatusCode.ERROR
+    assert list(span.attributes["gen_ai.response.finish_reasons"]) == ["error"]  # type: ignore[arg-type]
+    assert span.attributes["gen_ai.usage.input_tokens"] > 0  # type: ignore[operator]
+    assert not [s for s in ran[1] if s.name == "ray_guard.unsettled"]

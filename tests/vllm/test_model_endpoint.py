@@ -203,7 +203,7 @@ def test_nothing_else_of_it_is_reached(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_who_gives_no_limit_gets_what_is_left(engine: Engine, tmp_path: Path) -> None:
-    program = _AGENT.split("found =")[0] + (
+    program = _AGENT.split("found =", maxsplit=1)[0] + (
         'print(client.chat.completions.create(model="tiny", messages=[say], extra_body={"ignore_eos": True})'
         ".usage.total_tokens)"
     )
@@ -218,7 +218,7 @@ def test_who_gives_no_limit_gets_what_is_left(engine: Engine, tmp_path: Path) ->
 
 def test_who_goes_away_stops_the_engine(engine: Engine, tmp_path: Path) -> None:
     program = (
-        _AGENT.split("found =")[0]
+        _AGENT.split("found =", maxsplit=1)[0]
         + """
 stream = client.chat.completions.create(model="tiny", messages=[say], stream=True, max_tokens=1900,
                                         extra_body={"ignore_eos": True})

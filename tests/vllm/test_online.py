@@ -109,6 +109,7 @@ def test_pieces_of_two_sequences_are_one_span(server: Any, chats: Callable[..., 
     assert span.attributes["gen_ai.usage.output_tokens"] == server.said()["pieces"] == 12
     assert reasons(span) == ["length", "length"]
     assert span.attributes["rl.policy.version"] == "w2", "what vLLM was told comes before the episode's"
+    assert span.attributes["gen_ai.latency.time_to_first_token"] > 0  # type: ignore[operator]
     assert "gen_ai.latency.time_in_queue" not in span.attributes, "not measured without vLLM's statistics: not there"
 
 
@@ -183,3 +184,5 @@ def test_an_exhausted_budget_refuses_before_a_stream_begins(
     assert not [span for span in spans(server.evidence) if span.name == "ray_guard.unsettled"]
     assert all(span.end_ns is not None for span in chats())
     assert chats(rl_rollout_id="whoever started the server") == []
+    by_http = [span for span in chats() if "rl.rollout.id" not in span.attributes]
+    assert {span.parent_id for span in by_http} == {None, SPAN}

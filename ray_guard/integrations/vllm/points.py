@@ -21,11 +21,10 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
-from ray_guard.client import channel, confine
 from ray_guard.client.context import parse_traceparent, read_context
 from ray_guard.client.engine import Phase
 from ray_guard.errors import NotEnforced
-from ray_guard.integrations.vllm import engines
+from ray_guard.integrations.vllm import limits
 from ray_guard.integrations.vllm.engines import Engines
 from ray_guard.integrations.vllm.requests import PLACE, Ledger, Model, Place, here, model_of
 
@@ -124,16 +123,12 @@ def _add_request(original: Method) -> Method:
 
 
 def _refuse_unmetered() -> None:
-    """In a process that vLLM has started within a guarded one there is no line to ask for room in the budgets.
+    """Raises NotEnforced in a process that vLLM has started to admit requests: nobody would count there."""
+    if limits.unmetered():
+        from ray_guard.integrations.vllm import refusal
 
-    Raises:
-        NotEnforced: always there (several API server processes), whatever the limits are: they are not known here.
-    """
-    if channel.current() is None and os.environ.get(engines.LINE):
-        raise NotEnforced(
-            ("vllm.api_server_count",),
-            "requests are admitted in a process that has no line to the guard: use one API server process",
-        )
+        detail = "this process admits requests and has no line to the guard: use one API server process"
+        raise refusal.of(NotEnforced(("budgets.*.tokens",), detail))
 
 
 def _process_outputs(original: Method) -> Method:
@@ -220,7 +215,7 @@ def _add_to_async_engine(original: Method) -> Method:
         token = _admitted.set(admitted)
         try:
             return await original(self, *args, **kwargs)
-        except BaseException as error:
+        except Exception as error:  # not CancelledError: the core may have it, and then it ends there
             ledger_of(self.output_processor).failed(error, admitted)
             raise
         finally:
@@ -442,7 +437,7 @@ def patch(module: ModuleType) -> None:
     missing = [point for point in points if _lacks(getattr(module, point.owner, None), point)]
     lost = [f"{module.__name__}.{point.owner}.{point.name}" for point in missing]
     if any(point.required for point in missing):
-        if limited := _limits():
+        if limited := limits.limits():
             raise NotEnforced(limited, f"vLLM {_version()} cannot be hooked: {', '.join(lost)} is not as expected")
         logger.warning("ray_guard: vLLM %s is not hooked, its requests are neither charged nor traced: %s is not as "
                        "expected", _version(), ", ".join(lost))  # fmt: skip
@@ -470,20 +465,6 @@ def restore() -> None:
     while _patched:
         owner, name = _patched.pop()
         setattr(owner, name, getattr(vars(owner)[name], _ORIGINAL))
-
-
-def _limits() -> list[str]:
-    """The keys by which this process's policies limit tokens or FLOPs, where they are enforced."""
-    found = []
-    for policy in confine.policies():
-        if policy.get("mode") != "enforce":
-            continue
-        budgets = policy.get("budgets")
-        for scope, limits in budgets.items() if isinstance(budgets, dict) else ():
-            for kind in ("tokens", "flops"):
-                if isinstance(limits, dict) and limits.get(kind) is not None:
-                    found.append(f"budgets.{scope}.{kind}")
-    return found
 
 
 def _version() -> str:

@@ -52,5 +52,4 @@ def _both(kind: type[RayGuardError]) -> type[RayGuardError]:
 
 def of(error: RayGuardError) -> RayGuardError:
     """``error`` as vLLM hands it on."""
-    found = _both(type(error))(*error.args)
-    return found.with_traceback(error.__traceback__)
+    return _both(type(error))(*error.args)

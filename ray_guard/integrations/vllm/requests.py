@@ -66,6 +66,8 @@ class Model(NamedTuple):
     """Why there is no cost."""
     experts: int = 0
     """Routed experts of a layer; 0: not known."""
+    is_routing_told: bool = False
+    """The engine was asked to return the experts of each token."""
 
     def flops(self, tokens: int, context: int) -> int | None:
         return None if self.cost is None else self.cost.flops(tokens, context)
@@ -76,12 +78,15 @@ def model_of(config: Any) -> Model:
     served = config.model_config
     names = served.served_model_name
     name = names if isinstance(names, str) else next(iter(names or ()), served.model)
-    model = Model(str(name), int(served.max_model_len), None)
+    told = bool(getattr(getattr(config, "aux_output_config", None), "enable_return_routed_experts", False))
+    model = Model(str(name), int(served.max_model_len), None, is_routing_told=told)
     try:
         known = cost(served.hf_config.to_dict())
+        return model._replace(cost=known, experts=int(served.get_num_experts()))
     except UnknownArchitecture as error:
         return model._replace(unknown=str(error))
-    return model._replace(cost=known, experts=int(served.get_num_experts()))
+    except Exception as error:  # noqa: BLE001 - a configuration class of anybody's: unknown then, as any other
+        return model._replace(unknown=f"its configuration cannot be read: {error!r:.200}")
 
 
 class Chat(Scope):
@@ -164,16 +169,11 @@ class Request:
         return self._left <= 0
 
     def settle(self, error: BaseException | None = None) -> None:
-        """Everything has ended: charges what was used and ends the span."""
-        try:
-            self._charge()
-            for name, value in self._measured().items():
-                self.span.set_attribute(name, value)
-            kind = None if error is None else type(error)
-            self.span.__exit__(kind, error, None if error is None else error.__traceback__)
-        except SupervisorLost:
-            # Nothing is granted from here on anyway; vLLM's loop must not break over the books of what is done.
-            warn_once("vllm", "ray_guard: the supervisor is gone; a request could not be settled")
+        """Everything has ended: charges what was used and ends the span. Raises SupervisorLost."""
+        self._charge()
+        for name, value in self._measured().items():
+            self.span.set_attribute(name, value)
+        self.span.__exit__(None if error is None else type(error), error, None)
 
     def _charge(self) -> None:
         first, *more = self.reserved
@@ -194,7 +194,7 @@ class Request:
             measured["ray_guard.flops"] = self._flops
         if self._last is not None:
             measured.update(self._timing(self._last))
-            measured.update(_told(self._last.state, self._model.experts))
+            measured.update(_told(self._last.state, self._model))
         return measured
 
     def _timing(self, sequence: Sequence) -> dict[str, object]:
@@ -214,7 +214,7 @@ class Request:
         return found
 
 
-def _told(state: Any, experts: int) -> dict[str, object]:
+def _told(state: Any, model: Model) -> dict[str, object]:
     """What else vLLM has told of a sequence: the versions of the weights, where they changed; where its tokens went."""
     found: dict[str, object] = {}
     weights = [version for version, _start in getattr(state, "weight_version_starts", ())]
@@ -222,7 +222,9 @@ def _told(state: Any, experts: int) -> dict[str, object]:
         found["ray_guard.policy_versions"] = weights
     chunks = getattr(state, "routed_experts_chunks", None)
     if chunks:
-        found.update(load(chunks, experts))
+        found.update(load(chunks, model.experts))
+    elif model.is_routing_told:
+        found["ray_guard.moe.missing"] = "the engine was asked for its routed experts and returned none"
     return found
 
 
@@ -307,9 +309,10 @@ class Ledger:
         if sequences > 1:
             opening["gen_ai.request.choice.count"] = sequences
         span = Chat(self.model.name, opening, self.version or versions.current())
-        before, place = carry.current(), here()
+        place = here()
         payer = _NOBODY if place.is_http else None
-        carry.move_to(place.above)
+        before = carry.capture()
+        carry.swap((place.above, _no_context(before[1]) if place.is_http else before[1]))
         try:
             span.__enter__()
             try:
@@ -322,7 +325,7 @@ class Ledger:
         except RayGuardError as error:
             raise self._refuse(error) from error
         finally:
-            carry.move_to(before)
+            carry.swap(before)
         if reservation.scope:
             span.set_attribute("ray_guard.charge_scope", reservation.scope)
         return Request(self.model, span, payer, reservation, sequences)
@@ -399,9 +402,18 @@ class Ledger:
     def _close(self, request: Request, error: BaseException | None = None) -> None:
         for key in [key for key, found in self._families.items() if found is request]:
             del self._families[key]
-        request.settle(error)
-        if not self._running:
-            self._busy(False)
+        try:
+            request.settle(error)
+            if not self._running:
+                self._busy(False)
+        except SupervisorLost:
+            # Nothing is granted from here on anyway; vLLM's loop must not break over the books of what is done.
+            warn_once("vllm", "ray_guard: the supervisor is gone; a request could not be settled")
+
+
+def _no_context(context: Any) -> Any:
+    """OpenTelemetry's empty context, where it is loaded: the current one is of whoever started the server."""
+    return None if context is None else type(context)()
 
 
 def _prompt_length(request: Any) -> int:

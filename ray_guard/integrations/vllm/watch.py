@@ -10,11 +10,11 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
-Patch = Callable[[ModuleType], None]
+from ray_guard.integrations.vllm import limits
 
 _POINTS: Final = "ray_guard.integrations.vllm.points"
 MODULES: Final = (
@@ -76,6 +76,7 @@ def install() -> None:
         NotEnforced: vLLM is loaded, lacks what the hook needs, and this process's policy limits tokens or FLOPs. Raised
             from vLLM's import where that comes later.
     """
+    limits.mark()
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     for name in MODULES:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import opentelemetry.trace  # noqa: F401 - vLLM loads it too: its current span is another way to be somebody's child
 import pytest
 
 from ray_guard import episode, turn

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import mmap
 import os
+from contextlib import closing
 
 import pytest
 
@@ -23,7 +24,7 @@ def array(*strings: bytes, end: int | None = 0) -> tuple[int, object]:
 
 def read(*strings: bytes, end: int | None = 0) -> Arguments | None:
     address, _kept = array(*strings, end=end)
-    with Memory(os.getpid()) as memory:
+    with closing(Memory(os.getpid())) as memory:
         return memory.arguments(address)
 
 
@@ -59,19 +60,19 @@ def test_more_than_is_read_has_no_hash() -> None:
 
 @pytest.mark.parametrize("address", [0x10, 0xFFFFFFFF81000000, 2**64 - 8])
 def test_what_cannot_be_read_is_none(address: int) -> None:
-    with Memory(os.getpid()) as memory:
+    with closing(Memory(os.getpid())) as memory:
         assert memory.path(address) is None
         assert memory.arguments(address) is None
     assert read(b"good", end=address) is None
 
 
 def test_no_arguments_at_all() -> None:
-    with Memory(os.getpid()) as memory:
+    with closing(Memory(os.getpid())) as memory:
         assert memory.arguments(0) == ((), hashlib.sha256().hexdigest())
 
 
 def test_a_thread_that_is_gone_reads_as_nothing() -> None:
-    with Memory(0x3FFFFFFF) as memory:
+    with closing(Memory(0x3FFFFFFF)) as memory:
         assert memory.path(0x1000) is None
         assert memory.arguments(0x1000) is None
 
@@ -80,7 +81,7 @@ def test_a_path_that_crosses_pages_and_one_without_an_end() -> None:
     page = mmap.mmap(-1, 3 * 4096)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     page[4000:6000] = b"p" * 2000
-    with Memory(os.getpid()) as memory:
+    with closing(Memory(os.getpid())) as memory:
         assert memory.path(address + 4000) == "p" * 2000
         page[:8192] = b"q" * 8192
         assert memory.path(address) is None, "longer than any path"

@@ -26,6 +26,9 @@ class Store:
     def delete(self, key: str) -> None:
         del self.held[key]
 
+    def delete_all(self, prefix: str) -> None:
+        self.held = {key: value for key, value in self.held.items() if not key.startswith(prefix)}
+
     def keys(self, prefix: str) -> Iterable[str]:
         return [key for key in self.held if key.startswith(prefix)]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 from typing import Any
 
 import ray
@@ -29,8 +31,19 @@ class Policy:
         parameters = SamplingParams(max_tokens=tokens, ignore_eos=True)
         return counted([each async for each in self._engine.generate(text, parameters, name)][-1])
 
-    async def close(self) -> None:
-        self._engine.shutdown()
+    async def dies(self) -> dict[str, Any]:
+        """Its core is killed while it answers."""
+        from vllm import SamplingParams
+
+        async def ask() -> Any:
+            return [each async for each in self._engine.generate("the dog", SamplingParams(max_tokens=200), "last")]
+
+        asked = asyncio.create_task(ask())
+        await asyncio.sleep(0.1)
+        for process in self._engine.engine_core.resources.engine_manager.processes:
+            os.kill(process.pid, signal.SIGKILL)
+        (error,) = await asyncio.gather(asked, return_exceptions=True)
+        return described(error)
 
 
 @ray_guard.guard(role="env")
@@ -61,7 +74,8 @@ def main() -> None:
     names: dict[str, dict[str, int] | None] = {"rich": None, "poor": {"tokens": 50}}
     found = ray.get([environment.rollout.remote(name, budget) for name, budget in names.items()])
     say("rollouts", dict(zip(names, found, strict=True)))
-    ray.get(policy.close.remote())
+    with ray_guard.episode(id="last"):
+        say("dies", ray.get(policy.dies.remote()))
     ray.wait([actor.__ray_terminate__.remote() for actor in (policy, environment)], num_returns=2, timeout=10)
     ray.shutdown()
 

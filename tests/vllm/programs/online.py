@@ -68,7 +68,8 @@ async def ask(engine: Any) -> None:
         await answers.aclose()
 
     with ray_guard.episode(id="cancelled"):
-        task = asyncio.create_task(anext(stream("the dog", 150, output_kind=RequestOutputKind.FINAL_ONLY)))
+        answers = stream("the dog", 150, output_kind=RequestOutputKind.FINAL_ONLY)
+        task = asyncio.ensure_future(anext(answers))
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

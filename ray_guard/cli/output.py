@@ -1,0 +1,17 @@
+"""What the commands that read evidence print with. Runs later."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def say(content: str) -> None:
+    """To stdout in whatever encoding it has, and quietly when nobody reads any more (``| head``)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter would flush once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

