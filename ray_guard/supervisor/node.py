@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ray_guard.egress.gate import Means
-from ray_guard.egress.meter import Meter
 from ray_guard.errors import NotEnforced, PolicyError
 from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Bounds, Journal
 from ray_guard.kernel import rtnetlink
-from ray_guard.kernel.sock_diag import SockDiag
 from ray_guard.log import logger
 from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
@@ -33,6 +31,9 @@ from ray_guard.supervisor.sealing import Sealer
 if TYPE_CHECKING:
     import subprocess
 
+    from ray_guard.egress.gate import Means
+    from ray_guard.egress.meter import Meter
+    from ray_guard.egress.relay.front import Relay
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
     from ray_guard.supervisor.leaf import Leaf
@@ -65,8 +66,8 @@ class Node:
     def __init__(self, loop: Loop, own_folders: tuple[str, ...], leaders: Leaders) -> None:
         self.loop = loop
         self.leaders = leaders
-        self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop, self._flush)
+        self.start_mover: Callable[[socket.socket], None] = lambda _line: None
+        """Starts a mover of relayed bytes at the other end of a line; set by whoever has a zygote."""
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.paid: dict[str, Paid] = {}
@@ -96,12 +97,35 @@ class Node:
         self._actors: dict[str, Account] = {}
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
-        self.means.relay_opened = self._changed
         self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
         self._wants_ceilings = os.environ.get("RAY_GUARD_NFTABLES", "") not in ("", "0")
         self._ceilings: Ceilings | None = None
+
+    # -- what rings need: see supervisor.arming ------------------------------------------------------------------------
+
+    @functools.cached_property
+    def means(self) -> Means:
+        """What all gates share."""
+        from ray_guard.egress.gate import Means
+
+        means = Means(self.loop)
+        means.start_mover = self.start_mover
+        means.relay_opened = self._changed
+        return means
+
+    @functools.cached_property
+    def meter(self) -> Meter:
+        """What counts the bytes of all direct flows."""
+        from ray_guard.egress.meter import Meter
+        from ray_guard.kernel.sock_diag import SockDiag
+
+        return Meter(SockDiag(), self.loop, self._flush)
+
+    def _relay(self) -> Relay | None:
+        """The relay, once anything has gone by it."""
+        return self.means.relaying if "means" in self.__dict__ else None
 
     # -- evidence ------------------------------------------------------------------------------------------------------
 
@@ -135,10 +159,11 @@ class Node:
                 log.warning("%s: %s", journal.folder, error)
 
     def close(self) -> None:
-        self.means.impatience.end()
         self.gpus.close()
-        if self.means.relaying is not None:
-            self.means.relaying.close()
+        if "means" in self.__dict__:
+            self.means.impatience.end()
+        if (relay := self._relay()) is not None:
+            relay.close()
         self.sealer.close()
         for journal in self._journals.values():
             journal.close()
@@ -170,8 +195,8 @@ class Node:
                 log.warning("a ceiling stays: %s", error)
 
     def _own_ports(self) -> frozenset[int]:
-        relayed = frozenset() if self.means.relaying is None else self.means.relaying.ports()
-        return relayed | {port for _, port in self.resolver.endpoints}
+        relay = self._relay()
+        return (frozenset() if relay is None else relay.ports()) | {port for _, port in self.resolver.endpoints}
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
@@ -267,10 +292,11 @@ class Node:
         directory = self.directory(target)
         announced = self._announced.get(target.run_id, set()) if target.policy.role is Role.POLICY else set()
         # Every cluster of this node is control plane to every tool, whichever job it belongs to.
+        relay = self._relay()
         control = self.resolver.endpoints.union(
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
-            frozenset() if self.means.relaying is None else self.means.relaying.endpoints(),
+            frozenset() if relay is None else relay.endpoints(),
             self.proxies.endpoints(),
         )
         own = (*self._own_folders, *self._evidence_folders)

@@ -84,7 +84,7 @@ class Ring:
         self.origin_of: Callable[[int], Origin] = target.origin_of_thread if origin is None else lambda _tid: origin
         """Whose doing a thread's calls are; within a call a process of its own may be known (see processes)."""
         self._view = view
-        self.mute = origin is None and not grants_datagrams(policy)
+        self.mute = origin is None and not policy.datagrams
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
         self._looked = 0.0
@@ -202,7 +202,7 @@ class Ring:
             self._node.announce(self.target, address, port)
 
     def hears(self) -> bool:
-        return grants_datagrams(self.policy) or self.policy.names
+        return self.policy.datagrams or self.policy.names
 
     def may_borrow(self, pid: int) -> bool:
         return self.policy.role is Role.POLICY and procfs.is_in_tree(pid, self.root)
@@ -735,12 +735,3 @@ _TEXTS_KEPT: Final = 4096
 _FORMS_KEPT: Final = 64
 _REMEMBERED_S: Final = 1.0
 _FAULTS_TOLD: Final = 100
-
-
-def grants_datagrams(policy: CompiledPolicy) -> bool:
-    """Whether any destination is granted by UDP."""
-    return any(
-        transport is Transport.UDP
-        for layer in policy.layers
-        for transport in (*layer.ranges, *(key[0] for key in layer.addresses))
-    )

@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from ray_guard.egress.made import Waiting
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import Cut, Journal, JournalError
 from ray_guard.evidence.note import ORIGIN, Key
@@ -29,6 +28,9 @@ from ray_guard.kernel import seqpacket
 from ray_guard.log import logger
 from ray_guard.records import AttributeValue, Resource, Source, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor.recovery import Recovery
+
+if TYPE_CHECKING:
+    from ray_guard.egress.made import Waiting
 
 SEAL_S: Final = 1.0
 """How often journals are forced to disk, and sealed."""
