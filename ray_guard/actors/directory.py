@@ -18,6 +18,7 @@ It is a process of its own because ray is too large for the supervisor. Measured
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -157,8 +158,10 @@ def main(arguments: list[str]) -> int:
     operations = {"read": read, "claim": claim, "forget": lambda question: job_budget.forget(store(), question)}
 
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(line, operations)) + "\n")
-        sys.stdout.flush()
+        found = json.dumps(answer(line, operations))
+        with contextlib.suppress(BrokenPipeError):  # who asked has gone: what it gives back is still to be done
+            sys.stdout.write(found + "\n")
+            sys.stdout.flush()
     return 0
 
 

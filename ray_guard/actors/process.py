@@ -130,6 +130,6 @@ def announce_driver() -> None:
     if not internals.connected() or internals.in_worker():
         return
     channel.observe(os.path.join(internals.logs_folder(), "ray_guard"))
-    if os.environ.get("RAY_GUARD_RUN_ID") == _announced.run:
+    if os.environ.get("RAY_GUARD_RUN_ID") in (None, _announced.run):
         os.environ.pop("RAY_GUARD_RUN_ID", None)  # of an earlier job of this process
         os.environ["RAY_GUARD_RUN_ID"] = _announced.run = run_id()

@@ -7,10 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ray_guard.client.identity import from_environment
 from ray_guard.egress.meter import TICK_S
 from ray_guard.egress.resolver import start as resolver
+from ray_guard.evidence import probe as evidence
 from ray_guard.kernel.probe import Feature, Status, probe
-from ray_guard.supervisor import ceilings, leaf
+from ray_guard.supervisor import ceilings, leaf, memory_group
 
 _EGRESS: Final = (
     "seccomp.architecture",
@@ -27,6 +29,7 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "names": (*_EGRESS, "resolver"),
     "processes": ("seccomp.user_notification", "pidfd_getfd", "subreaper", "landlock.signal_scope"),
     "files": ("seccomp.user_notification", "proc_mem", "landlock.signal_scope", "landlock.files", "mounts"),
+    "evidence": ("evidence.seal",),
     "gpu": ("seccomp.user_notification", "gpu.census", "gpu.meter"),
 }
 _NOT_IN_THIS_VERSION: Final = ("compute",)
@@ -62,7 +65,17 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    features = probe({"resolver": resolver.probe, "cgroup.kill": leaf.probe, "nftables": ceilings.probe})
+    folder = from_environment("ray-guard doctor").evidence
+    features = probe(
+        {
+            "resolver": resolver.probe,
+            "cgroup.kill": leaf.probe,
+            "cgroup.memory": memory_group.probe,
+            "nftables": ceilings.probe,
+            "evidence.seal": evidence.seal,
+            "evidence.reserve": lambda: evidence.reserve(folder),
+        }
+    )
     enforceable = judge(features)
     if arguments.json:
         rows = [{"name": f.name, "status": f.status.value, "detail": f.detail} for f in features]

@@ -12,10 +12,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray_guard.cli.output import say
 from ray_guard.evidence.note import BadNote
 from ray_guard.evidence.reader import NotEvidence
 from ray_guard.evidence.verify.check import Finding, LogReport, State, check
 from ray_guard.evidence.verify.seals import read_checkpoints, read_keys
+from ray_guard.report.text import printable
 
 if TYPE_CHECKING:
     # What add_subparsers() returns has no public name.
@@ -45,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="checkpoints that were kept elsewhere: what they speak of must still be there; repeatable",
+        help="checkpoints that were kept elsewhere: the logs they speak of must be in the folder; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -63,18 +65,22 @@ def run(args: argparse.Namespace) -> int:
         return 2
     sound = not any(log.findings for log in logs)
     if args.json:
-        print(json.dumps(_as_json(args.evidence, logs, sound=sound), indent=1))
+        say(json.dumps(_as_json(args.evidence, logs, sound=sound), indent=1) + "\n")
     else:
         seconds = time.monotonic() - began
-        for line in _text(logs, seconds, sound=sound, believed=bool(keys or checkpoints)):
-            print(line)
+        lines = _text(logs, seconds, sound=sound, believed=bool(keys or checkpoints))
+        say("".join(f"{printable(line)}\n" for line in lines))
     return 0 if sound else 1
 
 
 def _text(logs: Sequence[LogReport], seconds: float, *, sound: bool, believed: bool) -> list[str]:
     lines: list[str] = []
     for log in logs:
-        sealed = f"{log.sealed} sealed by {log.checkpoints} checkpoints" if log.state is not State.UNSEALED else ""
+        sealed = (
+            f"{log.sealed} sealed by {log.checkpoints} checkpoint{'s' if log.checkpoints != 1 else ''}"
+            if log.state is not State.UNSEALED
+            else ""
+        )
         lines.append(f"{log.log}  {log.state.value}" + (f": {log.records} records, {sealed}" if sealed else ""))
         lines += [f"  {finding}" for finding in log.findings]
         lines += [f"  note: {note}" for note in log.notes]
@@ -83,7 +89,8 @@ def _text(logs: Sequence[LogReport], seconds: float, *, sound: bool, believed: b
         f"{len(logs)} log{'s' if len(logs) != 1 else ''}, {records} records, {size / 2**20:.1f} MiB in {seconds:.2f} s"
     )
     found = sum(len(log.findings) for log in logs)
-    lines.append(f"complete and unaltered: {many}" if sound else f"NOT PROVEN, {found} findings: {many}")
+    findings = f"{found} finding{'s' if found != 1 else ''}"
+    lines.append(f"complete and unaltered: {many}" if sound else f"NOT PROVEN, {findings}: {many}")
     if sound and not believed:
         lines.append(
             "the keys are the folder's own: --key or --checkpoint, kept elsewhere, proves that no log was replaced"

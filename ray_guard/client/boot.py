@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from typing import Final, NoReturn, Self
@@ -57,17 +58,18 @@ def import_path(given: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([_STANDARD, f"{_STANDARD}/lib-dynload", *packages, os.path.dirname(_OWN)]))
 
 
-def spawn(path: str, prepared: int) -> int:
-    """Starts one at ``path`` in an interpreter of its own; the pid of a process that ends once it stands alone.
+def spawn(listener: socket.socket, prepared: int) -> int:
+    """Starts one in an interpreter of its own; the pid of a process that ends once it stands alone.
 
     Args:
+        listener: where it will listen.
         prepared: how many tools are going to be started at once.
 
     Raises:
         NotEnforced: it cannot be started.
     """
     try:
-        with _Opened(path) as opened:
+        with _Opened(listener) as opened:
             code = _BOOT.format(path=import_path(sys.path), socket=_LISTENER, prepared=prepared)
             # Not by subprocess, which takes longer to load than the rest of this module.
             return os.posix_spawn(
@@ -109,14 +111,14 @@ def _is_known(loaded: tuple[str, object]) -> bool:
     return file.startswith(f"{_STANDARD}/") and _PACKAGES.isdisjoint(file.removeprefix(_STANDARD).split("/"))
 
 
-def fork(path: str, prepared: int, supervise: Main) -> int:
+def fork(listener: socket.socket, prepared: int, supervise: Main) -> int:
     """:func:`spawn` by a copy of this process, where it :func:`may_fork`. It returns in this one alone.
 
     Args:
         supervise: the supervisor's ``main``.
     """
     try:
-        with _Opened(path) as opened:
+        with _Opened(listener) as opened:
             pid = os.fork()
             if pid == 0:
                 _become(opened, prepared, supervise)
@@ -165,11 +167,10 @@ def _become(opened: _Opened, prepared: int, supervise: Main) -> NoReturn:
 class _Opened:
     """A supervisor's listening socket and its log, above the numbers that it will find them at."""
 
-    def __init__(self, path: str) -> None:
-        with rendezvous.bind(path) as listener:
-            self.listener = fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1)
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1)
         try:
-            log = os.open(rendezvous.log_path(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            log = os.open(rendezvous.log_path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 self.log = fcntl.fcntl(log, fcntl.F_DUPFD_CLOEXEC, _LISTENER + 1)
             finally:

@@ -32,8 +32,9 @@ UNASKED: Any = False
 """The attachment of a place where nobody has asked yet whether the user has an OpenTelemetry provider (None: none)."""
 
 
-Quotas = tuple[tuple[str, str, Mapping[str, float]], ...]
-"""Scope (``actor``, ``episode``, ``call``), its id, and its limits by kind; scopes without any are left out."""
+Quotas = tuple[tuple[str, str, str, Mapping[str, float] | None], ...]
+"""Scope (``actor``, ``episode``, ``call``), its id, its process's account, and its limits by kind; None: they hold on
+their own node alone. Scopes without any are left out."""
 
 
 class Node:

@@ -12,6 +12,7 @@ import os
 import socket
 import termios
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -22,6 +23,9 @@ from ray_guard.kernel import rendezvous, seqpacket
 
 ANSWER_TIMEOUT_S: Final = 30.0
 
+_PATIENCE_S: Final = 10.0
+"""How long a supervisor that neither lets in nor ends is waited for."""
+_LOOK_S: Final = 0.002
 _NO_BYTES: Final = bytes(4)
 #: what says where spans and checkpoints are exported to: each target's own
 _EXPORT_ENVIRONMENT: Final = (
@@ -45,6 +49,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, identity: Mapping[str, str | int] | None = None) -> None:
         self._sock = sock
+        self._unread = bytearray(_NO_BYTES)  # what is waiting, in bytes, as the kernel writes it
         self.lost = False
         self.acts = False
         """A violation ends more than the call that was refused (``on_violation``)."""
@@ -52,12 +57,15 @@ class Channel:
         """The id of this process's account, for other nodes."""
         self.quotas: dict[str, dict[str, float]] = {}
         """What the policy says of tokens and FLOPs, by scope."""
+        self.leases = False
+        """These limits hold on other nodes too."""
         self.identity: dict[str, str | int] = dict(identity or {})
 
     def take(self, answer: Mapping[str, Any]) -> None:
         """What the supervisor says of the policy that holds now."""
         self.acts = bool(answer["acts"])
         self.account, self.quotas = str(answer["account"]), dict(answer["quotas"])
+        self.leases = bool(answer["leases"])
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -125,10 +133,10 @@ class Channel:
 
     def warnings(self) -> list[str]:
         """What the supervisor has to say unasked: limits that are almost reached. Never waits, never raises."""
-        waiting, found = bytearray(_NO_BYTES), []
+        found: list[str] = []
         try:
             # Asked at the end of every call, and mostly in vain: a receive that fails costs ten times as much.
-            while fcntl.ioctl(self._sock, termios.FIONREAD, waiting) == 0 and waiting != _NO_BYTES:
+            while fcntl.ioctl(self._sock, termios.FIONREAD, self._unread) == 0 and self._unread != _NO_BYTES:
                 received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
                 if received is None:
                     break
@@ -185,18 +193,22 @@ class Summons:
     """
 
     def __init__(self, *, starts: int = 0, supervise: boot.Main | None = None) -> None:
-        self._path = rendezvous.socket_path()
         self._starter: int | None = None
-        self._sock = rendezvous.connect(self._path)
-        if self._sock is None:
-            with rendezvous.start_lock(self._path):
-                self._sock = rendezvous.connect(self._path)  # somebody else may have been quicker
-                if self._sock is None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while (sock := rendezvous.connect()) is None:
+            listener = rendezvous.bind()
+            if listener is not None:
+                with listener:
                     if supervise is not None and boot.may_fork():
-                        self._starter = boot.fork(self._path, starts, supervise)
+                        self._starter = boot.fork(listener, starts, supervise)
                     else:
-                        self._starter = boot.spawn(self._path, starts)
-                    self._sock = rendezvous.connect(self._path)
+                        self._starter = boot.spawn(listener, starts)
+                    sock = rendezvous.connect()
+                break
+            if time.monotonic() >= deadline:
+                raise NotEnforced(["supervisor"], "one that lets nobody in does not end")
+            time.sleep(_LOOK_S)  # one is leaving, or about to listen
+        self._sock = sock
 
     def connect(self) -> Channel:
         """The channel. Call once. Raises NotEnforced: the supervisor could not be started."""
@@ -211,7 +223,7 @@ class Summons:
             if status != 0:
                 sock = None
         if sock is None:
-            log = rendezvous.log_path(self._path)
+            log = rendezvous.log_path()
             raise NotEnforced(["supervisor"], f"no supervisor can be started; its log is {log}")
         return Channel(sock)
 

@@ -126,6 +126,7 @@ def _enter_as(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess |
             known.take(known.request({"op": "tighten", "policy": wire}))
             _policies.append(wire)
             _take_over(wire)
+            _hook_libraries()
             return known
         channel = _enter(wire, identity, cluster)
         _policies.append(wire)
@@ -133,9 +134,13 @@ def _enter_as(wire: dict[str, Any], identity: Identity, cluster: ClusterAccess |
     install_carriers()
     install_audit()
     _take_over(wire)
+    _hook_libraries()
+    return channel
+
+
+def _hook_libraries() -> None:
     for name in _INTEGRATIONS:
         importlib.import_module(name).install()
-    return channel
 
 
 def _take_over(wire: Mapping[str, Any]) -> None:

@@ -101,9 +101,9 @@ def _quotas(given: object) -> carry.Quotas:
     if not isinstance(given, (list, tuple)):
         raise PolicyError("context.quotas", given, "a list")
     for entry in given:
-        if not (isinstance(entry, (list, tuple)) and len(entry) == 3 and isinstance(entry[2], Mapping)):
-            raise PolicyError("context.quotas", entry, "a scope, its id and its limits")
-    return tuple((str(scope), str(name), dict(limits)) for scope, name, limits in given)
+        if not (isinstance(entry, (list, tuple)) and len(entry) == 4 and isinstance(entry[3], Mapping | None)):
+            raise PolicyError("context.quotas", entry, "a scope, its id, its account and its limits")
+    return tuple((str(scope), str(name), str(home), limits) for scope, name, home, limits in given)
 
 
 class attach:  # noqa: N801 - used as a function

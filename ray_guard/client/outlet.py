@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ray_guard.client import channel as _channel
+from ray_guard.client.carry import Quotas
 from ray_guard.client.spans import clean_text, to_json, warn_once
 from ray_guard.errors import SupervisorLost
 
@@ -43,14 +44,18 @@ class Outlet:
 
     __slots__ = ("_send", "binding", "identity", "identity_json", "wire")
 
-    @property
-    def account(self) -> str:
-        return str(getattr(self.wire, "account", ""))
-
-    def quota(self, scope: str) -> Mapping[str, float]:
+    def limits(self, scope: str) -> Mapping[str, float]:
         """What the policy says of tokens and FLOPs in that scope."""
-        limits: Mapping[str, float] = getattr(self.wire, "quotas", {}).get(scope, {})
-        return limits
+        found: Mapping[str, float] = getattr(self.wire, "quotas", {}).get(scope, {})
+        return found
+
+    def quota(self, scope: str, name: str, limits: Mapping[str, float]) -> Quotas:
+        """A limited scope, as other nodes are told of it."""
+        if not limits:
+            return ()
+        return (
+            (scope, name, getattr(self.wire, "account", ""), limits if getattr(self.wire, "leases", False) else None),
+        )
 
     def __init__(self, wire: Wire, *, binding: bool) -> None:
         self.wire = wire

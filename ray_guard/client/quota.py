@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from ray_guard.client.spans import new_span_id
 from ray_guard.client.verdicts import log_warnings
 from ray_guard.errors import SupervisorLost
 
-__all__ = ["QUOTAS", "Reservation", "reserve"]
+__all__ = ["QUOTAS", "Reservation", "announce_price", "reserve"]
 
 QUOTAS = ("tokens", "flops")
 """The limits that this is about."""
@@ -95,13 +95,17 @@ class Reservation:
             pass  # nobody is left to be told
 
 
-def reserve(*, tokens: int, flops: float | None = None, context: Mapping[str, Any] | None = None) -> Reservation:
+def reserve(
+    *, tokens: int, flops: float | None = None, context: Mapping[str, Any] | None = None, paid: str | None = None
+) -> Reservation:
     """Reserves what one request may use at most, in every scope that pays for it.
 
     Args:
         tokens: prompt and output together.
         flops: None: not known.
         context: who asks, as :func:`ray_guard.context` gives it; None: the current scope.
+        paid: what the request's header ``x-ray-guard-reservation`` says. The relay writes it where a tool has asked by
+            HTTP (``model_endpoint``) and is charged there with all around it: these are not charged again.
 
     Raises:
         BudgetExceeded: a scope has no room.
@@ -121,8 +125,25 @@ def reserve(*, tokens: int, flops: float | None = None, context: Mapping[str, An
         place = {name: getattr(where, name) for name in ("trace", "span", "call", "episode", "quotas")}
     key = new_span_id()
     log_warnings()
-    answer = line.request({"op": "reserve", "id": key, "tokens": tokens, "flops": flops, "place": place})
+    message = {"op": "reserve", "id": key, "tokens": tokens, "flops": flops, "place": place}
+    answer = line.request(message if paid is None else {**message, "paid": paid})
     return Reservation(line, key, tokens, flops, scope=str(answer.get("scope")), unknown=answer.get("unknown") is True)
+
+
+def announce_price(models: Iterable[str], *, per_token: float, per_context_token: float) -> None:
+    """Tells what a token of a model costs that this policy actor serves, so that calls of it by HTTP count FLOPs too.
+
+    Args:
+        models: the names that it is served under.
+        per_token: FLOPs of a token with an empty context.
+        per_context_token: more, for each token of its context.
+
+    Raises SupervisorLost.
+    """
+    line = channel.current()
+    if line is not None:
+        price = {"per_token": per_token, "per_context_token": per_context_token}
+        line.send({"op": "price", "models": list(models), **price})
 
 
 def _checked(tokens: int) -> int:

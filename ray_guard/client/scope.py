@@ -209,7 +209,7 @@ class Scope(Node):
     def _quotas_around(self, above: Node | None, where: Outlet | None) -> Quotas:
         if above is not None and not self.is_root:
             return above.quotas
-        return () if where is None else _quota("actor", where.account, where.quota("actor"))
+        return () if where is None else where.quota("actor", "", where.limits("actor"))
 
     def __enter__(self) -> Self:
         if self.entered:
@@ -350,7 +350,7 @@ class ToolCall(Scope):
         super()._locate(above, where, otel)
         self.call = self.span
         if where is not None:
-            self.quotas += _quota("call", self.span, where.quota("call"))
+            self.quotas += where.quota("call", self.span, where.limits("call"))
 
     def _hash(self) -> None:
         """Hashes the arguments, once, and only when somebody wants to know."""
@@ -435,11 +435,12 @@ class Episode(Scope):
 
     def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
         super()._locate(above, where, otel)
-        limits = dict(() if where is None else where.quota("episode"))
-        for kind, limit in (self._budget_wire or {}).items():
-            if kind in QUOTAS:
-                limits[kind] = min(limit, limits.get(kind, limit))
-        self.quotas += _quota("episode", self.span, limits)
+        if where is not None:
+            limits = dict(where.limits("episode"))
+            for kind, limit in (self._budget_wire or {}).items():
+                if kind in QUOTAS:
+                    limits[kind] = min(limit, limits.get(kind, limit))
+            self.quotas += where.quota("episode", self.span, limits)
 
     def _own_identity(self) -> dict[str, str | int]:
         kept = ("rl.run.id", "rl.iteration", "rl.policy.version")
@@ -575,10 +576,6 @@ class Chat(Scope):
 
     def _flops(self, tokens: int) -> int | None:
         return None if self._cost is None else self._cost.flops(tokens, 0)
-
-
-def _quota(scope: str, name: str, limits: Mapping[str, float]) -> Quotas:
-    return ((scope, name, limits),) if limits else ()
 
 
 def _number(value: object) -> int | str:

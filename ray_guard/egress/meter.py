@@ -7,11 +7,13 @@ cut late, by at most its rate times :data:`TICK_S`.
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 from ray_guard.egress.gate import Waiting
@@ -81,11 +83,14 @@ class Meter:
         diag: the kernel's counters.
         loop: the supervisor's event loop.
         told: called when the owners of all flows that have ended together were told.
+        borrows: the supervisor can take descriptors of its targets; else the processes that hold a flow which has
+            passed its cap are killed. (Few can: there what is capped goes by relay, but for the cluster's own flows.)
     """
 
-    def __init__(self, diag: SockDiag, loop: Waiting, told: Callable[[], None]) -> None:
+    def __init__(self, diag: SockDiag, loop: Waiting, told: Callable[[], None], *, borrows: bool = True) -> None:
         self._diag = diag
         self._loop = loop
+        self._borrows = borrows
         self._all_told = told
         self._threads = Threads()
         self._ended: list[Flow] = []
@@ -182,7 +187,10 @@ class Meter:
             if flow.local is None:
                 flow.local = counted.local()
             if not self._advance(flow, counted.sent, counted.received) and not flow.cut:
-                self.cut(flow)
+                if self._borrows:
+                    self.cut(flow)
+                else:
+                    self._kill_holders(flow)
 
     def _audit(self) -> None:
         """After lost events: what is neither live nor ended is charged what was last seen, and marked."""
@@ -201,18 +209,41 @@ class Meter:
         flow.cut = True
         if self._shut_down(flow, *flow.holder):
             return True
-        # The first holder has died or handed it on: to a descendant, else to an orphan that hangs on no tree of ours.
+        # The first holder has died or handed it on.
         inode = self._diag.inode(flow.cookie)
-        if inode:
-            for pid in (flow.root, *procfs.descendants(flow.root), *procfs.processes()):
-                held = procfs.sockets_of(pid).get(inode)
-                if held is not None and self._shut_down(flow, pid, held):
-                    return True
+        if any(self._shut_down(flow, pid, held) for pid, held in self._holders(flow, inode)):
+            return True
         log.warning("flow %d to %s:%d was not found (%.1f ms)", flow.cookie, flow.address, flow.port,
                     1e3 * (time.monotonic() - started))  # fmt: skip
         if inode and flow.cookie in self.flows:  # on its way from one process to another
             self._loop.later(_CUT_AGAIN_S, lambda: self._cut_again(flow))
         return False
+
+    @staticmethod
+    def _holders(flow: Flow, inode: int) -> Iterator[tuple[int, int]]:
+        """(process, descriptor) of those that hold the socket: its target's tree first, then an orphan of no tree."""
+        if inode:
+            for pid in (flow.root, *procfs.descendants(flow.root), *procfs.processes()):
+                held = procfs.sockets_of(pid).get(inode)
+                if held is not None:
+                    yield pid, held
+
+    def _kill_holders(self, flow: Flow) -> None:
+        """Nothing else ends a flow whose descriptor cannot be taken."""
+        inode = self._diag.inode(flow.cookie)
+        for pid, held in self._holders(flow, inode):
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                continue
+            try:
+                if pid != os.getpid() and os.readlink(f"/proc/{pid}/fd/{held}") == f"socket:[{inode}]":
+                    log.warning("process %d is killed: its flow to %s:%d cannot be cut", pid, flow.address, flow.port)
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            except OSError:
+                pass  # it has ended
+            finally:
+                os.close(pidfd)
 
     def _cut_again(self, flow: Flow) -> None:
         if flow.cookie in self.flows:

@@ -20,6 +20,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from ray_guard.kernel.landlock import DEVICE_ABI, SIGNAL_SCOPE_ABI, TRUNCATE_ABI
 from ray_guard.kernel.seccomp import ALLOW as RUN
 from ray_guard.kernel.seccomp import (
     NOTIFY,
@@ -47,6 +48,7 @@ _NO_FAMILY = refuse(errno.EAFNOSUPPORT)
 _NO_PROTOCOL = refuse(errno.EPROTONOSUPPORT)
 _NO_IOCTL = refuse(errno.ENOTTY)
 _NO_OPTION = refuse(errno.ENOPROTOOPT)
+_NO_ACCESS = refuse(errno.EACCES)
 
 _NEW_NAMESPACES = 0x7E020080  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET,TIME}
 _CLONE_NAMESPACES = 0x7E020000  # in clone(2) the bit of NEWTIME belongs to the exit signal
@@ -190,6 +192,9 @@ def _common() -> list[Rule]:
     return rules + _options() + _ioctls()
 
 
+_SIGNALLING: Final = ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
+_OPENING: Final = (("open", 1), ("openat", 2))
+"""Calls that open by path, and which argument says how."""
 _F_SETOWN, _F_SETOWN_EX = 8, 15
 _PRIO_USER, _IOPRIO_WHO_USER = 2, 3
 
@@ -273,12 +278,43 @@ def _bystanders() -> list[Rule]:
     return rules
 
 
+_O_ACCMODE, _O_TRUNC = 3, 0o1000
+_O_NEITHER = 3  # an access mode that asks for neither reading nor writing
+
+
+def _missing_from_landlock(version: int) -> list[Rule]:
+    """What the kernel's own Landlock does not judge yet. Who is signalled is judged by supervisor/signals.py."""
+    rules: list[Rule] = []
+    if version < SIGNAL_SCOPE_ABI:
+        rules += [
+            Rule("kill", RUN, (equals(0, 0),)),  # one's own group, which lies within the call
+            Rule("kill", _REFUSE, (equals(0, -1 & 0xFFFFFFFF),)),
+            *(Rule(name, NOTIFY) for name in _SIGNALLING),
+            Rule("pidfd_send_signal", _ABSENT),  # callers fall back to kill
+            Rule("fcntl", NOTIFY, (equals(1, _F_SETOWN), differs(2, 0))),
+            Rule("fcntl", refuse(errno.EINVAL), (equals(1, _F_SETOWN_EX),)),
+            # told to the leader, who ends a call by its process groups
+            Rule("setsid", NOTIFY),
+            Rule("setpgid", NOTIFY),
+        ]
+    if version < DEVICE_ABI:  # what is opened for neither needs no right before that, and takes ioctls
+        for name, at in _OPENING:
+            rules.append(Rule(name, _NO_ACCESS, (equals(at, _O_NEITHER, mask=_O_ACCMODE),)))
+        rules.append(Rule("openat2", _ABSENT))  # callers fall back to openat
+    if version < TRUNCATE_ABI:
+        rules.append(Rule("truncate", NOTIFY))
+        for name, at in _OPENING:  # opened for reading, and emptied all the same
+            rules.append(Rule(name, _NO_ACCESS, (equals(at, _O_TRUNC, mask=_O_TRUNC | _O_ACCMODE),)))
+    return rules
+
+
 def call_ring(
-    machine: str, *, borrows: bool = True, own_ipc: bool = True, gpu: bool = False
+    machine: str, *, landlock: int, borrows: bool = True, own_ipc: bool = True, gpu: bool = False
 ) -> tuple[Instruction, ...]:
     """The filter of a tool process and all it will ever start.
 
     Args:
+        landlock: which version of it the process will be in; what that does not judge is refused or notified here.
         borrows: see :func:`actor_ring`.
         own_ipc: each has System V IPC and message queues of its own; else there are none.
         gpu: it may use GPUs.
@@ -293,12 +329,13 @@ def call_ring(
         rules = _common() + _sockets(stream=NOTIFY, datagram=NOTIFY, netlink=NOTIFY)
         rules += _socket_pairs((STREAM, SEQPACKET)) + _streams_only()
     rules += [Rule(name, _REFUSE) for name in _FOREIGN_PROCESS]
-    rules += _bystanders()
+    rules += _bystanders() + _missing_from_landlock(landlock)
     if not own_ipc:
         rules += [Rule(name, _ABSENT) for name in _SHARED_IPC]
     # Observed and let through: what is executed, and how it ends. Not fork: interrupted by a signal it would fail.
     rules += [Rule(name, NOTIFY) for name in ("execve", "execveat", "exit_group")]
     rules += _files()
+    rules.append(Rule("ioctl", _REFUSE, (equals(1, 0x1B00, mask=0xFF00),)))  # RDMA verbs, by whatever descriptor
     if not gpu:
         rules += _no_gpu()
     return assemble(rules, machine)

@@ -33,8 +33,8 @@ from ray_guard.log import logger
 
 _FEATURE: Final = "evidence"
 _POSTPONED_LIMIT: Final = 1024
-_GROUP: Final = 64
-"""Records that are hashed together: many are cheaper than one, but calls wait for the loop."""
+_GROUP: Final = 256
+"""Records that wait to be hashed at most: that takes half a millisecond, and calls wait for the loop."""
 _AHEAD: Final = 1 << 20
 _SEAL_RESERVE: Final = 1 << 16
 
@@ -116,7 +116,8 @@ class Journal:
         except OSError:
             os.close(seal)
             raise
-        fcntl.flock(seal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell that it is being written
+            fcntl.flock(seal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         #: The log's name.
         self.log = name
         self._tree = Tree()
@@ -275,7 +276,7 @@ class Journal:
         self.size += len(data)
         self._chunks.append(data)
         if len(self._chunks) >= _GROUP:
-            self._hash()
+            self.hash()
 
     def _allocate(self, needed: int, reserve: int) -> None:
         """Has the file system set blocks aside behind the segment's end, so that it cannot be full for us there.
@@ -310,7 +311,8 @@ class Journal:
 
     # -- the seal ------------------------------------------------------------------------------------------------------
 
-    def _hash(self) -> None:
+    def hash(self) -> None:
+        """Takes what was written into the tree. To be called now and then when nobody waits."""
         lines = b"".join(self._chunks).split(b"\n")
         lines.pop()
         self._chunks.clear()
@@ -324,7 +326,7 @@ class Journal:
     @property
     def records(self) -> int:
         """In the log, all segments together."""
-        self._hash()
+        self.hash()
         return self._tree.size
 
     def cut(self, *, last: bool = False) -> Cut | None:
@@ -335,12 +337,12 @@ class Journal:
         with contextlib.suppress(JournalError):
             self.flush()
         self._weigh()
-        self._hash()
+        self.hash()
         if self._tree.size == self._cut_size and self._broken:
             descriptor = self._fd
             if self._rotate():
                 os.close(descriptor)
-                self._hash()
+                self.hash()
         if self._tree.size == self._cut_size and not last:
             return None
         leaves = bytes(self._leaves)
@@ -365,7 +367,7 @@ class Journal:
         if not self._broken and self.size < self.bounds.segment and not old:
             return False
         try:
-            segment = self._create(segment_name(self.log, self._number + 1))
+            segment = self._create_next()
         except OSError as error:
             log.warning("%s goes on: no new segment can be begun: %s", self.path, error.strerror)
             return False
@@ -376,26 +378,37 @@ class Journal:
         self._use(segment, max(0, found - self.size))
         return True
 
+    def _create_next(self) -> int:
+        """The next segment; names that somebody else has taken are passed over, and found by whoever verifies."""
+        while True:
+            try:
+                return self._create(segment_name(self.log, self._number + 1))
+            except FileExistsError:
+                self._number += 1
+
     def altered(self) -> str | None:
         """What somebody else has done to the segment since the last time, if anything; the next cut goes on in another.
 
         A look at its size and name: what was done to its content is for ``ray-guard verify`` to find.
         """
-        if self._broken:
-            return None
-        found = os.fstat(self._fd)
+        why = None if self._broken else self._changed(self._fd, self._segment, self.size)
+        self._broken = self._broken or why is not None
+        return why
+
+    def seal_altered(self) -> str | None:
+        """Likewise of its seal, while :meth:`seal` is not running; what follows belongs into another log."""
+        return self._changed(self._seal_fd, f"{self.log}{SEAL_SUFFIX}", self._seal_size)
+
+    def _changed(self, descriptor: int, name: str, size: int) -> str | None:
+        found = os.fstat(descriptor)
+        if found.st_size != size:
+            return f"{name}: it holds {found.st_size} bytes, and {size} were written"
         try:
-            named = os.stat(self._segment, dir_fd=self._folder_fd, follow_symlinks=False)
+            if os.path.samestat(found, os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)):
+                return None
         except OSError:
-            named = None
-        if found.st_size != self.size:
-            why = f"it holds {found.st_size} bytes, and {self.size} were written"
-        elif named is None or not os.path.samestat(found, named):
-            why = "it was removed, renamed or replaced"
-        else:
-            return None
-        self._broken = True
-        return f"{self._segment}: {why}"
+            pass
+        return f"{name}: it was removed, renamed or replaced"
 
     def renew(self) -> None:
         """Begins another log, because nobody is left who could seal this one; the new one's records vouch for it.

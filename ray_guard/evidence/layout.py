@@ -18,9 +18,11 @@ SCHEMA: Final = 1
 """Of segments and seals alike; each says it in its first line."""
 SHORT: Final = 8
 """Bytes of each record's leaf hash that stand in the seal: enough to say which line is not what was written."""
-
+BEFORE: Final = "ray_guard.journal.before"
+"""Names another log, in a line that vouches for it."""
 VOUCHES: Final = b'{"resourceSpans":[{"resource":{"attributes":[{"key":"ray_guard.journal.before",'
-"""How a line begins that vouches for another log. No target can have a line begin so."""
+"""How such a line begins. No target can have a line begin so."""
+
 _SEGMENT: Final = re.compile(r"(?P<log>.+)-(?P<number>[0-9]{6,})" + re.escape(SUFFIX))
 
 

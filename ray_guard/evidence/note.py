@@ -20,6 +20,7 @@ import binascii
 import re
 from typing import Final, NamedTuple
 
+from ray_guard.evidence.layout import log_of
 from ray_guard.evidence.merkle import sha256
 
 ORIGIN: Final = "ray_guard/"
@@ -39,7 +40,7 @@ class Key(NamedTuple):
 
     @property
     def id(self) -> bytes:
-        return sha256()(self.name.encode() + b"\n" + _ED25519 + self.public).digest()[:4]
+        return sha256()(self.name.encode("utf-8", "surrogatepass") + b"\n" + _ED25519 + self.public).digest()[:4]
 
     def __str__(self) -> str:
         return f"{self.name}+{self.id.hex()}+{base64.b64encode(_ED25519 + self.public).decode()}"
@@ -128,6 +129,8 @@ def _checkpoint(text: str) -> Checkpoint:
     for line in lines[3:]:
         word, *rest = line.split(" ")
         if word == "segment" and len(rest) == 2:
+            if log_of(rest[0]) is None:
+                raise BadNote(f"{rest[0]!r:.200} is not the name of a segment")
             segments.append((rest[0], _number(rest[1])))
         else:
             said[word] = rest
@@ -175,10 +178,11 @@ def verified(note: Note, key: Key) -> bool:
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+    text = note.text.encode("utf-8", "surrogatepass")
     for name, identifier, signature in note.signatures:
         if (name, identifier) == (key.name, key.id):
             try:
-                Ed25519PublicKey.from_public_bytes(key.public).verify(signature, note.text.encode())
+                Ed25519PublicKey.from_public_bytes(key.public).verify(signature, text)
             except InvalidSignature:
                 continue
             return True

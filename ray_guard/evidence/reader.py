@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 from ray_guard.errors import RayGuardError
-from ray_guard.evidence.layout import SUFFIX
+from ray_guard.evidence.layout import SUFFIX, log_of
 from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode
 from ray_guard.records import Attributes, Resource, Source, SpanRecord
 
@@ -139,6 +139,12 @@ def segments(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
         else:
             raise NotEvidence(str(given), "no such file or folder")
     return list(found)
+
+
+def segments_of(folder: Path, log: str) -> list[Path]:
+    """One log's, in order. Raises OSError."""
+    found = ((log_of(name), name) for name in os.listdir(folder))
+    return [folder / name for _, name in sorted((of[1], name) for of, name in found if of is not None and of[0] == log)]
 
 
 def open_segment(path: Path) -> BinaryIO:

@@ -21,13 +21,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final, Self
 
-from ray_guard.evidence.layout import SEAL_SUFFIX, VOUCHED_SUFFIX, log_of, unvouched
+from ray_guard.evidence.layout import BEFORE, SEAL_SUFFIX, VOUCHED_SUFFIX, unvouched
 from ray_guard.evidence.merkle import Tree
 from ray_guard.evidence.otlp import LineEncoder, NotOtlp, decode, resource_line
-from ray_guard.evidence.reader import open_segment, scan
+from ray_guard.evidence.reader import open_segment, scan, segments_of
 from ray_guard.records import AttributeValue, StatusCode
 
-BEFORE: Final = "ray_guard.journal.before"
 _IDS: Final = re.compile(rb'"spans":\[\{"traceId":"([0-9a-f]{32})","spanId":"([0-9a-f]{16})"')
 _TAIL: Final = 4 << 20
 _PATIENCE_S: Final = 2.0
@@ -85,7 +84,7 @@ class _Abandoned:
             about[f"{BEFORE}.checkpoint"] = note
         if note is None or "\nend\n" not in note:
             found = _Found()
-            for path in self._segments():
+            for path in segments_of(self._folder, self._log):
                 found.take(path)
             yield from found.ends(self._log)
             about[f"{BEFORE}.records"] = found.tree.size
@@ -93,12 +92,6 @@ class _Abandoned:
             about[f"{BEFORE}.torn_bytes"] = found.torn
             about[f"{BEFORE}.closed_spans"] = len(found.open)
         yield resource_line(about)
-
-    def _segments(self) -> list[Path]:
-        names = [
-            (found[1], name) for name in os.listdir(self._folder) if (found := log_of(name)) and found[0] == self._log
-        ]
-        return [self._folder / name for _, name in sorted(names)]
 
     def _last(self) -> tuple[str | None, str | None]:
         """Key and last checkpoint, as they stand there: whoever verifies will see whether they are good."""

@@ -48,6 +48,11 @@ def mounts() -> dict[str, tuple[str, str]]:
     return found
 
 
+def mount_points() -> tuple[str, ...]:
+    """Where hierarchies are mounted here."""
+    return tuple(dict.fromkeys(where for where, _ in mounts().values()))
+
+
 def move(pid: int, there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
     """Moves a process whose paths are ``here`` to ``there``; the hierarchies in which it could not be."""
     left = []

@@ -17,10 +17,14 @@ from ray_guard.kernel import libc
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
+REFER_ABI: Final = 2
+"""The interface version (Linux 5.19) from which renames and links between folders can be granted; before, none is."""
+TRUNCATE_ABI: Final = 3
+"""The interface version (Linux 6.2) from which truncating is judged."""
+DEVICE_ABI: Final = 5
+"""The interface version (Linux 6.10) from which ioctls of devices are judged."""
 SIGNAL_SCOPE_ABI: Final = 6
 """The interface version (Linux 6.12) from which signals can be scoped."""
-FILES_ABI: Final = 3
-"""The interface version (Linux 6.2) from which file rules hold: before it anything could be truncated."""
 
 
 class Fs(IntFlag):
@@ -136,21 +140,24 @@ class Ruleset:
 
 
 def enter_process_scope() -> None:
-    """From here on this thread, and what it will start, reach no process outside: no signal, ptrace, /proc/PID/mem.
+    """From here on this thread, and what it will start, reach no process outside: no ptrace, no /proc/PID/mem; and from
+    the sixth version on no signal.
 
-    What it starts may enter a scope within this one: it is reached from here, not the other way round. kill(-1) signals
-    the processes of this scope, and no others. Needs no_new_privs. Applies to the calling thread alone, so it is for a
-    single-threaded process.
+    What it starts may enter a scope within this one: it is reached from here, not the other way round. Where signals
+    are scoped, kill(-1) signals the processes of this scope, and no others. Needs no_new_privs. Applies to the calling
+    thread alone, so it is for a single-threaded process.
 
     Raises:
-        OSError: EINVAL where the kernel is older than Linux 6.12, ENOSYS or EOPNOTSUPP where it has no Landlock.
+        OSError: ENOSYS or EOPNOTSUPP where there is no Landlock.
     """
+    version = abi()
     # Every domain that judges files at all denies renames and links between folders in *each* layer that does not say
-    # otherwise: so this layer, which is not about files, has to.
-    ruleset = Ruleset(Fs.REFER, Scope.SIGNAL)
+    # otherwise: so this layer, which is not about files, has to. The first version has no word for it, and needs one.
+    right = Fs.REFER if version >= REFER_ABI else Fs.MAKE_BLOCK
+    ruleset = Ruleset(right, Scope.SIGNAL & known_scopes(version))
     try:
         root = os.open("/", os.O_PATH | os.O_CLOEXEC)
-        ruleset.allow(root, Fs.REFER)
+        ruleset.allow(root, right)
         os.close(root)
         ruleset.enter()
     finally:

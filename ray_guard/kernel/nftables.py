@@ -20,6 +20,7 @@ _REQUEST, _ACKNOWLEDGE, _EXCLUSIVE, _CREATE, _APPEND = 1, 4, 0x200, 0x400, 0x800
 _NESTED: Final = 0x8000
 _INET: Final = 1  # NFPROTO_INET
 _OWNER: Final = 2
+_TIMEOUT: Final = 0x10
 _OUTPUT: Final = 3  # NF_INET_LOCAL_OUT
 _ACCEPT, _DROP, _GOTO = 1, 0, -4
 _REGISTER: Final = 1
@@ -57,8 +58,14 @@ def _expression(name: str, *attributes: bytes) -> bytes:
     return _nested(1, _text(1, name), _nested(2, *attributes))
 
 
-def _cmp(value: bytes) -> bytes:
-    return _expression("cmp", _number(1, _REGISTER), _number(2, 0), _nested(3, _attribute(1, value)))
+def _cmp(value: bytes, *, equal: bool = True) -> bytes:
+    return _expression("cmp", _number(1, _REGISTER), _number(2, int(not equal)), _nested(3, _attribute(1, value)))
+
+
+def _transport(protocol: int, offset: int, size: int) -> bytes:
+    """It is of that protocol; loads ``size`` bytes of its header."""
+    is_it = _expression("meta", _number(1, _REGISTER), _number(2, 16)) + _cmp(bytes([protocol]))
+    return is_it + _expression("payload", _number(1, _REGISTER), _number(2, 2), _number(3, offset), _number(4, size))
 
 
 def in_group(level: int, groups: str) -> bytes:
@@ -70,15 +77,21 @@ def _lookup(name: str) -> bytes:
     return _expression("lookup", _text(1, name), _number(2, _REGISTER))
 
 
-def on_loopback() -> bytes:
-    return _expression("meta", _number(1, _REGISTER), _number(2, 9)) + _cmp(struct.pack("=H", 772))
+def off_loopback() -> bytes:
+    """It leaves this node."""
+    return _expression("meta", _number(1, _REGISTER), _number(2, 9)) + _cmp(struct.pack("=H", 772), equal=False)
+
+
+def in_connection() -> bytes:
+    """It is TCP and does not ask for a connection."""
+    asks = _nested(4, _attribute(1, b"\x12")), _nested(5, _attribute(1, b"\0"))
+    masked = _expression("bitwise", _number(1, _REGISTER), _number(2, _REGISTER), _number(3, 1), *asks)
+    return _transport(socket.IPPROTO_TCP, 13, 1) + masked + _cmp(b"\x02", equal=False)
 
 
 def to_port(protocol: int, ports: str) -> bytes:
     """It goes to a port that set ``ports`` holds, by that transport protocol (``socket.IPPROTO_…``)."""
-    transport = _expression("meta", _number(1, _REGISTER), _number(2, 16)) + _cmp(bytes([protocol]))
-    load = _expression("payload", _number(1, _REGISTER), _number(2, 2), _number(3, 2), _number(4, 2))
-    return transport + load + _lookup(ports)
+    return _transport(protocol, 2, 2) + _lookup(ports)
 
 
 def _verdict(*code: bytes) -> bytes:
@@ -122,8 +135,8 @@ class Table:
             raise
 
     def set_of(self, name: str, key: tuple[int, int], number: int) -> Message:
-        """A set of keys (GROUP, PORT). ``number``: none other of the same commit has it."""
-        parts = _text(1, self.name), _text(2, name), _number(3, 0), _number(4, key[0]), _number(5, key[1])
+        """A set of keys (GROUP, PORT) for good or for a while. ``number``: none other of the same commit has it."""
+        parts = _text(1, self.name), _text(2, name), _number(3, _TIMEOUT), _number(4, key[0]), _number(5, key[1])
         return _NEW_SET, _CREATE, b"".join((*parts, _number(10, number)))
 
     def chain(self, name: str, *, at_output: bool) -> Message:
@@ -141,14 +154,16 @@ class Table:
             _text(1, self.name) + _text(2, chain) + _nested(4, *expressions),
         )
 
-    def add(self, name: str, keys: Iterable[bytes]) -> Message:
-        return _NEW_ELEMENT, _CREATE, self._elements(name, keys)
+    def add(self, name: str, keys: Iterable[bytes], *, seconds: int = 0) -> Message:
+        """``seconds``: how long they are in it; 0: until they are removed."""
+        return _NEW_ELEMENT, _CREATE, self._elements(name, keys, seconds)
 
     def remove(self, name: str, keys: Iterable[bytes]) -> Message:
         return _DELETE_ELEMENT, 0, self._elements(name, keys)
 
-    def _elements(self, name: str, keys: Iterable[bytes]) -> bytes:
-        elements = [_nested(1, _nested(1, _attribute(1, key))) for key in keys]
+    def _elements(self, name: str, keys: Iterable[bytes], seconds: int = 0) -> bytes:
+        ends = _attribute(4, struct.pack(">Q", 1000 * seconds)) if seconds else b""
+        elements = [_nested(1, _nested(1, _attribute(1, key)), ends) for key in keys]
         return _text(1, self.name) + _text(2, name) + _nested(3, *elements)
 
     def commit(self, messages: Sequence[Message]) -> None:

@@ -186,8 +186,9 @@ def _pidfd_getfd() -> Feature | str:
     return Feature(
         "pidfd_getfd",
         Status.PARTLY,
-        "refused (CAP_SYS_PTRACE is missing): the supervisor makes the sockets itself; no udp:// destinations, "
-        "no byte caps, and sockets from before the guard cannot be connected",
+        "refused (CAP_SYS_PTRACE is missing): the supervisor makes the sockets itself; no udp:// destinations; what is "
+        "capped goes by relay, and who holds a flow of the cluster past its cap is killed; a socket from before the "
+        "guard, or one that was connected, cannot be connected again",
     )
 
 
@@ -265,33 +266,48 @@ def _own_ipc() -> Feature | str:
     return Feature("ipc.own", Status.PARTLY, "no CAP_SYS_ADMIN: tools have no System V IPC and no message queues")
 
 
-def _landlock() -> str:
+_NO_LANDLOCK: Final = "no Landlock (Linux 5.13 and the boot option lsm= may bring it, or the container's profile)"
+
+
+def _landlock() -> Feature | str:
     abi = landlock.abi()
-    if abi < landlock.SIGNAL_SCOPE_ABI:
-        raise OSError(
-            errno.ENOSYS, f"Landlock ABI {abi}: Linux 6.12 is needed to keep a tool's signals within its call"
-        )
+    if abi == 0:
+        raise OSError(errno.ENOSYS, f"{_NO_LANDLOCK}: every tool is refused")
     _in_child(_enter_scope)
+    if abi < landlock.SIGNAL_SCOPE_ABI:
+        return Feature(
+            "landlock.signal_scope",
+            Status.PARTLY,
+            f"ABI {abi} (Linux 6.12 scopes signals): the supervisor judges and sends a tool's signals; kill(-1) and "
+            "pidfd_send_signal are refused",
+        )
     return f"ABI {abi}: a tool's signals stay within its call"
 
 
-def _files() -> str:
+def _files() -> Feature | str:
     """A child is granted one folder: it reads there, and neither reads, writes nor truncates outside."""
     abi = landlock.abi()
-    if abi < landlock.FILES_ABI:
-        raise OSError(errno.ENOSYS, f"Landlock ABI {abi}: Linux 6.2 is needed to keep files from being truncated")
+    if abi == 0:
+        raise OSError(errno.ENOSYS, _NO_LANDLOCK)
     with tempfile.TemporaryDirectory() as granted, tempfile.TemporaryDirectory() as other:
         for folder in (granted, other):
             with open(f"{folder}/file", "w") as file:
                 file.write("content")
         _in_child(lambda: _try_files(granted, other))
-    return f"ABI {abi}: tools see the files they are granted"
+    if abi >= landlock.TRUNCATE_ABI:
+        return f"ABI {abi}: tools see the files they are granted"
+    limits = "the supervisor judges truncate(2)"
+    if abi < landlock.REFER_ABI:
+        limits += ", and nothing is renamed or linked from one folder to another (EXDEV)"
+    return Feature("landlock.files", Status.PARTLY, f"ABI {abi} (Linux 6.2 judges truncation): {limits}")
 
 
 def _try_files(granted: str, other: str) -> None:
     abi = landlock.abi()
     ruleset = landlock.Ruleset(landlock.known_rights(abi), landlock.known_scopes(abi))
     ruleset.allow(os.open(granted, os.O_PATH), landlock.Fs.READ_FILE)
+    if abi < landlock.TRUNCATE_ABI:  # what a tool's filter adds; there the supervisor answers instead
+        seccomp.stack_on_thread(seccomp.assemble([Rule("truncate", seccomp.refuse(errno.EACCES))], MACHINE))
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     ruleset.enter()
     os.close(os.open(f"{granted}/file", os.O_RDONLY))

@@ -7,8 +7,9 @@ import functools
 import os
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
+_SHARES: Final = (b"\nPss:", b"\nPss_Shmem:")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -75,11 +76,26 @@ def resident(pid: int) -> int:
     return int(fields[1]) * _PAGE if fields else 0
 
 
-def resident_share(pid: int) -> int:
-    """Bytes of resident memory with what is shared divided among its users: exact over a tree, and slow to ask for."""
+class Share(NamedTuple):
+    """Resident memory, what is shared divided among its users. ``shared_memory``: the part of it in files in memory."""
+
+    bytes: int
+    shared_memory: int
+
+
+def resident_share(pid: int) -> Share:
+    """Bytes: exact over a tree, and slow to ask for."""
     data = _content(f"/proc/{pid}/smaps_rollup", 4096)
-    at = data.find(b"\nPss:")
-    return int(data[at + 5 :].split()[0]) * 1024 if at >= 0 else resident(pid)
+    found = [int(data[at:].split(None, 2)[1]) * 1024 for key in _SHARES if (at := data.find(key)) >= 0]
+    return Share(*found) if len(found) == len(_SHARES) else Share(resident(pid), 0)
+
+
+def descriptors(pid: int) -> list[str]:
+    """Its numbers; empty where it is gone, or not ours to read."""
+    try:
+        return os.listdir(f"/proc/{pid}/fd")
+    except _GONE:
+        return []
 
 
 def peak_resident(pid: int) -> int:
@@ -200,6 +216,16 @@ def mounted_device(descriptor: int, other: int) -> int | None:
                     major, minor = fields[2].split(b":")
                     return int(major) << 20 | int(minor)
     return None
+
+
+def kinship() -> dict[int, tuple[int, int]]:
+    """(parent, process group) of every process."""
+    found: dict[int, tuple[int, int]] = {}
+    for pid in processes():
+        fields = _stat_fields(pid)
+        if fields is not None:
+            found[pid] = (int(fields[1]), int(fields[2]))
+    return found
 
 
 def processes() -> Iterator[int]:

@@ -1,26 +1,28 @@
 """Where the supervisor of this node, user and set of namespaces is found. Runs in target and supervisor.
 
-The socket is bound by whoever needs a supervisor first and handed to the new one, so that connecting never races with
-its start. A lock file keeps two from starting at once.
+At an abstract unix address: no confined process may bind or connect one, so none can take the supervisor's place. (A
+socket in a folder could be moved away, and another put there, by any actor of the same user: nothing judges what its
+own process does to files.) Whoever binds the address starts the supervisor, and hands the listening socket to it: so
+two are never started at once, connecting never races with the start, and nothing is left of one that has died.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
+from typing import Final
 
 from ray_guard import __version__
 from ray_guard.errors import NotEnforced
 
-_NAMESPACES = ("net", "pid", "mnt", "user")
+_NAMESPACES: Final = ("net", "pid", "mnt", "user")
 
 
 def folder() -> str:
-    """The folder of this user's supervisors, made if it is missing.
+    """The folder of this user's supervisors (their logs), made if it is missing.
 
     Raises:
         NotEnforced: somebody else made it, or can write into it.
@@ -37,47 +39,59 @@ def folder() -> str:
     return path
 
 
-def socket_path() -> str:
-    """One name per version and set of namespaces: a supervisor can neither judge nor connect for another set."""
-    numbers = "-".join(str(os.stat(f"/proc/self/ns/{name}").st_ino) for name in _NAMESPACES)
-    return f"{folder()}/{__version__}-{numbers}.sock"
+def name() -> str:
+    """One per version and set of namespaces: a supervisor can neither judge nor connect for another set."""
+    numbers = (str(os.stat(f"/proc/self/ns/{each}").st_ino) for each in _NAMESPACES)
+    return "-".join((__version__, *numbers))
 
 
-def log_path(path: str) -> str:
-    """The log of the supervisor whose socket is ``path``."""
-    return path.removesuffix(".sock") + ".log"
+def log_path() -> str:
+    """The log of this user's and namespaces' supervisor."""
+    return f"{folder()}/{name()}.log"
 
 
-@contextmanager
-def start_lock(path: str) -> Iterator[None]:
-    """Held while a supervisor is looked for and started."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path.removesuffix(".sock") + ".lock", flags, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def address() -> str:
+    """Where the supervisor listens."""
+    return f"\0ray_guard/{os.getuid()}/{name()}"
 
 
-def bind(path: str) -> socket.socket:
-    """A listening socket at ``path``, replacing what a dead supervisor left there. Call under :func:`start_lock`."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
+def bind() -> socket.socket | None:
+    """A listening socket for a new supervisor; None: somebody else has it."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(path)
-    listener.listen(128)
+    try:
+        listener.bind(address())
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
     return listener
 
 
-def connect(path: str) -> socket.socket | None:
-    """A connection to the supervisor at ``path``; None: there is none."""
+def leave(listener: socket.socket) -> None:
+    """Nobody is let in any more but who has come already; once it is closed, another supervisor may be started."""
+    listener.shutdown(socket.SHUT_RD)
+
+
+def connect() -> socket.socket | None:
+    """A connection to the supervisor; None: there is none (or it is about to leave, or to come).
+
+    Raises:
+        NotEnforced: another user, or somebody in another container, listens in its place.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        sock.connect(path)
-    except (FileNotFoundError, ConnectionRefusedError):
+        sock.connect(address())
+    except ConnectionRefusedError:
         sock.close()
         return None
+    except OSError as error:
+        sock.close()
+        raise NotEnforced(["supervisor"], f"it cannot be reached: {error.strerror}") from error
+    pid, uid = struct.unpack_from("=II", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if uid != os.getuid() or pid == 0:
+        sock.close()
+        whom = f"process {pid} of user {uid}" if pid else f"user {uid}, in another container,"
+        raise NotEnforced(["supervisor"], f"{whom} listens at its address (@{address()[1:]}): end it")
     return sock

@@ -30,14 +30,14 @@ class BadPacket(ValueError):
     """What arrived is no message of ours."""
 
 
-def send(sock: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+def send(sock: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = (), flags: int = 0) -> None:
     """Sends one message. Raises OSError (EPIPE, EMSGSIZE …) as sendmsg(2) does."""
     packet = _encode(message).encode()
     if not descriptors:
-        sock.send(packet, _NOSIGNAL)
+        sock.send(packet, _NOSIGNAL | flags)
         return
     passed = array.array("i", descriptors)
-    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed.tobytes())], _NOSIGNAL)
+    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed.tobytes())], _NOSIGNAL | flags)
 
 
 def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[int]] | None:

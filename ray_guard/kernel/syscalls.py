@@ -22,7 +22,7 @@ prlimit64 302 name_to_handle_at 303 open_by_handle_at 304 clock_adjtime 305 send
 310 process_vm_writev 311 kcmp 312 finit_module 313 sched_setattr 314 seccomp 317 kexec_file_load 320 bpf 321 execveat
 322 userfaultfd 323 fcntl 72 chmod 90 fchmod 91 chown 92 fchown 93 lchown 94 utime 132 setxattr 188 lsetxattr 189
 fsetxattr 190 removexattr 197 lremovexattr 198 fremovexattr 199 utimes 235 fchownat 260 futimesat 261 fchmodat 268
-utimensat 280 setgroups 116 setresgid 119
+utimensat 280 open 2 truncate 76 setpgid 109 setsid 112 openat 257 setgroups 116 setresgid 119
 """
 _AARCH64 = """
 socket 198 socketpair 199 bind 200 listen 201 connect 203 sendto 206 setsockopt 208 sendmsg 211 clone 220 execve 221
@@ -36,13 +36,13 @@ perf_event_open 241 fanotify_init 262 prlimit64 261 name_to_handle_at 264 open_b
 shmat 196 clock_adjtime 266 sendmmsg 269 setns 268 process_vm_readv 270 process_vm_writev 271 kcmp 272 finit_module
 273 sched_setattr 274 seccomp 277 kexec_file_load 294 bpf 280 execveat 281 userfaultfd 282 fcntl 25 setxattr 5
 lsetxattr 6 fsetxattr 7 removexattr 14 lremovexattr 15 fremovexattr 16 fchmod 52 fchmodat 53 fchownat 54 fchown 55
-utimensat 88 setgroups 159 setresgid 149
+utimensat 88 truncate 45 openat 56 setpgid 154 setsid 157 setgroups 159 setresgid 149
 """
 _EVERYWHERE = """
 pidfd_send_signal 424 io_uring_setup 425 io_uring_enter 426 io_uring_register 427 open_tree 428 move_mount 429 fsopen
 430 fsconfig 431 fsmount 432 fspick 433 pidfd_open 434 clone3 435 close_range 436 pidfd_getfd 438 process_madvise 440
 mount_setattr 442 quotactl_fd 443 landlock_create_ruleset 444 landlock_add_rule 445 landlock_restrict_self 446
-process_mrelease 448 fchmodat2 452 setxattrat 463 removexattrat 466 open_tree_attr 467 file_setattr 469
+process_mrelease 448 fchmodat2 452 setxattrat 463 removexattrat 466 open_tree_attr 467 file_setattr 469 openat2 437
 """
 
 

@@ -17,7 +17,7 @@ A scope that ends before its bill is settled gives back what the bill holds ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ray_guard.policy.budgets import Account, Amount, Exceeded, Limits, charged_amounts
 
@@ -27,13 +27,15 @@ class Bill:
 
     Args:
         payers: each pays, and every scope around each.
+        besides: whom somebody else has charged already.
 
     Raises:
         ValueError: one of them is closed.
     """
 
-    def __init__(self, payers: Iterable[Account]) -> None:
-        self.payers = tuple(dict.fromkeys(node for payer in payers for node in payer._upwards()))
+    def __init__(self, payers: Iterable[Account], *, besides: Collection[Account] = ()) -> None:
+        charged = dict.fromkeys(node for payer in payers for node in payer._upwards())
+        self.payers = tuple(node for node in charged if node not in besides)
         for node in self.payers:
             if node.closed:
                 raise ValueError(f"{node.scope.value} {node.source} is closed")

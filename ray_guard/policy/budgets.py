@@ -185,6 +185,8 @@ class Account:
         self._elsewhere: dict[str, Amount] = {}
         self._others: dict[str, Amount] = {}
         self._warned: set[str] = set()
+        self._brink: dict[str, Amount] = {}
+        """By kind, from where on a limit of this scope is almost reached, until that was told."""
         self.near: Callable[[Near], None] = lambda _near: None
         """Told when a limit of this scope is almost reached. It must not raise."""
         self._refused = 0
@@ -199,6 +201,8 @@ class Account:
             parent is None or parent.free
         )
         """Neither this scope nor one around it limits connections or bytes, and none is barred."""
+        if self._limits or self._watched:
+            self._look_out()
         self._children: dict[Account, None] = {}
         self._bills: dict[Bill, None] = {}
         """What is held here by several paths together."""
@@ -246,18 +250,13 @@ class Account:
         """This scope's own enforced limits."""
         return dict(self._limits)
 
-    def own_room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
-        """:meth:`room` as far as this scope alone is concerned."""
-        limit = self.limit(kind)
-        return UNLIMITED if limit is UNLIMITED else max(0, limit - self._taken(kind))
-
     def room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
         """What may still be reserved: the least room of this scope and those around it; never negative."""
         _known(kind)
         least: Amount | Literal[Unlimited.UNLIMITED] = UNLIMITED
         for node in self._upwards():
-            own = node.own_room(kind)
-            if own is not UNLIMITED:
+            if kind in node._limits:
+                own = max(0, node._limits[kind] - node._taken(kind))
                 least = own if least is UNLIMITED else min(least, own)
         return least
 
@@ -368,6 +367,7 @@ class Account:
             _known(kind)
         self._limits = tightest(self._limits, limits)
         self._watched = tightest(self._watched, watched)
+        self._look_out()
         if any(kind in NETWORK_KINDS for kind in (*limits, *watched)):
             self._watch_network()
 
@@ -385,6 +385,7 @@ class Account:
         """
         self._elsewhere[_known(kind)] = _amount(elsewhere)
         self._others[kind] = _amount(others)
+        self._look_out()
         self._warn(kind, self._used.get(kind, 0))
 
     @property
@@ -446,19 +447,27 @@ class Account:
 
     def _notice(self, kinds: Iterable[str]) -> None:
         """Warns of what is almost used up, here and in the scopes around."""
-        for node in self._upwards():
-            if node._limits or node._watched:
+        node: Account | None = self
+        while node is not None:
+            if node._brink:  # on the path of every connect that is limited
                 for kind in kinds:
-                    node._warn(kind, node._held.get(kind, 0) if kind in _LEVELS else node._used.get(kind, 0))
+                    if kind in node._brink:
+                        node._warn(kind, (node._held if kind in _LEVELS else node._used).get(kind, 0))
+            node = node._parent
 
     def _warn(self, kind: str, value: Amount) -> None:
-        if kind in self._warned or not value:
-            return
-        value += self._others.get(kind, 0)
-        limits = [limits[kind] for limits in (self._limits, self._watched) if kind in limits]
-        if limits and value >= NEAR * min(limits):
+        if value and kind in self._brink and value >= self._brink[kind]:
+            del self._brink[kind]
             self._warned.add(kind)
-            self.near(Near(kind, value, min(limits), self.scope, self.source))
+            limit = min(limits[kind] for limits in (self._limits, self._watched) if kind in limits)
+            self.near(Near(kind, value + self._others.get(kind, 0), limit, self.scope, self.source))
+
+    def _look_out(self) -> None:
+        """What there is to warn of, now that limits have changed."""
+        limits = tightest(self._limits, self._watched)
+        self._brink = {
+            kind: NEAR * limit - self._others.get(kind, 0) for kind, limit in limits.items() if kind not in self._warned
+        }
 
     def _find(self, asked: list[tuple[str, Amount]]) -> Exceeded | None:
         """The first limit that ``asked`` would pass, enforced ones first, from this scope outwards."""

@@ -38,7 +38,7 @@ def _of(wire: Mapping[str, Any], *, exact: bool) -> Ceiling:
     egress = wire["egress"]
     if wire.get("mode") != Mode.ENFORCE.value or egress["listen"]:
         return Ceiling.OPEN
-    lowest = Ceiling.NOTHING
+    lowest = Ceiling.NOTHING if wire.get("model_endpoint") is None else Ceiling.GUARD
     for entry in egress["allow"]:
         rule = parse_rule(entry)
         if isinstance(rule, UnixRule | GroupRule):  # no packet, and not for tools

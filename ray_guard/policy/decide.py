@@ -51,8 +51,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 from ray_guard.errors import PolicyError
 from ray_guard.policy.budgets import (
     CONNECTIONS,
+    EGRESS,
     NETWORK_KINDS,
     NO_LIMITS,
+    RECEIVED,
+    SENT,
     Account,
     Exceeded,
     Limits,
@@ -234,6 +237,8 @@ class _Surroundings(NamedTuple):
     another socket later; hold an O_PATH descriptor of each, because a freed inode number is given out again."""
     ray_listen: frozenset[int] = frozenset()
     """Ports that Ray itself listens on in this actor's process."""
+    cuts: bool = True
+    """A flow that went direct can be cut. Where it cannot, what may have to be cut goes by relay."""
     names: Mapping[str, Collection[str]] = _NO_NAMES
     """For each address the canonical names that the guard's resolver gave it for, to this target; the latest first."""
 
@@ -813,9 +818,15 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
                 return Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
             if noticed is None:
                 noticed = Decision(Verdict.DENY, Reason.BUDGET, exceeded=exceeded)
-        if granted is not None and granted.reason is Reason.RULE and request.transport is Transport.TCP and usage.exact:
+        by_rule = granted is not None and granted.reason is Reason.RULE and request.transport is Transport.TCP
+        if granted is not None and by_rule and (usage.exact or (not surroundings.cuts and _may_be_cut(policy, usage))):
             granted = Decision(Verdict.ALLOW, Reason.RULE, granted.rule, Route.RELAY)
     return _concluded(granted if named is None or (granted is not None and granted.model) else named, noticed)
+
+
+def _may_be_cut(policy: CompiledPolicy, usage: Account) -> bool:
+    """Whether a flow may have to end before its time: at a byte cap, or with a scope that is ended for a violation."""
+    return usage.limits_any((EGRESS, SENT, RECEIVED)) or policy.on_violation != "deny"
 
 
 def _concluded(granted: Decision | None, noticed: Decision | None) -> Decision:

@@ -11,5 +11,6 @@ from ray_guard.supervisor import bystanders
 from ray_guard.supervisor.metadata import Metadata
 from ray_guard.supervisor.processes import Processes
 from ray_guard.supervisor.ring import Ring
+from ray_guard.supervisor.signals import Signals
 
-__all__ = ["Gate", "Metadata", "Processes", "Ring", "bystanders"]
+__all__ = ["Gate", "Metadata", "Processes", "Ring", "Signals", "bystanders"]

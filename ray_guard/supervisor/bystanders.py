@@ -23,14 +23,28 @@ _BY_KIND: Final = {"setpriority": 0, "ioprio_set": 1}
 """Calls whose first argument says whom the second one names: this number a process, the next one a process group."""
 
 
-def handlers(leader: int) -> Mapping[str, Handler]:
-    """For the gate of the call that process ``leader`` leads."""
+_LOOKS: Final = 3
+
+Within = Callable[[int], bool]
+"""Whether a process, or thread, is the call's."""
+
+
+def within(leader: int) -> Within:
+    """For the call that process ``leader`` leads."""
 
     def is_within(tid: int) -> bool:
-        # All that a call starts descends from its leader, which adopts what has lost its parents.
+        # All that a call starts descends from its leader, which adopts what has lost its parents: that may happen just
+        # while they are looked up.
         pid = procfs.thread_group(tid)
-        return pid is not None and pid != leader and procfs.is_in_tree(pid, leader)
+        if pid is None or pid == leader:
+            return False
+        return any(procfs.is_in_tree(pid, leader) for _ in range(_LOOKS))
 
+    return is_within
+
+
+def handlers(is_within: Within) -> Mapping[str, Handler]:
+    """For the gate of a call."""
     by_pid = _answering(lambda call: _judged(is_within, call.arg0))
     found: dict[str, Handler] = dict.fromkeys(_BY_PID, by_pid)
     for name, process in _BY_KIND.items():
@@ -49,23 +63,23 @@ def _answering(judge: Callable[[Notification], int]) -> Handler:
     return handle
 
 
-def _judging_kind(is_within: Callable[[int], bool], process: int) -> Callable[[Notification], int]:
+def _judging_kind(is_within: Within, process: int) -> Callable[[Notification], int]:
     def judge(call: Notification) -> int:
         kind, who = call.arg0 & 0xFFFFFFFF, call.arg1 & 0xFFFFFFFF
         if kind == process:
             return 0 if who == 0 else _judged(is_within, who)
         if kind == process + 1:  # a group lies within one session, and a call's processes lead theirs
-            return 0 if who == 0 else _judged(is_within, _member(who))
+            return 0 if who == 0 else _judged(is_within, member(who))
         return errno.EPERM  # a user's processes are not the call's alone
 
     return judge
 
 
-def _judged(is_within: Callable[[int], bool], who: int) -> int:
+def _judged(is_within: Within, who: int) -> int:
     return 0 if is_within(who & 0xFFFFFFFF) else errno.EPERM
 
 
-def _member(group: int) -> int:
+def member(group: int) -> int:
     """A process of the group; 0, which is none, where there is no such group."""
     for pid in procfs.processes():
         try:

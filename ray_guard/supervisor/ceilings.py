@@ -29,6 +29,8 @@ from ray_guard.supervisor.leaf import Leaf, OwnLeaf, place
 
 VARIABLE: Final = "RAY_GUARD_NFTABLES"
 _SETS: Final = {Ceiling.NOTHING: "silent", Ceiling.GUARD: "guarded"}
+_LED_S: Final = 150
+"""Longer than the kernel tries to connect a socket."""
 _OUTPUT, _GUARDED, _DOORS = "output", "guard_only", "doors"
 
 
@@ -54,12 +56,14 @@ class Ceilings:
         self._table = table = Table(f"ray_guard-{os.getpid()}-{os.urandom(3).hex()}")
         sets = [table.set_of(name, nftables.GROUP, number) for number, name in enumerate(_SETS.values(), 1)]
         chains = [table.chain(_OUTPUT, at_output=True), table.chain(_GUARDED, at_output=False)]
+        accept, drop = nftables.accept(), nftables.drop()
         rules = [
-            *(
-                table.rule(_GUARDED, nftables.on_loopback(), nftables.to_port(protocol, _DOORS), nftables.accept())
-                for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
-            ),
-            table.rule(_GUARDED, nftables.drop()),
+            table.rule(_GUARDED, nftables.off_loopback(), drop),
+            # What is connected to the guard was led there, maybe to a port that is somebody else's by now.
+            table.rule(_GUARDED, nftables.in_connection(), accept),
+            table.rule(_GUARDED, nftables.to_port(socket.IPPROTO_TCP, _DOORS), accept),
+            table.rule(_GUARDED, nftables.to_port(socket.IPPROTO_UDP, _DOORS), accept),
+            table.rule(_GUARDED, drop),
         ]
         table.commit([*sets, table.set_of(_DOORS, nftables.PORT, len(sets) + 1), *chains, *rules])
 
@@ -99,6 +103,10 @@ class Ceilings:
         if more:
             self._table.commit([self._table.add(_DOORS, [struct.pack(">H", port) for port in more])])
             self._open |= more
+
+    def led(self, port: int) -> None:
+        """A socket is about to be led to that port of the guard's, for once. Raises OSError."""
+        self._table.commit([self._table.add(_DOORS, [struct.pack(">H", port)], seconds=_LED_S)])
 
     def close(self) -> None:
         self._table.close()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ray_guard.kernel import cgroup
 from ray_guard.log import logger
-from ray_guard.supervisor.leaf import Leaf, OwnLeaf, place
+from ray_guard.supervisor.leaf import PREFIX, Leaf, OwnLeaf, place
 
 log = logger("ray_guard.cgroups")
 
@@ -47,7 +47,9 @@ def follow(pid: int, born: Groups, requester: int) -> tuple[Leaf | None, tuple[s
         found = cgroup.paths(cgroup.read(pid))
     except OSError:
         return None, ()
-    wanted = dict(born.wanted)
+    # What has entered a group of ours below its requester's stays there.
+    own = {name for name, path in born.wanted.items() if found.get(name, "").startswith(f"{path.rstrip('/')}/{PREFIX}")}
+    wanted = {name: path for name, path in born.wanted.items() if not name or name not in own}
     moved = _new_leaf_below(wanted) if place() else None
     left = cgroup.move(pid, wanted, found)
     if left:

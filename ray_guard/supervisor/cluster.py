@@ -24,6 +24,8 @@ log = logger("ray_guard.cluster")
 
 REREAD_S: Final = 1.0
 """Least time between two readings: a target that sweeps addresses must not load the cluster's control plane."""
+END_S: Final = 2.0
+"""How long the helper has to do what it was asked last."""
 PATIENCE_S: Final = 3.0
 """How long a connect that missed waits for the reading it caused."""
 
@@ -132,7 +134,7 @@ class Directory:
         self._question.close()
         self._answers.close()
         try:
-            self._helper.wait(1.0)
+            self._helper.wait(END_S)
         except subprocess.TimeoutExpired:
             self._helper.kill()
             self._helper.wait()

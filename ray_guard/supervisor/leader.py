@@ -20,10 +20,12 @@ from ray_guard.kernel import landlock, libc, mounting, procfs, seccomp, seqpacke
 from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
+from ray_guard.supervisor.groups import Everybody, Groups, Scope
 
 KILL_PATIENCE_S: Final = 1.0
 """Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
 TERM_PATIENCE_S: Final = 1.0
+_REAPED_AT_ONCE: Final = 256
 
 
 def lead(
@@ -56,7 +58,8 @@ def lead(
                 raise OSError(errno.ESTALE, "what is to be covered changes all the time")
         except OSError as error:
             obstacle = ("files", "mounts", error)
-    # A domain of its own, with the tool's within: from here on kill(-1) means this call's processes, and no others.
+    # A domain of its own, with the tool's within: from here on kill(-1) means this call's processes, and no others
+    # (where signals are scoped).
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     try:
         landlock.enter_process_scope()
@@ -69,6 +72,7 @@ def lead(
 
 
 def _serve(line: socket.socket, wake: int, conceive: Callable[[], Embryo]) -> int:
+    scoped = landlock.abi() >= landlock.SIGNAL_SCOPE_ABI
     while True:
         embryo = conceive()
         if not embryo.announce(line):
@@ -80,7 +84,7 @@ def _serve(line: socket.socket, wake: int, conceive: Callable[[], Embryo]) -> in
         if received is None:
             return 0
         message, asking = received
-        call = _Call(line, wake, message)
+        call = _Call(line, wake, message, Scope() if scoped else Groups())
         if not call.run(embryo, asking) or not call.await_release():
             return 0
         if mounting.works():
@@ -100,9 +104,10 @@ def _unfit(line: socket.socket, fault: dict[str, Any]) -> int:
 class _Call:
     """One start, from its request to the death of its tree."""
 
-    def __init__(self, line: socket.socket, wake: int, request: dict[str, Any]) -> None:
+    def __init__(self, line: socket.socket, wake: int, request: dict[str, Any], everybody: Everybody) -> None:
         self._line = line
         self._wake = wake
+        self._everybody = everybody
         wall = request.get("wall_seconds")
         self._wall = None if wall is None else float(wall)
         self._keeps = request.get("survivors") == "keep"
@@ -202,7 +207,7 @@ class _Call:
                     return True
                 timed_out = True
                 limit = time.monotonic() + TERM_PATIENCE_S
-                self._signal_all(signal.SIGTERM)
+                self._everybody.signal(signal.SIGTERM)
         return timed_out
 
     def _obey(self) -> bool:
@@ -212,6 +217,9 @@ class _Call:
         except (OSError, seqpacket.BadPacket):
             return False
         operation = None if received is None else received[0].get("op")
+        if received is not None and operation == "group":
+            self._everybody.add(int(received[0]["number"]))
+            return True
         if received is None or operation != "signal":
             self._released = operation == "again"
             return operation == "go"
@@ -223,8 +231,11 @@ class _Call:
         return True
 
     def _reap(self) -> bool:
-        """Takes in what has ended; whether any child is left. Orphans of the call are children too."""
-        while True:
+        """Takes in what has ended; whether any child is left. Orphans of the call are children too.
+
+        Not more at once than there is time for: a swarm may leave them quicker than they are taken in.
+        """
+        for _ in range(_REAPED_AT_ONCE):
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
@@ -235,25 +246,21 @@ class _Call:
             self._peak_memory = max(self._peak_memory, usage.ru_maxrss * 1024)
             if pid == self._pid:
                 self._status = status
-
-    @staticmethod
-    def _signal_all(number: int) -> None:
-        """Signals every process of the call at once.
-
-        The kernel walks them under one lock that no fork can slip through, and the domain keeps everybody else out of
-        it. A list read from /proc does not work: processes that replace themselves are quicker than its reader.
-        """
-        try:
-            os.kill(-1, number)
-        except OSError:
-            pass  # ESRCH: nobody is left; EPERM: others exist, none of this call
+        return True
 
     def _end_all(self) -> list[int]:
         """Kills until nothing is left below this process; what cannot be killed in time is returned."""
         deadline = time.monotonic() + KILL_PATIENCE_S
+        told = False
         while self._reap():
             if time.monotonic() > deadline:
                 return [pid for pid in procfs.descendants(os.getpid()) if not procfs.is_zombie(pid)]
-            self._signal_all(signal.SIGKILL)
+            if self._everybody.grows:
+                if not told:
+                    told = True
+                    self._tell({"op": "ending"})  # from then on no process leaves its group
+                while select.select([self._line], [], [], 0)[0] and self._obey():
+                    pass
+            self._everybody.signal(signal.SIGKILL)
             time.sleep(0.0005)
         return []

@@ -66,15 +66,18 @@ class Leader:
         except OSError:
             pass
 
-    def prepare(self, descriptors: Sequence[int]) -> bool:
+    def prepare(self, descriptors: Sequence[int], *, joins: bool) -> bool:
         """Says what the tool will be: [memory file, view, working folder, its own …]; False: the leader has died.
 
         It is not executed before its notification is answered.
+
+        Args:
+            joins: the last descriptor is the entrance of a control group for it.
         """
         if self._embryo is None:
             return False
         try:
-            seqpacket.send(self._embryo, {"op": "prepare"}, descriptors)
+            seqpacket.send(self._embryo, {"op": "prepare", "joins": joins}, descriptors)
         except OSError:
             return False
         self.cancel()
@@ -84,6 +87,14 @@ class Leader:
         """Tells the leader what it is to lead."""
         self._started = True
         self.tell({**message, "op": "start"}, descriptors)
+
+    def announce(self, group: int) -> bool:
+        """Tells the leader of a process group; False: it could not be told now."""
+        try:
+            seqpacket.send(self._line, {"op": "group", "number": group}, flags=socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        return True
 
     def cancel(self) -> None:
         """What was not prepared will not be started."""

@@ -24,7 +24,7 @@ from typing import Final, NoReturn
 
 from ray_guard.kernel import cgroup, pidfd
 
-_PREFIX: Final = "ray_guard-"
+PREFIX: Final = "ray_guard-"
 _PATIENCE_S: Final = 5
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -34,7 +34,7 @@ def place() -> str:
     """The folder of this process's group, if leaves can be made in it; else empty. Tried, once."""
     try:
         own = cgroup.folder("", cgroup.paths(cgroup.read(os.getpid()))[""])
-        trial = f"{own}/{_name()}"
+        trial = f"{own}/{new_name()}"
         os.mkdir(trial)
         works = os.path.exists(f"{trial}/cgroup.kill")
         os.rmdir(trial)
@@ -43,12 +43,13 @@ def place() -> str:
     return own if works else ""
 
 
-def _name() -> str:
-    return _PREFIX + os.urandom(6).hex()
+def new_name() -> str:
+    """Of a group of ours: nobody else's is called that."""
+    return PREFIX + os.urandom(6).hex()
 
 
 def _is_name(name: str) -> bool:
-    number = name.removeprefix(_PREFIX)
+    number = name.removeprefix(PREFIX)
     return len(number) == 12 and number != name and not number.strip("0123456789abcdef")
 
 
@@ -125,7 +126,7 @@ class OwnLeaf(Leaf):
     """
 
     def __init__(self, parent: str) -> None:
-        super().__init__(f"{parent}/{_name()}")
+        super().__init__(f"{parent}/{new_name()}")
         os.mkdir(self.path)
         self.descriptor = os.open(self.path, _FOLDER)
         """Open, and so locked, as long as somebody owns it."""
@@ -167,11 +168,11 @@ def new() -> OwnLeaf | None:
         return None
 
 
-def sweep() -> None:
-    """Ends and removes the leaves beside one's own whose owner is gone: nobody holds their lock."""
-    if not place():
+def sweep(parent: str) -> None:
+    """Ends and removes the groups of ours in that folder whose owner is gone: nobody holds their lock."""
+    if not parent:
         return
-    with os.scandir(place()) as entries:
+    with os.scandir(parent) as entries:
         found = [entry.path for entry in entries if _is_name(entry.name)]
     for path in found:
         with contextlib.suppress(OSError):

@@ -94,9 +94,13 @@ class Lease:
         return 0 if limit is UNLIMITED else limit
 
     @property
+    def _leased(self) -> Amount:
+        return sum(self._part(number) for number in self._mine)
+
+    @property
     def _room(self) -> Amount:
-        room = self._account.own_room(self._kind)
-        return 0 if room is UNLIMITED else room
+        """What is left of that; negative where more was used before the limit came."""
+        return self._leased - self._account.used(self._kind) - self._account.held(self._kind)
 
     def _part(self, number: int) -> Amount:
         """How much a part is. Together they are the limit exactly."""
@@ -112,13 +116,12 @@ class Lease:
 
     def _spread(self) -> None:
         """Tells the account what of its limit may not be used here."""
-        mine = sum(self._part(number) for number in self._mine)
         others = max(0, self._parts - self._free - len(self._mine)) * self._limit / self._parts
-        self._account.spread(self._kind, elsewhere=max(0, self._limit - mine), others=others)
+        self._account.spread(self._kind, elsewhere=max(0, self._limit - self._leased), others=others)
 
     def lacks(self, amount: Amount) -> bool:
-        """Whether there is too little here, and perhaps more to be had."""
-        if self._room >= amount or len(self._mine) >= self._parts:
+        """Whether there is too little here (nothing at all, where ``amount`` is 0), and perhaps more to be had."""
+        if (self._mine and self._room >= amount) or len(self._mine) >= self._parts:
             return False
         return bool(self._free) or time.monotonic() - self._tried >= RETRY_S
 
@@ -246,7 +249,7 @@ class Leases:
         return [(lease, 0) for lease in leases.values() if not lease.known]
 
     def lacking(self, account: Account, amounts: Limits) -> list[tuple[Lease, Amount]]:
-        """Leases that are too small for ``amounts`` and may grow."""
+        """Leases of this scope alone that are too small for ``amounts`` and may grow."""
         leases = self._leases.get(account, {})
         asked = [(leases[kind], amount) for kind, amount in amounts.items() if kind in leases]
         return [(lease, amount) for lease, amount in asked if lease.lacks(amount)]

@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from ray_guard.compute import tree
+from ray_guard.compute import memory, tree
 from ray_guard.compute.ledger import Entry, Ledger
-from ray_guard.kernel import pidfd, procfs
+from ray_guard.kernel import pidfd
 from ray_guard.kernel.perf import TreeClock
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.supervisor.leaf import Leaf, LeafClock
+from ray_guard.supervisor.memory_group import MemoryGroup
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Waiting
@@ -102,7 +103,7 @@ class Limits:
         leader: the one above it.
         passed: told of each limit that was passed.
         living: the entries of all processes that live, given the numbers of those in the tree.
-        leaf: the control group they are all in; None: there is none.
+        leaf, pages: the control groups they are all in; None: there is none.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Limits:
         passed: Callable[[Exceeded], None],
         living: Callable[[list[int]], Iterable[Entry]],
         leaf: Leaf | None = None,
+        pages: MemoryGroup | None = None,
     ) -> None:
         self._loop = loop
         self._census = census
@@ -125,6 +127,7 @@ class Limits:
         self._living = living
         self._weighs, self._times = (account.limits_any((kind,)) for kind in (MEMORY, CPU))
         self._leaf = leaf
+        self._pages = pages
         self._clock = _clock(root, leaf) if self._times else None
         self.ledger = Ledger(bounds=self._times and self._clock is None)
         self.peak_memory = 0
@@ -190,11 +193,29 @@ class Limits:
         finally:  # one reading that fails is logged; that there is a next one must not hang on it
             self._loop.later(self._pause(), self._sample)
 
+    def look_last(self) -> None:
+        """The tree is dead: whether the kernel had to end some of it, unseen between two samples."""
+        if self._pages is not None and not self._over:
+            self._weigh_group(self._pages)
+
     def _weigh(self) -> None:
+        if self._pages is None:
+            self._weigh_tree()
+        else:
+            self._weigh_group(self._pages)
+
+    def _weigh_group(self, pages: MemoryGroup) -> None:
+        exceeded = self._hold(MEMORY, max(pages.resident(), pages.overrun()))
+        self.peak_memory = max(self.peak_memory, self._held[MEMORY])
+        if exceeded is not None:
+            self._tell(exceeded)
+
+    def _weigh_tree(self) -> None:
         pids = tree.members(self._leader)
-        exceeded = self._hold(MEMORY, sum(map(procfs.resident, pids)))
+        kept = memory.kept(pids)
+        exceeded = self._hold(MEMORY, memory.upper_bound(pids, kept))
         if exceeded is not None:  # what processes share was counted in each: to divide it among them takes longer
-            exceeded = self._hold(MEMORY, sum(map(procfs.resident_share, pids)))
+            exceeded = self._hold(MEMORY, memory.divided(pids, kept))
         self.peak_memory = max(self.peak_memory, self._held[MEMORY])
         if exceeded is not None:
             self._tell(exceeded)

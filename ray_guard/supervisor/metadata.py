@@ -1,5 +1,7 @@
 """chmod, chown, utime and xattr of a tool, which no Landlock judges: done on its behalf. Runs in the supervisor.
 
+So is truncate, where Landlock does not judge it (before its third version).
+
 What a path or descriptor means to the caller is pinned once; where it lies in what the call may write, the change is
 made to what was pinned, without a capability, so with the rights that the tool has itself. Elsewhere it is EPERM.
 """
@@ -41,6 +43,7 @@ class Metadata:
 
     def handlers(self) -> Mapping[str, Handler]:
         return {
+            "truncate": self._truncate,
             "chmod": self._chmod,
             "fchmod": self._fchmod,
             "fchmodat": self._fchmodat,
@@ -59,6 +62,12 @@ class Metadata:
             "lremovexattr": self._lremovexattr,
             "fremovexattr": self._fremovexattr,
         }
+
+    # -- size ----------------------------------------------------------------------------------------------------------
+
+    def _truncate(self, gate: Gate, n: Notification) -> None:
+        size = (n.arg1 ^ 1 << 63) - (1 << 63)
+        self._at_path(gate, n, _AT_FDCWD, n.arg0, lambda path: os.truncate(path, size))
 
     # -- mode ----------------------------------------------------------------------------------------------------------
 

@@ -10,17 +10,21 @@ supervisor gives it back with its own reservation, and does not charge again who
 
 from __future__ import annotations
 
+import math
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from ray_guard.egress.relay.model.admission import RELEASED, plan
+from ray_guard.egress.relay.model.admission import RELEASED, Plan, Price, plan
 from ray_guard.evidence.journal import JournalError
+from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
 from ray_guard.policy.bill import Bill
-from ray_guard.policy.budgets import Account, Exceeded
+from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded, Unlimited
 from ray_guard.policy.decide import Endpoint
 from ray_guard.policy.destination import canonical_address, is_address, is_loopback, parse_address
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord, StatusCode
+from ray_guard.supervisor import fields
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ log = logger("ray_guard.model_calls")
 RESERVATION: Final = "x-ray-guard-reservation"
 TOKENS: Final = "tokens"
 FLOPS: Final = "flops"
+_MODELS_LIMIT: Final = 64
 Message = dict[str, Any]
 _LOST: Final[Message] = {
     "status": None,
@@ -72,6 +77,8 @@ class _Call(NamedTuple):
     record: SpanRecord
     bill: Bill
     reserved: int
+    copies: int
+    price: Price | None
     word: str
 
 
@@ -86,66 +93,99 @@ class ModelCalls:
     """
 
     def __init__(self, ring: Ring, origin: Origin, span: str, model: Endpoint) -> None:
+        self._ring = ring
         self._target: Target = ring.target
         self._paid: dict[str, Paid] = ring.node.paid
         self._origin = origin
         self._span = span
         self._model = model
         self._where = f"http://{model[0]}:{model[1]}" if ":" not in model[0] else f"http://[{model[0]}]:{model[1]}"
+        self._asking: int | None = None
+        """The question that is not answered yet."""
         self._call: _Call | None = None
 
-    def heard(self, message: Message) -> Message | None:
-        """What the relay says of the dialogue; an answer, where it asks."""
-        operation = message["op"]
-        if operation == "ask":
-            try:
-                return {"op": "answer", "call": message["call"], **self._admit(message)}
-            except JournalError:
-                log.exception("a model call could not be journaled")
-                self._abandon()
-                return {
-                    "op": "answer",
-                    "call": message["call"],
-                    **_error(503, "server_error", "no evidence can be written"),
-                }
+    def heard(self, message: Message, answer: Callable[[Message], None]) -> None:
+        """What the relay says of the dialogue.
+
+        Args:
+            answer: takes the answer where it asks, now or a little later.
+        """
+        if message["op"] == "ask":
+            self._asked(message, answer)
+            return
         try:
-            if operation == "called":
+            if message["op"] == "called":
                 self._settle(message)
             else:
                 self._refused(message)
         except JournalError:
             log.exception("a model call could not be journaled")
-        return None
 
     # -- before --------------------------------------------------------------------------------------------------------
+
+    def _asked(self, message: Message, answer: Callable[[Message], None]) -> None:
+        number = self._asking = int(message["call"])
+
+        def admit() -> None:
+            if self._asking != number:
+                return  # it was given up meanwhile
+            self._asking = None
+            try:
+                answer({"call": number, **self._admit(message)})
+            except JournalError:
+                log.exception("a model call could not be journaled")
+                answer({"call": number, **_error(503, "server_error", "no evidence can be written")})
+
+        leases, price = self._ring.node.leases, self._price(message)
+        most = _plan(message, UNLIMITED).reserve
+        amounts: dict[str, Amount] = {TOKENS: most, FLOPS: 0 if price is None else price.flops(most)}
+        account = self._origin.account
+        payers = () if account.closed else Bill([account]).payers
+        lacking = [each for payer in payers for each in leases.lacking(payer, amounts)]
+        if lacking:
+            leases.wait(lacking, admit)
+        else:
+            admit()
+
+    def _price(self, message: Message) -> Price | None:
+        return self._ring.node.prices.get((self._target.run_id, str(message["model"])))
 
     def _admit(self, message: Message) -> Message:
         self._abandon()  # there is one at a time
         account = self._origin.account
         if account.closed or account.barred:
             return _error(403, "ended", "its call has ended: nothing more is granted to it")
-        bill = Bill([account])
+        bill, price = Bill([account]), self._price(message)
         room = account.room(TOKENS)
-        limited = account.limits_any((TOKENS,))
-        planned = plan(int(message["prompt"]), int(message["copies"]), message["output"], message["length"], room)
-        record = self._opened(message, planned.reserve if limited else None, planned.fill)
-        if (limiting := bill.limiting(FLOPS)) is not None:
+        if price is not None:
+            if (flops := account.room(FLOPS)) is not UNLIMITED:
+                affordable = price.tokens(flops)
+                room = affordable if room is UNLIMITED else min(room, affordable)
+            # An engine that says its price looks whether its job has room for one token, before it reads whose it is.
+            room = room if room is UNLIMITED else max(0, room - 1)
+        planned = _plan(message, room)
+        reserved = planned.reserve if account.limits_any((TOKENS, FLOPS)) else 0
+        record = self._opened(message, reserved, planned.fill)
+        if price is None and (limiting := bill.limiting(FLOPS)) is not None:
             text = f"the {limiting.scope.value} has a limit of {FLOPS}, and what this model costs is not known"
             self._target.write(_failed(record, FLOPS, text), self._origin.identity)
             self._target.violation(self._origin, record.span_id, FLOPS, reason="unmeasured", destination=self._where)
             return _error(429, "insufficient_quota", text)
-        reserved = planned.reserve if limited else 0
-        exceeded = bill.reserve({TOKENS: reserved})
+        exceeded = bill.reserve({TOKENS: reserved, FLOPS: 0 if price is None else price.flops(reserved)})
         if exceeded is not None:
             if not exceeded.report_only:
                 text = str(exceeded.error())
-                self._target.write(_failed(record, TOKENS, text), self._origin.identity)
+                self._target.write(_failed(record, exceeded.kind, text), self._origin.identity)
                 self._exceeded(record.span_id, exceeded)
                 return _error(429, "insufficient_quota", text)
             self._exceeded(record.span_id, exceeded)
         word = new_trace_id()
-        self._call = _Call(int(message["call"]), record, bill, reserved, word)
-        self._target.write(record, self._origin.identity)
+        try:
+            self._target.write(record, self._origin.identity, grants=True)
+        except JournalError:
+            bill.release()
+            raise
+        self._call = _Call(int(message["call"]), record, bill, reserved, int(message["copies"]), price, word)
         self._paid[word] = Paid(record.trace_id, record.span_id, bill.payers)
         return {
             "fill": planned.fill,
@@ -153,7 +193,7 @@ class ModelCalls:
             "traceparent": f"00-{record.trace_id}-{record.span_id}-01",
         }
 
-    def _opened(self, message: Message, reserved: int | None, fill: int | None) -> SpanRecord:
+    def _opened(self, message: Message, reserved: int, fill: int | None) -> SpanRecord:
         model = str(message["model"])
         attributes: dict[str, AttributeValue] = {
             "gen_ai.operation.name": "text_completion" if message["path"] == "/v1/completions" else "chat",
@@ -168,7 +208,7 @@ class ModelCalls:
         output = message["output"] if message["output"] is not None else fill
         if output is not None:
             attributes["gen_ai.request.max_tokens"] = int(output)
-        if reserved is not None:
+        if reserved:
             attributes["ray_guard.tokens.reserved"] = reserved
         if message["dropped"]:
             attributes["ray_guard.request.dropped"] = tuple(map(str, message["dropped"]))
@@ -186,6 +226,8 @@ class ModelCalls:
     # -- after ---------------------------------------------------------------------------------------------------------
 
     def _settle(self, message: Message) -> None:
+        if self._asking == message["call"]:
+            self._asking = None
         call = self._call
         if call is None or call.number != message["call"]:
             return
@@ -206,6 +248,11 @@ class ModelCalls:
             actual, bound = taken + output, "exact" if message["final"] else "lower"
             attributes |= {"gen_ai.usage.input_tokens": taken, "gen_ai.usage.output_tokens": output}
         attributes |= {"ray_guard.tokens.charged": actual, "ray_guard.tokens.bound": bound}
+        flops = 0.0
+        if call.price is not None:
+            measured = taken is not None
+            flops = call.price.answers(taken, output, call.copies) if measured else call.price.flops(actual)
+            attributes["ray_guard.flops"] = flops
         if message["cached"] is not None:
             attributes["gen_ai.usage.cache_read.input_tokens"] = message["cached"]
         if message["reasons"]:
@@ -220,7 +267,7 @@ class ModelCalls:
         if text:
             attributes["error.type"] = str(status) if not message["error"] else "cut"
         # Before anything can fail: what was computed is charged whatever becomes of the record.
-        exceeded = call.bill.settle({TOKENS: actual})
+        exceeded = call.bill.settle({TOKENS: actual, FLOPS: flops})
         ended = call.record._replace(
             end_ns=time.time_ns(),
             attributes=attributes,
@@ -248,10 +295,27 @@ class ModelCalls:
 
     def close(self) -> None:
         """The connection has ended."""
+        self._asking = None
         try:
             self._abandon()
         except JournalError:
             log.exception("the end of a model call could not be journaled")
+
+
+def announced(run_id: str, message: Message) -> dict[tuple[str, str], Price]:
+    """What a policy actor says that its models cost. Raises BadPacket."""
+    numbers = [message.get(key) for key in ("per_token", "per_context_token")]
+    per_token, per_context_token = (each if isinstance(each, (int, float)) else math.nan for each in numbers)
+    if not (0 < per_token < math.inf and 0 <= per_context_token < math.inf):
+        raise BadPacket(f"no price: {numbers!r:.80}")
+    models = message.get("models")
+    if not isinstance(models, list) or len(models) > _MODELS_LIMIT:
+        raise BadPacket(f"not the names of a few models: {models!r:.80}")
+    return {(run_id, fields.text(name, 256)): Price(per_token, per_context_token) for name in models}
+
+
+def _plan(message: Message, room: Amount | Literal[Unlimited.UNLIMITED]) -> Plan:
+    return plan(int(message["prompt"]), int(message["copies"]), message["output"], message["length"], room)
 
 
 def _error(status: int, code: str, text: str) -> Message:

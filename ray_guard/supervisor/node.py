@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ray_guard.errors import NotEnforced, PolicyError
 from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Bounds, Journal
-from ray_guard.kernel import rtnetlink
+from ray_guard.kernel import borrowing, rtnetlink
 from ray_guard.log import logger
 from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ray_guard.egress.gate import Means
     from ray_guard.egress.meter import Meter
     from ray_guard.egress.relay.front import Relay
+    from ray_guard.egress.relay.model.admission import Price
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
     from ray_guard.supervisor.leaf import Leaf
@@ -71,7 +72,9 @@ class Node:
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.paid: dict[str, Paid] = {}
-        """Model calls that the relay has admitted and charged, by the word that each carries to the engine."""
+        """Model calls that the relay has admitted and charges, by the word that each carries to the engine."""
+        self.prices: dict[tuple[str, str], Price] = {}
+        """What a model costs, by job and its name, as the policy actor that serves it has announced."""
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""
@@ -85,7 +88,7 @@ class Node:
         """Tells this supervisor from all others."""
         self.gpus = Presence(loop)
         self.leases = Leases(loop)
-        self.quotas = Quotas(self.leases, self.directory)
+        self.quotas = Quotas(self.leases, self.directory, self.paid)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
@@ -121,7 +124,7 @@ class Node:
         from ray_guard.egress.meter import Meter
         from ray_guard.kernel.sock_diag import SockDiag
 
-        return Meter(SockDiag(), self.loop, self._flush)
+        return Meter(SockDiag(), self.loop, self._flush, borrows=borrowing.works())
 
     def _relay(self) -> Relay | None:
         """The relay, once anything has gone by it."""
@@ -134,14 +137,20 @@ class Node:
 
         Args:
             environment: says whether and where its spans are exported (``OTEL_EXPORTER_OTLP_*``), and how large the
-                folder may become (``RAY_GUARD_EVIDENCE_LIMIT``); that of the first target which asks.
+                folder may become (``RAY_GUARD_EVIDENCE_LIMIT``) and where checkpoints are taken to
+                (``RAY_GUARD_EVIDENCE_CHECKPOINTS``); that of the first target which asks.
 
         Raises:
             NotEnforced: there can be none.
         """
         if folder not in self._journals:
-            self._journals[folder] = Journal(folder, _bounds(environment))
-            self.sealer.add(self._journals[folder])
+            journal = Journal(folder, _bounds(environment))
+            try:
+                self.sealer.add(journal, environment)
+            except NotEnforced:
+                journal.close()
+                raise
+            self._journals[folder] = journal
             self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
@@ -155,6 +164,7 @@ class Node:
         for journal in self._journals.values():
             try:
                 journal.flush()
+                journal.hash()
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
 
@@ -184,6 +194,7 @@ class Node:
 
             self._ceilings = Ceilings(self._own_ports)
             self.surroundings_changed.append(self._ceilings.changed)
+            self.means.relay.led = self._ceilings.led
         self._ceilings.put(leaf, policy.wires, exact=exact)
 
     def lift_ceiling(self, leaf: Leaf | None) -> None:
@@ -310,6 +321,7 @@ class Node:
             control_folders=(*own, *sorted(folders)),
             guard_folders=own,
             ray_listen=membership.listening if membership is not None else frozenset(),
+            cuts=borrowing.works(),
         )
 
     def _changed(self) -> None:

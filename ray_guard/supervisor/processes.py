@@ -31,6 +31,7 @@ from ray_guard.log import logger
 from ray_guard.supervisor.arguments import Memory, runnable
 from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
+from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.process_spans import Image, OpenImage, ProcessSpans
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
@@ -123,7 +124,7 @@ class Processes:
         leader: the one above it.
         end_call: ends the call; told which limit it passed.
         base_ns: CPU time the root had used before it executed.
-        leaf: the control group they are all in; None: there is none.
+        leaf, pages: the control groups they are all in; None: there is none.
     """
 
     def __init__(  # noqa: PLR0917 - TODO
@@ -137,6 +138,7 @@ class Processes:
         *,
         base_ns: int,
         leaf: Leaf | None,
+        pages: MemoryGroup | None,
     ) -> None:
         self.handlers: Mapping[str, Handler] = {
             "execve": lambda gate, call: self._execute(gate, call, (call.arg0, call.arg1), "cwd"),
@@ -175,6 +177,7 @@ class Processes:
             passed=self._passed,
             living=self._living,
             leaf=leaf,
+            pages=pages,
         )
 
     def origin_of(self, tid: int) -> Origin:
@@ -460,6 +463,7 @@ class Processes:
         Args:
             cpu_seconds, peak_memory: what the kernel has told of those that were waited for.
         """
+        self._limits.look_last()
         self._closed = True
         for process in list(self._known.values()):
             self._died(process)

@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced, RayGuardError
@@ -34,6 +34,9 @@ from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.leases import PARTS, Desk, Lease, Leases
 from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
+
+if TYPE_CHECKING:
+    from ray_guard.supervisor.model_calls import Paid
 
 log = logger("ray_guard.quota")
 
@@ -62,10 +65,12 @@ class Asking(NamedTuple):
     @property
     def scope(self) -> Scope:
         """The innermost that pays."""
+        kinds = {span.scope for _, span in self.scopes}
+        if "tool" in kinds:
+            return Scope.CALL
         if self.away:
             return self.away[0].scope
-        kinds = {span.scope for _, span in self.scopes}
-        return Scope.CALL if "tool" in kinds else Scope.EPISODE if "episode" in kinds else Scope.ACTOR
+        return Scope.EPISODE if "episode" in kinds else Scope.ACTOR
 
 
 class _Reserved(NamedTuple):
@@ -94,11 +99,13 @@ class Quotas:
     Args:
         leases: this node's.
         desk: where a target's are claimed; None: it is in no cluster.
+        paid: model calls that are charged elsewhere, by their word.
     """
 
-    def __init__(self, leases: Leases, desk: Callable[[Target], Desk | None]) -> None:
+    def __init__(self, leases: Leases, desk: Callable[[Target], Desk | None], paid: Mapping[str, Paid]) -> None:
         self._leases = leases
         self._desk = desk
+        self._paid = paid
         self._spenders: dict[int, _Spender] = {}
         self._away: dict[str, _Away] = {}
 
@@ -111,18 +118,19 @@ class Quotas:
         """A span of the target's has begun."""
         span = target.open.get(span_id)
         if span is not None and span.account is not None and span.scope in _PARTS:
-            self._spread(target, span.account, span_id, _PARTS[span.scope])
+            self._spread(target, span.account, f"{span.record.trace_id}/{span_id}", _PARTS[span.scope])
 
     def _spread(self, target: Target, account: Account, name: str, parts: int) -> None:
         """Puts a scope's limits under leases: it may be charged on other nodes."""
         desk = self._desk(target)
         if desk is not None and any(account.limits.get(kind) for kind in (TOKENS, FLOPS)):
-            self._leases.enter(account, name, desk, (TOKENS, FLOPS), parts=parts, ahead=False)
+            self._leases.enter(account, f"{target.run_id}/{name}", desk, (TOKENS, FLOPS), parts=parts, ahead=False)
             account.on_close(partial(self._leases.forget, account))
 
     def leave(self, target: Target) -> None:
         """A target is gone. What it has not settled is charged: see the module."""
         spender = self._spenders.pop(id(target), None)
+        self._leases.forget(target.account)
         if spender is None or not spender.open:
             return
         charged: dict[str, Amount] = {}
@@ -138,8 +146,9 @@ class Quotas:
 
     def lacking(self, target: Target, message: Mapping[str, Any]) -> list[tuple[Lease, Amount]]:
         """The leases that must grow before a reservation can be answered. Raises BadPacket, NotEnforced."""
-        if not self._leases:
-            return []
+        place = message.get("place")
+        if not self._leases and not (isinstance(place, dict) and place.get("quotas")):
+            return []  # most jobs lease nothing
         amounts = {TOKENS: _count(message.get("tokens")), FLOPS: _flops(message.get("flops")) or 0}
         bill, _ = self._bill(target, message)
         return [each for account in bill.payers for each in self._leases.lacking(account, amounts)]
@@ -147,7 +156,8 @@ class Quotas:
     def _bill(self, target: Target, message: Mapping[str, Any]) -> tuple[Bill, Asking]:
         asking = self._asking(target, message.get("place"))
         here = [span.account for _, span in asking.scopes if span.account is not None]
-        return Bill([target.account, *here, *asking.away]), asking
+        paid = self._paid.get(str(message.get("paid")))  # by the relay, for a tool that called the engine by HTTP
+        return Bill([target.account, *here, *asking.away], besides=() if paid is None else paid.payers), asking
 
     def reserve(self, target: Target, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request's reservation. Raises BadPacket for what is none, NotEnforced, JournalError."""
@@ -204,19 +214,26 @@ class Quotas:
             found = self._open_scopes(target, trace, ids)
         scopes = [(owner, span) for owner, span in found.values() if span.account is not None]
         scopes.sort(key=lambda each: each[1].scope != "tool")  # calls are inside of episodes
-        away = self._away_from_here(target, place.get("quotas"), found)
+        away = self._away_from_here(target, trace, place.get("quotas"), found)
         return Asking(tuple(scopes), outermost is not None and outermost not in found and not away, away)
 
-    def _away_from_here(self, target: Target, quotas: object, found: Mapping[str, object]) -> tuple[Account, ...]:
+    def _away_from_here(
+        self, target: Target, trace: str, quotas: object, found: Mapping[str, object]
+    ) -> tuple[Account, ...]:
         """What stands for those of the asker's limited scopes that are of another node. Raises NotEnforced."""
         if not isinstance(quotas, list):
             return ()
-        here = {*found, *(spender.target.key for spender in self._spenders.values())}
+        here = {each.key for each in self.of_job(target.run_id)}
         account, away = target.account.root, []
-        for scope, name, limits in _read_quotas(quotas):
-            if name not in here:
-                account = self._stand_in(target, scope, name, limits, account)
-                away.append(account)
+        for scope, name, home, limits in _read_quotas(quotas):
+            if home in here or name in found:
+                continue  # open here, or over
+            if limits is None:
+                keys = [f"budgets.{scope.value}.{TOKENS}", f"budgets.{scope.value}.{FLOPS}"]
+                raise NotEnforced(keys, "who asks is limited by another supervisor, in no cluster with this one")
+            whole = home if scope is Scope.ACTOR else f"{trace}/{name}"
+            account = self._stand_in(target, scope, f"{target.run_id}/{whole}", limits, account)
+            away.append(account)
         return tuple(reversed(away))
 
     def _stand_in(self, target: Target, scope: Scope, name: str, limits: Limits, around: Account) -> Account:
@@ -229,6 +246,7 @@ class Quotas:
         if known is None:
             self._prune(now)
             known = self._away[name] = _Away(Account(scope, name, limits, parent=around), now)
+            known.account.near = target.near
             parts = {Scope.ACTOR: PARTS, Scope.EPISODE: _PARTS["episode"], Scope.CALL: _PARTS["tool"]}[scope]
             self._leases.enter(known.account, name, desk, limits, parts=parts, ahead=False)
         known.asked = now
@@ -344,18 +362,19 @@ def _record_unsettled(target: Target, charged: Mapping[str, Amount]) -> None:
         log.exception("unsettled reservations could not be journaled")
 
 
-def _read_quotas(quotas: list[Any]) -> Iterator[tuple[Scope, str, Limits]]:
+def _read_quotas(quotas: list[Any]) -> Iterator[tuple[Scope, str, str, Limits | None]]:
     """The scopes in a context that limit tokens or FLOPs, from the outermost inwards. Raises BadPacket."""
     for entry in quotas:
         try:
-            word, name, given = entry
+            word, name, home, given = entry
             scope = Scope(word)
-            limits = limits_from_wire(scope, given)
+            limits = None if given is None else limits_from_wire(scope, given)
         except (TypeError, ValueError) as error:  # a PolicyError is one
             raise BadPacket(f"not a limited scope: {entry!r:.200}: {error}") from error
-        if scope is Scope.JOB or not set(limits) <= {TOKENS, FLOPS}:
+        if scope is Scope.JOB or not set(limits or ()) <= {TOKENS, FLOPS}:
             raise BadPacket(f"not a limited scope: {entry!r:.200}")
-        yield scope, fields.identifier(name, 32 if scope is Scope.ACTOR else 16), limits
+        name = "" if scope is Scope.ACTOR else fields.identifier(name, 16)
+        yield scope, name, "" if home == "" else fields.identifier(home, 32), limits
 
 
 def _count(value: object) -> int:

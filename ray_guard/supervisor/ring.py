@@ -610,8 +610,9 @@ class Connection:
         self.speech = relayed.model_speech(model, self.request.address, enforced=decision.route is Route.MODEL)
         self._models = relayed.ModelCalls(self._ring, self.origin, self._span, model)
 
-    def heard(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        return None if self._models is None else self._models.heard(message)
+    def heard(self, message: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+        if self._models is not None:
+            self._models.heard(message, answer)
 
     def left(self, crossing: Crossing, end: End) -> None:
         if self._models is not None:

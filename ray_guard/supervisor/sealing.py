@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
@@ -31,6 +31,7 @@ from ray_guard.supervisor.recovery import Recovery
 
 if TYPE_CHECKING:
     from ray_guard.egress.made import Waiting
+    from ray_guard.supervisor.courier import Courier
 
 SEAL_S: Final = 1.0
 """How often journals are forced to disk, and sealed."""
@@ -39,6 +40,10 @@ _FIRST_S: Final = 0.2
 _BACKOFF_S: Final = (1.0, 60.0)
 _LAST_S: Final = 5.0
 """How long the last checkpoint is waited for."""
+_DESTINATION: Final = "RAY_GUARD_EVIDENCE_CHECKPOINTS"
+"""Where checkpoints are taken to: see :func:`ray_guard.evidence.courier.destination`."""
+_PATIENCE_S: Final = 5.0
+"""How long a signature may take."""
 _TOLD_S: Final = 60.0
 """How often it is said that a journal is full."""
 
@@ -96,20 +101,27 @@ class Sealer:
         self._delay = _BACKOFF_S[0]
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[Journal, Cut]] = {}
+        self._waiting_since = 0.0
+        """When the oldest of those was asked for."""
         self._busy: set[int] = set()
         """Journals (by id) of which a checkpoint is being signed or written."""
-        self._stale: set[int] = set()
-        """Journals (by id) whose log nobody can seal any more."""
+        self._couriers: dict[int, Courier] = {}
+        self._stale: dict[int, tuple[str, str]] = {}
+        """Why a journal (by id) needs a new log: nobody can seal the old one any more."""
         self._told: dict[int, float] = {}
         """When it was last said of a journal (by id) that it is full."""
         self._encoder = LineEncoder(Resource({"service.name": "ray_guard", "host.name": socket.gethostname()}))
 
-    def add(self, journal: Journal) -> None:
+    def add(self, journal: Journal, environment: Mapping[str, str]) -> None:
         """Seals it from here on.
 
+        Args:
+            environment: says where its checkpoints are taken to.
+
         Raises:
-            NotEnforced: what signs is not installed.
+            NotEnforced: what signs is not installed, or checkpoints cannot be taken there.
         """
+        self._send_courier(journal, environment)
         if not self._journals:
             # Not find_spec, which lists every folder: the first call would wait.
             if not any(os.path.isdir(f"{entry}/cryptography") for entry in sys.path):
@@ -117,6 +129,8 @@ class Sealer:
             self._loop.later(_FIRST_S, self._start)
             self._loop.later(SEAL_S, self._tick)
         self._journals.append(journal)
+        if self._public is not None:
+            self._introduce(journal)
         self._loop.later(_FIRST_S, lambda: self._recover(journal))
 
     def close(self) -> None:
@@ -128,6 +142,26 @@ class Sealer:
             self._seal_last(journal)
         if self._line is not None:
             self._line.close()
+        for each in self._couriers.values():
+            each.close()
+
+    def _send_courier(self, journal: Journal, environment: Mapping[str, str]) -> None:
+        spelled = environment.get(_DESTINATION, "").strip()
+        if not spelled:
+            return
+        # Here alone: whoever has no destination need not wait until it is loaded.
+        from ray_guard.evidence.courier import CourierError, destination
+        from ray_guard.supervisor.courier import Courier
+
+        def told(why: str) -> None:
+            log.warning("checkpoints do not reach %s: %s", spelled, why)
+            self._violation(journal, "checkpoint not exported", f"{spelled}: {why}")
+
+        try:
+            destination(spelled, environment)
+            self._couriers[id(journal)] = Courier(self._loop, spelled, environment, told)
+        except (CourierError, OSError) as error:
+            raise NotEnforced(["evidence"], f"{_DESTINATION}: {error}") from error
 
     def _recover(self, journal: Journal) -> None:
         Recovery(self._loop, journal, self.recover)
@@ -182,6 +216,7 @@ class Sealer:
 
     def _signed(self, number: int, signature: str) -> None:
         asked = self._asked.pop(number, None)
+        self._waiting_since = time.monotonic()
         if asked is not None:
             journal, cut = asked
             self._syncer.do(partial(self._write, journal, cut, self._key(journal), base64.b64decode(signature)))
@@ -190,6 +225,8 @@ class Sealer:
         """Beside the loop."""
         try:
             journal.seal(cut, key, signature)
+            if (carries := self._couriers.get(id(journal))) is not None:
+                carries.take(str(key), cut.checkpoint.signed(key, signature))
         finally:
             self._busy.discard(id(journal))
 
@@ -207,37 +244,52 @@ class Sealer:
         self._asked.clear()
         if self._public is not None:
             self._public = None
-            self._stale = {id(journal) for journal in self._journals}
+            why = ("signer lost", "what signs checkpoints was ended or stopped from outside")
+            self._stale = {id(journal): why for journal in self._journals}
+        elif self._delay == _BACKOFF_S[0]:
+            for journal in self._journals:
+                self._violation(journal, "unsealed", "what signs checkpoints does not start: see the supervisor's log")
         self._loop.later(self._delay, self._start)
         self._delay = min(2 * self._delay, _BACKOFF_S[1])
 
+    def _look_at_seal(self, journal: Journal) -> None:
+        if id(journal) in self._busy or id(journal) in self._stale:
+            return
+        altered = journal.seal_altered()
+        if altered is not None:
+            self._stale[id(journal)] = ("altered", altered)
+
     def _renew(self, journal: Journal) -> None:
-        if id(journal) not in self._stale or id(journal) in self._busy:
+        why = self._stale.get(id(journal))
+        if why is None or id(journal) in self._busy:
             return
         try:
             journal.renew()
         except OSError as error:
             log.warning("%s stays unsealed: %s", journal.log, error)
         else:
-            self._stale.discard(id(journal))
-            self._violation(journal, "signer lost", "what signs checkpoints was ended from outside")
+            del self._stale[id(journal)]
+            self._violation(journal, *why)
             if self._public is not None:
                 self._introduce(journal)
 
     # -- sealing -------------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        if self._asked and time.monotonic() - self._waiting_since > _PATIENCE_S:
+            self._lost()  # it was stopped, or hangs; it ends when it finds its line closed
         for journal in self._journals:
             altered = journal.altered()
             if altered is not None:
                 self._violation(journal, "altered", altered)
+            self._look_at_seal(journal)
             self._tell_if_full(journal)
             self._renew(journal)
             self._seal(journal)
         self._loop.later(SEAL_S, self._tick)
 
     def _seal(self, journal: Journal) -> None:
-        if self._line is None or self._public is None or id(journal) in self._busy | self._stale:
+        if self._line is None or self._public is None or id(journal) in self._busy or id(journal) in self._stale:
             self._syncer.ask((journal,))
             return
         cut = journal.cut()
@@ -251,6 +303,8 @@ class Sealer:
 
     def _ask(self, line: socket.socket, journal: Journal, cut: Cut) -> int:
         number = next(self._numbers)
+        if not self._asked:
+            self._waiting_since = time.monotonic()
         self._asked[number] = (journal, cut)
         seqpacket.send(line, {"op": "sign", "id": number, "text": cut.checkpoint.text()})
         return number
@@ -268,7 +322,7 @@ class Sealer:
                 if message.get("op") == "ready":
                     self._public = base64.b64decode(str(message["public"]))
                 elif (asked := self._asked.pop(int(message["id"]), None)) is not None:
-                    asked[0].seal(asked[1], self._key(asked[0]), base64.b64decode(str(message["signature"])))
+                    self._write(*asked, self._key(asked[0]), base64.b64decode(str(message["signature"])))
         except (OSError, seqpacket.BadPacket) as error:
             log.warning("%s is not sealed to its end: %s", journal.log, error)
 

@@ -7,13 +7,13 @@ import os
 import resource
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
 from ray_guard.log import logger
-from ray_guard.supervisor import leaf, zygote
+from ray_guard.supervisor import leaf, memory_group, zygote
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.node import Node
@@ -59,12 +59,17 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     node.hold = hold
     supervisor = Supervisor(listener, loop, node, starts)
     _watch_zygote(loop, zygote_pid, supervisor)
-    loop.later(SWEEP_S, leaf.sweep)
+    for place in (leaf.place, memory_group.place):
+        loop.later(SWEEP_S, partial(_sweep, place))
     gc.freeze()  # what is here now stays; what comes and goes is few and small
     gc.enable()
     gc.set_threshold(50_000, 20, 100)
     loop.run()
     node.close()
+
+
+def _sweep(place: Callable[[], str]) -> None:
+    leaf.sweep(place())
 
 
 class Supervisor:
@@ -82,16 +87,22 @@ class Supervisor:
         self._linger()
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return
-        self._visits += 1
-        self._sessions.add(Session(sock, self._node, self._starts, self._left))
+        """Lets in all who have come."""
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self._visits += 1
+            self._sessions.add(Session(sock, self._node, self._starts, self._left))
 
     def _left(self, session: Session) -> None:
         self._sessions.discard(session)
-        if not self._sessions:
+        if self._sessions:
+            return
+        if self._listener.fileno() < 0:
+            self._loop.stop()
+        else:
             self._linger()
 
     def abandon(self) -> None:
@@ -110,14 +121,10 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Closes the door first, then looks who still stands in it."""
-        path = rendezvous.socket_path()
-        with rendezvous.start_lock(path):
-            try:
-                if os.path.samestat(os.stat(path), os.stat(self._listener.getsockname())):
-                    os.unlink(path)
-            except OSError:
-                pass
+        rendezvous.leave(self._listener)
         self._accept()
+        self._loop.forget(self._listener.fileno())
+        self._listener.close()  # another supervisor may be started from here on
         if not self._sessions:
             self._loop.stop()
 

@@ -31,6 +31,7 @@ from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields, zygote
 from ray_guard.supervisor.consequences import Consequences, acts
+from ray_guard.supervisor.model_calls import announced
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.scratch import Scratches
@@ -92,6 +93,7 @@ class Session:
             "ended": self._ended_for,
             "reserve": self._reserve,
             "settle": self._settle,
+            "price": self._price,
             "engine": self._engine,
             "engine_state": self._engine_state,
             "tighten": self._tighten,
@@ -238,9 +240,16 @@ class Session:
                 "datagrams": policy.datagrams,
                 "borrows": borrowing.works(),
                 "names": policy.names,
-                **_told_of(target),
+                **self._told_of(target),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _told_of(self, target: Target) -> dict[str, Any]:
+        """What a target is told of its policy, now and whenever it is tightened."""
+        policy, kinds = target.policy, (TOKENS, FLOPS)
+        limits = {s.value: {k: v for k, v in policy.limits(s).items() if k in kinds} for s in Scope}
+        leases = self._node.directory(target) is not None
+        return {"acts": acts(policy), "account": target.key, "quotas": limits, "leases": leases}
 
     def _waits_for_gpus(self, policy: CompiledPolicy, message: dict[str, Any], descriptors: list[int]) -> bool:
         """Whether the hello is handled again later. Raises NotEnforced: GPUs cannot be held to ``policy`` here."""
@@ -395,7 +404,7 @@ class Session:
         self._node.job(target.run_id, added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
-        self._reply(descriptors[0], {"ok": True, **_told_of(target)})
+        self._reply(descriptors[0], {"ok": True, **self._told_of(target)})
 
     # -- the target's reports ------------------------------------------------------------------------------------------
 
@@ -453,6 +462,13 @@ class Session:
 
     def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         self._node.quotas.settle(self._known(), message)
+
+    def _price(self, message: dict[str, Any], _descriptors: list[int]) -> None:
+        """What the models that a policy actor serves cost; nobody else's word counts."""
+        target = self._known()
+        if target.policy.role is not Role.POLICY:
+            raise seqpacket.BadPacket("no policy actor")
+        self._node.prices.update(announced(target.run_id, message))
 
     def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
         self._node.gpus.watching().register(self._known(), int(message["pid"]), str(message.get("phase")))
@@ -584,31 +600,12 @@ class Session:
         self._ended(self)
 
 
-def _told_of(target: Target) -> dict[str, Any]:
-    """What a target is told of its policy, now and whenever it is tightened."""
-    kinds = (TOKENS, FLOPS)
-    limits = {s.value: {k: v for k, v in target.policy.limits(s).items() if k in kinds} for s in Scope}
-    return {"acts": acts(target.policy), "account": target.key, "quotas": limits}
-
-
 def _sends_anywhere(descriptor: int) -> bool:
     """Whether it is a socket whose messages may name any destination."""
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         return False
     with socket.socket(fileno=os.dup(descriptor)) as sock:
         return sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
-
-
-def _refuse_what_needs_descriptors(policy: CompiledPolicy) -> None:
-    """Raises NotEnforced for what cannot be held where pidfd_getfd is refused (see ``egress.made``)."""
-    if policy.datagrams:
-        raise NotEnforced(
-            ["egress.allow"], "udp:// destinations cannot be judged here: pidfd_getfd is refused (CAP_SYS_PTRACE)"
-        )
-    capped = [s for s in Scope if any("egress" in kind for kind in policy.limits(s))]
-    if capped:
-        names = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
-        raise NotEnforced(names, "direct flows cannot be cut here: pidfd_getfd is refused (CAP_SYS_PTRACE)")
 
 
 def _refuse_what_nobody_counts(policy: CompiledPolicy) -> None:
@@ -658,8 +655,9 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
             raise NotEnforced(missing, "this version does not enforce that yet")
         if kind == "run":
             _refuse_what_nobody_counts(policy)
-        if not borrows:
-            _refuse_what_needs_descriptors(policy)
+        if not borrows and policy.datagrams:  # see egress.made
+            text = "udp:// destinations cannot be judged here: pidfd_getfd is refused (CAP_SYS_PTRACE)"
+            raise NotEnforced(["egress.allow"], text)
         capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
         if uncounted and any(layer.listen for layer in policy.layers):

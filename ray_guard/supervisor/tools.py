@@ -23,17 +23,18 @@ from ray_guard import errors
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
-from ray_guard.kernel import pidfd, seqpacket
+from ray_guard.kernel import landlock, pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
 from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import arguments, cgroups, rlimits
+from ray_guard.supervisor import arguments, cgroups, memory_group, rlimits
 from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
+from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.process_spans import exit_attributes
 from ray_guard.supervisor.start import Start
@@ -113,6 +114,7 @@ class Tool:
         self._left = False
         self._strays: tuple[str, ...] = ()
         self._leaf: Leaf | None = None
+        self._pages: MemoryGroup | None = None
         self._leader: Leader | None = None
         self._descriptors = descriptors
         self._call = call.span if call.span is not None and call.span in target.open else self._span
@@ -255,7 +257,12 @@ class Tool:
                 leader.drop()
             self._failed({"stage": "leader", "text": _NONE} if leader is None else leader.fault)
             return
-        if not leader.prepare(self._descriptors):
+        memory = _least(self._origin.account, MEMORY)
+        self._pages = None if memory is None else memory_group.below(self._target.pid, memory)
+        entrance = [] if self._pages is None else [self._pages.entrance]
+        prepared = leader.prepare([*self._descriptors, *entrance], joins=bool(entrance))
+        seqpacket.close_all(entrance)
+        if not prepared:
             self._begin_anew(leader)
             return
         # The requester waits for the start, so its leader says so itself; all else comes from here.
@@ -271,17 +278,21 @@ class Tool:
 
         self._ring = arming.Ring(self._node, self._target, policy, leader.pid, self._origin, view=self._view)
         listener, leader.listener = Listener(leader.listener), -1
+        within = arming.bystanders.within(leader.pid)
         handlers = {
             **self._handlers(),
-            **arming.bystanders.handlers(leader.pid),
+            **arming.bystanders.handlers(within),
             **arming.Metadata(self._view).handlers(),
         }
+        if landlock.abi() < landlock.SIGNAL_SCOPE_ABI:
+            handlers |= arming.Signals(within, leader.announce).handlers()
         self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
 
     def _begin_anew(self, leader: Leader) -> None:
         """What ``leader`` held ready is gone, or what it covers was replaced."""
         self._leader = None
         self._unring()
+        self._close_groups()
         leader.drop()
         self._node.leaders.take(self._fit, self._begin)
 
@@ -342,6 +353,7 @@ class Tool:
             self._over,
             base_ns=self._base_ns,
             leaf=self._leaf,
+            pages=self._pages,
         )
         self._warn_of_time()
         if self._ring is not None:
@@ -349,6 +361,14 @@ class Tool:
             self._ring.origin_of = self._processes.origin_of
         if self._held:
             leader.tell({"op": "go"})
+
+    def _close_groups(self) -> None:
+        """Those that were made here."""
+        if isinstance(self._leaf, OwnLeaf):
+            self._leaf.close()
+        if self._pages is not None:
+            self._pages.close()
+        self._leaf = self._pages = None
 
     def _close_descriptors(self) -> None:
         seqpacket.close_all(self._descriptors)
@@ -375,6 +395,8 @@ class Tool:
                 self._begin_anew(self._leader)
         elif operation == "failed":
             self._failed(self._refused or message)
+        elif operation == "ending":
+            self._disarm()
         elif operation == "left":
             self._left_behind(message)
         elif operation == "exited":
@@ -397,6 +419,12 @@ class Tool:
     def _unfiltered(self) -> None:
         """The last process of the tool's tree is gone."""
         self._gate = None
+
+    def _disarm(self) -> None:
+        """What is left of the tree is being killed: every call that asks fails from now on."""
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
 
     def _failed(self, message: dict[str, Any]) -> None:
         if message.get("stage") == "exec":
@@ -445,17 +473,15 @@ class Tool:
         if self._account is not None:
             self._account.close()
         self._tell_end(message)
+        self._target.scratches.leave(self._call, last=self._call == self._span)
         self._node.lift_ceiling(self._leaf)
-        if isinstance(self._leaf, OwnLeaf):
-            self._leaf.close()
+        self._close_groups()
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.release()
 
     def _unring(self) -> None:
-        if self._gate is not None:
-            self._gate.close()
-            self._gate = None
+        self._disarm()
         if self._ring is not None:
             self._ring.close()
             self._ring = None
@@ -473,7 +499,6 @@ class Tool:
                 ended["why"] = self._why
             self._answer({"op": "exited", "pid": self._pid, **ended})
         self._hang_up()
-        self._target.scratches.leave(self._call, last=self._call == self._span)
 
     def _process_record(self, ended: dict[str, Any] | None) -> SpanRecord:
         attributes: dict[str, AttributeValue] = {

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from ray_guard.kernel import devices, landlock, libc, mounting
+from ray_guard.kernel import cgroup, devices, landlock, libc, mounting
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.policy.files import (
     DEVICE,
@@ -59,7 +59,7 @@ def _system() -> tuple[Grant, ...]:
 
 def unavailable() -> frozenset[str]:
     """What of a policy cannot be held on this host (names as in ``policy.enforcement``)."""
-    if landlock.abi() >= landlock.FILES_ABI:
+    if landlock.abi():
         return frozenset()
     return frozenset({"require.files", *(f"files.{key}" for key in ("read", "write", "hide", "protect"))})
 
@@ -186,8 +186,8 @@ class Views:
             hidden: folders of the guard itself, and Ray's on this node.
 
         Raises:
-            PolicyError, NotEnforced: ``files`` is malformed, or cannot be held here. (Where there is no Landlock, or an
-                old one, the leader says so.)
+            PolicyError, NotEnforced: ``files`` is malformed, or cannot be held here. (Where there is no Landlock
+                the leader says so.)
         """
         wires = [wire for wire in policy.wires if wire.get("mode") == Mode.ENFORCE.value]
         mounts = mounting.works()
@@ -261,7 +261,7 @@ class Views:
             homes=self._found["homes"],
             environment=self._found["environment"],
             prefixes=self._found["prefixes"],
-            never=self._found["never"],
+            never=(*self._found["never"], *cgroup.mount_points()),
             hidden=(*hidden, *self._found["hidden"]),
             ray=tuple(ray),
         )

@@ -24,7 +24,7 @@ import time
 from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
-from ray_guard.kernel import borrowing, ipc, libc, procfs, seccomp, seqpacket, syscalls, trees
+from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, seqpacket, syscalls, trees
 from ray_guard.supervisor import domain, leaf, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
@@ -71,7 +71,13 @@ class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
         self._programs = {
-            gpu: rings.call_ring(syscalls.MACHINE, borrows=borrowing.works(), own_ipc=ipc.can_be_own(), gpu=gpu)
+            gpu: rings.call_ring(
+                syscalls.MACHINE,
+                landlock=landlock.abi(),
+                borrows=borrowing.works(),
+                own_ipc=ipc.can_be_own(),
+                gpu=gpu,
+            )
             for gpu in (False, True)
         }
         seccomp.encode(self._programs[False])

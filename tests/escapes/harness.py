@@ -199,13 +199,16 @@ class Namespace:
         self._holder: subprocess.Popen[bytes] | None = None
         if ROOT:
             flags = ["-m", *(["-n"] if network else [])]
+            entered = launcher.prefix()  # in the mount namespace that it makes, if it makes one
             self._holder = subprocess.Popen(
-                ["unshare", *flags, "--propagation", "private", "sh", "-c", "echo; exec sleep 1000"],
+                ["unshare", *flags, "--propagation", "private", *entered, "sh", "-c", "echo; exec sleep 1000"],
                 stdout=subprocess.PIPE,
             )
             assert self._holder.stdout is not None
             self._holder.stdout.readline()
             self.prefix = ["nsenter", "-t", str(self._holder.pid), *flags, f"--wdns={os.getcwd()}"]
+        self.outside = list(self.prefix)
+        """The same, but not on the simulated host: that may refuse to mount what a test needs."""
         self.prefix += launcher.prefix()  # RAY_GUARD_TEST_HOST: all that is started here runs on a simulated host
 
     def close(self) -> None:
@@ -232,7 +235,7 @@ class Host:
         about = self._ask({"policy": policy})
         if "error" in about:
             self.close()
-            _skip_refused(about["error"])
+            skip_refused(about["error"])
             raise RuntimeError(about["error"])
         self.pid: int = about["pid"]
         self.supervisor: int = about["supervisor"]
@@ -267,7 +270,7 @@ class Host:
         """Executes ``code`` within the confined process itself; what it leaves in ``result`` comes back."""
         answer = self._ask({"ring": "inside", "code": code, "arguments": arguments})
         if "error" in answer:
-            _skip_refused(answer["error"])
+            skip_refused(answer["error"])
             raise AssertionError(answer["error"])
         return answer["result"]
 
@@ -297,11 +300,28 @@ class Host:
             self._process.stdout.close()
 
 
-def _skip_refused(error: str) -> None:
-    """On a simulated host (RAY_GUARD_TEST_HOST) the guard may refuse, by name, what it cannot hold there."""
-    if launcher.prefix() and "NotEnforced: " in error:
-        said = error[error.rindex("NotEnforced: ") :].splitlines()[0]
-        pytest.skip(f"refused on {os.environ[launcher.VARIABLE]}: {said.removeprefix('NotEnforced: ')}")
+def skip_refused(error: str) -> None:
+    """On a simulated host the guard may refuse, by name, what it cannot hold there."""
+    host = launcher.current()
+    _, refused, said = error.rpartition("not enforced: ")
+    if refused and any(word in said for word in launcher.missing(host)):
+        pytest.skip(f"refused on {host}: {said.splitlines()[0]}")
+
+
+def lacks(what: str) -> bool:
+    """Whether ``what`` (words of launcher.missing) is not there on the host that tests run on."""
+    return what in launcher.missing(launcher.current())
+
+
+def needs(what: str) -> pytest.MarkDecorator:
+    """For a test of something that takes ``what``."""
+    return pytest.mark.skipif(lacks(what), reason=f"{launcher.current()}: {what} missing")
+
+
+def skip_without(what: str) -> None:
+    """:func:`needs`, for a test of which only a part does."""
+    if lacks(what):
+        pytest.skip(f"{launcher.current()}: {what} missing")
 
 
 @dataclass(frozen=True)
@@ -317,7 +337,7 @@ class Outcome:
     @classmethod
     def of(cls, answer: dict[str, Any]) -> Outcome:
         if "error" in answer:
-            _skip_refused(answer["error"])
+            skip_refused(answer["error"])
             raise AssertionError(answer["error"])
         said: dict[str, Any] = {}
         for line in answer["stdout"].splitlines():
@@ -454,13 +474,7 @@ class Stage:
         """A confined process under the policy of that name (:meth:`policy`); a new one where the last has ended."""
         host = self._hosts.get(name)
         if host is None or not host.alive:
-            try:
-                host = Host(self.policy(name), self.evidence(name), self.namespace)
-            except RuntimeError as error:
-                if not launcher.prefix() or "NotEnforced" not in str(error):
-                    raise
-                pytest.skip(f"refuses to start on this host: {error}")
-            self._hosts[name] = host
+            host = self._hosts[name] = Host(self.policy(name), self.evidence(name), self.namespace)
         return host
 
     def require_peer(self, peer: Column) -> None:
@@ -574,7 +588,8 @@ def escape(stage: Stage, attack: Attack, ring: str) -> None:
     assert not harm, f"ESCAPED: {harm}; {shown}"
     assert ran, f"the attack did not even start: {shown}"
     if attack.refused:
-        connected = ("EISCONN",) if launcher.prefix() else ()  # all that is said there of a socket that is connected
+        # all that is said of a socket that is connected, where it cannot be taken
+        connected = ("EISCONN",) if lacks("pidfd_getfd") else ()
         assert outcome.said.get("errno") in (*attack.refused, *connected), f"not refused as it should be: {shown}"
     if missing:
         pytest.skip(f"{attack.name}: refused, but proves nothing here: unconfined it says {missing}")
@@ -633,6 +648,8 @@ def _must_succeed(stage: Stage, attack: Attack) -> str:
     with attack.beside(arguments):
         outcome = run_unconfined(stage.argv(attack, arguments))
     missing = str(outcome.said.get("missing", ""))
+    if launcher.within() and lacks("pidfd_getfd") and outcome.said.get("errno") in ("EPERM", "ENOSYS"):
+        missing = f"{launcher.within()} refuses it to everybody"  # a container's profile is over this process too
     if not missing:
         shown = f"unconfined: {outcome.said or outcome.stderr[-2000:] or outcome.status}"
         if attack.sink:

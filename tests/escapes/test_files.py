@@ -34,9 +34,12 @@ from harness import (
     Namespace,
     Outcome,
     Stage,
+    lacks,
     launcher,
+    needs,
     row,
     run_unconfined,
+    skip_refused,
     wait,
 )
 from table import PEERS, TABLE, Cell, Column, Verdict, column
@@ -154,14 +157,11 @@ def host(ground: Ground) -> Iterator[Host]:
     with pytest.MonkeyPatch.context() as patched:
         for name, value in more.items():
             patched.setenv(name, paths[value])
-        evidence = ground.root / "work/evidence"
         try:
-            made = Host(policy, evidence, namespace)
-        except RuntimeError as error:
+            made = Host(policy, ground.root / "work/evidence", namespace)
+        except BaseException:
             namespace.close()
-            if not launcher.prefix() or "NotEnforced" not in str(error):
-                raise
-            pytest.skip(f"refuses to start on this host: {error}")
+            raise
     try:
         yield made
     finally:
@@ -543,8 +543,7 @@ def test_gpus_are_granted_by_the_policy(tmp_path: Path, gpu: str, said: str) -> 
     command = [*launcher.prefix(), PYTHON, "-m", "ray_guard.cli", "run", "--policy", str(policy), "--evidence",
                str(tmp_path / "evidence"), "--", PYTHON, "-I", "-S", "-c", _IOCTL, "0", str(0xC030462B)]  # fmt: skip
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-    if launcher.prefix() and done.returncode == 125:
-        pytest.skip(f"refuses to start on this host: {done.stderr}")
+    skip_refused(done.stderr)
     assert done.stdout.split() == [said], done.stderr
 
 
@@ -608,11 +607,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Path
         (folder / "home/.gitconfig").write_text("[user]\n  name = T\n  email = t@example.org\n")
         try:
             host = Host({"egress": {"allow": []}}, folder / "evidence", namespace)
-        except RuntimeError as error:
+        except BaseException:
             namespace.close()
-            if not launcher.prefix() or "NotEnforced" not in str(error):
-                raise
-            pytest.skip(f"refuses to start on this host: {error}")
+            raise
     host.inside(f"import os; os.chdir({str(work)!r})")
     assert os.getcwd() == before
     yield host, work
@@ -689,7 +686,8 @@ def test_what_must_work(bench: tuple[Host, Path], what: str) -> None:
     assert outcome.status == 0, outcome.stdout + outcome.stderr
 
 
-@pytest.mark.skipif(not mounting.works() or launcher.prefix() != [], reason="needs mounts of the call's own")
+@pytest.mark.skipif(not mounting.works(), reason="needs mounts of the call's own")
+@needs("mount namespaces")
 def test_what_works_with_mounts(bench: tuple[Host, Path]) -> None:
     """POSIX semaphores and shared memory need /dev/shm, terminals /dev/pts: a call has its own."""
     program = """
@@ -751,12 +749,11 @@ def test_the_working_folder_holds_what_is_never_writable(tmp_path: Path) -> None
                "--evidence", str(project / "evidence"), "--", "bash", "-c", script]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": ":".join(paths)}
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=60)
-    if launcher.prefix() and done.returncode == 125:
-        pytest.skip(f"refuses to start on this host: {done.stderr}")
+    skip_refused(done.stderr)
     assert (project / ".venv/bin/python").exists(), done
     assert not (project / ".venv/x").exists()
     assert not (project / ".venv/bin/x").exists()
-    if mounting.works() and not launcher.prefix():
+    if mounting.works() and not lacks("mount namespaces"):
         assert done.stdout == "made\n", done
 
 
@@ -767,12 +764,7 @@ def making(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Host]]:
     made: list[Host] = []
 
     def make(policy: dict[str, Any]) -> Host:
-        try:
-            made.append(Host(policy, tmp_path / f"evidence{len(made)}", namespace))
-        except RuntimeError as error:
-            if not launcher.prefix() or "NotEnforced" not in str(error):
-                raise
-            pytest.skip(f"refuses to start on this host: {error}")
+        made.append(Host(policy, tmp_path / f"evidence{len(made)}", namespace))
         return made[-1]
 
     yield make

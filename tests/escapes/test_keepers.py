@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, Attack, Stage, cases, escape, row
+from harness import PYTHON, Attack, Stage, cases, escape, row, run_unconfined
 
 pytestmark = pytest.mark.kernel
 
@@ -196,13 +197,32 @@ def main():
 
 @cases(IN_ITS_FOLDER, "the guard itself")
 def test_socket_in_its_folder(stage: Stage, attack: Attack, ring: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who has a socket where the supervisor's is looked for would be taken for it by whoever comes next."""
+    """What lies there is the guard's own."""
     arguments = stage.arguments
     code = "from ray_guard.kernel import rendezvous; result = str(rendezvous.folder())"
     supervisors = stage.host().inside(code)
     control = supervisors if "supervisor" in attack.name else str(stage.host().evidence)
     monkeypatch.setattr(stage, "arguments", lambda: {**arguments(), "control": control})
     escape(stage, attack, ring)
+
+
+@row("the guard itself", "the supervisor's address: taken, or connected to")
+@pytest.mark.parametrize("ring", ["actor", "call"])
+def test_its_address_is_nobody_elses(stage: Stage, ring: str) -> None:
+    """Who listened there would be taken for the supervisor by whoever is guarded next."""
+    program = """
+import json, socket, sys
+said = {}
+for how, address in (("bind", sys.argv[1] + ".next"), ("connect", sys.argv[1])):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try: getattr(sock, how)("\\0" + address); said[how] = 0
+    except OSError as error: said[how] = error.errno
+print(json.dumps(said))
+"""
+    address = stage.host().inside("from ray_guard.kernel import rendezvous; result = rendezvous.address()")
+    argv = [PYTHON, "-I", "-S", "-c", program, address.removeprefix("\0")]
+    assert run_unconfined(argv).said == {"bind": 0, "connect": 0}
+    assert stage.host().run(ring, argv).said == {"bind": errno.EACCES, "connect": errno.EACCES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class GpuHost:
         if nvml:
             self.nvml = Standin(folder)
             script += f" && mkdir -p {where} && cp {self.nvml.library} {where} && chmod -R go-w /run/nvidia"
-        subprocess.run([*self.namespace.prefix, "sh", "-ec", script], check=True)
+        subprocess.run([*self.namespace.outside, "sh", "-ec", script], check=True)
 
     def python(self, code: str, *arguments: str) -> subprocess.Popen[str]:
         """An unconfined process there."""

@@ -10,7 +10,9 @@ that is stacked before anything of ours starts; capabilities are reduced to what
 - ``yama``: the same under Yama's restriction 1, by a library preloaded everywhere: the memory and the descriptors of a
   process are its ancestors' alone, and those it has named (PR_SET_PTRACER).
 - ``listener``: a filter with a listener is present already, as under another sandbox.
-- ``landlock-none``: no Landlock. ``landlock-4``: its fourth version (Linux 6.7), by a library preloaded everywhere.
+- ``landlock-none``: no Landlock. ``landlock-4``, ``landlock-1``: its fourth version (Linux 6.7), its first (5.13), by a
+  library preloaded everywhere.
+- ``k8s-landlock-2``: ``k8s`` on a node of Linux 6.1.
 """
 
 from __future__ import annotations
@@ -31,10 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from ray_guard.kernel import libc, seccomp
 from ray_guard.kernel.seccomp import NOTIFY, Rule, differs, refuse
 
-HOSTS: Final = ("docker", "k8s", "unprivileged", "yama", "listener", "landlock-none", "landlock-4")
-UNPRIVILEGED: Final = ("k8s", "unprivileged", "yama")
+HOSTS: Final = (
+    *("docker", "k8s", "k8s-landlock-2", "unprivileged", "yama"),
+    *("listener", "landlock-none", "landlock-1", "landlock-4"),
+)
+UNPRIVILEGED: Final = ("k8s", "unprivileged", "yama", "k8s-landlock-2")
 """Those whose user is nobody: a root that enters them becomes uid 65534."""
 VARIABLE: Final = "RAY_GUARD_TEST_HOST"
+_WITHIN: Final = "RAY_GUARD_TEST_WITHIN"
+"""Set for what runs on a host: which one it is."""
 
 #: chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod audit_write
 #: setfcap: what Docker leaves to root
@@ -63,13 +70,38 @@ def prefix(name: str | None = None) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), name, "--"] if name else []
 
 
+def within() -> str:
+    """The simulated host on which this process runs; empty: none."""
+    return os.environ.get(_WITHIN, "")
+
+
+def current() -> str:
+    """The host on which tests run, or start what they confine; empty: the real one."""
+    return within() or os.environ.get(VARIABLE, "")
+
+
+def missing(name: str) -> tuple[str, ...]:
+    """What is not there, in the words in which the guard says so."""
+    container = ("pidfd_getfd", "mount namespaces", "CAP_SYS_PTRACE")
+    return {
+        "docker": container,
+        "k8s": container,
+        "k8s-landlock-2": (*container, "signal scopes"),
+        "yama": ("memory of an actor's children",),
+        "listener": ("another sandbox",),
+        "landlock-none": ("Landlock",),
+        "landlock-1": ("signal scopes", "links between folders"),
+        "landlock-4": ("signal scopes",),
+    }.get(name, ())
+
+
 def rules(name: str) -> list[Rule]:
     """What this host refuses."""
     docker = [Rule(call, _EPERM) for call in _REFUSED_BY_DOCKER]
     docker.append(Rule("clone", _EPERM, (differs(0, 0, mask=_NEW_NAMESPACES),)))
     docker.append(Rule("clone3", refuse(errno.ENOSYS)))
     landlock = [Rule(call, refuse(errno.ENOSYS)) for call in _LANDLOCK]
-    return {"docker": docker, "k8s": docker, "landlock-none": landlock}.get(name, [])
+    return {"docker": docker, "k8s": docker, "k8s-landlock-2": docker, "landlock-none": landlock}.get(name, [])
 
 
 _LANDLOCK: Final = ("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
@@ -79,9 +111,11 @@ def enter(name: str) -> None:
     """Makes this process, and what it starts, one of this host's."""
     if name not in HOSTS:
         raise SystemExit(f"launcher: no host is called {name!r}")
+    os.environ[_WITHIN] = name
     root = os.geteuid() == 0
-    if name == "landlock-4":
-        _preload(_LANDLOCK_4)
+    _, is_old, version = name.partition("landlock-")
+    if is_old and version != "none":
+        _preload(_OLDER_LANDLOCK, VERSION=version, RIGHTS=str(_RIGHTS[int(version)]))
     if name == "yama":
         _preload(_YAMA)
     if name in UNPRIVILEGED and root:
@@ -102,7 +136,7 @@ def enter(name: str) -> None:
         os.setresgid(*[65534] * 3)
         os.setresuid(*[65534] * 3)
         libc.prctl(libc.PR_SET_DUMPABLE, 1)  # which a change of user takes away
-    if name == "k8s":
+    if name.startswith("k8s"):
         libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
 
 
@@ -139,13 +173,16 @@ def _reduce(kept: Sequence[int]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # an older Landlock: a filter can answer an error or 0, but no version; so the C library's own syscall() does
 
-_LANDLOCK_4: Final = r"""
+_RIGHTS: Final = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
+"""How many file rights a version knows."""
+
+_OLDER_LANDLOCK: Final = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdarg.h>
 #include <string.h>
-/* landlock_create_ruleset as the fourth version has it: no scopes, no ioctl right, nothing behind handled_access_net */
+/* landlock_create_ruleset as a version before the sixth has it: no scopes, RIGHTS file rights */
 long syscall(long number, ...) {
     static long (*next)(long, ...);
     va_list list;
@@ -155,12 +192,13 @@ long syscall(long number, ...) {
     va_end(list);
     if (!next) next = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
     if (number == 444) {
-        if (a[2] & 1) return 4;
+        if (a[2] & 1) return VERSION;
         unsigned long long fields[4] = {0};
         if (a[0] && a[1] >= 8 && a[1] <= 32) {
             memcpy(fields, (void *)a[0], a[1]);
             if (fields[2] | fields[3]) { errno = E2BIG; return -1; }
-            if (fields[0] >> 15 || fields[1] >> 2) { errno = EINVAL; return -1; }
+            if (VERSION < 4 && fields[1]) { errno = E2BIG; return -1; }
+            if (fields[0] >> RIGHTS || fields[1] >> 2) { errno = EINVAL; return -1; }
         }
     }
     return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
@@ -283,29 +321,35 @@ OPENAT(openat64)
 """
 
 
-def _preload(source: str) -> None:
-    """Into every process from here on, whatever its environment: ld.so.preload, in a mount namespace of its own."""
+def _preload(source: str, **defined: str) -> None:
+    """Into every process from here on, whatever its environment: ld.so.preload, in a mount namespace of its own.
+
+    Library and list lie in an overlay of /etc, where tools may read: else each of their programs would complain. Where
+    that is so already, it stays so: processes of one namespace share a supervisor.
+    """
+    if os.path.exists("/etc/ray_guard_host.so"):
+        return
     folder = tempfile.mkdtemp(prefix="ray_guard_host_", dir="/tmp")
     os.chmod(folder, 0o755)
-    library, notes = f"{folder}/host.so", f"{folder}/notes"
-    os.mkdir(notes)
+    upper, work, notes = (f"{folder}/{name}" for name in ("upper", "work", "notes"))
+    for each in (upper, work, notes):
+        os.mkdir(each)
     os.chmod(notes, 0o777)
-    command = ["gcc", "-shared", "-fPIC", "-O1", f'-DFOLDER="{notes}"', "-o", library, "-x", "c", "-"]
+    defines = [f'-DFOLDER="{notes}"', *(f"-D{key}={value}" for key, value in defined.items())]
+    command = ["gcc", "-shared", "-fPIC", "-O1", *defines, "-o", f"{upper}/ray_guard_host.so", "-x", "c", "-"]
     subprocess.run(command, input=source.encode(), check=True)
+    Path(f"{upper}/ld.so.preload").write_text("/etc/ray_guard_host.so\n")
     names = _own_mounts()
-    preload = "/etc/ld.so.preload"
-    listed = f"{folder}/preload"
-    Path(listed).write_text(library + "\n")
-    if not os.path.exists(preload):  # a mount needs something to cover: the folder is replaced by an overlay of itself
-        upper, work = f"{folder}/upper", f"{folder}/work"
-        os.mkdir(upper)
-        os.mkdir(work)
-        Path(f"{upper}/ld.so.preload").write_text(library + "\n")
-        options = f"lowerdir=/etc,upperdir={upper},workdir={work}".encode()
-        if names.mount(b"overlay", b"/etc", b"overlay", 0, options) != 0:
-            raise SystemExit(f"launcher: no overlay over /etc: {os.strerror(ctypes.get_errno())}")
-    elif names.mount(listed.encode(), preload.encode(), None, 0x1000, None) != 0:
-        raise SystemExit(f"launcher: cannot cover {preload}")
+    # What a test has put over a file in there (resolv.conf) would be below the overlay: it is put over that again.
+    places = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    mounted = {place: os.open(place, os.O_PATH) for place in places if place.startswith("/etc/")}
+    options = f"lowerdir=/etc,upperdir={upper},workdir={work}".encode()
+    if names.mount(b"overlay", b"/etc", b"overlay", 0, options) != 0:
+        raise SystemExit(f"launcher: no overlay over /etc: {os.strerror(ctypes.get_errno())}")
+    for place, held in mounted.items():
+        if names.mount(f"/proc/self/fd/{held}".encode(), place.encode(), None, 0x1000, None) != 0:
+            raise SystemExit(f"launcher: cannot put {place} back: {os.strerror(ctypes.get_errno())}")
+        os.close(held)
 
 
 def _own_mounts() -> ctypes.CDLL:

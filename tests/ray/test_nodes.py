@@ -1,5 +1,7 @@
-"""A job's limits hold over its nodes: two raylets of one real cluster, each in namespaces and so with a
-supervisor of its own."""
+"""A job's limits hold over its nodes, and an episode's wherever it is computed for.
+
+Two raylets of one real cluster, each in namespaces and so with a supervisor of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ from typing import Any
 import pytest
 import ray
 
-from ray_guard import BudgetExceeded, guard
+from ray_guard import BudgetExceeded, episode, guard, tool_call
 from ray_guard.client import channel
 from ray_guard.client.quota import reserve
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("second_node")]
 
 _LIMIT = 1000
+_FIRST = {"node:__internal_head__": 0.001}
+"""What only the first node has."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ class Spender:
 
 
 def test_the_sum_over_two_supervisors_never_passes_the_jobs_limit() -> None:
-    here = Spender.options(resources={"node:__internal_head__": 0.001}).remote()
+    here = Spender.options(resources=_FIRST).remote()
     there = Spender.options(resources={"second": 1}).remote()
     supervisors = ray.get([here.supervisor.remote(), there.supervisor.remote()])
     assert "" not in supervisors
@@ -105,3 +109,44 @@ def test_the_sum_over_two_supervisors_never_passes_the_jobs_limit() -> None:
     again = Spender.options(resources={"second": 1}).remote()
     spent += sum(ray.get([actor.spend.remote(1, 1000) for actor in (here, again)]))
     assert spent <= _LIMIT
+
+
+@guard(allow=[], role="policy")
+@ray.remote(num_cpus=0, max_concurrency=4)
+class Engine:
+    def generate(self, tokens: int) -> tuple[str, bool]:
+        held = reserve(tokens=tokens)
+        held.settle(tokens=tokens)
+        return held.scope, held.unknown
+
+
+@guard(allow=[], budgets={"episode": {"tokens": 100}, "actor": {"tokens": 180}})
+@ray.remote(num_cpus=0)
+class Env:
+    def roll_out(self, engines: list[Any], tokens: int) -> tuple[int, set[Any], str]:
+        """Asks one engine after the other until nothing is left: what it spent, who paid, how it ended."""
+        spent, said = 0, set()
+        with episode(id="away"), tool_call("ask"):
+            for turn in range(50):
+                try:
+                    said.add(ray.get(engines[turn % len(engines)].generate.remote(tokens)))
+                except BudgetExceeded as error:
+                    return spent, said, f"{error.kind} of {error.limit:g} in {error.scope}"
+                spent += tokens
+        return spent, said, ""
+
+
+def test_an_episode_is_charged_by_engines_of_two_nodes_together_and_never_past_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_GUARD_RUN_ID", "another run")  # of the limit above nothing is left
+    near = Engine.options(resources=_FIRST).remote()
+    far = Engine.options(resources={"second": 1}).remote()
+    env = Env.options(resources=_FIRST).remote()
+    spent, said, ended = ray.get(env.roll_out.remote([near, far], 9))
+    assert ended == "tokens of 100 in episode"
+    assert 100 - 2 * 9 - 13 <= spent <= 100  # a part is 13 tokens, and the rest of one is too small
+    assert said == {("call", False), ("episode", False)}
+    spent, _, ended = ray.get(env.roll_out.remote([far], 9))
+    assert ended == "tokens of 180 in actor"
+    assert spent <= 180 - 69

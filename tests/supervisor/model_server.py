@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = body.get("max_completion_tokens") or body.get("max_tokens") or 1 << 20
         count = min(asked, 1000 if "long" in text else len(PIECES))
         if body.get("stream"):
-            self._stream(body, kind, count, slow="slow" in text)
+            self._stream(body, kind, count, slow="slow" in text, wide=1000 if "wide" in text else 1)
             return
         self.server_of.produced += count
         choices = [
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"id": "c-1", "object": kind, "model": MODEL, "choices": choices,
                     "usage": _usage(count * body.get("n", 1))})  # fmt: skip
 
-    def _stream(self, body: Any, kind: str, count: int, *, slow: bool) -> None:
+    def _stream(self, body: Any, kind: str, count: int, *, slow: bool, wide: int) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         options = body.get("stream_options") or {}
         try:
             for at in range(count):
-                piece = {"content": PIECES[at % len(PIECES)]}
+                piece = {"content": PIECES[at % len(PIECES)] * wide}
                 choice = {"index": 0, "delta": piece, "finish_reason": "stop" if at == count - 1 else None}
                 event: dict[str, Any] = {"id": "c-2", "object": kind + ".chunk", "model": MODEL, "choices": [choice]}
                 if options.get("continuous_usage_stats"):

@@ -57,7 +57,7 @@ def marked(mark: str) -> list[int]:
 
 LEAVE = """
 import ctypes, os, sys, time
-home = sys.argv[1]
+home, escape = sys.argv[1:3]
 errors = []
 def attempt(what):
     try: what()
@@ -72,14 +72,14 @@ def clone_into():
     if pid < 0: raise OSError(ctypes.get_errno(), "clone3")
     if pid == 0: time.sleep(1); os._exit(0)
 def make():
-    os.mkdir(home + "/ray_guard-escape"); join(home + "/ray_guard-escape")
+    os.mkdir(escape); join(escape)
 def mount():
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"none", b"/tmp", b"cgroup2", 0, None): raise OSError(ctypes.get_errno(), "mount")
 def unshare():
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x02000000): raise OSError(ctypes.get_errno(), "unshare")
-for what in (lambda: join(home), make, clone_into, unshare, *([mount] if len(sys.argv) > 2 else [])): attempt(what)
+for what in (lambda: join(home), make, clone_into, unshare, *([mount] if len(sys.argv) > 3 else [])): attempt(what)
 print(errors, flush=True)
 time.sleep(1)
 """
@@ -89,8 +89,9 @@ time.sleep(1)
 def test_nothing_leaves_it(tmp_path: Path, write: list[str]) -> None:
     """As root, whose files those of the hierarchy are."""
     home = place()
-    loose = subprocess.run([PYTHON, "-I", "-S", "-c", LEAVE, home], capture_output=True, text=True, timeout=20)
-    escape = Path(home, "ray_guard-escape")
+    escape = Path(home, f"ray_guard-escape-{secrets.token_hex(4)}")
+    attack = [PYTHON, "-I", "-S", "-c", LEAVE, home, str(escape)]
+    loose = subprocess.run(attack, capture_output=True, text=True, timeout=20)
     assert loose.stdout == "[]\n", "unconfined every way but the mount works"
     wait(lambda: not (escape / "cgroup.procs").read_text(), "the control has not ended")
     escape.rmdir()
@@ -103,7 +104,7 @@ with ray_guard.tool_call('leave', {}):
     with open(f'/proc/{tool.pid}/cgroup') as file: result = [said, file.read().split('0::')[1].split()[0], tool.pid]
     tool.kill()
 """
-        said, group, _ = host.inside(code, argv=[PYTHON, "-I", "-S", "-c", LEAVE, home, "mount"])
+        said, group, _ = host.inside(code, argv=[*attack, "mount"])
         assert len(said.split(",")) == 5, f"something succeeded: {said}"
         assert group.startswith(f"{group_of(host.supervisor).rstrip('/')}/ray_guard-")
         assert not escape.exists()
@@ -156,12 +157,11 @@ def test_what_a_lost_supervisor_has_left_is_ended_and_what_is_in_use_is_not(tmp_
 
 
 def test_none_is_left_behind(tmp_path: Path) -> None:
-    def leaves() -> set[str]:
-        return {name for name in os.listdir(place()) if name.startswith("ray_guard-")}
-
-    before = leaves()
     with confined(tmp_path) as host:
         for _ in range(20):
             assert host.run("call", ["true"]).status == 0
-        assert 0 < len(leaves() - before) <= 9, "one for each process that is ready"
-    wait(lambda: leaves() <= before, f"groups are left: {leaves() - before}")
+        below = [pid for pid in procfs.descendants(host.supervisor) if "/ray_guard-" in group_of(pid)]
+        groups = {Path(place(), Path(group_of(pid)).name) for pid in below}
+        assert 0 < len(groups) <= 8, "one for each process that is ready"
+        assert all(group.exists() for group in groups), "they are looked for where they are"
+    wait(lambda: not any(group.exists() for group in groups), f"groups are left of {groups}")

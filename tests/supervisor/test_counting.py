@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, Host, Namespace, wait
+from harness import PYTHON, Host, Namespace, lacks, needs, wait
 
 from ray_guard.egress.meter import TICK_S
 
@@ -122,6 +122,7 @@ def test_bytes_are_exact(server: Server, shared: Host, ring: str, kind: str, ans
     assert found["network.local.port"] > 0
 
 
+@needs("pidfd_getfd")
 def test_reconnecting_after_af_unspec_loses_no_byte(server: Server, tmp_path: Path) -> None:
     program = """
 import ctypes, socket, struct, sys
@@ -232,7 +233,7 @@ print(made)
 def test_egress_bytes_are_cut(server: Server, tmp_path: Path, scope: str, how: str) -> None:
     """The direct path overshoots by its rate times the tick (eight, on a busy machine) and by what was buffered.
 
-    It is the path under the caps of actor and job; those of call and episode are in test_relay.py.
+    It is the path under the caps of actor and job where descriptors can be taken; for the others see test_relay.py.
     """
     program = """
 import os, socket, sys, time
@@ -260,8 +261,10 @@ print(time.monotonic() - began)
         rate = 65536 / 0.001
         # An orphan must be looked for among all processes of the node first.
         allowed = cap + rate * (TICK_S * 8 if how == "plain" else 0.3) + (1 << 20)
+        if lacks("pidfd_getfd"):
+            allowed = cap  # it cannot be cut there, so it goes by relay
         print(f"{server.received - cap} bytes past the cap (bound {allowed - cap:.0f}), {outcome.stdout.strip()} s")
-        assert cap <= server.received <= allowed
+        assert cap - len(b"flood 0 0\n") <= server.received <= allowed
         violations = [s for s in confined.journal() if s["name"] == "ray_guard.violation"]
         assert any(s["attributes"]["ray_guard.violation.kind"] == "egress_bytes" for s in violations)
 

@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from harness import PYTHON, ROOT, Host, Namespace, grants, read_journal, wait
 
 from ray_guard.evidence.verify.check import Kind, State, check
+from ray_guard.evidence.verify.seals import read_checkpoints
 
 pytestmark = [
     pytest.mark.kernel,
@@ -69,7 +71,7 @@ def connects(host: Host, port: int) -> str:
 
 
 def violations(evidence: Path, reason: str) -> list[dict[str, Any]]:
-    found = [span["attributes"] for span in read_journal(evidence) if span["name"] == "ray_guard.violation"]
+    found = [span["attributes"] for span in read_journal_whole(evidence) if span["name"] == "ray_guard.violation"]
     return [each for each in found if each["ray_guard.violation.kind"] == "evidence" and each["error.type"] == reason]
 
 
@@ -132,24 +134,27 @@ def test_the_next_supervisor_sees_to_what_a_killed_one_left(namespace: Namespace
 
 
 def read_journal_whole(evidence: Path) -> list[dict[str, Any]]:
-    """:func:`read_journal`, where a segment ends in half a line."""
-    copies = evidence.with_name(f"whole-{time.monotonic_ns()}")
-    copies.mkdir()
-    for path in evidence.glob("*.otlp.jsonl"):
-        (copies / path.name).write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
-    return read_journal(copies)
+    """:func:`read_journal`, where a segment ends in half a line, torn or being written."""
+    with tempfile.TemporaryDirectory() as copies:
+        for path in evidence.glob("*.otlp.jsonl"):
+            content = path.read_bytes()
+            Path(copies, path.name).write_bytes(content[: content.rfind(b"\n") + 1])
+        return read_journal(Path(copies))
 
 
-def test_the_signer_is_killed(namespace: Namespace, tmp_path: Path, port: int) -> None:
-    """An actor can kill what runs as its own user. It is told, and what follows is sealed by another key."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_signer_is_killed(namespace: Namespace, tmp_path: Path, port: int, how: signal.Signals) -> None:
+    """An actor can kill or stop what runs as its own user. It is told, and what follows is sealed by another key."""
     evidence = tmp_path / "evidence"
     with confined(namespace, tmp_path, evidence, port) as host:
         wait(lambda: check(evidence)[0].sealed, "nothing was sealed")
         signer = signer_of(host.supervisor)
         assert signer is not None
-        os.kill(signer, signal.SIGKILL)
-        wait(lambda: violations(evidence, "signer lost"), "it was not told")
+        os.kill(signer, how)
         assert connects(host, port) == "ok"
+        wait(lambda: violations(evidence, "signer lost"), "it was not told", 15)
+        assert connects(host, port) == "ok"
+        os.kill(signer, signal.SIGCONT) if how is signal.SIGSTOP else None
         wait(lambda: signer_of(host.supervisor) not in (None, signer), "there is no other signer", 10)
     wait(lambda: check(evidence)[1].state is State.ENDED, "the log was not ended", 10)
     old, new = check(evidence)
@@ -157,6 +162,45 @@ def test_the_signer_is_killed(namespace: Namespace, tmp_path: Path, port: int) -
     assert old.key is not None
     assert new.key is not None
     assert old.key.public != new.key.public
+
+
+def test_checkpoints_leave_the_host(
+    namespace: Namespace, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever then replaces all of the evidence, key and all, is found out."""
+    evidence, kept = tmp_path / "evidence", tmp_path / "elsewhere" / "kept"
+    monkeypatch.setenv("RAY_GUARD_EVIDENCE_CHECKPOINTS", str(kept))
+    with confined(namespace, tmp_path, evidence, port) as host:
+        assert connects(host, port) == "ok"
+        wait(lambda: violations(evidence, "checkpoint not exported"), "it was not told")  # there is no such folder
+        kept.parent.mkdir()
+        assert connects(host, port) == "ok"  # and it was no reason to refuse anything
+        wait(kept.exists, "no checkpoint arrived")
+    wait(lambda: check(evidence)[0].state is State.ENDED, "the log was not ended", 10)
+    wait(lambda: any(note.checkpoint.ended for note, _ in read_checkpoints(kept)), "the last one did not arrive")
+    (report,) = check(evidence, checkpoints=read_checkpoints(kept))
+    assert report.findings == []
+    for path in evidence.iterdir():
+        path.rename(tmp_path / path.name.replace(report.log, "gone"))
+    monkeypatch.delenv("RAY_GUARD_EVIDENCE_CHECKPOINTS")
+    with confined(namespace, tmp_path, evidence, port) as host:
+        assert connects(host, port) == "ok"
+    wait(lambda: check(evidence)[0].state is State.ENDED, "the log was not ended", 10)
+    assert check(evidence)[0].findings == []
+    found = [finding.kind for each in check(evidence, checkpoints=read_checkpoints(kept)) for finding in each.findings]
+    assert found == [Kind.MISSING]
+
+
+def test_a_destination_of_checkpoints_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_GUARD_EVIDENCE_CHECKPOINTS", "kept/here")
+    (tmp_path / "policy.yaml").write_text("version: 1\negress: {allow: []}\n")
+    command = str(Path(sys.executable).with_name("ray-guard"))
+    argv = [command, "run", "--policy", str(tmp_path / "policy.yaml"), "--evidence", str(tmp_path / "e"), "--", "true"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 125
+    assert (
+        "RAY_GUARD_EVIDENCE_CHECKPOINTS: 'kept/here' is no destination of checkpoints: an absolute path" in done.stderr
+    )
 
 
 def test_a_segment_is_cut_behind_the_supervisors_back(namespace: Namespace, tmp_path: Path, port: int) -> None:

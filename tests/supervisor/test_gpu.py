@@ -355,7 +355,7 @@ def test_nvml_that_hangs_holds_up_neither_census_nor_calls(fresh: GpuHost, tmp_p
 
 def test_a_lost_helper_is_told_and_replaced(gpus: GpuHost, tmp_path: Path) -> None:
     with confined(gpus, tmp_path, require=["gpu"]) as host:
-        helper = helper_of(host)
+        helper = wait(lambda: helper_of(host), "no helper", 8.0)  # 0 would be this very group
         os.kill(helper, signal.SIGSTOP)
         pid = host.inside(_CHILD, python=PYTHON, program=_HOLD, gpu=str(gpus.gpu))
         wait(lambda: gone(pid), "it still holds the GPU", 6.0)

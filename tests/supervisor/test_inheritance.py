@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Host, Stage, wait
+from harness import ROOT, Host, Stage, needs, wait
 
 pytestmark = pytest.mark.kernel
 
@@ -69,6 +69,7 @@ finally:
 
 
 @pytest.mark.skipif(not ROOT, reason="missing: root, to have groups that the supervisor has not")
+@needs("CAP_SYS_PTRACE")  # to read a process with another group
 def test_groups_are_its_requesters(stage: Stage, tmp_path: Path) -> None:
     host = stage.host()  # a supervisor is there, with groups of its own
     assert host.alive

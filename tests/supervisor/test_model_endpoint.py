@@ -9,13 +9,15 @@ import contextlib
 import json
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import launcher
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, wait
+from harness import PYTHON, ROOT, Host, Namespace, read_journal, wait
 from model_server import ADMIN, LENGTH, LOOKS, MODEL, PIECES, PROMPT_TOKENS, ModelServer
 
 pytestmark = pytest.mark.kernel
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.kernel
 Span = dict[str, Any]
 
 _CLIENT = """
-import http.client, json, socket, sys
+import http.client, json, socket, sys, time
 PORT = int(sys.argv[1])
 GIVEN = json.loads(sys.argv[2])
 def connection(): return http.client.HTTPConnection("127.0.0.1", PORT, timeout=20)
@@ -374,6 +376,52 @@ def test_flops_that_nobody_can_count_are_refused(scene: Scene) -> None:
     assert ("flops", "unmeasured") in violations(host)
 
 
+_SERVES = """
+from ray_guard.client.quota import announce_price, reserve
+import ray_guard
+announce_price(["tiny"], per_token=1000.0, per_context_token=0.0)
+result = None
+"""
+_RESERVES = """
+try:
+    reserve(tokens=most, flops=1.0, paid=word).settle(tokens=200)
+    result = "granted"
+except ray_guard.BudgetExceeded as error:
+    result = error.scope
+"""
+
+
+def test_who_serves_the_model_says_its_price_and_does_not_charge_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one-time word in the request stands for those who pay already: here the job, which has room for one."""
+    monkeypatch.setenv("RAY_GUARD_RUN_ID", "price")
+    budgets = {"job": {"tokens": 700, "flops": 1e9}}
+    serving = scene.host(role="policy", budgets=budgets, model_endpoint=None)
+    serving.inside(_SERVES)
+    asking = scene.host(budgets=budgets)
+    body = {**HELLO, "messages": [{"role": "user", "content": "long slow"}], "stream": True, "max_tokens": 100}
+    scene.server.seen.clear()
+    answers: list[Any] = []
+    tool = threading.Thread(target=lambda: answers.append(scene.tool(asking, _CHAT, body)[0]))
+    tool.start()
+    seen = wait(lambda: [each for each in scene.server.seen if each.method == "POST"], "nothing was asked")[0]
+    word = seen.headers["x-ray-guard-reservation"]
+    assert serving.inside(_SERVES + _RESERVES, most=400, word="0" * 32) == "job"
+    assert serving.inside(_SERVES + _RESERVES, most=400, word=word) == "granted"
+    tool.join()
+    assert answers == [200]
+    assert chats(asking)[0]["attributes"]["ray_guard.flops"] == 1000 * (PROMPT_TOKENS + 100)
+    assert serving.inside(_SERVES + _RESERVES, most=600, word=word) == "job"  # once it has ended the word says nothing
+
+
+def test_nobody_but_a_policy_actor_says_a_price(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_GUARD_RUN_ID", "cheap")
+    host = scene.host(role="env", budgets={"call": {"flops": 1e12}})
+    host.inside(_SERVES)
+    assert scene.tool(host, _CHAT, HELLO)[0] == 429
+
+
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 _STREAM = """
@@ -407,6 +455,26 @@ def test_a_stream_is_passed_on_and_its_usage_is_counted(scene: Scene, asked: dic
     assert attributes["gen_ai.usage.cache_read.input_tokens"] == 8
     assert attributes["gen_ai.response.finish_reasons"] == ["stop"]
     assert 0 < attributes["gen_ai.latency.time_to_first_token"] < 10
+
+
+@pytest.mark.parametrize("how", [{"Connection": "close"}, {}])
+def test_a_long_answer_comes_whole_to_who_reads_slowly(scene: Scene, free: Host, how: dict[str, str]) -> None:
+    """More than any buffer on the way holds."""
+    program = """
+link = connection()
+link.connect()
+link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+link.request("POST", "/v1/chat/completions", json.dumps(GIVEN[0]), GIVEN[1])
+answer = link.getresponse()
+data = b""
+while chunk := answer.read(4096):
+    data += chunk
+    if len(data) < 200_000: time.sleep(0.005)
+say([data.count(b"data:"), data.endswith(b"data: [DONE]\\n\\n")])
+"""
+    text = "long " + "wide " * 2
+    body = {**HELLO, "messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 1000}
+    assert scene.tool(free, program, [body, how]) == [1001, True]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -608,3 +676,29 @@ def test_an_endpoint_that_is_a_name(scene: Scene, tmp_path: Path, proxy: str | N
         assert scene.server.paths() == ["POST /v1/chat/completions"]
         assert json.loads(ask("other.example.org").stdout) == [403, 403]  # the address is right, the host is not
         assert scene.server.paths() == ["POST /v1/chat/completions"]
+
+
+def test_what_is_refused_there_is_a_violation_like_others(scene: Scene) -> None:
+    host = scene.host(on_violation="kill_call")
+    scene.server.seen.clear()
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"EgressDenied.*path_not_allowed"):  # as the confined process was told
+        host.run("call", scene.argv('post("/update_weights", {}); time.sleep(19)'))
+    assert time.monotonic() - began < 15
+    assert scene.server.seen == []
+
+
+def test_a_command_that_calls_a_model(scene: Scene, tmp_path: Path) -> None:
+    """``ray-guard run`` with limits of tokens: an agent CLI without Ray or Python of ours around it."""
+    policy = tmp_path / "policy.json"
+    endpoint = f"127.0.0.1:{scene.server.port}"
+    policy.write_text(json.dumps({"model_endpoint": endpoint, "budgets": {"call": {"tokens": 700}}}))
+    program = 'say([post("/v1/chat/completions", GIVEN)[0] for GIVEN in [GIVEN, {**GIVEN, "max_tokens": 1000}]])'
+    evidence = tmp_path / "evidence"
+    command = [PYTHON, "-m", "ray_guard.cli", "run", "--policy", str(policy), "--evidence", str(evidence), "--"]
+    argv = [*scene.namespace.prefix, *command, *scene.argv(program, HELLO)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout) == [200, 429]
+    spans = [span for span in read_journal(evidence) if span["name"] == f"chat {MODEL}"]
+    assert [span["attributes"].get("ray_guard.tokens.charged") for span in spans] == [PROMPT_TOKENS + 3, None]

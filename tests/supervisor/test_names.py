@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
-from harness import Host, grants, wait
+from harness import Host, grants, lacks, skip_without, wait
 from names import UPSTREAM, Names, named
 
 from ray_guard.egress.resolver.told import LEAST_S
@@ -122,8 +121,8 @@ def main():
 def test_whoever_is_asked_the_guard_answers(
     names: Names, program: str, rings: tuple[str, ...] | None, ring: str
 ) -> None:
-    if rings is not None and (ring not in rings or launcher.prefix()):
-        pytest.skip("not of such a socket in this ring, or on this host")
+    if rings is not None and (ring not in rings or lacks("pidfd_getfd")):
+        pytest.skip("not of such a socket in this ring, or where pidfd_getfd is missing")
     if "def main" not in program:
         program = f"def main(): return {program}"
     outcome = names.run(ring, "ADDRESS = sockaddr(A['upstream'], 53)\n" + program)
@@ -182,8 +181,7 @@ def main():
 
 @pytest.mark.parametrize("server", [UPSTREAM, "203.0.113.53", "::ffff:203.0.113.53", "2001:db8::53"])
 def test_a_program_that_takes_answers_from_whom_it_asked_alone(names: Names, server: str) -> None:
-    if launcher.prefix():
-        pytest.skip("datagram sockets cannot send on this host, and get a line of their own")
+    skip_without("pidfd_getfd")  # datagram sockets cannot send there, and get a line of their own
     for ring in ("call", "actor_udp"):
         said = names.run(ring, STRICT, server=server).said
         assert said.get("result", [])[:2] == [server, 53], said
@@ -475,8 +473,6 @@ def test_a_listed_name_leads_to_no_special_address(names: Names) -> None:
 
 
 def test_queries_and_answers_are_bytes_of_the_call(names: Names) -> None:
-    if launcher.prefix():
-        pytest.skip("byte caps are refused on this host")
     policy = {**names.policy(), "budgets": {"call": {"egress_sent_bytes": 100}}}
     host = names.another("capped", policy)
     program = "def main(): return [told(datagram(A['upstream'], query('index.example.org')))[0] for _ in range(5)]"

@@ -184,20 +184,36 @@ say([*found, refused(reserve, tokens=1), ray_guard.violations()])
 
 
 _ENGINE = """
-held = reserve(tokens=50, context=hear())
-say([held.scope, held.unknown, refused(reserve, tokens=1000)])
+asked = hear()
+def pays():
+    held = reserve(tokens=50, context=asked)
+    say([held.scope, held.unknown, refused(reserve, tokens=1000)])
+said = refused(pays)
+if said:
+    say(said)
 """
 
 
-def test_what_is_not_of_this_job_is_charged_to_the_actor_alone_and_said_so(job: Job) -> None:
+_IDS = ("episode", "call", "span")
+
+
+@pytest.mark.parametrize("forged", [{}, {"trace": "ab" * 16}, dict.fromkeys(_IDS, "ab" * 8)])
+def test_no_strange_episode_is_charged(job: Job, forged: dict[str, str]) -> None:
+    """One of another job, or one whose ids are guessed."""
     env = job.start(_ENV, _tokens("episode", 10))
-    asked = env.hears()
-    stranger = job.start(_ENGINE, _tokens("actor", 1000), run="another-job")
-    stranger.says(asked)
-    assert stranger.hears() == ["actor", True, ["tokens", 1050, 1000, "actor"]]
-    guesser = job.start(_ENGINE, _tokens("actor", 1000))
-    guesser.says({**asked, "trace": "ab" * 16})
-    assert guesser.hears() == ["actor", True, ["tokens", 1050, 1000, "actor"]]
+    asked = {**env.hears(), **forged}
+    engine = job.start(_ENGINE, _tokens("actor", 1000), run="" if forged else "another-job")
+    engine.says({name: value for name, value in asked.items() if forged or name != "quotas"})
+    assert engine.hears() == ["actor", True, ["tokens", 1050, 1000, "actor"]]
+    env.says(None)
+    assert env.hears() == []
+
+
+def test_who_is_limited_by_a_supervisor_that_cannot_be_asked_is_refused(job: Job) -> None:
+    env = job.start(_ENV, _tokens("episode", 10))
+    engine = job.start(_ENGINE, _tokens("actor", 1000), run="another-job")
+    engine.says(env.hears())
+    assert "not enforced: budgets.episode.tokens" in engine.hears()
     env.says(None)
     assert env.hears() == []
 

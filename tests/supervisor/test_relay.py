@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from far_ends import Crowded, Peer, answer, echo, hold, pour, reset, swallow
-from harness import PYTHON, ROOT, Host, Namespace, Outcome, wait
+from harness import PYTHON, ROOT, Host, Namespace, Outcome, needs, wait
 
 pytestmark = pytest.mark.kernel
 
@@ -440,6 +440,7 @@ os._exit(0)
     crowded.close()
 
 
+@needs("pidfd_getfd")
 def test_a_socket_is_used_again_after_af_unspec(capped: Host) -> None:
     program = """
 import ctypes

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
 from far_ends import Peer, swallow
 from harness import PYTHON, ROOT, Host, Namespace, wait
@@ -43,9 +42,7 @@ class Stage:
         self.namespace = Namespace()
         hosts = folder / "hosts"
         hosts.write_text("127.0.0.1 localhost\n" + "".join(f"127.0.0.1 {name}\n" for name in NAMES))
-        own = len(launcher.prefix())  # a simulated host may refuse to mount
-        outside = self.namespace.prefix[:-own] if own else self.namespace.prefix
-        subprocess.run([*outside, "mount", "--bind", str(hosts), "/etc/hosts"], check=True)
+        subprocess.run([*self.namespace.outside, "mount", "--bind", str(hosts), "/etc/hosts"], check=True)
         self._stack = contextlib.ExitStack()
         self._stack.callback(self.namespace.close)
         self._count = 0

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT, Host, Namespace, wait
@@ -32,9 +33,9 @@ class Hosts:
         self._folder = folder
         self._made: list[tuple[Host, Namespace]] = []
 
-    def add(self) -> Host:
+    def add(self, **policy: Any) -> Host:
         namespace = Namespace()
-        host = Host({"egress": {"allow": []}}, self._folder / f"evidence{len(self._made)}", namespace)
+        host = Host({"egress": {"allow": []}, **policy}, self._folder / f"evidence{len(self._made)}", namespace)
         self._made.append((host, namespace))
         return host
 
@@ -63,6 +64,21 @@ def test_it_is_gone_with_its_call_and_all_with_the_supervisor(base: Path, hosts:
     wait(lambda: not folder.exists(), "it outlives its call")
     host.close()
     wait(lambda: not os.listdir(base), f"something is left: {os.listdir(base)}", 10)
+
+
+@pytest.mark.parametrize("within", ["ray_guard.tool_call('keep', {})", "contextlib.nullcontext()"])
+def test_it_stays_with_what_a_call_leaves_running(base: Path, hosts: Hosts, within: str) -> None:
+    host = hosts.add(survivors="keep")
+    code = f"""
+import contextlib
+with {within}:
+    said = ray_guard.run(['sh', '-c', 'sleep 0.7 >/dev/null 2>&1 & echo $TMPDIR'], capture_output=True, text=True)
+result = said.stdout.strip()
+"""
+    folder = Path(host.inside(code))
+    time.sleep(0.2)
+    assert folder.exists()
+    wait(lambda: not folder.exists(), "it outlives what was left running")
 
 
 @pytest.mark.parametrize("zygote_too", [False, True], ids=["supervisor killed", "both killed"])

@@ -12,27 +12,29 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "escapes"))
 
 from harness import PYTHON, Host, Namespace, wait  # noqa: E402 - tests are no package
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make env installs it")
 pytest.importorskip("openai", reason="the openai client is not installed")
-pytestmark = [pytest.mark.vllm, pytest.mark.kernel, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.vllm, pytest.mark.kernel, pytest.mark.slow, pytest.mark.timeout(420)]
 
 MODEL = "tiny"
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+JOB_TOKENS = 100_000
+JOB: dict[str, Any] = {"job": {"tokens": JOB_TOKENS, "flops": 1e15}}
 
 
 class Engine:
-    """vLLM's server on loopback, unconfined: it does what it is asked."""
+    """vLLM's server on loopback, in a guarded policy actor's process of the same job: see programs/serving.py."""
 
     def __init__(self, folder: Path) -> None:
         small = runpy.run_path(str(ROOT / "examples" / "rome" / "model.py"), run_name="rome.model")
@@ -40,19 +42,27 @@ class Engine:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             self.port: int = sock.getsockname()[1]
+        self.namespace = Namespace()
+        self.evidence = folder / "evidence"
         self._log = (folder / "log").open("w+")
-        options = ["--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
-        where = ["--host", "127.0.0.1", "--port", str(self.port), "--chat-template", TEMPLATE, "--max-num-seqs", "8"]
+        program = [PYTHON, str(HERE / "programs" / "serving.py"), str(model), str(folder / "said")]
         self._process = subprocess.Popen(
-            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options, *where],
-            env={**os.environ, **small["ENVIRONMENT"], "VLLM_SERVER_DEV_MODE": "1"},
+            [*self.namespace.prefix, *program, str(self.port), str(JOB_TOKENS)],
+            env={
+                **os.environ,
+                **small["ENVIRONMENT"],
+                "VLLM_SERVER_DEV_MODE": "1",
+                "VLLM_LOGGING_LEVEL": "INFO",
+                "RAY_GUARD_EVIDENCE": str(self.evidence),
+                "RAY_GUARD_RUN_ID": "served",
+            },
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
         )
 
     def await_ready(self) -> None:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while True:
             with contextlib.suppress(OSError):
                 self.get("/health")
@@ -86,6 +96,7 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self.namespace.close()
         self._log.close()
 
 
@@ -99,17 +110,33 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         made.close()
 
 
-@contextlib.contextmanager
-def confined(folder: Path, engine: Engine, **policy: Any) -> Iterator[Host]:
-    namespace = Namespace()
-    try:
-        host = Host({"model_endpoint": f"127.0.0.1:{engine.port}", **policy}, folder / "evidence", namespace)
-        try:
-            yield host
-        finally:
-            host.close()
-    finally:
-        namespace.close()
+@pytest.fixture
+def confined(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Host]]:
+    """Confines a process of the engine's job, whose tools may call the engine's model."""
+    monkeypatch.setenv("RAY_GUARD_RUN_ID", "served")
+    with contextlib.ExitStack() as stack:
+
+        def confine(call: dict[str, Any] | None = None) -> Host:
+            policy = {"model_endpoint": f"127.0.0.1:{engine.port}", "budgets": {**JOB, "call": call or {}}}
+            host = Host(policy, tmp_path / "evidence", engine.namespace)
+            stack.callback(host.close)
+            return host
+
+        yield confine
+
+
+def taken(host: Host) -> int:
+    """Tokens of the job so far, as a reservation that cannot be granted is told."""
+    asks = """
+from ray_guard.client.quota import reserve
+import ray_guard
+try:
+    reserve(tokens=10**9, flops=1.0)
+except ray_guard.BudgetExceeded as error:
+    result = error.value - 10**9 if error.scope == "job" else None
+"""
+    found: int = host.inside(asks)
+    return found
 
 
 def chats(host: Host, count: int) -> list[dict[str, Any]]:
@@ -148,13 +175,14 @@ print(json.dumps(found))
 """
 
 
-def test_an_agent_is_served_and_charged_as_the_engine_counts(engine: Engine, tmp_path: Path) -> None:
-    before = engine.tokens()
-    with confined(tmp_path, engine, budgets={"call": {"tokens": 2000}}) as host:
-        outcome = host.run("call", [PYTHON, "-c", _AGENT, str(engine.port)], timeout=90)
-        assert outcome.stdout.strip(), f"{outcome}\n{engine.log()}"
-        found = json.loads(outcome.stdout.splitlines()[-1])
-        spans = chats(host, 7)
+def test_an_agent_is_served_and_charged_as_the_engine_counts(engine: Engine, confined: Callable[..., Host]) -> None:
+    """And once: its job is also the engine's, whose hook counts the same tokens."""
+    host = confined({"tokens": 2000})
+    before, job = engine.tokens(), taken(host)
+    outcome = host.run("call", [PYTHON, "-c", _AGENT, str(engine.port)], timeout=90)
+    assert outcome.stdout.strip(), f"{outcome}\n{engine.log()}"
+    found = json.loads(outcome.stdout.splitlines()[-1])
+    spans = chats(host, 7)
     assert found["models"] == [MODEL]
     assert found["streamed"] > 1
     assert not found["usage_seen"]
@@ -165,58 +193,54 @@ def test_an_agent_is_served_and_charged_as_the_engine_counts(engine: Engine, tmp
     told = [found[name] for name in ("whole", "told", "text", "answer", "answered")]
     assert sorted(charged) == sorted([*told, found["whole"]])
     assert sum(charged) == engine.tokens() - before, "the engine itself counts otherwise"
+    assert wait(lambda: taken(host) - job == sum(charged), f"the job was charged {taken(host) - job}")
+    assert all(each["ray_guard.flops"] > 0 for each in used)
     assert all(each["ray_guard.tokens.reserved"] >= each["ray_guard.tokens.charged"] for each in used)
 
 
 CURL = shutil.which("curl")
 ADMIN = (
-    "/sleep",
-    "/reset_prefix_cache",
-    "/collective_rpc",
-    "/v1/load_lora_adapter",
-    "/tokenize",
-    "/pause",
-    "/v1/embeddings",
+    *("/reset_prefix_cache", "/collective_rpc", "/v1/load_lora_adapter", "/tokenize", "/pause", "/v1/embeddings"),
+    "/v1/completions/../../reset_prefix_cache",
 )
 
 
 @pytest.mark.skipif(CURL is None, reason="curl is not installed")
-def test_nothing_else_of_it_is_reached(engine: Engine, tmp_path: Path) -> None:
-    """The engine's own log is the judge; unconfined each of these gets to it."""
+def test_nothing_else_of_it_is_reached(engine: Engine, confined: Callable[..., Host]) -> None:
+    """The engine's own log is the judge; unconfined they get to it."""
     assert CURL is not None
     body = ["-X", "POST", "-H", "Content-Type: application/json", "-d", "{}"]
     argv = [CURL, "-sS", "-m", "20", "-o", "/dev/null", "-w", "%{http_code}"]
-    with confined(tmp_path, engine) as host:
-        for path in (*ADMIN[1:], "/v1/completions/../../reset_prefix_cache"):
-            url = f"http://127.0.0.1:{engine.port}{path}"
-            outcome = host.run("call", [*argv, "--path-as-is", *body, url])
-            assert outcome.stdout == "403", (path, outcome)
-        assert "reset_prefix_cache" not in engine.log()
-        assert "load_lora_adapter" not in engine.log()
-        said = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
-        url = f"http://127.0.0.1:{engine.port}/v1/chat/completions"
-        outcome = host.run("call", [*argv, *body[:4], "-d", said, url])
-        assert outcome.stdout == "200", outcome
+    host = confined()
+    for path in ADMIN:
+        outcome = host.run("call", [*argv, "--path-as-is", *body, f"http://127.0.0.1:{engine.port}{path}"])
+        assert outcome.stdout == "403", (path, outcome)
+    assert not [path for path in ADMIN if f"POST {path}" in engine.log()]
+    said = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
+    url = f"http://127.0.0.1:{engine.port}/v1/chat/completions"
+    outcome = host.run("call", [*argv, *body[:4], "-d", said, url])
+    assert outcome.stdout == "200", outcome
     url = f"http://127.0.0.1:{engine.port}/reset_prefix_cache"
     done = subprocess.run([*argv, *body, url], capture_output=True, text=True, timeout=30)
     assert done.stdout == "200", done
+    assert "POST /reset_prefix_cache" in engine.log()
 
 
-def test_who_gives_no_limit_gets_what_is_left(engine: Engine, tmp_path: Path) -> None:
+def test_who_gives_no_limit_gets_what_is_left(engine: Engine, confined: Callable[..., Host]) -> None:
     program = _AGENT.split("found =", maxsplit=1)[0] + (
         'print(client.chat.completions.create(model="tiny", messages=[say], extra_body={"ignore_eos": True})'
         ".usage.total_tokens)"
     )
     before = engine.tokens()
-    with confined(tmp_path, engine, budgets={"call": {"tokens": 600}}) as host:
-        outcome = host.run("call", [PYTHON, "-c", program, str(engine.port)], timeout=90)
-        assert outcome.stdout.strip(), outcome
-        (span,) = chats(host, 1)
+    host = confined({"tokens": 600})
+    outcome = host.run("call", [PYTHON, "-c", program, str(engine.port)], timeout=90)
+    assert outcome.stdout.strip(), outcome
+    (span,) = chats(host, 1)
     assert int(outcome.stdout) == span["ray_guard.tokens.charged"] == engine.tokens() - before
     assert 150 < int(outcome.stdout) <= 600
 
 
-def test_who_goes_away_stops_the_engine(engine: Engine, tmp_path: Path) -> None:
+def test_who_goes_away_stops_the_engine(engine: Engine, confined: Callable[..., Host]) -> None:
     program = (
         _AGENT.split("found =", maxsplit=1)[0]
         + """
@@ -228,12 +252,12 @@ os._exit(0)
 """
     )
     before = engine.tokens()
-    with confined(tmp_path, engine, budgets={"call": {"tokens": 5000}}) as host:
-        outcome = host.run("call", [PYTHON, "-c", program, str(engine.port)], timeout=90)
-        assert outcome.stdout.strip() == "5", outcome
-        (span,) = chats(host, 1)
-        time.sleep(0.5)
-        spent = engine.tokens() - before
+    host = confined({"tokens": 5000})
+    outcome = host.run("call", [PYTHON, "-c", program, str(engine.port)], timeout=90)
+    assert outcome.stdout.strip() == "5", outcome
+    (span,) = chats(host, 1)
+    time.sleep(0.5)
+    spent = engine.tokens() - before
     assert span["ray_guard.tokens.bound"] == "lower", span
     assert spent < 1000
     assert 5 <= span["ray_guard.tokens.charged"] <= spent + 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ray_guard.egress.relay.leases import Lease
@@ -61,8 +61,8 @@ class Owner(Protocol):
     def failed(self, error: int) -> None:
         """It was never connected."""
 
-    def heard(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """What is said of a dialogue with a model, as often as there is something to say; the answer to a question."""
+    def heard(self, message: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+        """What is said of a dialogue with a model, as often as there is something to say; a question is answered."""
 
     def over_budget(self, exceeded: Exceeded) -> None:
         """It wants more than is left, and is cut."""

@@ -86,8 +86,9 @@ class Desk:
     def _spoken(self, message: Message) -> None:
         """Whoever reads along on a flow asks its owner, or tells it."""
         crossing = self._moving.get(message["flow"])
-        if crossing is not None and (answer := crossing.owner.heard(message)) is not None:
-            self._tell({**answer, "flow": crossing.number})
+        if crossing is not None:
+            about = {"op": "answer", "flow": crossing.number}
+            crossing.owner.heard(message, lambda answer: self._tell({**answer, **about}))
 
     def _leave(self, crossing: Crossing, end: End) -> None:
         del self._moving[crossing.number]

@@ -97,6 +97,9 @@ class Room:
         queued: int = struct.unpack_from("=I", info, 24)[0]  # tcpi_unacked: of a listener, those that wait
         return queued > 0
 
+    def port(self) -> int:
+        return int(self._sock.getsockname()[1])
+
     def address(self, *, mapped: bool) -> bytes:
         """Its ``sockaddr``; see :meth:`Door.address`."""
         return _address(self._sock, mapped=mapped)

@@ -65,6 +65,8 @@ class Relay:
         """Starts a mover at the other end of a line; set by whoever has a zygote."""
         self.opened: Callable[[], None] = lambda: None
         """Called when there are more :meth:`endpoints`."""
+        self.led: Callable[[int], None] = lambda _port: None
+        """Called before the socket of a target is led to a port on loopback that is none of :meth:`ports`."""
         self._desk = Desk(loop, lambda line: self.start(line), self._forget)  # noqa: PLW0108 - it is set later
         self._doors: dict[int, Door] = {}
         self._numbers = itertools.count(1)
@@ -79,7 +81,7 @@ class Relay:
         return frozenset(door.name() for door in self._doors.values())
 
     def ports(self) -> frozenset[int]:
-        """Where the sockets of targets are led to: these, and those where every connect is refused."""
+        """Where sockets of targets are led to for good: these, and those where every connect is refused."""
         return frozenset(port for door in self._doors.values() for port in door.ports())
 
     # -- connecting ----------------------------------------------------------------------------------------------------
@@ -237,6 +239,7 @@ class Relay:
     def _into_a_room(self, crossing: Crossing, sock: Socket) -> int:
         try:
             room = crossing.room = Room(crossing.family)
+            self.led(room.port())
         except OSError as error:
             return self._give_up(crossing, error.errno or errno.ENOBUFS)
         way = room.address(mapped=crossing.mapped)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +17,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from ray_guard.evidence.layout import SEAL_SUFFIX, SHORT, SUFFIX, VOUCHES, log_of
+from ray_guard.evidence.layout import BEFORE, SEAL_SUFFIX, SHORT, SUFFIX, VOUCHES, log_of
 from ray_guard.evidence.merkle import EMPTY, Tree
 from ray_guard.evidence.note import BadNote, Key, Note, verified
 from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode
-from ray_guard.evidence.reader import NotEvidence, Position, open_segment, scan
-from ray_guard.evidence.recovery import BEFORE
+from ray_guard.evidence.reader import NotEvidence, Position, open_segment, scan, segments_of
 from ray_guard.evidence.verify.align import Change, Difference, differences
 from ray_guard.evidence.verify.seals import Seal, read_seal
 
 _BLOCK: Final = 1 << 22
+_SEALED_WITHIN_S: Final = 60.0
+"""Of a log that is being written: far more than a slow disk takes."""
 _NAMED: Final = 20
 """Differences of one log that are named."""
 
@@ -148,14 +150,15 @@ def check(
     known = [_outside(note, key) for note, key in checkpoints]
     reports: list[LogReport] = []
     logs: list[_Log] = []
-    for path, segments in found:
+    for path in found:
         try:
-            seal = read_seal(path, keys)  # before the segments: of a living log they then hold all that is sealed
+            seal = read_seal(path, keys)  # before its segments are listed: they then hold all that is sealed
         except OSError as error:
             why = f"the seal cannot be read: {error.strerror}"
             reports.append(_unsealed(path.name.removesuffix(SEAL_SUFFIX), Kind.SEAL, path, why))
             continue
         sizes = {each.checkpoint.size for each in seal.sealed} | {each.size for each in known if each.log == seal.log}
+        segments = segments_of(path.parent, seal.log)
         content = _read(path, segments, sizes)
         known += _vouched(seal.log, content.before)
         logs.append(_Log(seal, segments, content))
@@ -177,25 +180,18 @@ def check(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _find(evidence: Path) -> tuple[list[tuple[Path, list[Path]]], list[Path]]:
-    """The seals below a folder, each with its segments in order, and the segments without one."""
+def _find(evidence: Path) -> tuple[list[Path], list[Path]]:
+    """The seals below a folder, and the segments without one."""
     if not evidence.is_dir():
         why = "verify needs the folder, where the seals are" if evidence.exists() else "no such folder"
         raise NotEvidence(str(evidence), why)
-    seals: list[tuple[Path, list[Path]]] = []
+    seals: list[Path] = []
     loose: list[Path] = []
     for folder, _, names in os.walk(evidence):
-        of_log: dict[str, list[tuple[int, Path]]] = {
-            name.removesuffix(SEAL_SUFFIX): [] for name in names if name.endswith(SEAL_SUFFIX)
-        }
-        for name in names:
-            if name.endswith(SUFFIX):
-                log, number = log_of(name) or ("", 0)
-                of_log.get(log, []).append((number, Path(folder, name)))
-                if log not in of_log:
-                    loose.append(Path(folder, name))
-        for log, segments in of_log.items():
-            seals.append((Path(folder, f"{log}{SEAL_SUFFIX}"), [path for _, path in sorted(segments)]))
+        logs = {name.removesuffix(SEAL_SUFFIX) for name in names if name.endswith(SEAL_SUFFIX)}
+        seals += [Path(folder, f"{log}{SEAL_SUFFIX}") for log in logs]
+        segments = [name for name in names if name.endswith(SUFFIX)]
+        loose += [Path(folder, name) for name in segments if (log_of(name) or ("", 0))[0] not in logs]
     if not seals and not loose:
         raise NotEvidence(str(evidence), f"not an evidence folder: it holds no *{SUFFIX} segment and no seal")
     return sorted(seals), sorted(loose)
@@ -260,7 +256,7 @@ def _vouched(by: str, lines: Sequence[bytes]) -> Iterator[Known]:
             said = json.loads(line)["resourceSpans"][0]["resource"]["attributes"]
             about = {each["key"].removeprefix(BEFORE).lstrip("."): next(iter(each["value"].values())) for each in said}
             log = str(about[""])
-            if "records" in about:
+            if int(about.get("records", -1)) >= 0:
                 root = bytes.fromhex(str(about["root"]))
                 yield Known(log, int(about["records"]), root, f"log {by}", whole=True)
             if "checkpoint" in about:
@@ -268,7 +264,7 @@ def _vouched(by: str, lines: Sequence[bytes]) -> Iterator[Known]:
                 key = Key.parse(str(about["key"]))
                 if verified(note, key):
                     yield Known(log, note.checkpoint.size, note.checkpoint.root, f"log {by}", key)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration, RecursionError):
             continue  # altered: that log's own root tells
 
 
@@ -303,6 +299,8 @@ def _judge(log: _Log, said: Sequence[Known]) -> LogReport:
     if any(content.roots.get(each.checkpoint.size) != each.checkpoint.root for each in seal.sealed):
         altered, consumed = _altered(log)
         findings += altered
+    elif not findings:
+        findings += _shifted(log)
     findings += _contradicted(log, said, altered=bool(findings))
     _judge_tail(log, report, consumed, [each for each in said if each.whole])
     report.notes += [f"{path.name} ends in {size} bytes of an unfinished line" for path, size in content.torn]
@@ -337,6 +335,16 @@ def _altered(log: _Log) -> tuple[list[Finding], int]:
             return [Finding(Kind.DIFFERENT, position, text)], min(size, content.count)
         good = size
     return [], consumed
+
+
+def _shifted(log: _Log) -> Iterator[Finding]:
+    """Files that hold the right records, but not each its own."""
+    sealed, starts = log.seal.segments(), log.content.starts
+    for number, (path, start) in enumerate(starts[:-1]):
+        lines = starts[number + 1][1] - start
+        if sealed.get(path.name, lines) != lines:
+            text = f"it holds {lines} records, and was sealed with {sealed[path.name]}: some are in another segment now"
+            yield Finding(Kind.REORDERED, Position(str(path), 0, 0), text)
 
 
 def _named(content: _Content, found: Sequence[Difference]) -> list[Finding]:
@@ -393,8 +401,13 @@ def _judge_tail(log: _Log, report: LogReport, consumed: int, whole: Sequence[Kno
     vouched = max((each.size for each in whole), default=0)
     many = "1 record" if count == 1 else f"{count} records"
     if report.state is State.LIVE:
-        if count:
+        idle = _idle_s(log)
+        if count and idle < _SEALED_WITHIN_S:
             report.notes.append(f"{many} not sealed yet: the log is being written")
+        elif count:  # somebody holds its lock, and it may not be its supervisor
+            position, span = _places(content, [consumed])[consumed]
+            text = f"{many} written {idle:.0f} s ago and not sealed, though somebody holds the log as its writer would"
+            report.findings.append(Finding(Kind.UNSEALED, position, text, span))
         return
     if report.state is State.RECOVERED and content.count <= vouched:
         late = f"; {many} after its last checkpoint were sealed late" if count else ""
@@ -414,6 +427,11 @@ def _judge_tail(log: _Log, report: LogReport, consumed: int, whole: Sequence[Kno
     else:
         text = f"{content.count - first} records were added here, after the log's end"
         report.findings.append(Finding(Kind.INSERTED, position, text, span))
+
+
+def _idle_s(log: _Log) -> float:
+    """Seconds since it was last written to."""
+    return time.time() - max((path.stat().st_mtime for path in log.segments), default=0.0)
 
 
 def _places(content: _Content, indexes: Sequence[int]) -> dict[int, tuple[Position, str]]:

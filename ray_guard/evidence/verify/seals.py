@@ -138,7 +138,7 @@ def _take(seal: Seal, said: dict[str, Any], number: int, keys: Sequence[Key], wr
 def _take_key(seal: Seal, text: str, keys: Sequence[Key], wrong: Callable[[str], None]) -> None:
     try:
         key = Key.parse(text)
-    except BadNote as error:
+    except ValueError as error:  # BadNote is one
         wrong(str(error))
         return
     if seal.key is not None:

@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from ray_guard.client.context import parse_traceparent, read_context
 from ray_guard.client.engine import Phase
+from ray_guard.client.quota import announce_price
 from ray_guard.errors import NotEnforced
 from ray_guard.integrations.vllm import limits
 from ray_guard.integrations.vllm.engines import Engines
@@ -58,13 +59,20 @@ class _Attached:
         found = self._ledgers.get(processor)
         return self.attach(processor, None) if found is None else found
 
+    def ledger_of_engine(self, engine: Any) -> Ledger:
+        """Also of one that was built before the hook was in place."""
+        processor = engine.output_processor
+        found = self._ledgers.get(processor)
+        return self.attach(processor, engine.vllm_config) if found is None else found
+
     def attach(self, processor: Any, config: Any, group: Engines | None = None) -> Ledger:
         """A ledger for an engine; without a configuration it knows neither the model nor its cost."""
         from ray_guard.integrations.vllm import refusal
 
-        model = Model("unknown", 1 << 40, None, "the engine was built before the hook was in place")
-        if config is not None:
-            model = model_of(config)
+        model = Model("unknown", 1 << 40, None, "no engine is known") if config is None else model_of(config)
+        if model.cost is not None:
+            per_token, per_context_token = model.cost.flops_per_token, model.cost.flops_per_context_token
+            announce_price(model.names, per_token=per_token, per_context_token=per_context_token)
         group = group or Engines()
         ledger = Ledger(model, refusal.of, group.busy)
         self._ledgers[processor] = ledger
@@ -110,7 +118,7 @@ def _add_request(original: Method) -> Method:
         try:
             result = original(self, request, prompt, parent_req, request_index, *args, **kwargs)
         except BaseException as error:
-            ledger.withdraw(identifier, error)
+            ledger.failed(error, [identifier])
             raise
         state = self.request_states.get(identifier)
         if not more:
@@ -195,12 +203,13 @@ def _init(original: Method) -> Method:
 def _add_to_engine(original: Method) -> Method:
     @functools.wraps(original)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ledger = _attached.ledger_of_engine(self)
         admitted: list[str] = []
         token = _admitted.set(admitted)
         try:
             return original(self, *args, **kwargs)
         except BaseException as error:
-            ledger_of(self.output_processor).failed(error, admitted)
+            ledger.failed(error, admitted)
             raise
         finally:
             _admitted.reset(token)
@@ -211,12 +220,13 @@ def _add_to_engine(original: Method) -> Method:
 def _add_to_async_engine(original: Method) -> Method:
     @functools.wraps(original)
     async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ledger = _attached.ledger_of_engine(self)
         admitted: list[str] = []
         token = _admitted.set(admitted)
         try:
             return await original(self, *args, **kwargs)
         except Exception as error:  # not CancelledError: the core may have it, and then it ends there
-            ledger_of(self.output_processor).failed(error, admitted)
+            ledger.failed(error, admitted)
             raise
         finally:
             _admitted.reset(token)
@@ -343,6 +353,9 @@ def _set_version(original: Method) -> Method:
 
 # The OpenAI server -------------------------------------------------------------------------------------------------
 
+RESERVATION: Final = "x-ray-guard-reservation"
+"""The header in which the guard's relay says that it charges whoever asked (``model_endpoint``)."""
+
 
 def _trace_headers(original: Method) -> Method:
     """Called once for each HTTP request, in the task that will hand it to the engine."""
@@ -351,7 +364,7 @@ def _trace_headers(original: Method) -> Method:
     async def get_trace_headers(self: Any, headers: Any) -> Any:
         named = parse_traceparent(headers.get("traceparent"))
         above = None if named is None else read_context({"trace": named[0], "span": named[1], "sampled": named[2]})
-        PLACE.set(Place(above, is_http=True))
+        PLACE.set(Place(above, is_http=True, paid=headers.get(RESERVATION)))
         return await original(self, headers)
 
     return get_trace_headers
@@ -410,12 +423,29 @@ POINTS: Final[dict[str, tuple[Point, ...]]] = {
     "vllm.entrypoints.generate.base.serving": (
         Point("GenerateBaseServing", "_preflight", (), _preflight, required=False),
     ),
+    "vllm.entrypoints.openai.responses.serving": (
+        # The engine is asked only when the answer is streamed, which is in another task.
+        Point("OpenAIServingResponses", "_generate_with_builtin_tools", ("request_id",), _generate, required=False),
+    ),
 }
 
 
 # Putting it in place -----------------------------------------------------------------------------------------------
 
 _ORIGINAL: Final = "_ray_guard_original"
+_COUNTING: Final = "vllm.v1.engine.output_processor"
+
+
+def _uncounted(module: ModuleType) -> list[str]:
+    """What a request is counted by and this vLLM does not have, of the classes that a module of it holds."""
+    if module.__name__ != _COUNTING:
+        return []
+    state, detokenizer = getattr(module, "RequestState", None), getattr(module, "IncrementalDetokenizer", None)
+    kept = getattr(getattr(getattr(state, "__init__", None), "__code__", None), "co_names", ())
+    lost = [f"RequestState.{name}" for name in ("prompt_len", "num_cached_tokens", "detokenizer") if name not in kept]
+    if not hasattr(detokenizer, "num_output_tokens"):
+        lost.append("IncrementalDetokenizer.num_output_tokens")
+    return lost
 
 
 def _lacks(owner: Any, point: Point) -> bool:
@@ -435,8 +465,9 @@ def patch(module: ModuleType) -> None:
     """
     points = POINTS[module.__name__]
     missing = [point for point in points if _lacks(getattr(module, point.owner, None), point)]
-    lost = [f"{module.__name__}.{point.owner}.{point.name}" for point in missing]
-    if any(point.required for point in missing):
+    uncounted = _uncounted(module)
+    lost = [f"{module.__name__}.{name}" for name in (*(f"{p.owner}.{p.name}" for p in missing), *uncounted)]
+    if uncounted or any(point.required for point in missing):
         if limited := limits.limits():
             raise NotEnforced(limited, f"vLLM {_version()} cannot be hooked: {', '.join(lost)} is not as expected")
         logger.warning("ray_guard: vLLM %s is not hooked, its requests are neither charged nor traced: %s is not as "

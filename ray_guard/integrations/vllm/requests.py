@@ -36,11 +36,13 @@ class Place(NamedTuple):
     """Where a request was asked for.
 
     An HTTP request comes from no scope of this process, least of all from the one the server was started in. Its
-    ``traceparent`` names a parent; it is no proof of whose budget to charge, so whoever computes pays alone.
+    ``traceparent`` names a parent; it is no proof of whose budget to charge, so whoever computes pays alone. ``paid``
+    is: the word by which the supervisor knows who of them is charged by its relay already.
     """
 
     above: Node | None
     is_http: bool = False
+    paid: str | None = None
 
 
 PLACE: ContextVar[Place | None] = ContextVar("ray_guard_vllm_place", default=None)
@@ -68,6 +70,8 @@ class Model(NamedTuple):
     """Routed experts of a layer; 0: not known."""
     is_routing_told: bool = False
     """The engine was asked to return the experts of each token."""
+    names: tuple[str, ...] = ()
+    """All that it is served under."""
 
     def flops(self, tokens: int, context: int) -> int | None:
         return None if self.cost is None else self.cost.flops(tokens, context)
@@ -77,9 +81,9 @@ def model_of(config: Any) -> Model:
     """The model of a ``VllmConfig``, its cost by the configuration that vLLM itself runs it with."""
     served = config.model_config
     names = served.served_model_name
-    name = names if isinstance(names, str) else next(iter(names or ()), served.model)
+    every = (names,) if isinstance(names, str) else tuple(map(str, names or (served.model,)))
     told = bool(getattr(getattr(config, "aux_output_config", None), "enable_return_routed_experts", False))
-    model = Model(str(name), int(served.max_model_len), None, is_routing_told=told)
+    model = Model(every[0], int(served.max_model_len), None, is_routing_told=told, names=every)
     try:
         known = cost(served.hf_config.to_dict())
         return model._replace(cost=known, experts=int(served.get_num_experts()))
@@ -89,7 +93,7 @@ def model_of(config: Any) -> Model:
         return model._replace(unknown=f"its configuration cannot be read: {error!r:.200}")
 
 
-class Chat(Scope):
+class ChatSpan(Scope):
     """The span of one request."""
 
     __slots__ = ("_opening", "_version")
@@ -139,7 +143,7 @@ class Request:
     """One request that was admitted: its span is open and its reservation held until the last sequence ends."""
 
     def __init__(
-        self, model: Model, span: Chat, payer: Mapping[str, Any] | None, reservation: Reservation, sequences: int
+        self, model: Model, span: ChatSpan, payer: Mapping[str, Any] | None, reservation: Reservation, sequences: int
     ) -> None:
         self.span = span
         self.payer = payer
@@ -167,6 +171,10 @@ class Request:
         self._last = sequence
         self._left -= 1
         return self._left <= 0
+
+    def error(self) -> Exception | None:
+        """What the engine itself has ended a sequence with, if it has."""
+        return RuntimeError("the engine ended it with an error") if "error" in self._reasons.values() else None
 
     def settle(self, error: BaseException | None = None) -> None:
         """Everything has ended: charges what was used and ends the span. Raises SupervisorLost."""
@@ -308,7 +316,7 @@ class Ledger:
             opening["gen_ai.response.id"] = clean_text(str(identifier), NAME_LIMIT)
         if sequences > 1:
             opening["gen_ai.request.choice.count"] = sequences
-        span = Chat(self.model.name, opening, self.version or versions.current())
+        span = ChatSpan(self.model.name, opening, self.version or versions.current())
         place = here()
         payer = _NOBODY if place.is_http else None
         before = carry.capture()
@@ -317,7 +325,7 @@ class Ledger:
             span.__enter__()
             try:
                 most = None if flops is None else sequences * flops
-                reservation = reserve(tokens=tokens, flops=most, context=payer)
+                reservation = reserve(tokens=tokens, flops=most, context=payer, paid=place.paid)
             except BaseException as error:
                 span.__exit__(type(error), error, error.__traceback__)
                 raise
@@ -349,7 +357,7 @@ class Ledger:
     def saw(self, outputs: Iterable[Any]) -> None:
         """Outputs of the engine's core, before vLLM has looked at them."""
         for output in outputs:
-            if output.prefill_stats is None and output.events is None:
+            if getattr(output, "prefill_stats", None) is None and output.events is None:
                 continue  # most of them
             known = self._running.get(output.request_id)
             if known is None:
@@ -373,20 +381,15 @@ class Ledger:
             return
         request, sequence = known
         if request.end(sequence, reason):
-            self._close(request)
+            self._close(request, request.error())
 
     def failed(self, error: BaseException, request_ids: Iterable[str] | None = None) -> None:
-        """These requests (None: all) come to nothing more: what is known of them is charged."""
+        """These requests (None: all) come to nothing more: what is known of them is charged, and nothing is of what
+        vLLM did not take."""
         for request_id in list(self._running) if request_ids is None else request_ids:
             known = self._running.get(request_id)
             if known is not None:
                 self._fail(known[0], error)
-
-    def withdraw(self, request_id: str, error: BaseException) -> None:
-        """vLLM did not take it: nothing of it runs, if it was the only sequence."""
-        known = self._running.get(request_id)
-        if known is not None:
-            self._fail(known[0], error)
 
     def close(self) -> None:
         """The engine is gone."""

@@ -7,12 +7,11 @@ it. Patching when a module has been executed is the one moment that no user's im
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 from ray_guard.integrations.vllm import limits
 
@@ -23,18 +22,23 @@ MODULES: Final = (
     "vllm.v1.engine.async_llm",
     "vllm.entrypoints.serve.engine.serving",
     "vllm.entrypoints.generate.base.serving",
+    "vllm.entrypoints.openai.responses.serving",
 )
 """Whose classes the hook has parts in."""
 
 
-class _Loader(importlib.abc.Loader):
+# Neither class below derives from importlib.abc: that would load importlib.resources into every confined process.
+
+
+class _Loader:
     """A module's own loader, and the patch after it."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         spec = module.__spec__
@@ -45,7 +49,7 @@ class _Loader(importlib.abc.Loader):
         _patch(module)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Finds what the other finders find, for the modules that are waited for."""
 
     def find_spec(
@@ -57,7 +61,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader)
+                    spec.loader = _Loader(spec.loader)  # type: ignore[assignment]  # any with these two methods will do
                 return spec
         return None
 

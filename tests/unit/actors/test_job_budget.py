@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ray_guard.actors.job_budget import claim
+from ray_guard.actors.job_budget import claim, forget
 
 
 class Memory:
@@ -90,3 +90,11 @@ def test_what_was_claimed_before_the_store_failed_is_told() -> None:
 def test_a_limit_has_a_sane_number_of_parts(parts: int) -> None:
     with pytest.raises(ValueError, match="parts"):
         ask(Memory(), "a", parts=parts)
+
+
+def test_a_limit_that_is_over_leaves_nothing_behind() -> None:
+    store = Memory()
+    ask(store, "a", least=16)
+    claim(store, {"name": "job/tokens2", "holder": "a", "parts": 1, "least": 1}, 1)
+    assert forget(store, {"name": "job/tokens"}) == {}
+    assert list(store.held) == ["share/job/tokens2/0"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ray_guard.client import carry, scope
+from ray_guard.client.quota import reserve
 from ray_guard.errors import PolicyError
 from ray_guard.testing import RecordingChannel
 
@@ -108,3 +109,35 @@ def test_garbage_is_refused_by_key_value_and_remedy(given: Any, key: str) -> Non
     assert caught.value.key == key
     assert caught.value.remedy
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), PolicyError)
+
+
+def test_limits_of_tokens_travel_with_the_context(wire: RecordingChannel) -> None:
+    """Another node does not know the scopes by their ids."""
+    vars(wire).update(
+        account="a" * 32, leases=True, quotas={"actor": {"tokens": 9}, "episode": {"tokens": 8}, "call": {"flops": 1e9}}
+    )
+    with scope.episode(budget={"tokens": 5, "flops": 1e12, "connections": 1}) as episode, scope.turn(1):
+        with scope.tool_call("t") as call, scope.chat("m"):
+            given = json.loads(json.dumps(scope.context()))
+        outside = scope.context()["quotas"]
+    actor = ["actor", "", "a" * 32, {"tokens": 9}]
+    whole = [actor, ["episode", episode.span, "a" * 32, {"tokens": 5, "flops": 1e12}]]
+    assert given["quotas"] == [*whole, ["call", call.span, "a" * 32, {"flops": 1e9}]]
+    assert [list(entry) for entry in outside] == whole
+    with scope.attach(given):
+        assert json.loads(json.dumps(scope.context()))["quotas"] == given["quotas"]
+        reserve(tokens=3)
+    assert wire.sent("reserve")[-1]["place"]["quotas"] == given["quotas"]
+
+
+def test_without_a_cluster_a_limited_scope_is_its_own_nodes_alone(wire: RecordingChannel) -> None:
+    with scope.episode(budget={"tokens": 5}) as episode:
+        assert scope.context()["quotas"] == (("episode", episode.span, "", None),)
+    with scope.episode(budget={"connections": 5}):
+        assert "quotas" not in scope.context()
+
+
+@pytest.mark.parametrize("quotas", ["x", [["episode"]], [["episode", "a", "b", 3]], {"episode": 1}])
+def test_malformed_limits_in_a_context_are_refused_by_name(quotas: object) -> None:
+    with pytest.raises(PolicyError, match=r"context\.quotas"):
+        scope.attach({"trace": "a" * 32, "span": "b" * 16, "quotas": quotas})

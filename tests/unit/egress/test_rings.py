@@ -118,6 +118,7 @@ TABLE = [
     ("msgget", (1, 0), ALLOW, ALLOW),
     ("ioctl", (3, 0x8912), ALLOW, ALLOW),  # SIOCGIFCONF
     ("ioctl", (3, 0x890B), EPERM, EPERM),  # SIOCADDRT
+    ("ioctl", (3, 0xC0181B01), ALLOW, EPERM),  # RDMA verbs
     ("setsockopt", (3, socket.IPPROTO_TCP, 30, SOMEWHERE, 4), refuse(errno.ENOPROTOOPT), refuse(errno.ENOPROTOOPT)),
     ("setsockopt", (3, socket.IPPROTO_TCP, socket.TCP_NODELAY, SOMEWHERE, 4), ALLOW, ALLOW),
 ]
@@ -129,19 +130,65 @@ def test_what_a_call_is_answered(
     machine: str, name: str, arguments: tuple[int, ...], in_actor: int, in_call: int
 ) -> None:
     assert answer(rings.actor_ring(Role.ENV, machine, datagrams=False), machine, name, *arguments) == in_actor
-    assert answer(rings.call_ring(machine), machine, name, *arguments) == in_call
+    assert answer(rings.call_ring(machine, landlock=7), machine, name, *arguments) == in_call
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("name", ["shmget", "shmat", "shmctl", "semop", "semctl", "msgsnd", "msgctl", "mq_open"])
 def test_what_would_be_shared_with_others_does_not_exist(machine: str, name: str) -> None:
-    assert answer(rings.call_ring(machine, own_ipc=False), machine, name, 1) == ENOSYS
+    assert answer(rings.call_ring(machine, landlock=7, own_ipc=False), machine, name, 1) == ENOSYS
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("name", ["pidfd_getfd", "process_vm_readv", "process_vm_writev"])
 def test_a_policy_actor_is_asked_about_other_processes(machine: str, name: str) -> None:
     assert answer(rings.actor_ring(Role.POLICY, machine, datagrams=False), machine, name, 1) == NOTIFY
+
+
+# (call, arguments, the version of Landlock that does this itself, answer in a call ring before it)
+OLDER = [
+    ("kill", (42, 9), 6, NOTIFY),
+    ("kill", (-42 & 0xFFFFFFFF, 9), 6, NOTIFY),
+    ("kill", (-1 & 0xFFFFFFFF, 9), 6, EPERM),
+    ("tkill", (42, 9), 6, NOTIFY),
+    ("tgkill", (42, 42, 9), 6, NOTIFY),
+    ("rt_sigqueueinfo", (42, 9, SOMEWHERE), 6, NOTIFY),
+    ("rt_tgsigqueueinfo", (42, 42, 9, SOMEWHERE), 6, NOTIFY),
+    ("pidfd_send_signal", (3, 9, 0, 0), 6, ENOSYS),
+    ("fcntl", (3, 8, 42), 6, NOTIFY),  # F_SETOWN
+    ("fcntl", (3, 15, SOMEWHERE), 6, refuse(errno.EINVAL)),  # F_SETOWN_EX
+    ("setsid", (), 6, NOTIFY),
+    ("setpgid", (0, 0), 6, NOTIFY),
+    ("openat", (3, SOMEWHERE, 3), 5, refuse(errno.EACCES)),  # for neither reading nor writing
+    ("openat2", (3, SOMEWHERE, SOMEWHERE, 24), 5, ENOSYS),
+    ("truncate", (SOMEWHERE, 0), 3, NOTIFY),
+    ("openat", (3, SOMEWHERE, 0o1000), 3, refuse(errno.EACCES)),  # O_RDONLY | O_TRUNC
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("name", "arguments", "version", "before"), OLDER)
+def test_a_filter_makes_up_for_an_older_landlock(
+    machine: str, name: str, arguments: tuple[int, ...], version: int, before: int
+) -> None:
+    for landlock in range(1, 9):
+        answered = answer(rings.call_ring(machine, landlock=landlock), machine, name, *arguments)
+        assert answered == (before if landlock < version else ALLOW)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("kill", (0, 15)),
+        ("fcntl", (3, 8, 0)),
+        ("fcntl", (3, 3)),
+        ("openat", (3, SOMEWHERE, 0)),
+        ("openat", (3, SOMEWHERE, 0o1001)),
+        ("openat", (3, SOMEWHERE, 0o1102)),
+    ],
+)
+def test_what_no_older_landlock_needs_judged(name: str, arguments: tuple[int, ...]) -> None:
+    assert answer(rings.call_ring("x86_64", landlock=1), "x86_64", name, *arguments) == ALLOW
 
 
 KEEPER, OTHER = 41, 42
@@ -195,14 +242,14 @@ def test_an_actor_with_udp_destinations_has_its_messages_judged(machine: str) ->
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("number", [LAST_KNOWN + 1, 0x40000000 | 42, 0xFFFFFFFF])
 def test_numbers_nobody_knows_and_x32_do_not_exist(machine: str, number: int) -> None:
-    for program in (rings.actor_ring(Role.ENV, machine, datagrams=False), rings.call_ring(machine)):
+    for program in (rings.actor_ring(Role.ENV, machine, datagrams=False), rings.call_ring(machine, landlock=7)):
         assert run(program, number, (), AUDIT_ARCH[machine]) == ENOSYS
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_another_architecture_does_not_exist(machine: str) -> None:
     i386 = 0x40000003
-    assert run(rings.call_ring(machine), 102, (3,), i386) == ENOSYS  # socketcall
+    assert run(rings.call_ring(machine, landlock=7), 102, (3,), i386) == ENOSYS  # socketcall
 
 
 _CALLS = sorted(TABLES[MACHINES[0]].keys() & TABLES[MACHINES[-1]].keys())[:9]

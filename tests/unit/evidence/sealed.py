@@ -20,12 +20,15 @@ class Signer:
     def key(self, log: str) -> Key:
         return Key(f"{ORIGIN}{log}", self._private.public_key().public_bytes_raw())
 
+    def sign(self, text: str) -> bytes:
+        return self._private.sign(text.encode())
+
     def seal(self, journal: Journal, *, last: bool = False) -> str | None:
         """Seals what has come; the note, where there was anything."""
         cut = journal.cut(last=last)
         if cut is None:
             return None
-        signature = self._private.sign(cut.checkpoint.text().encode())
+        signature = self.sign(cut.checkpoint.text())
         journal.seal(cut, self.key(journal.log), signature)
         return cut.checkpoint.signed(self.key(journal.log), signature)
 

@@ -360,6 +360,36 @@ def test_what_others_do_to_the_segment_is_noticed(tmp_path: Path, signer: Signer
     assert kinds == expected[how]
 
 
+def test_names_that_others_take_are_passed_over(tmp_path: Path, signer: Signer) -> None:
+    with Journal(tmp_path / "e", Bounds(segment=500, reserve=0)) as journal:
+        for number in (2, 3):
+            Path(journal.path.replace("000001", f"{number:06d}")).write_bytes(b"foreign %d\n" % number)
+        journal.append(b"x" * 500 + b"\n")
+        signer.seal(journal)
+        assert journal.path.endswith("-000004.otlp.jsonl")
+        signer.seal(journal, last=True)
+    (report,) = check(tmp_path / "e")
+    assert [finding.kind for finding in report.findings] == [Kind.INSERTED, Kind.INSERTED]
+
+
+@pytest.mark.parametrize("how", ["cut", "grown", "removed"])
+def test_what_others_do_to_the_seal_is_noticed(tmp_path: Path, signer: Signer, how: str) -> None:
+    with Journal(tmp_path / "e") as journal:
+        signer.seal(journal)
+        assert journal.seal_altered() is None
+        seal = tmp_path / "e" / f"{journal.log}.seal.jsonl"
+        if how == "cut":
+            os.truncate(seal, 100)
+        elif how == "grown":
+            with seal.open("ab") as file:
+                file.write(b"{}\n")
+        else:
+            seal.unlink()
+        assert seal.name in (journal.seal_altered() or "")
+        journal.renew()
+        assert journal.seal_altered() is None
+
+
 def test_a_log_whose_signer_is_gone_is_vouched_for_by_the_next(tmp_path: Path, signer: Signer) -> None:
     with Journal(tmp_path / "e") as journal:
         journal.append(b"x\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from sealed import Signer
 
 from ray_guard.cli.__main__ import main
 from ray_guard.evidence.journal import Bounds, Journal
-from ray_guard.evidence.note import BadNote, Key, Note
+from ray_guard.evidence.note import BadNote, Checkpoint, Key, Note
 from ray_guard.evidence.reader import NotEvidence
 from ray_guard.evidence.verify.check import Finding, Kind, LogReport, State, check
 from ray_guard.evidence.verify.seals import read_checkpoints, read_keys
@@ -157,6 +158,19 @@ def test_what_is_named(original: Path, tmp_path: Path) -> None:
     )
 
 
+def test_records_in_another_file(original: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(original, tmp_path / "e")
+    one, two, *_ = segments(folder)
+    lines = two.read_bytes().splitlines(keepends=True)
+    one.write_bytes(one.read_bytes() + lines[0])
+    two.write_bytes(b"".join(lines[1:]))
+    found = the_only(folder).findings
+    assert [(each.kind, each.position.path) for each in found] == [
+        (Kind.REORDERED, str(one)),
+        (Kind.REORDERED, str(two)),
+    ]
+
+
 def test_a_segment_is_gone(original: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(original, tmp_path / "e")
     gone = segments(folder)[1]
@@ -281,6 +295,88 @@ def test_a_tail_that_nobody_sealed(signer: Signer, tmp_path: Path, sealed: bool)
     assert finding.kind is Kind.UNSEALED
     assert finding.position.line == (3 if sealed else 1)
     assert "an unsealed tail of" in finding.text
+
+
+def test_a_lock_does_not_make_an_old_tail_live(signer: Signer, tmp_path: Path) -> None:
+    """Whoever holds the lock of a killed log's seal could have it pass for one that is being written."""
+    with Journal(tmp_path / "e") as journal:
+        signer.seal(journal)
+        journal.append(RECORDS[0])
+        assert the_only(tmp_path / "e").findings == []
+        os.utime(journal.path, (0, 0))
+        (finding,) = the_only(tmp_path / "e").findings
+        assert finding.kind is Kind.UNSEALED
+        assert finding.position.line == 2
+
+
+_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+_json = st.recursive(
+    _scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+_said = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("schema", "log", "key", "checkpoint", "leaves"), _json)
+) | st.builds(
+    lambda lines: {"checkpoint": "\n".join(lines), "leaves": "AAAAAAAAAAA="},
+    st.lists(
+        st.sampled_from(
+            [
+                "ray_guard/x",
+                "ray_guard/\ud800",
+                "1",
+                "99999999999999999999",
+                "A" * 43 + "=",
+                "segment ../x 3",
+                "end",
+                "",
+                "leaves " + "A" * 43 + "=",
+                "time 1 2",
+                "time 1",
+                "\u2014 ray_guard/x AAAAAAAAAAA=",
+                "\u2014 x",
+            ]
+        ),
+        max_size=10,
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_said.map(json.dumps).map(str.encode) | st.binary(max_size=40), max_size=6), st.booleans())
+def test_no_seal_at_all_ends_the_verifier(original: Path, lines: list[bytes], after: bool) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "e")
+        shutil.copytree(original, folder)
+        seal = seal_of(folder)
+        whole = seal.read_bytes().splitlines(keepends=True)
+        added = [line.replace(b"\n", b" ") + b"\n" for line in lines]
+        seal.write_bytes(b"".join([*whole, *added] if after else [*whole[:1], *added, *whole[1:]]))
+        report = the_only(folder)
+        assert bool(report.findings) == bool(added)
+
+
+def test_a_forged_seal_names_no_file_outside(original: Path, tmp_path: Path) -> None:
+    """Who has a key can sign anything: also names of segments that are none."""
+    folder = shutil.copytree(original, tmp_path / "e")
+    forger = Signer()
+    log = the_only(folder).log
+    root = the_only(folder)
+    checkpoint = Checkpoint(log, root.records, bytes(32), (("../../etc/passwd", 1),), bytes(32), 1, 2, ended=True)
+    note = checkpoint.signed(forger.key(log), forger.sign(checkpoint.text()))
+    said = [{"schema": 1, "log": log}, {"key": str(forger.key(log))}, {"checkpoint": note, "leaves": ""}]
+    seal_of(folder).write_text("".join(json.dumps(each) + "\n" for each in said))
+    assert "is not the name of a segment" in first(folder).text
+
+
+def test_names_do_not_reach_the_terminal(signer: Signer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = record(0).replace(b"r0", b"\\u001b[2Jr0")
+    signer.write(tmp_path / "e", [record(1)])
+    (path,) = segments(tmp_path / "e")
+    with path.open("ab") as file:
+        file.write(evil)
+    assert main(["verify", str(tmp_path / "e")]) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b[2Jr0" in out
 
 
 def test_torn_binary_and_huge_lines(original: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from ray_guard.client import channel, engine
 from ray_guard.client.engine import Phase
 from ray_guard.errors import NotEnforced
-from ray_guard.integrations.vllm import engines
+from ray_guard.integrations.vllm import engines, points
 from ray_guard.integrations.vllm.engines import Engines
 
 
@@ -138,3 +138,42 @@ def test_a_policy_without_gpus_has_no_engines_and_goes_on(told: Told) -> None:
     group.register(6)
     group.enter(Phase.ROLLOUT)
     assert (group.pids(), told.words) == ((), [])
+
+
+@pytest.mark.parametrize("kind", ["LLMEngine", "AsyncLLM"])
+async def test_what_is_done_to_an_engine_is_its_phase(told: Told, kind: str) -> None:
+    class Plain:
+        def sleep(self, level: int = 1) -> None: ...
+        def collective_rpc(self, method: str) -> None: ...
+        def wake_up(self, tags: list[str] | None = None) -> bool:
+            return tags is None
+
+    class Awaited:
+        async def sleep(self, level: int = 1) -> None: ...
+        async def collective_rpc(self, method: str) -> None: ...
+        async def wake_up(self, tags: list[str] | None = None) -> bool:
+            return tags is None
+
+    module = {"LLMEngine": "vllm.v1.engine.llm_engine", "AsyncLLM": "vllm.v1.engine.async_llm"}[kind]
+    plain: Any = Plain if kind == "LLMEngine" else Awaited
+    for point in points.POINTS[module]:
+        if point.name in ("sleep", "collective_rpc", "wake_up"):
+            setattr(plain, point.name, point.around(getattr(plain, point.name)))
+    group, made = Engines(), plain()
+    made.output_processor = plain  # whatever it is, it is known by it
+    group.register(5)
+    group.enter(Phase.ROLLOUT)
+    points._attached._engines[plain] = group
+
+    async def call(name: str, *arguments: Any) -> list[str]:
+        told.words.clear()
+        answer = getattr(made, name)(*arguments)
+        if answer is not None and hasattr(answer, "__await__"):
+            await answer
+        return [word[2] for word in told.words]
+
+    assert await call("collective_rpc", "load_weights") == ["weight_sync", "rollout"]
+    assert await call("sleep", 2) == ["sleep", "sleep"]
+    assert await call("collective_rpc", "load_weights") == ["weight_sync", "sleep"]
+    assert await call("wake_up", ["weights"]) == ["load", "sleep"], "half awake is asleep"
+    assert await call("wake_up") == ["load", "rollout"]

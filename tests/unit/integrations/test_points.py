@@ -152,3 +152,22 @@ def test_all_points_fit_the_installed_vllm() -> None:
     for name, found in points.POINTS.items():
         module = importlib.import_module(name)
         assert [each for each in found if points._lacks(getattr(module, each.owner, None), each)] == []
+
+
+def test_an_engine_that_was_built_before_the_hook(settled: list[int]) -> None:
+    from types import SimpleNamespace
+
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    hf = SimpleNamespace(to_dict=lambda: {"model_type": "odd"})
+    served = SimpleNamespace(served_model_name="early", model="m", max_model_len=64, hf_config=hf)
+    engine = object.__new__(LLMEngine)
+    engine.output_processor = OutputProcessor(None, log_stats=False)
+    engine.vllm_config = SimpleNamespace(model_config=served)
+    install()
+    try:
+        with pytest.raises(TypeError, match="request_id must be a string"):
+            engine.add_request(7, "prompt", None)
+        assert points.ledger_of(engine.output_processor).model.name == "early"
+    finally:
+        remove()

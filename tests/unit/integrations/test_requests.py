@@ -32,11 +32,13 @@ class Book:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.settled: list[tuple[int, float | None]] = []
+        self.paid: list[str | None] = []
         self.refuse: Exception | None = None
 
-    def reserve(self, *, tokens: int, flops: float | None = None, context: Any = None) -> Any:
+    def reserve(self, *, tokens: int, flops: float | None = None, context: Any = None, paid: str | None = None) -> Any:
         node = carry.current()
         self.asked.append({"tokens": tokens, "flops": flops, "context": context, "above": node and node.span})
+        self.paid.append(paid)
         if self.refuse is not None:
             raise self.refuse
         book = self
@@ -68,13 +70,13 @@ def book(monkeypatch: pytest.MonkeyPatch) -> Iterator[Book]:
 def closed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], BaseException | None]]:
     """The spans that ended, with their attributes and what they ended with."""
     found: list[tuple[str, dict[str, Any], BaseException | None]] = []
-    leave = requests.Chat.__exit__
+    leave = requests.ChatSpan.__exit__
 
     def noted(self: Any, kind: Any, error: Any, trace: Any) -> None:
         found.append((self.name, dict(self._attributes), error))
         leave(self, kind, error, trace)
 
-    monkeypatch.setattr(requests.Chat, "__exit__", noted)
+    monkeypatch.setattr(requests.ChatSpan, "__exit__", noted)
     return found
 
 
@@ -148,7 +150,7 @@ def test_several_sequences_pay_at_once_and_end_together(book: Book, closed: list
 def test_what_vllm_did_not_take_costs_nothing(book: Book, closed: list[Any]) -> None:
     ledger = Ledger(MODEL)
     ledger.admit(request("a"))
-    ledger.withdraw("a", ValueError("bad"))
+    ledger.failed(ValueError("bad"), ["a", "never heard of"])
     assert book.settled == [(0, 0)]
     assert isinstance(closed[0][2], ValueError)
 
@@ -161,6 +163,15 @@ def test_the_engine_dies_and_what_is_known_is_charged(book: Book, closed: list[A
     ledger.failed(ConnectionError("dead"))
     assert book.settled == [(10, PRICE.flops(10, 0)), (14, PRICE.flops(14, 0))]
     assert len(ledger) == 0
+
+
+def test_the_engine_ends_one_with_an_error(book: Book, closed: list[Any]) -> None:
+    ledger = Ledger(MODEL)
+    ledger.admit(request("a"))
+    ledger.running("a", state(10, 2))
+    ledger.finished("a", "error")
+    assert book.settled == [(12, PRICE.flops(12, 0))]
+    assert isinstance(closed[0][2], RuntimeError)
 
 
 def test_flops_of_an_unknown_architecture(book: Book, closed: list[Any]) -> None:
@@ -200,14 +211,14 @@ def test_a_prompt_in_pieces_is_one_bill(book: Book, closed: list[Any]) -> None:
 
 def test_whose_it_is(book: Book, closed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    enter = requests.Chat.__enter__
+    enter = requests.ChatSpan.__enter__
 
     def noted(self: Any) -> Any:
         enter(self)
         seen.append((self.episode, self.parent, self.identity.get("rl.policy.version")))
         return self
 
-    monkeypatch.setattr(requests.Chat, "__enter__", noted)
+    monkeypatch.setattr(requests.ChatSpan, "__enter__", noted)
     ledger = Ledger(MODEL)
     with episode(id="e", policy_version="3") as e, turn(1) as t:
         ledger.admit(request("a"))
@@ -216,11 +227,12 @@ def test_whose_it_is(book: Book, closed: list[Any], monkeypatch: pytest.MonkeyPa
         ledger.admit(request("b"))
         ledger.version = "w5"
         ledger.admit(request("c"))
-        token = PLACE.set(Place(None, is_http=True))
+        token = PLACE.set(Place(None, is_http=True, paid="word"))
         ledger.admit(request("d"))
         PLACE.reset(token)
     assert seen == [(e.span, t.span, "3"), (e.span, t.span, "4"), (e.span, t.span, "w5"), (None, None, "w5")]
     assert [each["context"] for each in book.asked] == [None, None, None, {"trace": None, "span": None}]
+    assert book.paid == [None, None, None, "word"]
 
 
 def test_a_server_with_no_room_left(book: Book) -> None:
@@ -240,7 +252,8 @@ def test_the_model_by_the_configuration_that_vllm_runs(served: Any, name: str) -
             served_model_name=served, model="/models/four", max_model_len=100, hf_config=hf, get_num_experts=lambda: 8
         )
     )
-    assert model_of(config) == Model(name, 100, PRICE, "", 8)
+    names = (name, *served[1:]) if isinstance(served, list) else (name,)
+    assert model_of(config) == Model(name, 100, PRICE, "", 8, names=names)
     hf.to_dict = lambda: {**CONFIG, "model_type": "other"}
     unknown = model_of(config)
     assert unknown.cost is None

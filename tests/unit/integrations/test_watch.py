@@ -19,6 +19,13 @@ from ray_guard.integrations.vllm import points, watch
 MODULE = "vllm.v1.engine.output_processor"
 
 GOOD = """
+class IncrementalDetokenizer:
+    def num_output_tokens(self):
+        return 0
+class RequestState:
+    def __init__(self):
+        self.prompt_len = self.num_cached_tokens = 0
+        self.detokenizer = IncrementalDetokenizer()
 class OutputProcessor:
     def __init__(self):
         self.request_states = {}
@@ -58,7 +65,8 @@ def hooked(name: str) -> bool:
 def test_nothing_is_loaded_by_waiting() -> None:
     program = (
         "import sys; from ray_guard.integrations.vllm.watch import install; install(); "
-        "print([name for name in sys.modules if name.split('.')[0] in ('vllm', 'torch', 'pydantic', 'ray')])"
+        "dear = ('vllm', 'torch', 'pydantic', 'ray', 'importlib.resources'); "
+        "print([name for name in sys.modules if name in dear or name.split('.')[0] in dear])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -91,6 +99,8 @@ def test_patched_where_it_is_loaded_already_and_once(vllm: Path) -> None:
         ("def abort_requests(self, request_ids, internal)", "def drop_requests(self, request_ids)"),
         ("def add_request(self, request, prompt,", "def add_request(self, prompt, request,"),
         ("class OutputProcessor", "class Processor"),
+        ("self.num_cached_tokens", "self.tokens_of_the_cache"),
+        ("def num_output_tokens", "def count"),
     ],
 )
 def test_another_vllm_is_not_hooked_and_says_so(

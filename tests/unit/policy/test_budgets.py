@@ -142,7 +142,7 @@ def test_what_other_nodes_may_use_is_taken_here() -> None:
     job.spread(TOTAL, elsewhere=100, others=0)
     assert job.reserve(SENT, 1) == Exceeded(TOTAL, 101, 100, Scope.JOB, "job")
     job.spread(TOTAL, elsewhere=50, others=0)
-    assert job.room(TOTAL) == job.own_room(TOTAL) == 50
+    assert job.room(TOTAL) == 50
     assert job.reserve(SENT, 50) is None
     job.settle(SENT, 50, 30)
     assert told == []

@@ -31,6 +31,10 @@ def test_by_what_is_granted(allow: list[str], exact: bool, expected: Ceiling) ->
     assert ceiling([wire(allow)], exact=exact) is expected
 
 
+def test_model_calls_are_relayed() -> None:
+    assert ceiling([wire([], model_endpoint="10.0.0.1:8000")], exact=False) is Ceiling.GUARD
+
+
 def test_none_where_something_may_be_answered() -> None:
     assert ceiling([wire([], listen=["8000"])], exact=False) is Ceiling.OPEN
 

@@ -446,6 +446,25 @@ def test_a_byte_cap_of_a_call_or_episode_asks_for_the_relay(scope: Scope, limits
     assert decide(compiled(["cluster"], Role.ENV), RAY, usage, own).route is Route.DIRECT
 
 
+@pytest.mark.parametrize(
+    ("limits", "on_violation", "route"),
+    [
+        ({"egress_bytes": 5}, "deny", Route.RELAY),
+        ({"egress_received_bytes": 5}, "deny", Route.RELAY),
+        ({"connections": 5}, "deny", Route.DIRECT),
+        ({}, "end_episode", Route.RELAY),
+        ({}, "deny", Route.DIRECT),
+    ],
+)
+def test_where_no_flow_can_be_cut_what_may_have_to_be_is_relayed(
+    limits: dict[str, int], on_violation: str, route: Route
+) -> None:
+    usage = Account(Scope.CALL, "c", parent=Account(Scope.ACTOR, "a", limits))
+    policy = compiled(["10.0.0.0/8:*"], Role.ENV, on_violation=on_violation)
+    assert decide(policy, Surroundings(cuts=False), usage, connect("10.0.0.1", 80)).route is route
+    assert decide(policy, Surroundings(), usage, connect("10.0.0.1", 80)).route is Route.DIRECT
+
+
 # Report -------------------------------------------------------------------------------------------------------------
 
 
@@ -655,7 +674,7 @@ def engine(
     ],
 )
 def test_where_a_model_endpoint_is(
-    endpoint: str, address: str, port: int, allowed: bool, reason: str, role: Role
+    *, endpoint: str, address: str, port: int, allowed: bool, reason: str, role: Role
 ) -> None:
     around = Surroundings(
         own_addresses=frozenset({"10.0.0.5"}),

@@ -213,6 +213,13 @@ def test_too_many_entries_are_refused() -> None:
         plan(Files(), around, look)
 
 
+@pytest.mark.parametrize("path", ["/sys/fs/cgroup", "/sys/fs/cgroup/unified/job"])
+def test_control_groups_are_never_writable(path: str) -> None:
+    around = Surroundings(PLACES, SYSTEM, "/tmp/work", (), mounts=True)
+    with pytest.raises(PolicyError, match="could leave its call's"):
+        plan(Files(write=(path,)), around, Looking(listed, str, exists))
+
+
 def test_may_change() -> None:
     writable = frozenset({"/a/b", "/c"})
     assert [may_change(writable, path) for path in ("/a/b", "/a/b/x/y", "/a/bc", "/a", "/", "/c/..")] == [

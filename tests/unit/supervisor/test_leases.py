@@ -105,6 +105,17 @@ def test_before_anybody_answers_nothing_is_granted() -> None:
     assert node.job.room("tokens") > 0  # a later answer is one
 
 
+def test_what_was_used_before_the_limit_came_is_leased_too() -> None:
+    node = Node(Store(), {})
+    node.job.charge("tokens", 700)
+    node.job.tighten({"tokens": 1000})
+    node.enter()
+    node.desk.answer()
+    node.leases.wait(node.leases.lacking(node.job, {"tokens": 100}), lambda: None)
+    node.desk.answer()
+    assert node.job.reserve("tokens", 100) is None
+
+
 def test_two_nodes_share_and_never_pass_the_limit_together() -> None:
     store = Store()
     nodes = [Node(store, {"tokens": 1000}), Node(store, {"tokens": 1000})]

@@ -6,12 +6,15 @@ import errno
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import cast
 
 import pytest
 
 from ray_guard.evidence.journal import Journal, JournalError
-from ray_guard.supervisor.sealing import Syncer
+from ray_guard.evidence.verify.check import Kind, State, check
+from ray_guard.supervisor.loop import Loop
+from ray_guard.supervisor.sealing import Sealer, Syncer
 
 
 class SlowJournal:
@@ -52,3 +55,18 @@ def test_a_slow_disk_holds_up_nobody_and_is_not_asked_again_and_again(caplog: py
     assert "the disk says no" in caplog.text
     syncer.ask(journals)
     assert journal.begun.acquire(timeout=10)
+
+
+def test_a_signer_that_does_not_start_is_told_once(tmp_path: Path) -> None:
+    loop = Loop()
+    with Journal(tmp_path / "e") as journal:
+        sealer = Sealer(loop)  # nobody has said how one is started: its line ends at once
+        sealer.add(journal, {})
+        loop.later(1.5, loop.stop)
+        loop.run()
+        sealer.close()
+        content = Path(journal.path).read_bytes()
+    assert content.count(b'"error.type","value":{"stringValue":"unsealed"}') == 1
+    (report,) = check(tmp_path / "e")
+    assert report.state is State.KILLED
+    assert report.findings[0].kind is Kind.UNSEALED

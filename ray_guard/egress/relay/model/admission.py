@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal, NamedTuple
 
 from ray_guard.policy.budgets import UNLIMITED, Amount, Unlimited
 
 RELEASED: Final = frozenset({400, 401, 403, 404, 405, 413, 415, 422, 429})
 """With these the engine says that it has not begun."""
+
+
+class Price(NamedTuple):
+    """FLOPs of one token with an empty context, and more for each token of its context."""
+
+    per_token: float
+    per_context_token: float
+
+    def flops(self, tokens: int) -> float:
+        """Of ``tokens`` in a row: what as many cost at most, however they are shared out."""
+        return tokens * self.per_token + tokens * (tokens - 1) / 2 * self.per_context_token
+
+    def answers(self, prompt: int, output: int, copies: int) -> float:
+        """Of a prompt and ``copies`` answers to it that are ``output`` tokens together, each as long as the others."""
+        each = output / max(1, copies)
+        seen = output * prompt + copies * each * (each - 1) / 2
+        return self.flops(prompt) + output * self.per_token + max(0.0, seen) * self.per_context_token
+
+    def tokens(self, flops: float) -> int:
+        """The most in a row that cost no more than ``flops``."""
+        if flops < self.per_token:
+            return 0
+        first = self.per_token - self.per_context_token / 2
+        found = int(2 * flops / (first + math.sqrt(first * first + 2 * self.per_context_token * flops)))
+        return found if self.flops(found) <= flops else found - 1
 
 
 class Plan(NamedTuple):

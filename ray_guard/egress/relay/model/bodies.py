@@ -19,6 +19,9 @@ _MODEL_LENGTH: Final = 256
 _TEMPLATE: Final = 256
 """Tokens that a chat template may add to a request of its own accord."""
 _DEPTH: Final = 100
+_VALUES: Final = 1 << 16
+_BRACKETS: Final = 1 << 18
+"""In a body, in texts too: each may be an object, and making millions of them would keep other connections waiting."""
 _PER_VALUE: Final = 8
 """Tokens around a message, a part of it, a key or value of a tool's schema: role marks, quotes, indentation."""
 _IMAGE: Final = 1 << 14
@@ -116,6 +119,9 @@ def read(path: str, body: bytes) -> Ask:
     for field, (reason, text) in _REFUSED.items():
         if given.get(field) not in (None, False):
             raise NotAllowed(reason, f"{field}: {text}")
+    kwargs = given.get("chat_template_kwargs")
+    if isinstance(kwargs, dict) and kwargs.get("chat_template") is not None:
+        raise NotAllowed("code", "chat_template_kwargs: the engine would run a template")
     if path == RESPONSES and given.get("prompt") is not None:
         raise NotAllowed("stored_state", "prompt: a template that is stored with the server")
     content = {key: value for key, value in given.items() if key in _FIELDS[path] and value is not None}
@@ -166,6 +172,8 @@ def _decode(body: bytes) -> dict[str, Any]:
     def number(word: str) -> float:
         return float(word) if math.isfinite(float(word)) else constant(word)
 
+    if body.count(b"[") + body.count(b"{") > _BRACKETS:
+        raise BadRequest(f"it has more than {_BRACKETS} brackets")
     try:
         given = json.loads(body.decode(), object_pairs_hook=unique, parse_constant=constant, parse_float=number)
     except (ValueError, RecursionError):
@@ -227,17 +235,23 @@ def _bound(values: Iterable[Any]) -> int:
     """Tokens of these values at most: one for each byte of text, and some around each value.
 
     No tokenizer that falls back to bytes makes more of a text than it has bytes. Raises BadRequest where they are
-    nested deeper than any request is.
+    nested deeper than any request is, or so many that reading them would keep others waiting.
     """
     count, left = 0, [(value, 1) for value in values]
+    seen = 0
     while left:
         value, depth = left.pop()
+        seen += 1
+        if seen + len(left) > _VALUES:
+            raise BadRequest(f"it has more than {_VALUES} values")
         count += _PER_VALUE
         if isinstance(value, str):
             count += _bytes(value)
         elif isinstance(value, dict | list):
             if depth == _DEPTH:
                 raise BadRequest("it is nested too deeply")
+            if len(value) > _VALUES:
+                raise BadRequest(f"it has more than {_VALUES} values")
             left += [(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)]
             count += sum(map(_bytes, value)) if isinstance(value, dict) else 0
         elif not isinstance(value, bool | None):

@@ -26,6 +26,7 @@ _UNSENT: Final = 1 << 18
 """Bytes of an answer that wait for the client, before more is read."""
 _KNOWN_S: Final = 300.0
 _KNOWN_ANEW_S: Final = 1.0
+_SAYS_OR_NEVER: Final = (200, 404, 405)
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_TEXT: Final = {
     200: "OK",
@@ -81,7 +82,8 @@ class Dialogue:
         self._authority = str(told["authority"])
         self._enforced = bool(told["enforced"])
         self._catalogue = catalogue
-        self._requests = Requests(Server(frozenset(told["hosts"]), int(told["port"])))
+        server = Server(frozenset(told["hosts"]), int(told["port"]))
+        self._requests = Requests(server, keeps=not self._enforced)
         self._answers = Answers()
         self.to_tool = bytearray()
         self.to_engine = bytearray()
@@ -91,6 +93,8 @@ class Dialogue:
         """Nothing more is read of the client; the connection ends when it has what is in :attr:`to_tool`."""
         self._transparent = False
         """Nothing is refused (mode ``report``), and something came that is no call of a model."""
+        self._last = False
+        """The connection ends with the answer that is on its way."""
         self._state = "idle"
         self._head: Head | None = None
         self._ask: Ask | None = None
@@ -181,7 +185,10 @@ class Dialogue:
         try:
             self._ask = read(head.path, body)
         except BadRequest as fault:
-            self._error(400, "invalid_request_error", str(fault), param=fault.param)
+            if self._enforced:
+                self._error(400, "invalid_request_error", str(fault), param=fault.param)
+            else:
+                self._refuse(400, "unreadable", str(fault), last=False)
             return
         except NotAllowed as fault:
             self._refuse(403, fault.reason, str(fault), last=False)
@@ -193,7 +200,7 @@ class Dialogue:
             self._write_request("GET", MODELS, head, b"")
 
     def _seek_admission(self, ask: Ask) -> None:
-        if not self._catalogue.has(ask.model):  # a server may load what it is asked for
+        if self._enforced and not self._catalogue.has(ask.model):  # a server may load what it is asked for
             self._error(404, "model_not_found", f"the server has no model {ask.model!r}", param="model")
             return
         self._state = "asked"
@@ -284,16 +291,8 @@ class Dialogue:
     def _end_answer(self, answer: AnswerHead) -> None:
         self._answers.next()
         collected, self._collected = bytes(self._collected or b""), None
-        if not answer.keep:
-            self.closing = True
         if self._state == "learning":
-            self._answer = None
-            self._catalogue.learn(lengths(collected) if answer.status == 200 else {})
-            assert self._ask is not None  # noqa: S101 - for the type checker
-            if answer.keep:
-                self._seek_admission(self._ask)
-            else:
-                self._error(503, "server_error", "the engine's server closes its connections: try again")
+            self._learnt(answer, collected)
             return
         if self._stream is not None:
             self._write_part(self._stream.rest())
@@ -307,6 +306,20 @@ class Dialogue:
             self.to_tool += collected
         self._called(answer.status)
         self._next()
+
+    def _learnt(self, answer: AnswerHead, collected: bytes) -> None:
+        """The server has said which models it has, or that it does not say."""
+        self._answer = None
+        assert self._ask is not None  # noqa: S101 - for the type checker
+        if answer.status in _SAYS_OR_NEVER:
+            self._catalogue.learn(lengths(collected) if answer.status == 200 else {})
+            if answer.keep:
+                self._seek_admission(self._ask)
+                return
+        # Nothing is concluded from any other answer: a client that gives a wrong key must not make a server a blank.
+        self.closing = self.closing or not answer.keep
+        status = answer.status if answer.status >= 400 and answer.keep else 503
+        self._error(status, "server_error", f"asked for its models, the server answers {answer.status}: try again")
 
     def engine_ended(self) -> None:
         """The server has closed."""
@@ -337,14 +350,13 @@ class Dialogue:
         elif head.version == b"HTTP/1.1":
             named["Transfer-Encoding"] = "chunked"
         else:
-            self.closing = True
+            self._last = True
         if answer.retry_after is not None:
             named["Retry-After"] = answer.retry_after
         if self._ask is not None and self._ask.dropped:
             named["x-ray-guard-dropped"] = ", ".join(each for each in self._ask.dropped if _is_plain(each))
-        if not (head.keep and answer.keep):
-            self.closing = True
-        if self.closing:
+        self._last = self._last or not (head.keep and answer.keep)
+        if self._last:
             named["Connection"] = "close"
         self.to_tool += encode_head(f"HTTP/1.1 {answer.status} {_STATUS_TEXT.get(answer.status, 'Answer')}", named)
 
@@ -391,6 +403,7 @@ class Dialogue:
 
     def _next(self) -> None:
         self._requests.next()
+        self.closing = self.closing or self._last
         self._state, self._head, self._ask, self._answer = "idle", None, None, None
         self._stream, self._collected, self._first_ns = None, None, None
 

@@ -99,7 +99,7 @@ class ModelFlow:
         self._shared = shared
         self._holds = 0
         self.why = ""
-        self.closing = False
+        self._closing = False
         self.parting = False
         """The client was answered for the last time. What it still sends is taken: a reset would cost it the answer."""
         self._ended = ended
@@ -109,6 +109,10 @@ class ModelFlow:
         outlet = self.down if sock is self.tool else self.up
         self._readable[sock] = self._readable[sock] or readable
         outlet.writable = outlet.writable or writable
+
+    @property
+    def closing(self) -> bool:
+        return self._closing
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -121,35 +125,47 @@ class ModelFlow:
 
     def move(self) -> bool:
         """Reads and writes what can be; whether there may be more at once."""
-        if self.closing:
-            return False
+        return not self.closing and self._move()
+
+    def _move(self) -> bool:
         try:
             answer, self._answer = self._answer, None
             if answer is not None:
                 self._dialogue.answered(answer)
-            more = self._read(self.tool, hears=self._dialogue.hears_tool, take=self._from_tool)
-            more = self._read(self.upstream, hears=self._dialogue.hears_engine, take=self._from_engine) or more
+            if self._hears_tool:
+                self._read(self.tool, self._from_tool)
+            if self._hears_engine and not self.closing:
+                self._read(self.upstream, self._from_engine)
             self._say()
             self.up.write()
             self.down.write()
         except OSError:
             self._break()
+        if self.closing:
             return False
         self._hold(self._dialogue.size)
-        if self._dialogue.closing and not self.closing:
-            return self._part() or more
-        return more and not self.closing
-
-    def _read(self, sock: socket.socket, *, hears: bool, take: Callable[[bytes], None]) -> bool:
-        if not hears or not self._readable[sock]:
+        if self._dialogue.closing:
+            self._part()
             return False
+        return self._hears_tool or self._hears_engine
+
+    @property
+    def _hears_tool(self) -> bool:
+        return self._readable[self.tool] and self._dialogue.hears_tool
+
+    @property
+    def _hears_engine(self) -> bool:
+        return self._readable[self.upstream] and self._dialogue.hears_engine
+
+    def _read(self, sock: socket.socket, take: Callable[[bytes], None]) -> None:
         try:
             data = sock.recv(_READ)
         except BlockingIOError:
             self._readable[sock] = False
-            return False
+            return
+        if not data:
+            self._readable[sock] = False
         take(data)
-        return bool(data) and not self.closing
 
     def _from_tool(self, data: bytes) -> None:
         if data:
@@ -164,7 +180,6 @@ class ModelFlow:
         if data:
             self._dialogue.from_engine(data)
         else:
-            self._readable[self.upstream] = False
             self._dialogue.engine_ended()
 
     def answered(self, answer: dict[str, Any]) -> None:
@@ -183,10 +198,10 @@ class ModelFlow:
             self._dialogue.refuse_busy()
             self._say()
 
-    def _part(self) -> bool:
+    def _part(self) -> None:
         """The last answer is on its way: the client gets all of it, then the connection ends."""
         if self.down.data:
-            return False
+            return
         if not self.parting:
             self.parting = True
             self.upstream.close()
@@ -196,32 +211,33 @@ class ModelFlow:
                 self.tool.shutdown(socket.SHUT_WR)
             except OSError:
                 self._break()
-                return False
+                return
         try:
             while self._readable[self.tool]:
                 if not self.tool.recv(_READ):
                     self._close()
-                    return False
+                    return
         except BlockingIOError:
             self._readable[self.tool] = False
-        return False
+        except OSError:
+            self._break()
 
     def finish(self) -> None:
         """Its call has ended: nobody reads the answer."""
-        self._dialogue.abandon()
         self.cut("ended")
 
     def cut(self, why: str) -> None:
-        """Ends both sides for a reason."""
-        if not self.closing:
+        """Ends both sides for a reason; a client that was answered for the last time still gets what is on its way."""
+        if self.parting:
+            self._close()
+        elif not self.closing:
             self.why = why
             self._break()
 
     def _break(self) -> None:
-        if not self._dialogue.closing:
-            self._dialogue.abandon()
+        self._dialogue.abandon()
         self._say()
-        self.closing = True
+        self._closing = True
         self._hold(0)
 
     def _close(self) -> None:

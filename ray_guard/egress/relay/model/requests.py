@@ -73,10 +73,16 @@ def _canonical(host: str) -> str:
 
 
 class Requests:
-    """Reads one request after the other out of what a client sends."""
+    """Reads one request after the other out of what a client sends.
 
-    def __init__(self, server: Server) -> None:
+    Args:
+        server: whom the client may mean.
+        keeps: whether what has come is kept for :meth:`give_up`.
+    """
+
+    def __init__(self, server: Server, *, keeps: bool = False) -> None:
         self._server = server
+        self._keeps = keeps
         self._held = bytearray()
         self._heads = Heads()
         self._body: Body | None = None
@@ -91,7 +97,8 @@ class Requests:
 
     def feed(self, data: bytes) -> None:
         self._held += data
-        self._raw += data
+        if self._keeps:
+            self._raw += data
 
     def give_up(self) -> bytes:
         """The current request and all that follows, as it came; nothing is read of it any more."""
@@ -156,7 +163,8 @@ class Requests:
 
     def next(self) -> None:
         """The current request is done with."""
-        self._raw = bytearray(self._held)
+        if self._keeps:
+            self._raw = bytearray(self._held)
 
 
 def _judge(method: str, path: str) -> None:

@@ -126,6 +126,22 @@ def test_the_server_is_asked_once_for_its_models() -> None:
     assert line.said()[-1]["op"] == "ask"
 
 
+@pytest.mark.parametrize("status", ["401 Unauthorized", "500 Internal Server Error", "204 No Content"])
+def test_a_server_that_does_not_want_to_say_is_asked_again(status: str) -> None:
+    """Else a wrong key would make it one of which nothing is known, for everybody."""
+    line = Line(knows=False)
+    line.dialogue.from_tool(request(model="not/served"))
+    line.take("to_engine")
+    line.dialogue.from_engine(answer(b"", status=status))
+    assert line.said() == []
+    assert line.take("to_tool").startswith(b"HTTP/1.1 " + (status if status[0] != "2" else "503").encode()[:3])
+    line.dialogue.from_tool(request(model="not/served"))
+    assert line.take("to_engine").startswith(b"GET /v1/models ")
+    line.dialogue.from_engine(answer(CARDS))
+    assert b"model_not_found" in line.take("to_tool")
+    assert line.said() == []
+
+
 def test_a_stream_is_cut_where_it_breaks_and_says_what_was_told() -> None:
     line = Line().sent(stream=True)
     line.dialogue.from_engine(STREAM + chunk(event(choices=[{"index": 0}], usage=usage(7, 1))))
@@ -164,6 +180,21 @@ def test_however_it_ends_what_was_admitted_is_settled_once(ends: str, at: str) -
     assert line.dialogue.closing
     if at == "asked":
         assert line.take("to_engine") == b""
+
+
+@pytest.mark.parametrize("how", ["Connection: close", "HTTP/1.0"])
+def test_a_stream_to_who_wants_no_more_goes_on_to_its_end(how: str) -> None:
+    line = Line()
+    data = request("/v1/chat/completions", "POST", how, stream=True) if ":" in how else request(stream=True)
+    line.dialogue.from_tool(data.replace(b"HTTP/1.1", b"HTTP/1.0") if how == "HTTP/1.0" else data)
+    line.dialogue.answered({**ADMITTED, "call": line.said()[0]["call"]})
+    line.dialogue.from_engine(STREAM + chunk(event(choices=[{"index": 0}])))
+    assert not line.dialogue.closing
+    assert b"Connection: close" in line.take("to_tool")
+    line.dialogue.from_engine(chunk(event(choices=[], usage=usage(7, 5))) + chunk("data: [DONE]\n\n") + b"0\r\n\r\n")
+    assert b"[DONE]" in line.take("to_tool")
+    assert line.dialogue.closing
+    assert line.said()[-1]["output"] == 5
 
 
 def test_an_answer_that_was_not_asked_for_ends_it() -> None:

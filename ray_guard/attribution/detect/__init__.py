@@ -1,0 +1,27 @@
+"""Recognises what an agent should not do: by command lines, first payload bytes and DNS names.
+
+Runs later, and live in the supervisor's helpers. Pure. :class:`Finding` is the answer; :mod:`.commands` and
+:mod:`.payloads` ask for it, :mod:`.sigma` adds other people's rules.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Kind(StrEnum):
+    REVERSE_TUNNEL = "reverse_tunnel"
+    MINING = "mining"
+    PROBING = "probing"
+    METADATA = "metadata"
+    DNS_TUNNEL = "dns_tunnel"
+    EXFILTRATION = "exfiltration"
+    REVERSE_SHELL = "reverse_shell"
+
+
+class Finding(NamedTuple):
+    """What was recognised, and by which rule (``ssh.remote_forward``, a Sigma rule's id)."""
+
+    kind: Kind
+    rule: str

@@ -1,0 +1,71 @@
+"""The arguments of OpenSSH's client, read as it reads them. Runs later. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+#: options that take a value (ssh 9.x)
+_VALUED: Final = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
+_FLAGS: Final = frozenset("46AaCfGgKkMNnqsTtVvXxYy")
+
+
+class Arguments(NamedTuple):
+    """What matters of them. ``options``: letter and value, in order; ``settings``: of ``-o``, keys in lower case."""
+
+    options: list[tuple[str, str]]
+    settings: dict[str, str]
+    host: str
+    command: list[str]
+
+
+def parse(words: list[str]) -> Arguments | None:
+    """The arguments after the program's name; None where ssh itself would refuse them."""
+    options: list[tuple[str, str]] = []
+    settings: dict[str, str] = {}
+    host = ""
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--":
+            if not host and left:
+                host = left.pop(0)
+            break
+        if not word.startswith("-") or word == "-":
+            if host:
+                return Arguments(options, settings, host, [word, *left])
+            host = word  # options may stand behind it too
+            continue
+        letters = word[1:]
+        while letters:
+            letter, letters = letters[0], letters[1:]
+            if letter in _VALUED:
+                if not letters and not left:
+                    return None
+                value, letters = (letters, "") if letters else (left.pop(0), "")
+                options.append((letter, value))
+                if letter == "o":
+                    key, _, said = re.sub(r"\s*=\s*|\s+", "=", value.strip(), count=1).partition("=")
+                    settings[key.lower()] = said
+            elif letter in _FLAGS:
+                options.append((letter, ""))
+            else:
+                return None
+    return Arguments(options, settings, host, left)
+
+
+def tunnels_back(words: list[str]) -> str:
+    """How these arguments let the far side in: the rule's name; empty where they do not."""
+    parsed = parse(words)
+    if parsed is None:
+        return ""
+    for letter, value in parsed.options:
+        if letter == "R" and value:
+            return "ssh.remote_forward"
+        if letter == "w":
+            return "ssh.tun_device"
+    if parsed.settings.get("remoteforward"):
+        return "ssh.remote_forward"
+    if parsed.settings.get("tunnel", "no").lower() not in ("no", ""):
+        return "ssh.tun_device"
+    return ""
