@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] != ["run"]:
         return _parsed(words)
+    gc.disable()  # this process starts and waits: collecting garbage would only delay it
     from ray_guard.cli import order
 
     given = order.at_first_sight(words[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -50,7 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def carry_out(order: Order) -> int:
     """Runs the command; the exit status."""
-    gc.disable()  # this process starts and waits: collecting garbage would only delay it
     command = order.command
     if not command:
         return _nothing("no command: ray-guard run --policy FILE -- CMD …")

@@ -29,13 +29,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from weakref import WeakSet
 
 from ray_guard.egress import sockaddr
 from ray_guard.egress.made import MadeSockets
-from ray_guard.egress.relay.crossing import Owner
-from ray_guard.egress.relay.front import STEPS, Relay
+from ray_guard.egress.relay import STEPS
 from ray_guard.egress.threads import Threads
 from ray_guard.kernel import borrowing, libc, procfs
 from ray_guard.kernel.seccomp import Listener, Notification
@@ -45,6 +44,10 @@ from ray_guard.kernel.syscalls import NUMBERS
 from ray_guard.log import logger
 from ray_guard.policy.decide import Operation
 from ray_guard.policy.destination import Transport
+
+if TYPE_CHECKING:
+    from ray_guard.egress.relay.crossing import Owner
+    from ray_guard.egress.relay.front import Relay
 
 log = logger("ray_guard.gate")
 
@@ -294,7 +297,23 @@ class Means:
         self.views = _Views()
         self.borrows = borrowing.works()
         self.made: WeakSet[MadeSockets] = WeakSet()
-        self.relay = Relay(loop, _PARKED)
+        self.start_mover: Callable[[socket.socket], None] = lambda _line: None
+        """Starts a mover of relayed bytes at the other end of a line; set by whoever has a zygote."""
+        self.relay_opened: Callable[[], None] = lambda: None
+        """Called when the relay listens at more ports; set by whoever must know."""
+        self.relaying: Relay | None = None
+        """The relay, once anything goes by it."""
+
+    @property
+    def relay(self) -> Relay:
+        """Made for the first that goes by it: most policies need none, and every cold start would load it."""
+        if self.relaying is None:
+            from ray_guard.egress.relay.front import Relay
+
+            self.relaying = Relay(self.loop, _PARKED)
+            self.relaying.start = self.start_mover
+            self.relaying.opened = self.relay_opened
+        return self.relaying
 
     def threads(self) -> Threads:
         """For one ring: how its descriptors are come by on this host."""
@@ -332,7 +351,7 @@ class Gate:
         self._known_thread = self._threads.known()
         self._made = self._threads if isinstance(self._threads, MadeSockets) else None
         self._impatience = means.impatience
-        self._relay = means.relay
+        self._means = means
         self._views = means.views
         self._gone = gone
         self._pending: dict[int, _Pending] = {}
@@ -521,7 +540,8 @@ class Gate:
         attempt: Attempt | None = None
         if kind == _STREAM:
             cookie = int.from_bytes(sock.getsockopt(_SOL_SOCKET, SO_COOKIE, 8), "little")
-            again = self._relay.asked_again(sock, cookie)
+            relaying = self._means.relaying
+            again = None if relaying is None else relaying.asked_again(sock, cookie)
             if again is not None:
                 return again
         if cookie is None or not self._judge.known_flow(cookie, address.address, address.port):
@@ -560,7 +580,7 @@ class Gate:
     ) -> int | None:
         """The outcome where the target is connected to the relay or the resolver instead; None: it goes direct."""
         if ruling.relayed is not None and cookie is not None:
-            return self._relay.connect(self, notification, sock, raw, cookie=cookie, owner=ruling.relayed)
+            return self._means.relay.connect(self, notification, sock, raw, cookie=cookie, owner=ruling.relayed)
         if ruling.resolver is not None:
             return self._connect_resolver(notification, sock, raw, ruling.resolver, stream=cookie is not None)
         if ruling.mute:
@@ -645,7 +665,8 @@ class Gate:
             with contextlib.suppress(OSError):  # never connected
                 sock.shutdown(socket.SHUT_RDWR)
             self._judge.dissolved(cookie, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
-            self._relay.dissolve(cookie)
+            if self._means.relaying is not None:
+                self._means.relaying.dissolve(cookie)
         return -libc.connect(sock.fileno(), raw)
 
     def _ask_again(self, notification: Notification) -> None:

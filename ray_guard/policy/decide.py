@@ -541,6 +541,15 @@ class CompiledPolicy(NamedTuple):
         """Whether ``name`` (canonical) is a model endpoint's: no proxy leads there."""
         return any(layer.model_name == name for layer in self.layers)
 
+    @property
+    def datagrams(self) -> bool:
+        """Whether any destination is granted by UDP."""
+        return any(
+            transport is Transport.UDP
+            for layer in self.layers
+            for transport in (*layer.ranges, *(key[0] for key in layer.addresses))
+        )
+
     def limits(self, scope: Scope) -> Limits:
         """The limits of that scope that are enforced."""
         return self.limits_enforced.get(scope, NO_LIMITS)

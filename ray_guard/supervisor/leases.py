@@ -15,11 +15,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ray_guard.egress.gate import Waiting
 from ray_guard.log import logger
 from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Limits
+
+if TYPE_CHECKING:
+    from ray_guard.egress.gate import Waiting
 
 log = logger("ray_guard.leases")
 

@@ -15,16 +15,18 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ray_guard.compute import memory, tree
 from ray_guard.compute.ledger import Entry, Ledger
-from ray_guard.egress.gate import Waiting
 from ray_guard.kernel import pidfd
 from ray_guard.kernel.perf import TreeClock
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
 from ray_guard.supervisor.leaf import Leaf, LeafClock
 from ray_guard.supervisor.memory_group import MemoryGroup
+
+if TYPE_CHECKING:
+    from ray_guard.egress.gate import Waiting
 
 CPU: Final = "cpu_seconds"
 MEMORY: Final = "memory"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ray_guard.egress.gate import Means
-from ray_guard.egress.meter import Meter
 from ray_guard.errors import NotEnforced, PolicyError
 from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Bounds, Journal
-from ray_guard.kernel import rtnetlink
-from ray_guard.kernel.sock_diag import SockDiag
+from ray_guard.kernel import borrowing, rtnetlink
 from ray_guard.log import logger
 from ray_guard.policy.budgets import Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
@@ -33,6 +31,9 @@ from ray_guard.supervisor.sealing import Sealer
 if TYPE_CHECKING:
     import subprocess
 
+    from ray_guard.egress.gate import Means
+    from ray_guard.egress.meter import Meter
+    from ray_guard.egress.relay.front import Relay
     from ray_guard.egress.relay.model.admission import Price
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
@@ -66,8 +67,8 @@ class Node:
     def __init__(self, loop: Loop, own_folders: tuple[str, ...], leaders: Leaders) -> None:
         self.loop = loop
         self.leaders = leaders
-        self.means = Means(loop)
-        self.meter = Meter(SockDiag(), loop, self._flush, borrows=self.means.borrows)
+        self.start_mover: Callable[[socket.socket], None] = lambda _line: None
+        """Starts a mover of relayed bytes at the other end of a line; set by whoever has a zygote."""
         self.addresses = frozenset(canonical_address(address) for address in rtnetlink.addresses())
         self.hostname = socket.gethostname()
         self.paid: dict[str, Paid] = {}
@@ -99,12 +100,35 @@ class Node:
         self._actors: dict[str, Account] = {}
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
-        self.means.relay.opened = self._changed
         self.proxies = Proxies(loop, self._changed)
         self._announced: dict[str, set[Endpoint]] = {}
         self.resolver = Resolver(loop, self._changed)
         self._wants_ceilings = os.environ.get("RAY_GUARD_NFTABLES", "") not in ("", "0")
         self._ceilings: Ceilings | None = None
+
+    # -- what rings need: see supervisor.arming ------------------------------------------------------------------------
+
+    @functools.cached_property
+    def means(self) -> Means:
+        """What all gates share."""
+        from ray_guard.egress.gate import Means
+
+        means = Means(self.loop)
+        means.start_mover = self.start_mover
+        means.relay_opened = self._changed
+        return means
+
+    @functools.cached_property
+    def meter(self) -> Meter:
+        """What counts the bytes of all direct flows."""
+        from ray_guard.egress.meter import Meter
+        from ray_guard.kernel.sock_diag import SockDiag
+
+        return Meter(SockDiag(), self.loop, self._flush, borrows=borrowing.works())
+
+    def _relay(self) -> Relay | None:
+        """The relay, once anything has gone by it."""
+        return self.means.relaying if "means" in self.__dict__ else None
 
     # -- evidence ------------------------------------------------------------------------------------------------------
 
@@ -145,9 +169,11 @@ class Node:
                 log.warning("%s: %s", journal.folder, error)
 
     def close(self) -> None:
-        self.means.impatience.end()
         self.gpus.close()
-        self.means.relay.close()
+        if "means" in self.__dict__:
+            self.means.impatience.end()
+        if (relay := self._relay()) is not None:
+            relay.close()
         self.sealer.close()
         for journal in self._journals.values():
             journal.close()
@@ -180,7 +206,8 @@ class Node:
                 log.warning("a ceiling stays: %s", error)
 
     def _own_ports(self) -> frozenset[int]:
-        return self.means.relay.ports() | {port for _, port in self.resolver.endpoints}
+        relay = self._relay()
+        return (frozenset() if relay is None else relay.ports()) | {port for _, port in self.resolver.endpoints}
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
@@ -276,10 +303,11 @@ class Node:
         directory = self.directory(target)
         announced = self._announced.get(target.run_id, set()) if target.policy.role is Role.POLICY else set()
         # Every cluster of this node is control plane to every tool, whichever job it belongs to.
+        relay = self._relay()
         control = self.resolver.endpoints.union(
             *(d.endpoints | d.control for d in self._directories.values()),
             *(m.control for m in self._memberships.values()),
-            self.means.relay.endpoints(),
+            frozenset() if relay is None else relay.endpoints(),
             self.proxies.endpoints(),
         )
         own = (*self._own_folders, *self._evidence_folders)
@@ -293,7 +321,7 @@ class Node:
             control_folders=(*own, *sorted(folders)),
             guard_folders=own,
             ray_listen=membership.listening if membership is not None else frozenset(),
-            cuts=self.means.borrows,
+            cuts=borrowing.works(),
         )
 
     def _changed(self) -> None:

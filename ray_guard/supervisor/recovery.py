@@ -6,11 +6,14 @@ import json
 import select
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ray_guard.egress.made import Waiting
 from ray_guard.evidence.journal import Journal
 from ray_guard.evidence.layout import VOUCHES, unvouched
 from ray_guard.log import logger
+
+if TYPE_CHECKING:
+    from ray_guard.egress.made import Waiting
 
 log = logger("ray_guard.recovery")
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from ray_guard.egress.gate import Waiting
 from ray_guard.egress.resolver.hosts import Hosts
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import seqpacket
@@ -25,6 +24,7 @@ from ray_guard.policy.decide import CompiledPolicy, Layer
 from ray_guard.policy.destination import canonical_address
 
 if TYPE_CHECKING:
+    from ray_guard.egress.gate import Waiting
     from ray_guard.egress.resolver.door import Door, Reply
     from ray_guard.egress.resolver.start import Helper
 

@@ -15,10 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
-from ray_guard.egress.relay.crossing import Crossing, End
-from ray_guard.egress.relay.desk import MOVER_LOST
-from ray_guard.egress.relay.proxy import Proxied
-from ray_guard.egress.relay.speech.tags import foreign
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.kernel import libc, procfs
@@ -38,13 +34,14 @@ from ray_guard.policy.decide import (
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
-from ray_guard.supervisor import model_calls
-from ray_guard.supervisor.model_calls import ModelCalls
 from ray_guard.supervisor.names import Names
 from ray_guard.supervisor.proxies import Standing
 from ray_guard.supervisor.target import Origin, Target, new_span_id
 
 if TYPE_CHECKING:
+    from ray_guard.egress.relay.crossing import Crossing, End
+    from ray_guard.egress.relay.proxy import Proxied
+    from ray_guard.supervisor.model_calls import ModelCalls
     from ray_guard.supervisor.node import Node
     from ray_guard.supervisor.view import View
 
@@ -87,7 +84,7 @@ class Ring:
         self.origin_of: Callable[[int], Origin] = target.origin_of_thread if origin is None else lambda _tid: origin
         """Whose doing a thread's calls are; within a call a process of its own may be known (see processes)."""
         self._view = view
-        self.mute = origin is None and not grants_datagrams(policy)
+        self.mute = origin is None and not policy.datagrams
         """Datagram sockets of this ring cannot send (see rings.actor_ring)."""
         self._own_unix: dict[tuple[int, int], int] = {}
         self._looked = 0.0
@@ -205,7 +202,7 @@ class Ring:
             self._node.announce(self.target, address, port)
 
     def hears(self) -> bool:
-        return grants_datagrams(self.policy) or self.policy.names
+        return self.policy.datagrams or self.policy.names
 
     def may_borrow(self, pid: int) -> bool:
         return self.policy.role is Role.POLICY and procfs.is_in_tree(pid, self.root)
@@ -378,10 +375,12 @@ class Ring:
                     connection.calls_model(decision, decision.model)
                     return Ruling(0, relayed=connection)
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
-                    connection.speech = _speech(request, decision)
+                    from ray_guard.supervisor import relayed
+
+                    connection.speech = relayed.speech(request, decision)
                     if decision.proxy is not None and decision.name is not None:
                         address = self._node.proxies.address(decision.proxy)
-                        connection.proxied = Proxied(address, decision.name, request.port)
+                        connection.proxied = relayed.Proxied(address, decision.name, request.port)
                     return Ruling(0, relayed=connection)
                 if len(self._known) < _TEXTS_KEPT and self._is_repeatable(request, decision, origin.account):
                     self._known[request.address, request.port] = _Known(request, self.decision_text(request, decision))
@@ -467,15 +466,6 @@ def _decided(request: Request, decision: Decision) -> dict[str, AttributeValue]:
     if decision.rule is not None:
         attributes["ray_guard.egress.rule"] = decision.rule
     return attributes
-
-
-def _speech(request: Request, decision: Decision) -> dict[str, Any]:
-    """See :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
-    denied = foreign(decision.rule, request.port) if decision.reason is Reason.RULE else frozenset()
-    expected = {protocol.value: sorted(names) for protocol, names in decision.expected}
-    if decision.proxy is not None:  # it is asked for one name: no other may be meant
-        expected = {key: [decision.name] for key, names in expected.items() if decision.name in names}
-    return {"expected": expected, "denied": sorted(denied), "port": request.port}
 
 
 def _spelled(request: Request) -> str:
@@ -615,8 +605,10 @@ class Connection:
 
     def calls_model(self, decision: Decision, model: Endpoint) -> None:
         """It leads to a model endpoint: the relay reads along."""
-        self.speech = model_calls.speech(model, self.request.address, enforced=decision.route is Route.MODEL)
-        self._models = ModelCalls(self._ring, self.origin, self._span, model)
+        from ray_guard.supervisor import relayed
+
+        self.speech = relayed.model_speech(model, self.request.address, enforced=decision.route is Route.MODEL)
+        self._models = relayed.ModelCalls(self._ring, self.origin, self._span, model)
 
     def heard(self, message: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
         if self._models is not None:
@@ -631,7 +623,9 @@ class Connection:
             if value is not None:
                 found[f"ray_guard.egress.{key}"] = value
         self._add(found)
-        if end.why and not self._over and end.why != MOVER_LOST:
+        from ray_guard.supervisor import relayed
+
+        if end.why and not self._over and end.why != relayed.MOVER_LOST:
             try:
                 where = _spelled(self.request)
                 self._ring.target.violation(self.origin, self._span, "egress", reason=end.why, destination=where)
@@ -742,12 +736,3 @@ _TEXTS_KEPT: Final = 4096
 _FORMS_KEPT: Final = 64
 _REMEMBERED_S: Final = 1.0
 _FAULTS_TOLD: Final = 100
-
-
-def grants_datagrams(policy: CompiledPolicy) -> bool:
-    """Whether any destination is granted by UDP."""
-    return any(
-        transport is Transport.UDP
-        for layer in policy.layers
-        for transport in (*layer.ranges, *(key[0] for key in layer.addresses))
-    )

@@ -20,7 +20,6 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
-from ray_guard.egress.made import Waiting
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import Cut, Journal, JournalError
 from ray_guard.evidence.note import ORIGIN, Key
@@ -31,6 +30,7 @@ from ray_guard.records import AttributeValue, Resource, Source, SpanKind, SpanRe
 from ray_guard.supervisor.recovery import Recovery
 
 if TYPE_CHECKING:
+    from ray_guard.egress.made import Waiting
     from ray_guard.supervisor.courier import Courier
 
 SEAL_S: Final = 1.0

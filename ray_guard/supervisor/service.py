@@ -47,7 +47,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     loop.later(_FIRST_LINE_S, lambda: log.info("started, pid %d", os.getpid()))
     node.zygote = zygote_pid
     node.ward = partial(zygote.ward, starts)
-    node.means.relay.start = partial(zygote.start_mover, starts)
+    node.start_mover = partial(zygote.start_mover, starts)
     node.sealer.start = partial(zygote.start_signer, starts)
     node.sealer.recover = partial(zygote.start_recoverer, starts)
     node.remove = partial(zygote.remove, starts)

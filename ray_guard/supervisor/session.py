@@ -16,13 +16,12 @@ import socket
 import stat
 import termios
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
-from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced, PolicyError, RayGuardError
 from ray_guard.evidence.journal import JournalError
-from ray_guard.kernel import libc, seqpacket
+from ray_guard.kernel import borrowing, libc, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
 from ray_guard.policy.budgets import Scope
@@ -35,12 +34,15 @@ from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.model_calls import announced
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.quota import FLOPS, TOKENS
-from ray_guard.supervisor.ring import Ring, grants_datagrams
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.start import read_start
 from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
 from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
+
+if TYPE_CHECKING:
+    from ray_guard.egress.gate import Gate
+    from ray_guard.supervisor.ring import Ring
 
 log = logger("ray_guard.session")
 
@@ -186,7 +188,7 @@ class Session:
         membership = Membership(access) if access else None
         policy = CompiledPolicy()
         if kind != "observer":
-            borrows = self._node.means.borrows
+            borrows = borrowing.works()
             policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
             if self._waits_for_gpus(policy, message, descriptors):
                 return
@@ -235,8 +237,8 @@ class Session:
                 "supervisor": os.getpid(),
                 "keepers": (os.getpid(), self._node.zygote),
                 "role": policy.role.value,
-                "datagrams": grants_datagrams(policy),
-                "borrows": self._node.means.borrows,
+                "datagrams": policy.datagrams,
+                "borrows": borrowing.works(),
                 "names": policy.names,
                 **self._told_of(target),
             }
@@ -310,7 +312,7 @@ class Session:
     def _try_to_judge(self, pid: int, descriptor: int) -> None:
         """Whether calls of this process could be judged: its memory read, its sockets taken. Raises NotEnforced."""
         missing = []
-        if self._node.means.borrows:
+        if borrowing.works():
             taken = libc.pidfd_getfd(self._pidfd, descriptor)
             if taken < 0:
                 missing.append(f"pidfd_getfd ({os.strerror(-taken)})")
@@ -368,6 +370,8 @@ class Session:
 
     def _armed(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """The filter stands: from here on the process runs only as far as this ring lets it."""
+        from ray_guard.supervisor import arming
+
         target = self._known()
         if self._gate is not None:
             raise seqpacket.BadPacket("armed already")
@@ -377,8 +381,8 @@ class Session:
             listener = libc.pidfd_getfd(self._pidfd, int(message["listener"]))
             if listener < 0:
                 raise NotEnforced(["seccomp.listener"], f"it cannot be taken: {os.strerror(-listener)}")
-        self._ring = Ring(self._node, target, target.policy, target.pid)
-        self._gate = Gate(
+        self._ring = arming.Ring(self._node, target, target.policy, target.pid)
+        self._gate = arming.Gate(
             Listener(listener),
             self._ring,
             self._node.means,
@@ -391,7 +395,7 @@ class Session:
         """A second policy inside a confined process: what both allow."""
         target = self._known()
         clustered = self._node.directory(target) is not None
-        added = _policy(message["policy"], target.kind, clustered=clustered, borrows=self._node.means.borrows)
+        added = _policy(message["policy"], target.kind, clustered=clustered, borrows=borrowing.works())
         if added.names:
             self._node.resolver.require()
         self._require_proxies(added)
@@ -494,7 +498,7 @@ class Session:
             return
         if len(start.descriptors) != len(descriptors) - 3:
             raise seqpacket.BadPacket(f"{len(descriptors) - 3} descriptors for {len(start.descriptors)} numbers")
-        if not self._node.means.borrows and any(_sends_anywhere(descriptor) for descriptor in descriptors[3:]):
+        if not borrowing.works() and any(_sends_anywhere(descriptor) for descriptor in descriptors[3:]):
             raise NotEnforced(["pass_fds"], "messages on a datagram socket cannot be judged: pidfd_getfd is refused")
         for descriptor in descriptors[3:]:
             reason = refused_descriptor(descriptor, target.policy)
@@ -651,14 +655,14 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
             raise NotEnforced(missing, "this version does not enforce that yet")
         if kind == "run":
             _refuse_what_nobody_counts(policy)
-        if not borrows and grants_datagrams(policy):  # see egress.made
+        if not borrows and policy.datagrams:  # see egress.made
             text = "udp:// destinations cannot be judged here: pidfd_getfd is refused (CAP_SYS_PTRACE)"
             raise NotEnforced(["egress.allow"], text)
         capped = [scope for scope in Scope if any("egress" in kind for kind in policy.limits(scope))]
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
         if uncounted and any(layer.listen for layer in policy.layers):
             raise NotEnforced(uncounted, "bytes of accepted connections are not counted yet: drop listen or the cap")
-        if uncounted and grants_datagrams(policy):
+        if uncounted and policy.datagrams:
             raise NotEnforced(uncounted, "bytes of connected UDP sockets are not counted yet: drop udp:// or the cap")
     if clustered and policy.role in _ENV_ROLES:
         # A Ray actor without its cluster is none: the role grants it to the actor's own process, listed or not.

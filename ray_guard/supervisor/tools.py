@@ -20,7 +20,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ray_guard import errors
-from ray_guard.egress.gate import Gate
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
@@ -30,24 +29,22 @@ from ray_guard.log import logger
 from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor import arguments, bystanders, cgroups, memory_group, rlimits
+from ray_guard.supervisor import arguments, cgroups, memory_group, rlimits
 from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.memory_group import MemoryGroup
-from ray_guard.supervisor.metadata import Metadata
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.process_spans import exit_attributes
-from ray_guard.supervisor.processes import Processes, Usage
-from ray_guard.supervisor.ring import Ring
-from ray_guard.supervisor.signals import Signals
 from ray_guard.supervisor.start import Start
 from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
 
 if TYPE_CHECKING:
-    from ray_guard.egress.gate import Handler
+    from ray_guard.egress.gate import Gate, Handler
     from ray_guard.kernel.seccomp import Notification
+    from ray_guard.supervisor.processes import Processes, Usage
+    from ray_guard.supervisor.ring import Ring
 
 log = logger("ray_guard.tools")
 
@@ -142,6 +139,7 @@ class Tool:
         self.running = True
         node.loop.watch(control.fileno(), select.EPOLLIN, lambda _events: self._from_requester())
         node.leaders.take(self._fit, self._begin)
+        from ray_guard.supervisor import arming  # noqa: F401 - loaded while the first leader gets ready
 
     def _admit(self) -> None:
         """Raises what keeps it from starting: its scope was ended, or has no room."""
@@ -276,13 +274,19 @@ class Tool:
         # While its thread takes on what the tool shall have:
         self._born = cgroups.groups(leader, self._target.pid)
         policy = self._policy.with_role(Role.TOOL)
-        self._ring = Ring(self._node, self._target, policy, leader.pid, self._origin, view=self._view)
+        from ray_guard.supervisor import arming
+
+        self._ring = arming.Ring(self._node, self._target, policy, leader.pid, self._origin, view=self._view)
         listener, leader.listener = Listener(leader.listener), -1
-        within = bystanders.within(leader.pid)
-        handlers = {**self._handlers(), **bystanders.handlers(within), **Metadata(self._view).handlers()}
+        within = arming.bystanders.within(leader.pid)
+        handlers = {
+            **self._handlers(),
+            **arming.bystanders.handlers(within),
+            **arming.Metadata(self._view).handlers(),
+        }
         if landlock.abi() < landlock.SIGNAL_SCOPE_ABI:
-            handlers |= Signals(within, leader.announce).handlers()
-        self._gate = Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
+            handlers |= arming.Signals(within, leader.announce).handlers()
+        self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
 
     def _begin_anew(self, leader: Leader) -> None:
         """What ``leader`` held ready is gone, or what it covers was replaced."""
@@ -338,7 +342,9 @@ class Tool:
         leader = self._leader
         if leader is None:
             return
-        self._processes = Processes(
+        from ray_guard.supervisor import arming
+
+        self._processes = arming.Processes(
             self._node,
             self._target,
             self._origin,

@@ -360,7 +360,7 @@ def _untold(attack: Attack, peer: Column) -> str:
         return "what the guard refuses by itself below a grant: no other sandbox was told of it"
     if used & {"hook", "hooks"} and peer is Column.SANDLOCK:
         return "sandlock cannot be told of anything below a grant that may not be changed"
-    if attack.reads and "victim" in used and peer is not Column.SANDLOCK:
+    if attack.reads and "victim" in attack.body and peer is not Column.SANDLOCK:
         return "bubblewrap is given all of / to read"
     return ""
 

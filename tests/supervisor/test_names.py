@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Host, lacks, skip_without, wait
+from harness import Host, grants, lacks, skip_without, wait
 from names import UPSTREAM, Names, named
 
 from ray_guard.egress.resolver.told import LEAST_S
@@ -187,6 +188,56 @@ def test_a_program_that_takes_answers_from_whom_it_asked_alone(names: Names, ser
         assert said["result"][2] in ([0, ["127.0.0.1", "127.0.0.3"]], [0, ["127.0.0.3", "127.0.0.1"]])
 
 
+MUSL = r"""
+#include <netdb.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+#include <sys/socket.h>
+int main(int count, char **words) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found, *each;
+    int error = getaddrinfo(words[1], words[2], &hints, &found);
+    char said[16] = "";
+    if (error) { printf("%s\n", gai_strerror(error)); return 0; }
+    for (each = found; each && !*said; each = each->ai_next) {
+        int sock = socket(each->ai_family, SOCK_STREAM, 0);
+        if (!connect(sock, each->ai_addr, each->ai_addrlen) && read(sock, said, 15) < 0) perror("read");
+        close(sock);
+    }
+    printf("%s\n", *said ? said : "refused");
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def musl(names: Names, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A static program with another C library: its resolver asks by datagram, and believes whom it asked alone."""
+    if shutil.which("musl-gcc") is None:
+        pytest.skip("missing: musl-gcc (apt-get install musl-tools)")
+    folder = tmp_path_factory.mktemp("musl")
+    subprocess.run(["musl-gcc", "-static", "-x", "c", "-", "-o", folder / "ask"], input=MUSL, text=True, check=True)
+    for name, more in (("musl", []), ("musl udp", ["udp://127.0.0.1:9"])):
+        policy = names.policy()
+        policy["egress"]["allow"] += more
+        names.another(name, {**policy, "files": grants(folder)})
+    return str(folder / "ask")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("index.example.org", "hello"), ("evil.example.com", "Name does not resolve")]
+)
+@pytest.mark.parametrize("ring", ["call", "actor", "actor_udp"])
+def test_musl(names: Names, musl: str, ring: str, name: str, said: str) -> None:
+    if ring == "actor":  # a datagram socket gets a line of its own there, and that has no address to believe
+        said = "Try again"
+    argv = [musl, name, str(names.sink.port)]
+    free = subprocess.run([*names.namespace.prefix, *argv], capture_output=True, text=True, check=True)
+    assert free.stdout == "hello\n", free
+    outcome = names.host("musl udp" if ring == "actor_udp" else "musl").run(ring.removesuffix("_udp"), argv)
+    assert outcome.stdout == f"{said}\n", outcome
+    assert outcome.seconds < 3
+
+
 def test_in_the_actor_itself(names: Names) -> None:
     code = """
 import socket
@@ -209,7 +260,6 @@ with socket.create_connection(('index.example.org', {names.sink.port}), 5) as so
 try: print(socket.gethostbyname('evil.example.com'))
 except socket.gaierror: print('no such name')
 """
-    import subprocess
     import sys
 
     environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(tmp_path / "e")}

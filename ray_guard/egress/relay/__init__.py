@@ -6,3 +6,9 @@
 a process of its own, so that no decision waits for them. ``leases`` are the bytes it may move: reserved in the budgets
 before, settled after.
 """
+
+import select
+from typing import Final
+
+STEPS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
+"""Each step of a connect that is made is an edge: connected, then what a proxy answers."""

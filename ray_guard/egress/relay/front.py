@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from ray_guard.egress.relay import STEPS
 from ray_guard.egress.relay.crossing import Crossing, Name, Owner, Socket, full_name, plain_name
 from ray_guard.egress.relay.desk import Desk
 from ray_guard.egress.relay.doors import Door, Meeting, Room, reject
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logger("ray_guard.relay")
 
-STEPS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
-"""Each step of a connect that is made is an edge: connected, then what a proxy answers."""
 FLOWS_LIMIT: Final = 8192
 """Relayed flows of one supervisor; a connect beyond it fails with ENOBUFS."""
 _NEAR_S: Final = 0.005
