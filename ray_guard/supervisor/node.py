@@ -82,6 +82,8 @@ class Node:
         """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
+        self.end_adopted: Callable[[int], None] = lambda _leader: None
+        """Has the zygote end what a lost leader has led; set likewise."""
         self.hold: Callable[[str], None] = lambda _path: None
         """Has the zygote hold a folder as long as this process lives; set likewise."""
         self.number = os.urandom(6).hex()

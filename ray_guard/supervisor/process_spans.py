@@ -61,8 +61,6 @@ class ProcessSpans:
         self._origin = origin
         self._begun = 0
         self.left_out = 0
-        self.failing = False
-        """The journal did not take the last record but from what it keeps for such: nothing more may be executed."""
 
     @property
     def full(self) -> bool:
@@ -73,7 +71,6 @@ class ProcessSpans:
         begun = self.open(image)
         if begun is not None:
             self._target.journal.append(begun.form.begun(image.span, image.began))
-            self.failing = False
         return begun
 
     def began(self, image: Image) -> OpenImage | None:
@@ -103,9 +100,7 @@ class ProcessSpans:
     def _keep(self, line: bytes) -> None:
         try:
             self._target.journal.append(line)
-            self.failing = False
         except JournalError:
-            self.failing = True
             self._target.journal.keep(line)
 
     def end(

@@ -7,10 +7,9 @@ of itself.
   heard of again (:class:`_Attempt`): looking for a program along PATH makes many attempts, and most of them fail.
 - *exit*: CPU time and memory are read while there is still something to read.
 
-Most processes end sooner than one could read of them: their span is written once, whole. Whoever lives on is looked at
-a few milliseconds later (:meth:`Processes._look`), or before anything is put down to it: then its span's beginning is
-written. So what a supervisor that is killed takes along is the execs of its last milliseconds, whose processes die
-with it. Where the journal takes no more, an exec is refused until it does.
+The beginning of a span is written before the exec goes on: what a supervisor that is killed takes along is no exec.
+Where the journal takes no more, an exec is refused until it does. Whoever lives on is looked at a few milliseconds
+later (:meth:`Processes._look`), or before anything is put down to it.
 
 A process that a signal ends is heard of by its pidfd; who its parent was is learnt when it is first heard of.
 """
@@ -263,7 +262,7 @@ class Processes:
         self._new.append(process)
 
     def _look(self) -> None:
-        """What was new a few milliseconds ago and is still there: its end is watched for, its span begins."""
+        """What was new a few milliseconds ago and is still there: its end is watched for."""
         new, self._new = self._new, []
         for process in new:
             if self._known.get(process.entry.pid) is not process:
@@ -306,7 +305,7 @@ class Processes:
         if process is not None:
             self._ask(process)
             attempt = process.attempt = self._attempt(gate, call, process, pointers, folder)
-            if attempt is not None and attempt.there and self._spans.failing:
+            if attempt is not None and attempt.there:
                 attempt.begun = self._spans.begin(attempt.image)  # or it does not happen
         gate.listener.proceed(call.id)
         if process is not None and attempt is not None:

@@ -51,6 +51,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     node.sealer.start = partial(zygote.start_signer, starts)
     node.sealer.recover = partial(zygote.start_recoverer, starts)
     node.remove = partial(zygote.remove, starts)
+    node.end_adopted = partial(zygote.end_adopted, starts)
 
     def hold(path: str) -> None:
         zygote.hold(starts, path)

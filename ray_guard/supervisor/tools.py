@@ -376,6 +376,8 @@ class Tool:
 
     def _from_leader(self, message: dict[str, Any] | None, descriptors: list[int]) -> None:
         if message is None:
+            if self._leader is not None:
+                self._node.end_adopted(self._leader.pid)
             self._leader = None
             if self._pidfd >= 0:
                 with contextlib.suppress(ProcessLookupError):

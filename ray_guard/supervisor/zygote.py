@@ -38,6 +38,7 @@ def run(requests: socket.socket) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, lambda _signal, _frame: None)  # not ignored: what is executed would do so too
     libc.prctl(libc.PR_SET_DUMPABLE, 0)  # nobody of the same user may write its memory, nor its leaders'
+    libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)  # what has lost its leader comes here, to be ended
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a tool's descriptors may have any number
     with contextlib.suppress(OSError):  # then each tool tries, and says so
@@ -48,6 +49,7 @@ def run(requests: socket.socket) -> NoReturn:
     while zygote.step():
         pass
     zygote.end_wards()
+    zygote.end_adopted(zygote.leaders)
     zygote.held.clear()
     zygote.remove_leaves()
     os._exit(0)
@@ -89,6 +91,9 @@ class _Zygote:
         with contextlib.suppress(OSError):  # its leaders say so
             domain.Domain(self._system).close()  # what is kept of it once they share
         self._wards: dict[int, _Ward] = {}
+        self._own: dict[int, int | None] = {}
+        """Its own children and when they were born, to tell them from those it takes in."""
+        self.leaders: set[int] = set()
         self.held = Held()
         self._leaves: list[leaf.OwnLeaf] = []
 
@@ -127,6 +132,8 @@ class _Zygote:
                 os.close(ward.lifeline)
         elif operation in ("mover", "signer", "recoverer"):
             self._fork_helper(operation, descriptors)
+        elif operation == "end_adopted":
+            self.end_adopted({int(message["leader"])})
         elif operation == "leader":
             (line,) = descriptors
             try:
@@ -137,8 +144,15 @@ class _Zygote:
                 traceback.print_exc()
             os.close(line)
 
-    @staticmethod
-    def _remove(path: str) -> None:
+    def _is_parent(self, pid: int) -> bool:
+        """Notes a child that was just forked; False: this is it."""
+        if pid:
+            self._own[pid] = procfs.start_time(pid)
+            if len(self._own) % _WARDS_SWEPT == 0:
+                self._own = {each: born for each, born in self._own.items() if procfs.start_time(each) == born}
+        return pid != 0
+
+    def _remove(self, path: str) -> None:
         """Takes away a call's temporary folder: mostly it is empty, else a child does it, for it may be large."""
         try:
             os.rmdir(path)
@@ -147,15 +161,14 @@ class _Zygote:
                 return
         else:
             return
-        if os.fork() == 0:
+        if not self._is_parent(os.fork()):
             try:
                 trees.remove(path)
             finally:
                 os._exit(0)
 
-    @staticmethod
-    def _sweep(place: str) -> None:
-        if os.fork() == 0:
+    def _sweep(self, place: str) -> None:
+        if not self._is_parent(os.fork()):
             try:
                 sweep(place)
             finally:
@@ -170,7 +183,8 @@ class _Zygote:
             if own is not None:
                 own.close()
             raise
-        if pid != 0:
+        if self._is_parent(pid):
+            self.leaders = {each for each in self.leaders if self._is_own(each)} | {pid}
             if own is not None:
                 own.let_go()
                 self._leaves.append(own)
@@ -191,7 +205,7 @@ class _Zygote:
             os._exit(code)
 
     def _fork_helper(self, which: str, descriptors: list[int]) -> None:
-        if os.fork() != 0:
+        if self._is_parent(os.fork()):
             seqpacket.close_all(descriptors)
             return
         try:
@@ -239,6 +253,23 @@ class _Zygote:
             if not below:
                 return
 
+    def _is_own(self, pid: int) -> bool:
+        born = procfs.start_time(pid)
+        return born is not None and self._own.get(pid) == born
+
+    def end_adopted(self, leaders: set[int]) -> None:
+        """Ends what has lost its leader, with all below it. ``leaders``: whose end is waited for."""
+        deadline = time.monotonic() + 2 * KILL_PATIENCE_S
+        while time.monotonic() < deadline:
+            leading = any(self._is_own(pid) for pid in leaders)
+            adopted = [pid for pid in procfs.children(os.getpid()) if not self._is_own(pid)]
+            for pid in [each for root in adopted for each in (root, *procfs.descendants(root))]:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            if not adopted and not leading:
+                return
+            time.sleep(0.002)
+
 
 def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None) -> None:
     """Puts a process's tree into the zygote's care, should the supervisor die; called by the supervisor."""
@@ -247,6 +278,11 @@ def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None)
         return  # it has ended already
     passed = [] if lifeline is None else [lifeline.fileno()]
     seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time}, passed)
+
+
+def end_adopted(starts: socket.socket, leader: int) -> None:
+    """A leader was lost: ends what it has led; called by the supervisor."""
+    seqpacket.send(starts, {"op": "end_adopted", "leader": leader})
 
 
 def remove(starts: socket.socket, path: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +106,45 @@ result = [process.wait(10), process.pid]
     assert status[0] == -signal.SIGKILL
     wait(lambda: procfs.is_zombie(status[1]) or not Path(f"/proc/{status[1]}").exists(), "the tool outlived its leader")
     assert host.run("call", ["echo", "here"]).stdout == "here\n"
+
+
+DAEMONS = ["sh", "-c", "for i in 1 2 3; do (trap '' TERM; setsid sleep 61.5 & ); done; exec sleep 61.5"]
+
+
+def sleepers() -> list[int]:
+    return [pid for pid in procfs.processes() if procfs.command_line(pid) == ("sleep", "61.5")]
+
+
+def test_what_a_lost_leader_has_led_is_ended_whatever_it_has_become(host: Host) -> None:
+    status = host.inside(
+        f"""
+import os, pathlib, signal, time
+process = ray_guard.Popen({DAEMONS!r})
+time.sleep(0.3)
+stat = pathlib.Path(f"/proc/{{process.pid}}/stat")
+os.kill(int(stat.read_text().rsplit(")", 1)[1].split()[1]), signal.SIGKILL)
+result = process.wait(10)
+"""
+    )
+    assert status == -signal.SIGKILL
+    wait(lambda: not sleepers(), "a daemon outlived its leader", 2)
+
+
+def test_supervisor_and_leader_killed_at_once_leave_nothing(host: Host) -> None:
+    thread = threading.Thread(target=_run_daemons, args=(host,), daemon=True)
+    thread.start()
+    wait(lambda: len(sleepers()) == 4, "the tool does not start", 10)
+    doomed = [host.supervisor, *leaders(host)]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in doomed:
+            os.kill(pid, number)
+    wait(lambda: not sleepers(), "a tool outlived the supervisor and its leader", 2)
+    thread.join(10)
+
+
+def _run_daemons(host: Host) -> None:
+    with contextlib.suppress(Exception):  # its target dies with the supervisor
+        host.run("call", DAEMONS)
 
 
 THREADS_OF_PARENT = r"""
