@@ -118,11 +118,8 @@ def _connections() -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
     return tuple(listening), tuple(peers)
 
 
-class _Announced:
-    run: str | None = None
-
-
-_announced = _Announced()
+_announced: set[str] = set()
+"""Runs that this process has named; what else RAY_GUARD_RUN_ID says is the user's word."""
 
 
 def announce_driver() -> None:
@@ -130,6 +127,7 @@ def announce_driver() -> None:
     if not internals.connected() or internals.in_worker():
         return
     channel.observe(os.path.join(internals.logs_folder(), "ray_guard"))
-    if os.environ.get("RAY_GUARD_RUN_ID") in (None, _announced.run):
+    if os.environ.get("RAY_GUARD_RUN_ID") in (None, *_announced):
         os.environ.pop("RAY_GUARD_RUN_ID", None)  # of an earlier job of this process
-        os.environ["RAY_GUARD_RUN_ID"] = _announced.run = run_id()
+        os.environ["RAY_GUARD_RUN_ID"] = run_id()
+        _announced.add(os.environ["RAY_GUARD_RUN_ID"])

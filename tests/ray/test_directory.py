@@ -22,8 +22,11 @@ pytestmark = [pytest.mark.ray]
 @pytest.fixture(scope="module")
 def context() -> Any:
     """With a dashboard and agents: those are what must stay out."""
+    before = dict(os.environ)
     yield ray.init(num_cpus=4, log_to_driver=False)
     ray.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class Directory:
