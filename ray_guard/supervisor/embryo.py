@@ -21,7 +21,7 @@ import select
 import signal
 import socket
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -99,6 +99,7 @@ class Embryo:
     def _live(self) -> None:
         """The thread's life. Every failure is told, none is passed over."""
         stage = "setup"
+        held: list[int] = []
         try:
             self._thread = _thread.get_native_id()
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they are the leader's
@@ -117,7 +118,8 @@ class Embryo:
             if received is None:
                 domain.close()
                 return
-            memory, viewed, folder, *given = received[1]
+            held = received[1]
+            memory, viewed, folder, *given = held
             if received[0].get("joins"):
                 _join(given.pop())
             start, view = read_start(memory), read_view(viewed)
@@ -131,19 +133,19 @@ class Embryo:
             _enter(folder, view["cwd"])
             os.umask(start.umask)
             stage = "files"
-            pairs = list(_apart(given, start.descriptors))
+            pairs = _apart(given, start.descriptors, held)
             domain.enter(view, [here for here, there in pairs if there <= 2])
             start.environment.update(view["environment"])
             libc.capset(0, 0, 0)
             stage = "exec"
             self.pid = _execute(start, pairs)
-            seqpacket.close_all([memory, viewed, folder, *(here for here, _ in pairs)])
         except BaseException as error:  # noqa: BLE001 - whatever it is, the requester must hear of it
             code = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
             self.failure = {"op": "failed", "stage": stage, "errno": code, "text": str(error)}
         finally:
             os.chdir("/")
             os.umask(_UMASK)
+            seqpacket.close_all(held)  # whoever reads what the tool has written waits for the last of them
             self._theirs.close()
             os.close(self._tell)
 
@@ -158,7 +160,6 @@ def _drain(wake: int) -> None:
 def _join(entrance: int) -> None:
     """Enters a control group, this thread alone. It takes milliseconds, and the supervisor has others to answer."""
     os.write(entrance, b"0")
-    os.close(entrance)
 
 
 def _make_scratch(path: str | None) -> None:
@@ -238,15 +239,17 @@ def _inherit(start: Start) -> None:
         os.nice(more)
 
 
-def _apart(given: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(here, there) of each descriptor: none is here where another one will be there."""
+def _apart(given: Sequence[int], numbers: Sequence[int], held: list[int]) -> list[tuple[int, int]]:
+    """(here, there) of each descriptor: none is here where another will be there. What it opens goes to ``held``."""
     free = max(numbers, default=0) + 1
+    pairs: list[tuple[int, int]] = []
     for here, there in zip(given, numbers, strict=True):
         if here in numbers:
-            yield fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, free), there
-            os.close(here)
+            held.append(fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, free))
+            pairs.append((held[-1], there))
         else:
-            yield here, there
+            pairs.append((here, there))
+    return pairs
 
 
 def _execute(start: Start, pairs: Sequence[tuple[int, int]]) -> int:

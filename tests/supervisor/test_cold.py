@@ -47,7 +47,9 @@ def started(folder: Path, *argv: str, **variables: str) -> Iterator[tuple[subpro
         time.sleep(2.5)  # one that nobody needs any more has left by then
     before = supervisors()
     (folder / "policy.yaml").write_text("version: 1\negress: {allow: []}\n")
-    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(folder / "evidence"), "A_SECRET": SECRET, **variables}
+    # A variable that alters how Python or the loader works makes it spawned; Ray leaves such behind.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LD_"))}
+    environment = {**plain, "RAY_GUARD_EVIDENCE": str(folder / "evidence"), "A_SECRET": SECRET, **variables}
     reader, writer = os.pipe()  # what the command has open the supervisor must not keep
     command = [*argv, "run", "--policy", "policy.yaml", "--", "sh", "-c", "echo started; exec sleep 30"]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, pass_fds=[writer])

@@ -229,6 +229,24 @@ def test_descriptors_of_a_call_do_not_stay(host: Host) -> None:
     wait(lambda: max(held().values()) <= 11, "descriptors of calls are left", 5)
 
 
+@pytest.mark.parametrize("program", ["/no/such/program", "/etc/passwd"])
+def test_a_program_that_cannot_start_leaves_no_descriptor_open(host: Host, program: str) -> None:
+    """Whoever reads its output would wait for ever: a leader waits for the next call."""
+    said = host.inside(
+        f"""
+import os, select
+reader, writer = os.pipe()
+try:
+    ray_guard.run([{program!r}], stdout=writer)
+except OSError:
+    pass
+os.close(writer)
+result = select.select([reader], [], [], 5)[0] == [reader] and os.read(reader, 1) == b""
+"""
+    )
+    assert said is True
+
+
 def test_survivors_of_a_call_are_not_the_next_ones(host: Host) -> None:
     """What the first call leaves running is dead before the leader serves again."""
     first = host.run("call", ["sh", "-c", "setsid -f sleep 60 >/dev/null 2>&1 </dev/null; echo $PPID"])
