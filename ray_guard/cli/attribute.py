@@ -76,13 +76,13 @@ def run(args: argparse.Namespace) -> int:
             print("\r\033[K", end="", file=sys.stderr)
     answer = document(result) if args.json is not None or args.html is not None else {}
     whole = json.dumps(answer, indent=1) + "\n"
-    try:
-        for path in (args.json, args.html):
-            if path is not None:
-                content = whole if path is args.json else _page(args, result, answer, whole)
+    page = "" if args.html is None else _page(args, result, answer, whole)
+    for path, content in ((args.json, whole), (args.html, page)):
+        if path is not None:
+            try:
                 path.write_text(content, encoding="utf-8", newline="\n")
-    except OSError as error:
-        return _failed(f"{path} cannot be written: {error.strerror}")
+            except OSError as error:
+                return _failed(f"{path} cannot be written: {error.strerror}")
     say(_summary(result))
     return 0
 
@@ -106,7 +106,7 @@ def _page(args: argparse.Namespace, result: Result, answer: dict[str, Any], whol
 
 
 def _command(args: argparse.Namespace) -> list[str]:
-    """The command that gave this answer: what was typed, defaults left out."""
+    """The command that gives this answer: what was typed, in one order, defaults left out."""
     words = ["ray-guard", "attribute", "--traces", *args.traces, "--alerts", *args.alerts]
     if args.nat:
         words += ["--nat", *args.nat]

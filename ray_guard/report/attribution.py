@@ -209,9 +209,10 @@ def _row(row: Row, *, linked: bool) -> str:
     where = f'<a href="#a{row.number}">{_safe(row.where)}</a>' if linked else _safe(row.where)
     first = alert.candidates[0] if alert.candidates and verdict != "unobserved" else None
     about: Mapping[str, Any] = first.about if first else {}
+    colour = "" if alert.informational else html.classes(_TONES[verdict].value)
     cells = [
         f'<td class="dim">{_moment(row.at_ns)}</td><td>{where}</td><td>{_safe(text.cut(row.far, 60))}</td>',
-        f'<td class="flexible">{_safe(text.cut(row.rule, 120))}</td><td class="{_TONES[verdict].value}">{verdict}</td>',
+        f'<td class="flexible">{_safe(text.cut(row.rule, 120))}</td><td{colour}>{verdict}</td>',
         f'<td class="right">{first.confidence if first else alert.unobserved:.3f}</td>',
     ]
     if first is None:
@@ -349,6 +350,8 @@ _LEFT: Final = 44
 _BINS: Final = 60
 _TOP, _FLOOR = 24, 144
 _LANES: Final = 4
+_BANDS: Final = 120
+"""Where there are more iterations, several share a band."""
 _COLOURS: Final = {"attributed": "var(--bad)", "ambiguous": "var(--warn)", "unobserved": "var(--dim)"}
 
 
@@ -379,7 +382,11 @@ def timeline(moments: Sequence[tuple[int, str]], iterations: Sequence[tuple[int,
 
     lanes: list[int] = []
     bands = []
-    for number, begin, end in iterations:
+    step = -(-len(iterations) // _BANDS) or 1
+    for index in range(0, len(iterations), step):
+        together = iterations[index : index + step]
+        number = str(together[0][0]) if step == 1 else f"{together[0][0]} to {together[-1][0]}"
+        begin, end = min(each[1] for each in together), max(each[2] for each in together)
         lane = next((index for index, free in enumerate(lanes) if free <= begin), len(lanes))
         if lane == len(lanes) and lane < _LANES:
             lanes.append(end)
@@ -422,7 +429,7 @@ def timeline(moments: Sequence[tuple[int, str]], iterations: Sequence[tuple[int,
     return "\n".join(parts)
 
 
-def _band(number: int, left: float, right: float, top: int) -> str:
+def _band(number: str, left: float, right: float, top: int) -> str:
     wide = max(1.0, right - left)
     label = f'<text x="{left + 4:.1f}" y="{top + 11}">{f"iteration {number}" if wide > 80 else number}</text>'
     return (
@@ -433,7 +440,9 @@ def _band(number: int, left: float, right: float, top: int) -> str:
 
 def bars(patterns: Sequence[Mapping[str, Any]]) -> str:
     """How unlikely each pattern's alerts are by chance: a bar of -log10 q, the least likely first."""
-    shown = patterns[:_BARS]
+    shown = [each for each in patterns if each["q_value"] < 1][:_BARS]
+    if not shown:
+        return ""
     # A q that underflowed is drawn as the least there is.
     lengths = [-log10(max(each["q_value"], 1e-300)) for each in shown]
     longest = max([2.0, *lengths])
