@@ -25,6 +25,8 @@ _TONES: Final = {"attributed": Tone.BAD, "ambiguous": Tone.WARN, "unobserved": T
 _NOBODY: Final = "nobody in this job"
 _QUOTED: Final = 4_000
 """Characters of one text that a model, a tool or a log wrote."""
+_ROOM: Final = 2_000_000
+"""Characters of HTML for the alerts, and as many for the chains: what hostile text can blow up ends there."""
 _PATTERNS: Final = 100
 _BARS: Final = 15
 
@@ -48,6 +50,8 @@ class Bundle:
 
 def render(found: Findings, bundle: Bundle) -> str:
     """The whole page."""
+    drawn = _fitting(map(_chain, found.chains))
+    chained = {chain.row.number for chain in found.chains[: len(drawn)]}
     parts = [
         f'<p class="fact">{_safe(bundle.command)}</p>',
         f'<p class="fact">{_safe(_span(found))}</p>',
@@ -60,8 +64,8 @@ def render(found: Findings, bundle: Bundle) -> str:
         *_read(found),
         "<h2>Timeline<small>alerts by verdict, and the iterations they fell in; by the traces' clock, UTC</small></h2>",
         timeline(found.moments, found.iterations),
-        *_alerts(found),
-        *_chains(found),
+        *_alerts(found, chained),
+        *_chains(found, drawn),
         *_informational(found),
         *_rewards(found),
         *_recurrences(found.answer["recurrence"]),
@@ -90,13 +94,29 @@ def _safe(said: str) -> str:
     return escape(text.printable(said))
 
 
+def _short(said: str, columns: int) -> str:
+    """Text from anywhere as HTML that takes at most so many columns, and is no longer than it looks."""
+    return escape(text.cut(text.printable(said[: 4 * columns])[: 4 * columns], columns))
+
+
 def _quote(said: str) -> str:
     """Text that a model, a tool or a log wrote, with its lines, cut where it is endless."""
-    kept = said[:_QUOTED]
-    lines = "\n".join(_safe(line) for line in kept.splitlines())
-    if len(said) > _QUOTED:
-        lines += f"\n… {len(said) - _QUOTED:,} more characters"
-    return f"<pre>{lines}</pre>" if said else ""
+    if not said:
+        return ""
+    shown = "\n".join(text.printable(line) for line in said[:_QUOTED].splitlines())
+    cut = "\n… cut here" if len(said) > _QUOTED or len(shown) > _QUOTED else ""
+    return f"<pre>{escape(shown[:_QUOTED])}{cut}</pre>"
+
+
+def _fitting(parts: Iterable[str]) -> list[str]:
+    """The first ones, as long as there is room."""
+    room, kept = _ROOM, []
+    for part in parts:
+        room -= len(part)
+        if room < 0:
+            break
+        kept.append(part)
+    return kept
 
 
 def _more(shown: int, count: int, what: str) -> str:
@@ -174,12 +194,12 @@ def _cell(said: str, tone: Tone = Tone.PLAIN) -> Cell:
 # --- alerts ----------------------------------------------------------------------------------------------------------
 
 
-def _alerts(found: Findings) -> list[str]:
+def _alerts(found: Findings, chained: set[int]) -> list[str]:
     count = found.verdicts.total()
-    parts = [_title("Alerts", f"{count:,}", _more(len(found.alerts), count, "alerts"))]
-    if not found.alerts:
+    rows = _fitting(_row(row, linked=row.number in chained) for row in found.alerts)
+    parts = [_title("Alerts", f"{count:,}", _more(len(rows), count, "alerts"))]
+    if not rows:
         return parts
-    with_chain = {chain.row.number for chain in found.chains}
     return [
         *parts,
         '<input type="radio" name="verdict" id="every" checked><label for="every">all</label>',
@@ -188,7 +208,7 @@ def _alerts(found: Findings) -> list[str]:
             for verdict in _VERDICTS
         ),
         '<input type="search" id="words" placeholder="words that a row must have: socket bash 198.51.100.7" hidden>',
-        _table(found.alerts, with_chain),
+        _table(rows),
     ]
 
 
@@ -198,28 +218,29 @@ _COLUMNS: Final = (
 )  # fmt: skip
 
 
-def _table(rows: Iterable[Row], with_chain: set[int]) -> str:
+def _table(rows: Iterable[str]) -> str:
     head = "".join(f'<th scope="col">{title}</th>' for title in _COLUMNS)
-    body = "\n".join(_row(row, linked=row.number in with_chain) for row in rows)
+    body = "\n".join(rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _row(row: Row, *, linked: bool) -> str:
     alert, verdict = row.alert, row.alert.verdict
-    where = f'<a href="#a{row.number}">{_safe(row.where)}</a>' if linked else _safe(row.where)
+    where = _short(row.where, 200)
+    where = f'<a href="#a{row.number}">{where}</a>' if linked else where
     first = alert.candidates[0] if alert.candidates and verdict != "unobserved" else None
     about: Mapping[str, Any] = first.about if first else {}
     colour = "" if alert.informational else html.classes(_TONES[verdict].value)
     cells = [
-        f'<td class="dim">{_moment(row.at_ns)}</td><td>{where}</td><td>{_safe(text.cut(row.far, 60))}</td>',
-        f'<td class="flexible">{_safe(text.cut(row.rule, 120))}</td><td{colour}>{verdict}</td>',
+        f'<td class="dim">{_moment(row.at_ns)}</td><td>{where}</td><td>{_short(row.far, 60)}</td>',
+        f'<td class="flexible">{_short(row.rule, 120)}</td><td{colour}>{verdict}</td>',
         f'<td class="right">{first.confidence if first else alert.unobserved:.3f}</td>',
     ]
     if first is None:
         cells.append(f'<td colspan="6" class="dim">{_NOBODY}</td>')
     else:
         said = [about.get(name) for name in ("iteration", "rollout", "turn", "tool", "call_id")]
-        cells += [f"<td>{'' if value is None else _safe(text.cut(str(value), 60))}</td>" for value in said]
+        cells += [f"<td>{'' if value is None else _short(str(value), 60)}</td>" for value in said]
         cells.append(f"<td>{first.tier}</td>")
     return f'<tr class="{verdict}">{"".join(cells)}</tr>'
 
@@ -231,27 +252,28 @@ def _moment(at_ns: int) -> str:
 def _informational(found: Findings) -> list[str]:
     if not found.quiet:
         return []
-    more = _more(len(found.informational), found.quiet, "of them")
+    rows = _fitting(_row(row, linked=False) for row in found.informational)
+    more = _more(len(rows), found.quiet, "of them")
     said = f"{found.quiet:,} informational records: nobody objected to these{f'; {more}' if more else ''}"
-    return [f"<details><summary>{said}</summary>{_table(found.informational, set())}</details>"]
+    return [f"<details><summary>{said}</summary>{_table(rows)}</details>"]
 
 
 # --- chains ----------------------------------------------------------------------------------------------------------
 
 
-def _chains(found: Findings) -> list[str]:
+def _chains(found: Findings, drawn: Sequence[str]) -> list[str]:
     if not found.chains:
         return []
     note = "from the iteration down to the alert, what speaks for and against it, and who came second"
-    more = _more(len(found.chains), found.verdicts.total(), "chains")
-    return [_title("Chains", note, more), '<div class="chains">', *map(_chain, found.chains), "</div>"]
+    more = _more(len(drawn), found.verdicts.total(), "chains")
+    return [_title("Chains", note, more), '<div class="chains">', *drawn, "</div>"]
 
 
 def _chain(chain: Chain) -> str:
     row, alert = chain.row, chain.row.alert
     verdict = alert.verdict
     sure = alert.unobserved if verdict == "unobserved" else alert.candidates[0].confidence
-    about = " · ".join(_safe(said) for said in (row.where, text.cut(row.far, 60), text.cut(row.rule, 80)) if said)
+    about = " · ".join(_short(said, most) for said, most in ((row.where, 200), (row.far, 60), (row.rule, 80)) if said)
     parts = [
         f'<details open class="chain {verdict}" id="a{row.number}"><summary>{about} · ',
         f'<b class="{_TONES[verdict].value}">{verdict} {sure:.3f}</b></summary><dl>',
@@ -260,12 +282,12 @@ def _chain(chain: Chain) -> str:
         Step("cause", _NOBODY),
         Step("alert", f"{_moment(row.at_ns)} UTC · {row.near or '?'} to {row.far or '?'}", row.whole),
     )
-    parts += [f"<dt>{step.what}</dt><dd>{_safe(step.said)}{_quote(step.quoted)}</dd>" for step in steps]
+    parts += [f"<dt>{step.what}</dt><dd>{_short(step.said, 1_000)}{_quote(step.quoted)}</dd>" for step in steps]
     if alert.candidates and verdict != "unobserved":
         parts += _evidence(alert.candidates[0])
     if chain.second:
-        parts.append(f'<dt class="why">came second</dt><dd>{_safe(chain.second)}</dd>')
-    parts.append(f'<dt class="why">why</dt><dd>{_safe(chain.lost)}</dd></dl></details>')
+        parts.append(f'<dt class="why">came second</dt><dd>{_short(chain.second, 400)}</dd>')
+    parts.append(f'<dt class="why">why</dt><dd>{_short(chain.lost, 1_000)}</dd></dl></details>')
     return "".join(parts)
 
 
@@ -322,7 +344,7 @@ def _recurrences(patterns: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
         [
             Cell(each["dimension"]),
-            _cell(each["pattern"], Tone.STRONG),
+            _cell(text.cut(each["pattern"][:400], 400), Tone.STRONG),
             _cell(each["tool"]),
             Cell(f"{each['alerts']:,}"),
             Cell(f"{each['calls']:,}"),
@@ -459,9 +481,9 @@ def bars(patterns: Sequence[Mapping[str, Any]]) -> str:
         colour = "var(--bad)" if each["q_value"] <= 0.05 else "var(--dim)"
         said = f"{each['dimension']}: {each['pattern']}"
         parts.append(
-            f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{_safe(text.cut(said, 52))}</text>'
+            f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{_short(said, 52)}</text>'
             f'<rect x="{left}" y="{y}" width="{max(1.0, across(length) - left):.1f}" height="15" fill="{colour}">'
-            f"<title>{_safe(said)}</title></rect>"
+            f"<title>{_short(said, 400)}</title></rect>"
             f'<text x="{across(length) + 6:.1f}" y="{y + 12}">{text.plural(each["alerts"], "alert")}, '
             f"{text.plural(each['calls'], 'call')}</text>"
         )

@@ -27,7 +27,7 @@ from ray_guard.report import text
 from ray_guard.report.summary import Iteration
 
 ALERT_LIMIT: Final = 2_000
-CHAIN_LIMIT: Final = 300
+CHAIN_LIMIT: Final = 1_000
 INFORMATIONAL_LIMIT: Final = 500
 _URGENCY: Final = ("attributed", "ambiguous", "unobserved")
 _DEPTH: Final = 12
