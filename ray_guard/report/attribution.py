@@ -286,7 +286,8 @@ def _chain(chain: Chain) -> str:
     if alert.candidates and verdict != "unobserved":
         parts += _evidence(alert.candidates[0])
     if chain.second:
-        parts.append(f'<dt class="why">came second</dt><dd>{_short(chain.second, 400)}</dd>')
+        rank = "also possible" if verdict == "ambiguous" else "came second"
+        parts.append(f'<dt class="why">{rank}</dt><dd>{_short(chain.second, 400)}</dd>')
     parts.append(f'<dt class="why">why</dt><dd>{_short(chain.lost, 1_000)}</dd></dl></details>')
     return "".join(parts)
 

@@ -31,6 +31,7 @@ CHAIN_LIMIT: Final = 1_000
 INFORMATIONAL_LIMIT: Final = 500
 _URGENCY: Final = ("attributed", "ambiguous", "unobserved")
 _DEPTH: Final = 12
+_LISTED: Final = 5
 _CHUNK: Final = 1 << 20
 _MISSING: Final = "not in this evidence"
 
@@ -71,7 +72,7 @@ class Step:
 class Chain:
     """From an iteration down to one alert, or who came nearest where it was nobody in this job.
 
-    ``second`` says who came second, ``lost`` why.
+    ``second`` says who came second, or what else is possible where that is open; ``lost`` why.
     """
 
     row: Row
@@ -417,6 +418,9 @@ def _steps(row: Row, first: Candidate, trace: _Trace) -> list[Step]:
         )
     steps += _processes(first.call, flow, trace)
     steps.append(Step("flow", "no socket of this call to there was recorded" if flow is None else _flow(flow)))
+    if first.tier == "nat" and flow is not None and flow["rank"] == 0:
+        inside = _endpoint(flow["local_ip"], flow["local_port"], "")
+        steps.append(Step("NAT map", f"{inside} stood behind the address in the log"))
     said = _joined(f"{text.date(row.at_ns)} UTC", row.where, f"{row.near or '?'} to {row.far or '?'}", row.rule)
     steps.append(Step("alert", said, row.whole))
     return steps
@@ -515,17 +519,16 @@ def _joined(first: object, *rest: str | None) -> str:
 class _Other:
     """The best of the calls that are not the first candidate, by its evidence, and how many there are."""
 
-    tier: int
-    gap_ns: int
-    count: int
     name: str
+    said: str
+    count: int
 
 
 _ALONE: Final = {
-    "socket": "the same socket was recorded for it too",
-    "nat": "a socket behind the NAT map speaks for it too",
-    "process": "the sensor names a process of it too",
-    "interval": "it was open on that machine at that time, and nothing stronger speaks for it",
+    "socket": "the same socket was recorded for it",
+    "nat": "a socket behind the NAT map speaks for it",
+    "process": "the sensor names a process of it",
+    "interval": "it was open on that machine at that time",
 }
 
 
@@ -538,34 +541,52 @@ def _others(db: duckdb.DuckDBPyConnection, wanted: Sequence[tuple[int, int]]) ->
              WHERE c.call <> w.call
              QUALIFY row_number() OVER (
                PARTITION BY c.alert ORDER BY c.tier, c.used DESC, c.named DESC, c.reach DESC, c.gap_ns, c.call) = 1)
-           SELECT r.alert, r.tier, r.gap_ns, r.others, coalesce(c.rollout, o.rollout), c.turn, c.tool, c.call_id
+           SELECT r.alert, r.others, r.tier, r.used, r.named, r.gap_ns, coalesce(c.rollout, o.rollout), c.turn, c.tool,
+             c.call_id
            FROM rest r LEFT JOIN call c USING (call) LEFT JOIN rollout o ON o.call = r.call""",
     )
-    return {
-        alert: _Other(tier, gap, count, _named({"rollout": rollout, "turn": turn, "tool": tool, "call_id": call_id}))
-        for alert, tier, gap, count, rollout, turn, tool, call_id in rows
-    }
+    found = {}
+    for alert, count, tier, used, named, gap_ns, *place in rows:
+        said = [_ALONE[TIERS[tier]]]
+        said += ["it used a socket to there"] if used else []
+        said += ["its command names the destination"] if named else []
+        said += [f"but {text.seconds(gap_ns / 1e9)} outside its life"] if gap_ns else []
+        found[alert] = _Other(_named(dict(zip(_OF_PLACE, place, strict=True))), ", ".join(said), count)
+    return found
+
+
+_OF_PLACE: Final = ("rollout", "turn", "tool", "call_id")
 
 
 def _second(alert: Attribution, other: _Other | None) -> tuple[str, str]:
-    """(who came second, why it lost)."""
-    first = alert.candidates[0]
+    """(who came second, or what else is possible; why it lost)."""
+    first, *rest = alert.candidates
     if alert.verdict == "unobserved":
-        return f"{_named(first.about)} ({first.confidence:.3f}, {first.tier})", _nobody(first)
-    if len(alert.candidates) > 1 and alert.candidates[1].confidence >= alert.unobserved:
-        second = alert.candidates[1]
-        return f"{_named(second.about)} ({second.confidence:.3f}, {second.tier})", why_lost(first, second)
-    nobody = f"nobody in this job ({alert.unobserved:.3f})"
+        return _ranked([first], 0.0), _nobody(first)
+    if alert.verdict == "ambiguous":
+        lost = f"{_named(rest[0].about)}: {why_lost(first, rest[0])}" if rest else _nearest(other)
+        return _ranked(rest, alert.unobserved), lost
+    if rest and rest[0].confidence >= alert.unobserved:
+        return _ranked(rest[:1], 0.0), why_lost(first, rest[0])
+    return _ranked([], alert.unobserved), _nearest(other)
+
+
+def _ranked(calls: Sequence[Candidate], unobserved: float) -> str:
+    """The likeliest first, nobody among them."""
+    every = [(each.confidence, f"{_named(each.about)} ({each.confidence:.3f}, {each.tier})") for each in calls]
+    if unobserved:
+        every.append((unobserved, f"nobody in this job ({unobserved:.3f})"))
+    every.sort(key=lambda each: (-each[0], each[1]))
+    more = f"; {len(every) - _LISTED} more" if len(every) > _LISTED else ""
+    return "; ".join(said for _, said in every[:_LISTED]) + more
+
+
+def _nearest(other: _Other | None) -> str:
     if other is None:
-        return nobody, f"No other call could have caused it; for this one: {'; '.join(first.evidence)}."
-    tier = TIERS[other.tier]
-    why = _ALONE[tier]
-    if other.gap_ns:
-        why += f", {text.seconds(other.gap_ns / 1e9)} outside its life"
-    return nobody, (
-        f"For this call: {'; '.join(first.evidence)}. Of {text.plural(other.count, 'other call')} that could have, "
-        f"{other.name} is the nearest ({tier}): {why}."
-    )
+        return "No other call of this job could have caused it."
+    if other.count == 1:
+        return f"One other call could have caused it, {other.name}: {other.said}."
+    return f"Of {other.count:,} other calls that could have caused it {other.name} is the nearest: {other.said}."
 
 
 def why_lost(first: Candidate, second: Candidate) -> str:
@@ -580,8 +601,8 @@ def why_lost(first: Candidate, second: Candidate) -> str:
     if against:
         parts.append(f"against it: {'; '.join(against)}")
     if not parts:
-        return "The same evidence speaks for both: only how long they lived and how near they were tells them apart."
-    return f"{'; '.join(parts)[:1].upper()}{'; '.join(parts)[1:]}."
+        return "the same evidence speaks for both: only how long they lived and how near they were tells them apart."
+    return f"{'; '.join(parts)}."
 
 
 def _nobody(first: Candidate) -> str:

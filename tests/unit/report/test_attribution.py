@@ -232,6 +232,15 @@ def test_what_is_not_shown_is_said_and_what_the_job_did_stays(
     assert f"{log}:5" in found
 
 
+@pytest.mark.usefixtures("capsys")
+def test_endless_text_does_not_make_an_endless_page(writer: Any, tmp_path: Path) -> None:
+    """Each of these characters is written out as ten."""
+    log = written(tmp_path, *[alert(12.0, signature="\U000e0001" * 100_000)] * 20)
+    out = page(tmp_path, job(writer, hostile="\U000e0001&" * 100_000), log)
+    assert out.stat().st_size < 20 * 150_000
+    assert "… cut here" in out.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("lines", [(), ("no log at all\n",)])
 @pytest.mark.usefixtures("capsys")
 def test_logs_without_alerts(writer: Any, tmp_path: Path, lines: tuple[str, ...]) -> None:
@@ -273,8 +282,8 @@ def candidate(tier: str, evidence: list[str], against: list[str]) -> Candidate:
 @pytest.mark.parametrize(
     ("second", "why"),
     [
-        (candidate("socket", ["a"], []), "The same evidence speaks for both: only how long they lived and how near"),
-        (candidate("interval", [], ["b"]), "Its evidence is interval, not socket; it lacks: a; against it: b."),
+        (candidate("socket", ["a"], []), "the same evidence speaks for both: only how long they lived and how near"),
+        (candidate("interval", [], ["b"]), "its evidence is interval, not socket; it lacks: a; against it: b."),
     ],
 )
 def test_why_the_second_lost(second: Candidate, why: str) -> None:
