@@ -149,7 +149,7 @@ def _alert(number: int, source: int, record: Record) -> dict[str, Any]:
         "dst_port": seen.dst.port,
         "proto": seen.proto,
         "denied": seen.action.value == "denied",
-        "rule": seen.rule or seen.signature,
+        "rule": " ".join(dict.fromkeys(said for said in (seen.rule, seen.signature) if said)) or None,
         "host": seen.host.lower().rstrip(".") or None,
         "node": seen.node or None,
         "pid": seen.process.pid,

@@ -28,6 +28,8 @@ _QUOTED: Final = 4_000
 _ROOM: Final = 2_000_000
 """Characters of HTML for the alerts, and as many for the chains: what hostile text can blow up ends there."""
 _PATTERNS: Final = 100
+_LINES: Final = 100
+"""Quarantined lines of each file, and of all."""
 _BARS: Final = 15
 
 
@@ -172,11 +174,11 @@ def _read(found: Findings) -> list[str]:
     rejected = [
         [_cell(report.path), Cell(f"{each.line:,}"), Cell(each.reason, Tone.WARN), _cell(each.detail)]
         for report in {id(source.report): source.report for source in found.result.sources}.values()
-        for each in report.first[:_PATTERNS]
+        for each in report.first[:_LINES]
     ]
     if rejected:
         columns = [Column("source", least=12), Column("line", right=True), Column("reason"), Column("what", least=12)]
-        drawn = html.drawn(Table(title, "", columns, rejected), limit=_PATTERNS)
+        drawn = html.drawn(Table(title, "", columns, rejected), limit=_LINES)
         parts.append(f"<details><summary>quarantined lines</summary>{drawn}</details>")
     return parts
 
@@ -232,7 +234,7 @@ def _row(row: Row, *, linked: bool) -> str:
     about: Mapping[str, Any] = first.about if first else {}
     colour = "" if alert.informational else html.classes(_TONES[verdict].value)
     cells = [
-        f'<td class="dim">{_moment(row.at_ns)}</td><td>{where}</td><td>{_short(row.far, 60)}</td>',
+        f'<td class="dim">{_moment(row.at_ns)}</td><td class="flexible">{where}</td><td>{_short(row.far, 60)}</td>',
         f'<td class="flexible">{_short(row.rule, 120)}</td><td{colour}>{verdict}</td>',
         f'<td class="right">{first.confidence if first else alert.unobserved:.3f}</td>',
     ]
@@ -447,7 +449,7 @@ def timeline(moments: Sequence[tuple[int, str]], iterations: Sequence[tuple[int,
     ]
     if len(inside) < len(moments):
         parts.append(
-            f'<p class="fact">{len(moments) - len(inside):,} alerts lie far before or after and are not drawn</p>'
+            f'<p class="fact">not drawn, being far before or after: {text.plural(len(moments) - len(inside), "alert")}</p>'
         )
     return "\n".join(parts)
 
@@ -542,10 +544,11 @@ pre { margin: .2rem 0 0; padding: .3rem .5rem; background: var(--shade); border-
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto; }
 th, td { padding: .3rem .45rem; }
 svg.broad { max-width: 60rem; }
+@page { size: landscape; margin: 12mm; }
 @media print { :root { color-scheme: light; --ground: #fff; --text: #000; --dim: #444; --line: #bbb; --shade: #f3f3f3;
-  --bad: #a01010; --warn: #704800; --good: #14562f; --clean: #1d4f8f; } body { padding: 0; font-size: 11px; }
-  input, label { display: none; } div.wide { overflow: visible; border: 0; } td { white-space: normal;
-  overflow-wrap: anywhere; } pre { max-height: none; } tr { break-inside: avoid; } }
+  --bad: #a01010; --warn: #704800; --good: #14562f; --clean: #1d4f8f; font-size: 9px; }
+  body { padding: 0; font-size: 10px; } input, label { display: none; } div.wide { overflow: visible; border: 0; }
+  th, td { padding: 2px 4px; } pre { max-height: none; } tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
 _SCRIPT: Final = """
