@@ -335,7 +335,7 @@ def _rewards(found: Findings) -> list[str]:
     return [
         _title("Reward against alerts", *counts),
         f"<p>{escape(' '.join(said))}</p>",
-        html.plot(found.rewards),
+        html.plot(found.rewards, what="an alert"),
     ]
 
 
@@ -448,9 +448,8 @@ def timeline(moments: Sequence[tuple[int, str]], iterations: Sequence[tuple[int,
         "</svg>",
     ]
     if len(inside) < len(moments):
-        parts.append(
-            f'<p class="fact">not drawn, being far before or after: {text.plural(len(moments) - len(inside), "alert")}</p>'
-        )
+        outside = text.plural(len(moments) - len(inside), "alert")
+        parts.append(f'<p class="fact">not drawn, being far before or after: {outside}</p>')
     return "\n".join(parts)
 
 
@@ -555,7 +554,7 @@ _SCRIPT: Final = """
 const words = document.getElementById("words");
 if (words) {
   words.hidden = false;
-  const rows = [...document.querySelectorAll("input ~ div.wide tbody tr, details.chain")]
+  const rows = [...document.querySelectorAll("input ~ div.wide tr[class], details.chain")]
     .map(row => [row, row.textContent.toLowerCase()]);
   words.addEventListener("input", () => {
     const wanted = words.value.toLowerCase().split(/\\s+/);

@@ -141,8 +141,8 @@ _MARKERS: Final = 80
 _TICKS: Final = 12
 
 
-def plot(iterations: Sequence[Iteration]) -> str:
-    """Above, mean reward of rollouts with and without a violation; below, the share of those with; by iteration."""
+def plot(iterations: Sequence[Iteration], *, what: str = "a violation") -> str:
+    """Above, mean reward of rollouts with and without ``what``; below, the share of those with; by iteration."""
     if not iterations:
         return ""
     first, last = iterations[0].number, iterations[-1].number
@@ -170,9 +170,9 @@ def plot(iterations: Sequence[Iteration]) -> str:
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} 276" role="img" aria-label="Reward and violations by iteration">',
         f'<text x="{_LEFT}" y="14">mean reward:</text>',
-        f'<text x="{_LEFT + 74}" y="14" style="fill:var(--bad)">● with a violation</text>',
+        f'<text x="{_LEFT + 74}" y="14" style="fill:var(--bad)">● with {what}</text>',
         f'<text x="{_LEFT + 184}" y="14" style="fill:var(--clean)">● without</text>',
-        f'<text x="{_LEFT}" y="{_SHARE[0] - 12}">share of rollouts with a violation</text>',
+        f'<text x="{_LEFT}" y="{_SHARE[0] - 12}">share of rollouts with {what}</text>',
         *_scale((low, high), reward, "{:.3g}"),
         *_scale((0.0, 1.0), share, "{:.0%}"),
     ]
