@@ -137,11 +137,9 @@ def _answer(alert: Attribution) -> str:
         return f"nobody in this job ({alert.unobserved:.2f})"
     first = alert.candidates[0]
     about = first.about
-    parts = [f"{alert.verdict} {first.confidence:.2f} ({first.tier}): iteration {about.get('iteration')}"]
-    for name in ("group", "rollout", "turn", "tool", "call_id"):
-        if about.get(name) is not None:
-            parts.append(f"{name.replace('call_id', 'call')} {about[name]}")
-    return ", ".join(parts)
+    names = ("iteration", "group", "rollout", "turn", "tool", "call_id")
+    parts = [f"{name.replace('call_id', 'call')} {about[name]}" for name in names if about.get(name) is not None]
+    return f"{alert.verdict} {first.confidence:.2f} ({first.tier}): {', '.join(parts)}"
 
 
 def _failed(why: str) -> int:
