@@ -22,7 +22,7 @@ from ray_guard.attribution.sources.reader import Record
 from ray_guard.evidence import columns
 from ray_guard.evidence.reader import Quarantine, read
 
-_DEPTH: Final = 12
+_DEPTH: Final = 64
 """How many processes may stand between a socket and its call."""
 _BATCH: Final = 20_000
 
@@ -149,7 +149,7 @@ def _alert(number: int, source: int, record: Record) -> dict[str, Any]:
         "dst_port": seen.dst.port,
         "proto": seen.proto,
         "denied": seen.action.value == "denied",
-        "rule": seen.rule or seen.signature,
+        "rule": " ".join(dict.fromkeys(said for said in (seen.rule, seen.signature) if said)) or None,
         "host": seen.host.lower().rstrip(".") or None,
         "node": seen.node or None,
         "pid": seen.process.pid,
@@ -176,7 +176,7 @@ def _own(db: duckdb.DuckDBPyConnection, table: str, kind: str) -> None:
             WHERE name {"LIKE" if "%" in kind else "="} ?""",
         [kind],
     )
-    for _ in range(_DEPTH):
+    for _ in range(_DEPTH + 1):
         db.execute(
             """UPDATE climbing SET call = c.call FROM call c
                WHERE climbing.call IS NULL AND climbing.trace_id = c.trace_id AND climbing.above = c.span_id"""
@@ -187,8 +187,8 @@ def _own(db: duckdb.DuckDBPyConnection, table: str, kind: str) -> None:
                  AND s.name LIKE 'process %'"""
         )
         ((left,),) = db.execute(
-            """SELECT count(*) FROM climbing k JOIN call c ON k.trace_id = c.trace_id AND k.above = c.span_id
-               WHERE k.call IS NULL"""
+            """SELECT count(*) FROM climbing k JOIN span s ON k.trace_id = s.trace_id AND k.above = s.span_id
+               WHERE k.call IS NULL AND (s.name LIKE 'process %' OR s.name LIKE 'execute_tool%')"""
         ).fetchall()
         if not left:
             break

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
+import shlex
 import sys
 import time
 from collections import Counter
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from ray_guard import __version__
 from ray_guard.attribution.attribute import Attribution, Options, Result, attribute
 from ray_guard.attribution.document import document
 from ray_guard.attribution.sources import FORMATS
@@ -45,6 +50,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--tz", metavar="ZONE", help="time zone of times that say none, such as Asia/Shanghai")
     parser.add_argument("--year", metavar="YYYY", type=int, help="year of dates that say none")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write the answer to this file")
+    parser.add_argument("--html", metavar="OUT", type=Path, help="write a report to hand on to this file")
     return parser
 
 
@@ -68,13 +74,47 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
-    if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(document(result), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            return _failed(f"{args.json} cannot be written: {error.strerror}")
+    answer = document(result) if args.json is not None or args.html is not None else {}
+    whole = json.dumps(answer, indent=1) + "\n"
+    page = "" if args.html is None else _page(args, result, answer, whole)
+    for path, content in ((args.json, whole), (args.html, page)):
+        if path is not None:
+            try:
+                path.write_text(content, encoding="utf-8", newline="\n")
+            except OSError as error:
+                return _failed(f"{path} cannot be written: {error.strerror}")
     say(_summary(result))
     return 0
+
+
+def _page(args: argparse.Namespace, result: Result, answer: dict[str, Any], whole: str) -> str:
+    # Only here: who does not ask for a page need not wait for what draws it.
+    from ray_guard.report import attribution, causes
+
+    versions = [
+        ("ray-guard", __version__),
+        ("Python", platform.python_version()),
+        *((name, version(name)) for name in ("duckdb", "numpy", "pyarrow")),
+    ]
+    bundle = attribution.Bundle(
+        shlex.join(_command(args)),
+        causes.inputs(result, args.traces, args.nat),
+        sha256(whole.encode()).hexdigest(),
+        versions,
+    )
+    return attribution.render(causes.gather(result, answer), bundle)
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """The command that gives this answer: what was typed, in one order, defaults left out."""
+    words = ["ray-guard", "attribute", "--traces", *args.traces, "--alerts", *args.alerts]
+    if args.nat:
+        words += ["--nat", *args.nat]
+    given = {"format": None if args.format == "auto" else args.format, "tz": args.tz, "year": args.year}
+    for name, value in (*given.items(), ("json", args.json), ("html", args.html)):
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def _summary(result: Result) -> str:
@@ -97,11 +137,9 @@ def _answer(alert: Attribution) -> str:
         return f"nobody in this job ({alert.unobserved:.2f})"
     first = alert.candidates[0]
     about = first.about
-    parts = [f"{alert.verdict} {first.confidence:.2f} ({first.tier}): iteration {about.get('iteration')}"]
-    for name in ("group", "rollout", "turn", "tool", "call_id"):
-        if about.get(name) is not None:
-            parts.append(f"{name.replace('call_id', 'call')} {about[name]}")
-    return ", ".join(parts)
+    names = ("iteration", "group", "rollout", "turn", "tool", "call_id")
+    parts = [f"{name.replace('call_id', 'call')} {about[name]}" for name in names if about.get(name) is not None]
+    return f"{alert.verdict} {first.confidence:.2f} ({first.tier}): {', '.join(parts)}"
 
 
 def _failed(why: str) -> int:

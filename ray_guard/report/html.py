@@ -1,11 +1,13 @@
-"""A report as one HTML file: no script, nothing loaded from anywhere, the same bytes for the same evidence.
+"""A report as one HTML file: nothing loaded from anywhere, the same bytes for the same evidence.
 
 Runs later, on any machine. Pure.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from html import escape
 from typing import Final
 
@@ -15,7 +17,7 @@ from ray_guard.report.tables import Cell, Report, Table
 #: A browser should open it; an actor that is refused a million times should not prevent that.
 ROW_LIMIT: Final = 5_000
 
-_STYLE: Final = """
+STYLE: Final = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1d2329; --dim: #66707b; --line: #dfe3e8; --shade: #f5f7f9;
   --bad: #c02b2b; --warn: #92620a; --good: #1f7a44; --clean: #2b6cb0; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14181c; --text: #dde3e9; --dim: #8b96a2; --line: #2c333a;
@@ -52,37 +54,60 @@ def render(report: Report, iterations: Sequence[Iteration]) -> str:
         iterations: for the plot; none, no plot.
     """
     parts = [
-        "<!doctype html>",
-        '<html lang="en">',
-        '<meta charset="utf-8">',
-        # The strings in it come from tools: should escaping ever fail, nothing may load, run or phone home.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(report.title)}</title>",
-        f"<style>{_STYLE}</style>",
-        f"<h1>{escape(report.title)}</h1>",
         *(f'<p class="fact">{escape(fact)}</p>' for fact in report.facts),
         '<ul class="head">',
-        *(f"<li{_classes(cell.tone.value)}>{escape(cell.text)}</li>" for cell in report.headline),
+        *(f"<li{classes(cell.tone.value)}>{escape(cell.text)}</li>" for cell in report.headline),
         "</ul>",
     ]
     for table in report.tables:
         parts.append(f"<h2>{escape(table.title)}<small>{escape(table.note)}</small></h2>")
         if table.title == "Reward against violation":
             parts.append(plot(iterations))
-        parts.append(_table(table))
-    return "\n".join(parts) + "\n"
+        parts.append(drawn(table))
+    return page(report.title, parts)
 
 
-def _classes(*names: str) -> str:
+def page(title: str, parts: Sequence[str], *, style: str = "", script: str = "") -> str:
+    """A whole document around ``parts``.
+
+    Args:
+        title: as text.
+        parts: as HTML.
+        style: beside :data:`STYLE`.
+        script: the only one that a browser will run in this page; none, none.
+    """
+    # The strings in it come from tools: should escaping ever fail, nothing may load, run or phone home.
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    if script:
+        digest = b64encode(sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+    whole = [
+        "<!doctype html>",
+        '<html lang="en">',
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}{style}</style>",
+        f"<h1>{escape(title)}</h1>",
+        *parts,
+    ]
+    if script:
+        whole.append(f"<script>{script}</script>")
+    return "\n".join(whole) + "\n"
+
+
+def classes(*names: str) -> str:
+    """The attribute, with a space before it; nothing where there is nothing to say."""
     kept = [name for name in names if name and name != "plain"]
     return f' class="{" ".join(kept)}"' if kept else ""
 
 
-def _table(table: Table) -> str:
-    shown = table.rows[:ROW_LIMIT]
+def drawn(table: Table, *, limit: int = ROW_LIMIT) -> str:
+    """A table, at most ``limit`` rows of it, and how many are missing."""
+    shown = table.rows[:limit]
     head = "".join(
-        f'<th scope="col"{_classes("right" if column.right else "")}>{escape(column.title)}</th>'
+        f'<th scope="col"{classes("right" if column.right else "")}>{escape(column.title)}</th>'
         for column in table.columns
     )
     rows = [_row(table, row) for row in shown]
@@ -98,7 +123,7 @@ def _table(table: Table) -> str:
 
 def _row(table: Table, row: Sequence[Cell]) -> str:
     cells = "".join(
-        f"<td{_classes(cell.tone.value, 'right' if column.right else '', 'flexible' if column.flexible else '')}>"
+        f"<td{classes(cell.tone.value, 'right' if column.right else '', 'flexible' if column.flexible else '')}>"
         f"{escape(cell.text)}</td>"
         for cell, column in zip(row, table.columns, strict=True)
     )
@@ -116,8 +141,8 @@ _MARKERS: Final = 80
 _TICKS: Final = 12
 
 
-def plot(iterations: Sequence[Iteration]) -> str:
-    """Above, mean reward of rollouts with and without a violation; below, the share of those with; by iteration."""
+def plot(iterations: Sequence[Iteration], *, what: str = "a violation") -> str:
+    """Above, mean reward of rollouts with and without ``what``; below, the share of those with; by iteration."""
     if not iterations:
         return ""
     first, last = iterations[0].number, iterations[-1].number
@@ -145,9 +170,9 @@ def plot(iterations: Sequence[Iteration]) -> str:
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} 276" role="img" aria-label="Reward and violations by iteration">',
         f'<text x="{_LEFT}" y="14">mean reward:</text>',
-        f'<text x="{_LEFT + 74}" y="14" style="fill:var(--bad)">● with a violation</text>',
+        f'<text x="{_LEFT + 74}" y="14" style="fill:var(--bad)">● with {what}</text>',
         f'<text x="{_LEFT + 184}" y="14" style="fill:var(--clean)">● without</text>',
-        f'<text x="{_LEFT}" y="{_SHARE[0] - 12}">share of rollouts with a violation</text>',
+        f'<text x="{_LEFT}" y="{_SHARE[0] - 12}">share of rollouts with {what}</text>',
         *_scale((low, high), reward, "{:.3g}"),
         *_scale((0.0, 1.0), share, "{:.0%}"),
     ]
