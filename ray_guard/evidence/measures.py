@@ -1,7 +1,7 @@
 """What an ended span counts for: metrics derived from journal records, pure. Runs in the forwarder's process.
 
 Standard library only. Names follow semantic-conventions-genai where it has one (commit 004902b), else ``ray_guard.*``;
-all are listed in docs/evidence.md. What only the supervisor can know (flows, violations, warnings, GPU time) is counted
+all are listed in docs/traces.md. What only the supervisor can know (flows, violations, warnings, GPU time) is counted
 from its own records alone, as in reports. Labels are kinds of things, never things: no ids, commands or addresses.
 """
 
