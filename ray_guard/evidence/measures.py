@@ -19,25 +19,43 @@ _SECONDS: Final = tuple(round(0.01 * 2**power, 2) for power in range(14))
 
 
 class Instrument(NamedTuple):
-    """A histogram where there are ``boundaries``, else a counter. ``unit`` is UCUM."""
+    """A histogram where there are ``boundaries``, else a counter. ``unit``: UCUM. ``labels``: those it may have."""
 
     name: str
     unit: str
     description: str
+    labels: tuple[str, ...] = ()
     boundaries: tuple[float, ...] = ()
 
 
-TOKEN_USAGE: Final = Instrument("gen_ai.client.token.usage", "{token}", "Tokens of a model call", _TOKENS)
-OPERATION: Final = Instrument("gen_ai.client.operation.duration", "s", "Duration of a model call", _SECONDS)
-TOOL: Final = Instrument("gen_ai.execute_tool.duration", "s", "Duration of a tool call", _SECONDS)
-AGENT: Final = Instrument("gen_ai.invoke_agent.duration", "s", "Duration of a rollout", _SECONDS)
-FLOPS: Final = Instrument("ray_guard.flops", "{FLOP}", "What model calls computed")
-CONNECTIONS: Final = Instrument("ray_guard.egress.connections", "{connection}", "Granted flows that ended")
-DENIALS: Final = Instrument("ray_guard.egress.denials", "{connection}", "Refused flows")
-BYTES: Final = Instrument("ray_guard.egress.bytes", "By", "Payload of flows that ended")
-VIOLATIONS: Final = Instrument("ray_guard.violations", "{violation}", "Violations")
-EXCEEDED: Final = Instrument("ray_guard.budget.exceeded", "{violation}", "Budgets that were passed")
-WARNINGS: Final = Instrument("ray_guard.budget.warnings", "{warning}", "Budgets that were almost used up")
+_OPERATION, _PROVIDER, _MODEL = "gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model"
+_TOOL_NAME, _TOKEN_TYPE = "gen_ai.tool.name", "gen_ai.token.type"
+_SOURCE, _ERROR = "ray_guard.source", "error.type"
+_REASON, _TRANSPORT, _DIRECTION = "ray_guard.egress.reason", "network.transport", "network.io.direction"
+_VIOLATION, _BUDGET, _SCOPE = "ray_guard.violation.kind", "ray_guard.budget.kind", "ray_guard.budget.scope"
+_CHAT: Final = (_OPERATION, _PROVIDER, _MODEL, _SOURCE)
+
+TOKEN_USAGE: Final = Instrument(
+    "gen_ai.client.token.usage", "{token}", "Tokens of a model call", (*_CHAT, _TOKEN_TYPE), _TOKENS
+)
+OPERATION: Final = Instrument(
+    "gen_ai.client.operation.duration", "s", "Duration of a model call", (*_CHAT, _ERROR), _SECONDS
+)
+TOOL: Final = Instrument(
+    "gen_ai.execute_tool.duration", "s", "Duration of a tool call", (_TOOL_NAME, _SOURCE, _ERROR), _SECONDS
+)
+AGENT: Final = Instrument("gen_ai.invoke_agent.duration", "s", "Duration of a rollout", (_SOURCE, _ERROR), _SECONDS)
+FLOPS: Final = Instrument("ray_guard.flops", "{FLOP}", "What model calls computed", _CHAT)
+CONNECTIONS: Final = Instrument(
+    "ray_guard.egress.connections", "{connection}", "Granted flows that ended", (_TRANSPORT, _REASON)
+)
+DENIALS: Final = Instrument("ray_guard.egress.denials", "{connection}", "Refused flows", (_TRANSPORT, _REASON))
+BYTES: Final = Instrument("ray_guard.egress.bytes", "By", "Payload of flows that ended", (_TRANSPORT, _DIRECTION))
+VIOLATIONS: Final = Instrument("ray_guard.violations", "{violation}", "Violations", (_VIOLATION, _ERROR))
+EXCEEDED: Final = Instrument("ray_guard.budget.exceeded", "{violation}", "Budgets that were passed", (_BUDGET, _SCOPE))
+WARNINGS: Final = Instrument(
+    "ray_guard.budget.warnings", "{warning}", "Budgets that were almost used up", (_BUDGET, _SCOPE)
+)
 GPU: Final = Instrument("ray_guard.gpu.time", "s", "GPU time of actors that ended")
 ENDED: Final = Instrument("ray_guard.spans.ended_by_supervisor", "{span}", "Spans whose process died before them")
 INSTRUMENTS: Final = (
@@ -45,7 +63,7 @@ INSTRUMENTS: Final = (
     *(CONNECTIONS, DENIALS, BYTES, VIOLATIONS, EXCEEDED, WARNINGS, GPU, ENDED),
 )
 
-_BUDGET: Final = " budget"
+_OF_A_BUDGET: Final = " budget"
 
 Labels = Mapping[str, str]
 
@@ -68,59 +86,60 @@ def measured(span: SpanRecord) -> Iterator[Measurement]:
 # --- by kind of span -------------------------------------------------------------------------------------------------
 
 
+# ``ray_guard.source`` is among the labels where a target may say what it likes.
+
+
 def _chat(span: SpanRecord) -> Iterator[Measurement]:
     about = span.attributes
     labels = {
-        "gen_ai.operation.name": str(about.get("gen_ai.operation.name") or "chat"),
-        **_copied(about, "gen_ai.provider.name", "gen_ai.request.model"),
-        **_source(about),
+        _OPERATION: str(about.get(_OPERATION) or "chat"),
+        **_copied(about, _PROVIDER, _MODEL, _SOURCE),
     }
     yield Measurement(OPERATION, _seconds(span), labels | _error(span))
     for kind in ("input", "output"):
         tokens = _number(about.get(f"gen_ai.usage.{kind}_tokens"))
         if tokens is not None:
-            yield Measurement(TOKEN_USAGE, tokens, {**labels, "gen_ai.token.type": kind})
+            yield Measurement(TOKEN_USAGE, tokens, {**labels, _TOKEN_TYPE: kind})
     flops = _number(about.get("ray_guard.flops"))
     if flops:
         yield Measurement(FLOPS, flops, labels)
 
 
 def _tool(span: SpanRecord) -> Iterator[Measurement]:
-    labels = _copied(span.attributes, "gen_ai.tool.name") | _source(span.attributes)
+    labels = _copied(span.attributes, _TOOL_NAME, _SOURCE)
     yield Measurement(TOOL, _seconds(span), labels | _error(span))
 
 
 def _agent(span: SpanRecord) -> Iterator[Measurement]:
-    yield Measurement(AGENT, _seconds(span), _source(span.attributes) | _error(span))
+    yield Measurement(AGENT, _seconds(span), _copied(span.attributes, _SOURCE) | _error(span))
 
 
 def _flow(span: SpanRecord) -> Iterator[Measurement]:
     about = span.attributes
     if not is_proof(about) or about.get("ray_guard.egress.mute"):  # mute: a socket that cannot send
         return
-    transport = _copied(about, "network.transport")
-    labels = transport | _copied(about, "ray_guard.egress.reason")
+    transport = _copied(about, _TRANSPORT)
+    labels = transport | _copied(about, _REASON)
     yield Measurement(DENIALS if about.get("ray_guard.egress.decision") == "deny" else CONNECTIONS, 1, labels)
     for way, direction in (("sent", "transmit"), ("received", "receive")):
         count = _number(about.get(f"ray_guard.egress.bytes_{way}"))
         if count:
-            yield Measurement(BYTES, count, transport | {"network.io.direction": direction})
+            yield Measurement(BYTES, count, transport | {_DIRECTION: direction})
 
 
 def _violation(span: SpanRecord) -> Iterator[Measurement]:
     about = span.attributes
     if not is_proof(about):
         return
-    kind, reason = str(about.get("ray_guard.violation.kind", "unnamed")), str(about.get("error.type", "_OTHER"))
-    yield Measurement(VIOLATIONS, 1, {"ray_guard.violation.kind": kind, "error.type": reason})
-    if reason.endswith(_BUDGET):
-        scope = reason.removesuffix(_BUDGET)
-        yield Measurement(EXCEEDED, 1, {"ray_guard.budget.kind": kind, "ray_guard.budget.scope": scope})
+    kind, reason = str(about.get(_VIOLATION, "unnamed")), str(about.get(_ERROR, "_OTHER"))
+    yield Measurement(VIOLATIONS, 1, {_VIOLATION: kind, _ERROR: reason})
+    if reason.endswith(_OF_A_BUDGET):
+        yield Measurement(EXCEEDED, 1, {_BUDGET: kind, _SCOPE: reason.removesuffix(_OF_A_BUDGET)})
 
 
 def _warning(span: SpanRecord) -> Iterator[Measurement]:
     if is_proof(span.attributes):
-        yield Measurement(WARNINGS, 1, _copied(span.attributes, "ray_guard.budget.kind", "ray_guard.budget.scope"))
+        yield Measurement(WARNINGS, 1, _copied(span.attributes, _BUDGET, _SCOPE))
 
 
 def _gpu(span: SpanRecord) -> Iterator[Measurement]:
@@ -143,16 +162,11 @@ def _copied(about: Attributes, *keys: str) -> dict[str, str]:
     return {key: str(about[key]) for key in keys if about.get(key) not in (None, "")}
 
 
-def _source(about: Attributes) -> dict[str, str]:
-    """Whose word it is: a target's may be anything."""
-    return _copied(about, "ray_guard.source")
-
-
 def _error(span: SpanRecord) -> dict[str, str]:
     if span.status is not StatusCode.ERROR:
         return {}
     ended = "ray_guard.ended_by" in span.attributes
-    return {"error.type": "process_died" if ended else str(span.attributes.get("error.type") or "_OTHER")}
+    return {_ERROR: "process_died" if ended else str(span.attributes.get(_ERROR) or "_OTHER")}
 
 
 def _seconds(span: SpanRecord) -> float:
