@@ -229,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     all_sent = forwarder is None or _forward(args.folder, forwarder, lifeline.stopping, once=args.once)
     if meter is not None:
         meter.join()
+        if forwarder is not None and meter.failing is None:
+            meter.export()  # it did not wait for the last spans: how far they came is said now
         all_sent &= meter.failing is None
     return 0 if all_sent else 1
 

@@ -111,8 +111,8 @@ class Health:
 
     def register(self, meter: SdkMeter) -> None:
         if self._supervisor is not None:
-            up = "1: the supervisor is there, 0: it has ended"
-            meter.create_observable_gauge("ray_guard.supervisor.up", [_observed(self._supervisor.is_there)], "1", up)
+            unit, up = "{supervisor}", "1: the supervisor is there, 0: it has ended"
+            meter.create_observable_gauge("ray_guard.supervisor.up", [_observed(self._supervisor.is_there)], unit, up)
         meter.create_observable_gauge("ray_guard.journal.size", [_observed(self._size)], "By", "All segments")
         if (forwarder := self._forwarder) is None:
             return
@@ -255,14 +255,15 @@ class Meter(threading.Thread):
             self._progress.advance(lines)
             ends = last and not lines
             if ends or time.monotonic() >= due:
-                self._export()
+                self.export()
                 due = time.monotonic() + self._interval
             if ends:
                 return
             if not lines:
                 self._stopping.wait(max(0, min(_POLL_S, due - time.monotonic())))
 
-    def _export(self) -> None:
+    def export(self) -> None:
+        """Sends the sums as they are. Once the thread has ended, for whoever started it."""
         metrics = self._sums.collect()
         if metrics is None:
             return
