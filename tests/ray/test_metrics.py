@@ -6,6 +6,7 @@ import re
 import socket
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import ray
 
 import ray_guard
 from ray_guard.actors.metrics import export_metrics
+from ray_guard.evidence.otlp import encode
+from ray_guard.records import Resource, SpanKind, SpanRecord
 
 pytestmark = pytest.mark.ray
 
@@ -25,7 +28,16 @@ class Worker:
             return sock.connect_ex(("127.0.0.1", port))
 
 
-def test_a_denial_is_scraped_from_the_node(cluster: Any, sink: Any) -> None:
+def another_job(folder: Path) -> None:
+    """Its denials, in the same folder: those of a cluster's jobs lie together."""
+    about = {"ray_guard.source": "supervisor", "rl.run.id": "another", "network.transport": "tcp"}
+    refused = {"ray_guard.egress.decision": "deny", "ray_guard.egress.reason": "not_listed"}
+    span = SpanRecord("1" * 32, "2" * 16, None, "egress connect", SpanKind.CLIENT, 1, 2, {**about, **refused})
+    (folder / "another-000001.otlp.jsonl").write_bytes(encode(span, Resource({})) * 5)
+
+
+def test_a_denial_is_scraped_from_the_node(cluster: Any, evidence: Path, sink: Any) -> None:
+    another_job(evidence)
     with socket.create_connection(("127.0.0.1", sink.port)):
         pass  # unconfined it is reached
     meters = export_metrics()
