@@ -9,6 +9,7 @@ are ours, rebuilt with the ids, times, links and resource that the journal has.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -20,8 +21,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from ray_guard import __version__, records
-from ray_guard.evidence.forward import ForwardError
-from ray_guard.evidence.forwarder import endpoint
+from ray_guard.evidence.forwarder import ForwardError, endpoint
 
 _SCOPE: Final = InstrumentationScope("ray_guard", __version__)
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
@@ -41,36 +41,61 @@ def open_exporter(environ: Mapping[str, str]) -> OtlpExporter:
     """
     if endpoint(environ) is None:
         raise ForwardError("no OTLP endpoint: set OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    general = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "")
-    protocol = (environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "") or general).strip() or "http/protobuf"
     exporter: SpanExporter
-    if protocol == "http/protobuf":
+    if protocol(environ, "TRACES") == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        exporter = GrpcExporter()
+    else:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
         exporter = HttpExporter()
-    elif protocol == "grpc":
-        try:
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-        except ImportError as error:
-            raise ForwardError(
-                "OTEL_EXPORTER_OTLP_PROTOCOL=grpc needs the package opentelemetry-exporter-otlp-proto-grpc: "
-                "pip install 'ray-guard[grpc]', or set http/protobuf"
-            ) from error
-        exporter = GrpcExporter()
-    else:
-        raise ForwardError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol!r} is not known: http/protobuf or grpc")
     return OtlpExporter(exporter)
 
 
-class _LastWord(logging.Handler):
-    """Keeps what the exporter logged last: it returns failures without a reason, and logs each of them."""
+def protocol(environ: Mapping[str, str], signal: str) -> str:
+    """``grpc`` or ``http/protobuf``, as the standard variables say for that signal (``TRACES``, ``METRICS``).
+
+    Raises:
+        ForwardError: another one, or the package for it is not installed.
+    """
+    own, general = f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
+    name = own if environ.get(own, "").strip() else general
+    asked = environ.get(name, "").strip() or "http/protobuf"
+    if asked not in ("grpc", "http/protobuf"):
+        raise ForwardError(f"{name}={asked!r} is not known: http/protobuf or grpc")
+    if asked == "grpc":
+        try:
+            import opentelemetry.exporter.otlp.proto.grpc  # noqa: F401 - whether it is there
+        except ImportError as error:
+            raise ForwardError(
+                f"{name}=grpc needs the package opentelemetry-exporter-otlp-proto-grpc: "
+                "pip install 'ray-guard[grpc]', or set http/protobuf"
+            ) from error
+    return asked
+
+
+class LastWord(logging.Handler):
+    """Keeps what this thread's exporter logged last: they return failures without a reason, and log each of them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said = ""
+        self._said = ""
+        self._thread: int | None = None
+        logger = logging.getLogger("opentelemetry")
+        logger.addHandler(self)
+        logger.propagate = False
+
+    def listen(self) -> None:
+        """Forgets what was said; from here on it is this thread that counts."""
+        self._said, self._thread = "", threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said = record.getMessage()
+        if record.thread == self._thread:
+            self._said = record.getMessage()
+
+    def why(self) -> str:
+        return self._said or "refused without a reason"
 
 
 class OtlpExporter:
@@ -81,18 +106,15 @@ class OtlpExporter:
         self._resources: dict[object, SdkResource] = {}
         # OTEL_RESOURCE_ATTRIBUTES says where this runs; what the journal says of a span's own resource wins.
         self._around = OTELResourceDetector().detect().attributes
-        self._last = _LastWord()
-        logger = logging.getLogger("opentelemetry")
-        logger.addHandler(self._last)
-        logger.propagate = False
+        self._last = LastWord()
 
     def export(self, spans: Sequence[tuple[records.Resource, records.SpanRecord]]) -> str | None:
-        self._last.said = ""
+        self._last.listen()
         try:
             result = self._exporter.export([self.readable(resource, span) for resource, span in spans])
         except Exception as error:  # noqa: BLE001 - whatever a span does to the exporter, the journal keeps it
             return f"{type(error).__name__}: {error}"
-        return None if result is SpanExportResult.SUCCESS else self._last.said or "refused without a reason"
+        return None if result is SpanExportResult.SUCCESS else self._last.why()
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

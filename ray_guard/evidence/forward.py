@@ -1,11 +1,11 @@
-"""The forwarder: tails a journal and exports what ended to an OTLP endpoint, at least once.
+"""The forwarder: tails a journal and exports what ended to an OTLP endpoint, at least once; metrics beside it.
 
-Runs as a process of its own, child of the supervisor: ``python -m ray_guard.evidence.forward FOLDER``. Importing this
-module loads the standard library only, because the supervisor asks it for :func:`forwarder_argv`.
+Runs as a process of its own, child of the supervisor: ``python -m ray_guard.evidence.forward FOLDER``.
 
 The journal is the truth and the queue: nothing is held in memory that a restart would lose, an outage of any length
 costs disk that was spent anyway, and an observer's trouble never reaches the supervisor. What is sent twice after a
-crash has the same ids, so a backend stores it once. Only spans that ended are sent: OTLP has no others.
+crash has the same ids, so a backend stores it once. Only spans that ended are sent: OTLP has no others. Metrics are
+counted from the same journal by a thread of their own (:mod:`ray_guard.evidence.metrics`): neither waits for the other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import secrets
@@ -23,32 +22,27 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ray_guard.errors import RayGuardError
-from ray_guard.evidence.layout import SUFFIX
-from ray_guard.evidence.otlp import NotOtlp, decode
-from ray_guard.evidence.reader import open_segment, scan
+from ray_guard.evidence.forwarder import ForwardError, endpoint, metrics_endpoint
+from ray_guard.evidence.tail import Line, Progress, Tail
 from ray_guard.records import Resource, SpanRecord
+
+if TYPE_CHECKING:
+    from ray_guard.evidence.metrics import Meter, MetricsExporter
 
 STATE: Final = "forward-state.json"
 _LOCK: Final = "forward.lock"
 _BATCH_SPANS: Final = 512
-#: Collectors take 4 MiB a request by default; the protobuf is smaller than the JSON.
-_BATCH_BYTES: Final = 2 * 1024 * 1024
 _POLL_S: Final = 0.5
 _BACKOFF_S: Final = (0.5, 30.0)
 _PATIENCE: Final = 3
 _LOOKAHEAD: Final = 8
 
 _log = logging.getLogger("ray_guard.forward")
-
-
-class ForwardError(RayGuardError):
-    """Forwarding cannot start: the endpoint's configuration, or the folder."""
 
 
 class Exporter(Protocol):
@@ -61,120 +55,10 @@ class Exporter(Protocol):
         """Ends a running export soon; called from another thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One journal line's ended spans, and where the line ends."""
-
-    segment: str
-    end: int
-    spans: list[tuple[Resource, SpanRecord]]
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far each segment has been sent, in bytes, kept beside the journal.
-
-    Losing it costs duplicates, never spans; so it is replaced atomically and not synced.
-    """
-
-    path: Path
-    offsets: dict[str, int] = field(default_factory=dict)
-    rejected: int = 0
-
-    @classmethod
-    def load(cls, path: Path) -> Progress:
-        """As saved; from the beginning where there is nothing usable."""
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            offsets = {str(name): int(offset) for name, offset in saved["segments"].items()}
-            return cls(path, offsets, int(saved.get("rejected", 0)))
-        except FileNotFoundError:
-            return cls(path)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            _log.warning("%s is not readable (%s): sending from the beginning", path, error)
-            return cls(path)
-
-    def save(self) -> None:
-        """Replaces the file.
-
-        Raises:
-            OSError: the disk is full or the folder gone.
-        """
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        content = json.dumps({"version": 1, "segments": self.offsets, "rejected": self.rejected}, sort_keys=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-        temporary.replace(self.path)
-
-
-class Tail:
-    """Reads on where sending left off, over all segments of a folder, oldest first."""
-
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self._folder = folder
-        self._progress = progress
-        self._exhausted: dict[str, int] = {}  # segment → its size when there was no whole line left in it
-
-    def read(self, spans: int, size: int = _BATCH_BYTES) -> list[Line]:
-        """The next whole lines: at most ``spans`` ended spans and about ``size`` bytes. Empty when all is sent.
-
-        Lines without an ended span come along (they move the offset); what cannot be read is passed over: the
-        report's reader counts it.
-        """
-        batch: list[Line] = []
-        for name, length in self._segments():
-            offset = self._progress.offsets.get(name, 0)
-            if length == offset or self._exhausted.get(name) == length:
-                continue
-            try:
-                with open_segment(self._folder / name) as file:
-                    if offset and (file.seek(offset - 1) != offset - 1 or file.read(1) != b"\n"):
-                        # Not where a line begins: the state is of another file. Twice is better than never.
-                        _log.warning("%s: offset %d is within a line: sending it from the beginning", name, offset)
-                        offset = 0
-                    for line in scan(file, offset):
-                        if not line.complete:
-                            self._exhausted[name] = length
-                            break
-                        batch.append(Line(name, line.end, _ended(line.content)))
-                        spans -= len(batch[-1].spans)
-                        size -= line.end - line.offset
-                        if spans <= 0 or size <= 0:
-                            return batch
-            except OSError as error:
-                _log.warning("%s cannot be read: %s", name, error.strerror or error)
-                self._exhausted[name] = length
-        return batch
-
-    def _segments(self) -> list[tuple[str, int]]:
-        found: list[tuple[str, int]] = []
-        with os.scandir(self._folder) as entries:
-            for entry in entries:
-                if not entry.name.endswith(SUFFIX):
-                    continue
-                with contextlib.suppress(OSError):  # gone between listing and looking
-                    about = entry.stat(follow_symlinks=False)
-                    if stat.S_ISREG(about.st_mode):
-                        found.append((entry.name, about.st_size))
-        names = {name for name, _ in found}
-        for gone in self._progress.offsets.keys() - names:
-            del self._progress.offsets[gone]
-        return sorted(found)
-
-
-def _ended(content: bytes | None) -> list[tuple[Resource, SpanRecord]]:
-    # Half of a journal is begun spans: not worth parsing to see that they have no end.
-    if not content or (b'"endTimeUnixNano"' not in content and b'"end_time_unix_nano"' not in content):
-        return []
-    try:
-        return [pair for pair in decode(content) if pair[1].end_ns is not None]
-    except NotOtlp:
-        return []
-
-
 class Forwarder:
-    """Sends batch after batch, and remembers what the endpoint took. ``failures``: attempts in a row that failed.
+    """Sends batch after batch, and remembers what the endpoint took.
+
+    ``failures``: attempts in a row that failed. So far: spans ``sent`` and ``passed_over``, attempts that ``failed``.
 
     A batch that fails is tried again, smaller, later and later, for as long as it takes. Only when a span fails alone
     while spans after it are taken is it the span and not the endpoint: it is then passed over, counted and logged.
@@ -188,6 +72,12 @@ class Forwarder:
         self._limit = _BATCH_SPANS
         self.failures = 0
         self.sent = 0
+        self.passed_over = 0
+        self.failed = 0
+
+    def offset(self, segment: str) -> int:
+        """How many bytes of a segment are done with. May be called from another thread."""
+        return self._progress.offsets.get(segment, 0)
 
     def step(self) -> bool:
         """One batch. False when there was nothing to send; waits after a failure."""
@@ -207,6 +97,7 @@ class Forwarder:
         if not self.failures:
             _log.warning("the endpoint does not take spans: %s; the journal keeps them, trying on", why)
         self.failures += 1
+        self.failed += 1
         if self._limit == 1 and self.failures >= _PATIENCE and self._reject(batch, why):
             return True
         self._limit = max(1, self._limit // 8)
@@ -214,8 +105,7 @@ class Forwarder:
         return True
 
     def _taken(self, batch: Sequence[Line]) -> None:
-        for line in batch:
-            self._progress.offsets[line.segment] = line.end
+        self._progress.advance(batch)
         try:
             self._progress.save()
         except OSError as error:
@@ -230,6 +120,7 @@ class Forwarder:
         for _, span in (pair for line in batch for pair in line.spans):
             _log.warning("span %s of trace %s is passed over: %s", span.span_id, span.trace_id, why)
             self._progress.rejected += 1
+            self.passed_over += 1
         self._taken(batch)
         self.failures = 0
         return True
@@ -250,11 +141,11 @@ class Lifeline(threading.Thread):
     gives the last flush ``flush_s`` seconds.
     """
 
-    def __init__(self, parent: int | None, flush_s: float, exporter: Exporter) -> None:
+    def __init__(self, parent: int | None, flush_s: float, shutdowns: Sequence[Callable[[], None]]) -> None:
         super().__init__(name="lifeline", daemon=True)
         self.stopping = threading.Event()
         self._flush_s = flush_s
-        self._exporter = exporter
+        self._shutdowns = shutdowns
         self._poll = select.poll()
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._wake_r, select.POLLIN)
@@ -282,7 +173,8 @@ class Lifeline(threading.Thread):
         time.sleep(self._flush_s)
         _log.warning("the last flush did not end within %g s; the rest stays in the journal", self._flush_s)
         # An export may hang in the exporter's own retries: ended politely, then not.
-        threading.Thread(target=self._exporter.shutdown, daemon=True).start()
+        for shutdown in self._shutdowns:
+            threading.Thread(target=shutdown, daemon=True).start()
         time.sleep(1)
         os._exit(1)
 
@@ -321,38 +213,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="ray-guard forward: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
-        if not args.folder.is_dir():
-            raise ForwardError(f"{args.folder} is not a folder")
-        # Heavy (opentelemetry, requests): of this process alone, never of the supervisor, which imports this module.
-        from ray_guard.evidence.exporter import open_exporter
-
-        exporter = open_exporter(os.environ)
-    except ForwardError as error:
+        exporter, metrics = _exporters(args.folder)
+    except RayGuardError as error:
         sys.stderr.write(f"ray-guard forward: {error}\n")
         return 2
-    lifeline = Lifeline(args.parent, args.flush_seconds, exporter)
+    lifeline = Lifeline(args.parent, args.flush_seconds, [each.shutdown for each in (exporter, metrics) if each])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: lifeline.stop())
     lifeline.start()
     lock = _locked(args.folder, lifeline.stopping)
     if lock is None:
         return 0
-    forwarder = Forwarder(args.folder, exporter, lifeline.stopping)
+    forwarder = None if exporter is None else Forwarder(args.folder, exporter, lifeline.stopping)
+    meter = None if metrics is None else _metering(args, metrics, forwarder, lifeline.stopping)
+    all_sent = forwarder is None or _forward(args.folder, forwarder, lifeline.stopping, once=args.once)
+    if meter is not None:
+        meter.join()
+        if forwarder is not None and meter.failing is None:
+            meter.export()  # it did not wait for the last spans: how far they came is said now
+        all_sent &= meter.failing is None
+    return 0 if all_sent else 1
+
+
+def _exporters(folder: Path) -> tuple[Exporter | None, MetricsExporter | None]:
+    """For spans and for metrics, each where wanted. Raises ForwardError."""
+    if not folder.is_dir():
+        raise ForwardError(f"{folder} is not a folder")
+    # Heavy (opentelemetry, requests): of this process alone, never of the supervisor.
+    from ray_guard.evidence.exporter import open_exporter
+
+    metrics = None
+    if metrics_endpoint(os.environ) is not None:
+        from ray_guard.evidence.metrics import open_metrics_exporter
+
+        metrics = open_metrics_exporter(os.environ)
+        if endpoint(os.environ) is None:
+            return None, metrics
+    return open_exporter(os.environ), metrics
+
+
+def _metering(
+    args: argparse.Namespace, exporter: MetricsExporter, forwarder: Forwarder | None, stopping: threading.Event
+) -> Meter:
+    from ray_guard.evidence.metrics import Health, Meter, interval_s
+
+    health = Health(args.folder, args.parent, forwarder)
+    meter = Meter(args.folder, exporter, health, stopping, interval=interval_s(os.environ), once=args.once)
+    meter.start()
+    return meter
+
+
+def _forward(folder: Path, forwarder: Forwarder, stopping: threading.Event, *, once: bool) -> bool:
+    """Until it is time to end and all is sent, or nothing more can be. Whether all was."""
     while True:
         # Asked before reading: what was written up to then is still sent.
-        last = args.once or lifeline.stopping.is_set()
+        last = once or stopping.is_set()
         try:
             sent = forwarder.step()
         except FileNotFoundError:
-            _log.warning("%s is gone", args.folder)
-            return 1
-        if args.once and forwarder.failures > _PATIENCE:
-            return 1
+            _log.warning("%s is gone", folder)
+            return False
+        if once and forwarder.failures > _PATIENCE:
+            return False
         if sent:
             continue
         if last:
-            return 0
-        lifeline.stopping.wait(_POLL_S)
+            return True
+        stopping.wait(_POLL_S)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def append(journal: Journal, numbers: range) -> set[str]:
 
 def environment(endpoint: str, **more: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
-    return clean | {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_TIMEOUT": "1"} | more
+    spans_alone = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_METRICS_EXPORTER": "none"}
+    return clean | spans_alone | {"OTEL_EXPORTER_OTLP_TIMEOUT": "1"} | more
 
 
 @pytest.fixture
@@ -447,8 +448,8 @@ def test_what_cannot_work_is_said_at_once(tmp_path: Path, variables: dict[str, s
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.startswith('opentelemetry.exporter.otlp.proto.grpc'): raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Without())\n"
-        "from ray_guard.evidence.forward import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "import runpy\n"
+        "runpy.run_module('ray_guard.evidence.forward', run_name='__main__')\n"  # as the supervisor starts it
     )
     ended = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
@@ -482,8 +483,17 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, True),
         ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/v1/traces"}, True),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_SDK_DISABLED": "True"}, False),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_TRACES_EXPORTER": "none"}, False),
-        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://c:4318"}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_TRACES_EXPORTER": "none"}, True),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://c:4318"}, True),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://c:4318", "OTEL_METRICS_EXPORTER": "prometheus"}, False),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318",
+                "OTEL_TRACES_EXPORTER": "none",
+                "OTEL_METRICS_EXPORTER": "none",
+            },
+            False,
+        ),
     ],
 )
 def test_argv_only_where_an_endpoint_is_configured(environ: dict[str, str], wanted: bool) -> None:
