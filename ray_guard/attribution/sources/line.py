@@ -34,13 +34,15 @@ class Line:
     Args:
         raw: as found.
         offset: of its first byte, in the file as unpacked.
+        envelope: the collector's object that it was taken out of. A line that says no time itself has that one's.
     """
 
-    __slots__ = ("_object", "_text", "offset", "raw")
+    __slots__ = ("_object", "_text", "envelope", "offset", "raw")
 
-    def __init__(self, raw: bytes, offset: int) -> None:
+    def __init__(self, raw: bytes, offset: int, envelope: dict[str, Any] | None = None) -> None:
         self.raw = raw
         self.offset = offset
+        self.envelope = envelope
         self._text: str | None = None
         self._object: Any = _UNREAD
 
@@ -70,7 +72,7 @@ class Line:
         for key in _WRAPPERS:
             inner = self.object.get(key)
             if isinstance(inner, str) and inner.strip():
-                return Line(inner.encode("utf-8", "surrogatepass"), self.offset)
+                return Line(inner.encode("utf-8", "surrogatepass"), self.offset, self.object)
         return None
 
 
