@@ -118,7 +118,15 @@ def lasting(begin: Time, seconds: object, semantics: Semantics = Semantics.FLOW)
         length = int(float(seconds) * SECOND)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return begin
-    return begin._replace(end_ns=begin.end_ns + max(0, length), semantics=semantics)
+    end = begin.end_ns + length
+    return begin._replace(end_ns=end, semantics=semantics) if length >= 0 and end < _LATEST * SECOND else begin
+
+
+def ending(end: Time, seconds: int) -> Time:
+    """``end`` and the ``seconds`` before it; as it is where they lead out of what a log can be of."""
+    begin = end.start_ns - seconds * SECOND
+    possible = 0 < seconds < _LATEST and (begin >= _EARLIEST * SECOND or not end.dated)
+    return end._replace(start_ns=begin, semantics=Semantics.FLOW) if possible else end
 
 
 @lru_cache(maxsize=4096)

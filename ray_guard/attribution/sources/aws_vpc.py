@@ -1,7 +1,7 @@
-"""AWS VPC flow logs: fields parted by spaces, a header names the columns; or JSON by way of Firehose. Runs later. Pure.
+"""AWS VPC flow logs: fields parted by spaces, a header names the columns; or JSON by way of Firehose. Runs later.
 
-Without a header the columns are those of version 2, followed, where a line has more, by those that later versions added,
-in Amazon's own order.
+Pure. Without a header the columns are those of version 2, followed, where a line has more, by those that later versions
+added, in Amazon's own order.
 
 One record sums up one direction of a flow over a window (``start`` to ``end``, up to ten minutes). Where a packet
 passed an intermediate device, ``pkt-srcaddr`` and ``pkt-dstaddr`` are the flow's true ends and ``srcaddr`` the
@@ -98,25 +98,19 @@ def _is_header(text: str) -> bool:
 def _observation(row: dict[str, str]) -> Observation:
     if "start" not in row or "end" not in row:
         raise Unusable("fields", "no start and end among the columns")
-    interface = (
-        endpoint(row.get("srcaddr"), _number(row.get("srcport"))),
-        endpoint(row.get("dstaddr"), _number(row.get("dstport"))),
-    )
-    src = _true_end(row.get("pkt-srcaddr"), interface[0])
-    dst = _true_end(row.get("pkt-dstaddr"), interface[1])
+    sender = endpoint(row.get("srcaddr"), _number(row.get("srcport")))
+    src = _true_end(row.get("pkt-srcaddr"), sender)
+    dst = _true_end(row.get("pkt-dstaddr"), endpoint(row.get("dstaddr"), _number(row.get("dstport"))))
     action = _ACTIONS.get(row.get("action", ""), Action.UNKNOWN)
-    count = whole(_number(row.get("bytes")))
-    ingress = row.get("flow-direction") == "ingress"
     return Observation(
         times.between(row["start"], row["end"], Semantics.WINDOW),
         src=src,
         dst=dst,
-        translated_src=interface[0] if interface[0] != src else NOBODY,
+        translated_src=sender if sender != src else NOBODY,
         proto=protocol(row.get("protocol")),
         action=action,
         node="" if row.get("instance-id") == "-" else row.get("instance-id", ""),
-        bytes_out=None if ingress else count,
-        bytes_in=count if ingress else None,
+        bytes_out=whole(_number(row.get("bytes"))),  # of this direction, on whichever side of the interface
     )
 
 

@@ -14,7 +14,7 @@ from ray_guard.attribution import times
 from ray_guard.attribution.observation import Semantics, Time
 
 _HEAD: Final = re.compile(
-    r"(?:^|[\s:])\d\|(?P<vendor>Fortinet|Palo Alto Networks)\|(?P<product>[^|]*)\|[^|]*\|(?P<id>[^|]*)\|(?P<name>[^|]*)\|[^|]*\|"
+    r"(?:^|[\s:])\d\|(?P<vendor>Fortinet|Palo Alto Networks)\|[^|]*\|[^|]*\|(?P<id>[^|]*)\|(?P<name>[^|]*)\|[^|]*\|"
 )
 _KEY: Final = re.compile(r"(?:^|(?<=\s))([A-Za-z][\w.\-]*)=")
 _DATE: Final = re.compile(r"([A-Z][a-z]{2}) +(\d{1,2}) (\d{4}) (\d\d:\d\d:\d\d(?:\.\d+)?)")

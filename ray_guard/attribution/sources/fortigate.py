@@ -118,6 +118,4 @@ def _time(said: dict[str, str]) -> Time:
         zone = said.get("tz", "")
         written = times.iso(f"{said.get('date', '')} {said.get('time', '')}{zone}", Semantics.PACKET)
     duration = whole(said.get("duration"))
-    if said.get("type") == "traffic" and duration:
-        return written._replace(start_ns=written.start_ns - duration * times.SECOND, semantics=Semantics.FLOW)
-    return written
+    return times.ending(written, duration) if said.get("type") == "traffic" and duration else written

@@ -7,6 +7,7 @@ backwards.
 from __future__ import annotations
 
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from ray_guard.attribution import times
 from ray_guard.attribution.observation import NOBODY, Action, Observation, Semantics, endpoint
@@ -72,4 +73,9 @@ def _flow(parsed: dict[str, Any] | None) -> dict[str, Any] | None:
 def _host(flow: dict[str, Any]) -> str:
     query = text_of(flow, "l7", "dns", "query").rstrip(".")
     names = flow.get("destination_names")
-    return query or (str(names[0]) if isinstance(names, list) and names else "")
+    url = text_of(flow, "l7", "http", "url")
+    return (
+        query
+        or (urlsplit(url).hostname or "" if "://" in url else "")
+        or (str(names[0]) if isinstance(names, list) and names else "")
+    )

@@ -1,9 +1,9 @@
 """Netfilter's LOG target (nftables, iptables): what the kernel writes to syslog, or ulogd2 in its place.
 
-Runs later. Pure. A classic syslog line says neither year nor zone, and the kernel's uptime in brackets may be absent; out
-of the journal (``journalctl -o json``, Filebeat) the line has no header and the time stands around it. The prefix is the
-rule, and nothing need part it from what follows; whether the packet was let through stands nowhere but in what people
-call it. An ICMP error quotes, in brackets, the packet it is about: that one's addresses are not this one's.
+Runs later. Pure. A classic syslog line says neither year nor zone, and the kernel's uptime in brackets may be absent;
+out of the journal (``journalctl -o json``, Filebeat) the line has no header, the time stands around it. The prefix is
+the rule, and nothing need part it from what follows; whether the packet was let through stands nowhere but in what
+people call it. An ICMP error quotes, in brackets, the packet it is about: that one's addresses are not this one's.
 """
 
 from __future__ import annotations

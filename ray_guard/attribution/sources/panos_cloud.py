@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ray_guard.attribution import times
-from ray_guard.attribution.observation import Semantics, Time
+from ray_guard.attribution.observation import Semantics, Time, whole
 from ray_guard.attribution.sources import cef
 from ray_guard.attribution.sources.line import Line, text_of
 
@@ -52,7 +52,9 @@ def fields(line: Line) -> dict[str, Any] | None:
     if event is None:
         return None
     said = {name: event.said[key] for key, name in _CEF_NAMES.items() if event.said.get(key)}
-    return {**said, "LogType": event.id, "Subtype": event.name, "Zone": event.said.get("dtz", "")}
+    # The service writes `TRAFFIC|end`, the template for a firewall of one's own `end|TRAFFIC`.
+    kind, subtype = (event.name, event.id) if event.name in ("TRAFFIC", "THREAT") else (event.id, event.name)
+    return {**said, "LogType": kind, "Subtype": subtype, "Zone": event.said.get("dtz", "")}
 
 
 def time(said: dict[str, Any]) -> Time:
@@ -64,7 +66,10 @@ def time(said: dict[str, Any]) -> Time:
     zone = text_of(said, "Zone")
     generated = cef.time(text_of(said, "TimeGenerated"), zone, Semantics.PACKET)
     begun = text_of(said, "SessionStartTime")
-    if said["LogType"].upper() != "TRAFFIC" or not begun:
+    if said["LogType"].upper() != "TRAFFIC":
         return generated
+    if not begun:  # written at the end, as far as anything says how long it took
+        lasted = whole(said.get("SessionDuration"))
+        return times.ending(generated, lasted) if lasted else generated
     begin = times.lasting(cef.time(begun, zone, Semantics.FLOW), said.get("SessionDuration"))
     return begin._replace(start_ns=min(begin.start_ns, generated.start_ns), end_ns=max(begin.end_ns, generated.end_ns))

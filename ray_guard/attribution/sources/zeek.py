@@ -36,7 +36,7 @@ class Zeek:
             ("#separator", "#fields", "#path", "#types", "#set_separator", "#open", "#close", "#empty_", "#unset_")
         ):
             return True
-        return bool(self._columns) and text.count(self._separator) == len(self._columns) - 1
+        return "ts" in self._columns and text.count(self._separator) == len(self._columns) - 1
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is not None:
