@@ -105,6 +105,11 @@ def _conntrack(path: Path, report: FileReport) -> Iterator[Mapping]:
                 if line.strip():
                     report.reject(number, 0, "fields", f"no event of conntrack: {line.strip():.80}")
                 continue
+            try:
+                at = _time(line)
+            except times.BadTime as error:
+                report.reject(number, 0, "time", str(error))
+                continue
             report.records["conntrack"] += 1
             original = {key.lower(): value for key, value in pairs[:4]}
             reply = {key.lower(): value for key, value in pairs[4:8]}
@@ -115,7 +120,6 @@ def _conntrack(path: Path, report: FileReport) -> Iterator[Mapping]:
                 continue
             named = _PROTOCOL.search(line)
             key = (inside, peer, named[1].lower() if named else "")
-            at = _time(line)
             if kind[1] == "DESTROY":
                 start, _ = begun.pop(key, (0, outside))
                 yield Mapping(start, ALWAYS[1] if at is None else at, inside, outside, key[2], peer)

@@ -44,9 +44,10 @@ def iso(text: object, semantics: Semantics) -> Time:
     if fraction:
         width = 10 ** (9 - len(fraction))
         start += int(fraction) * width
-    return Time(
-        start - _offset(zone) * SECOND, start - _offset(zone) * SECOND + width, semantics, zoned=zone is not None
-    )
+    start -= _offset(zone) * SECOND
+    if not _EARLIEST * SECOND <= start < _LATEST * SECOND:
+        raise BadTime(f"{text!r:.60} is no time between 2000 and 2100")
+    return Time(start, start + width, semantics, zoned=zone is not None)
 
 
 def syslog(text: str, semantics: Semantics) -> tuple[Time, str]:

@@ -104,7 +104,7 @@ def _of_text(text: str) -> dict[str, Any]:
         said[keys[-1][1]] = said[keys[-1][1]].removesuffix(")")
     fields = {_NAMES.get(key, key): value for key, value in said.items() if value not in ("<NA>", "")}
     return {
-        "time": found["time"] if "T" in found["time"] else _dated(found["header"], found["time"]),
+        "time": found["time"] if "T" in found["time"] else _on_its_day(found["header"], found["time"]),
         "priority": found["priority"],
         "rule": message,
         "output": output,
@@ -113,17 +113,22 @@ def _of_text(text: str) -> dict[str, Any]:
     }
 
 
-def _dated(header: str, clock: str) -> str:
-    """A time of day on the day of the RFC 3339 header before it."""
+def _on_its_day(header: str, clock: str) -> str | Time:
+    """A time of day with the day of the syslog header before it; a classic header's own time, which says as much."""
     day = re.search(r"\d{4}-\d\d-\d\d(?=T)", header)
-    if day is None:
-        raise Unusable("time", "a time of day without a day; set time_format_iso_8601 in falco.yaml")
-    return f"{day[0]}T{clock}"
+    if day is not None:
+        return f"{day[0]}T{clock}"
+    try:
+        return times.syslog(header, Semantics.PACKET)[0]
+    except times.BadTime:
+        raise Unusable("time", "a time of day without a day; set time_format_iso_8601 in falco.yaml") from None
 
 
 def _time(parsed: dict[str, Any], fields: dict[str, Any]) -> Time:
     candidates = (parsed.get("time"), fields.get("evt.time.iso8601"), fields.get("evt.time"), fields.get("evt.rawtime"))
     for written in candidates:
+        if isinstance(written, Time):
+            return written
         if isinstance(written, str) and not written.isdigit():
             try:
                 return times.iso(written, Semantics.PACKET)

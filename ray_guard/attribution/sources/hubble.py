@@ -72,10 +72,7 @@ def _flow(parsed: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _host(flow: dict[str, Any]) -> str:
     query = text_of(flow, "l7", "dns", "query").rstrip(".")
-    names = flow.get("destination_names")
     url = text_of(flow, "l7", "http", "url")
-    return (
-        query
-        or (urlsplit(url).hostname or "" if "://" in url else "")
-        or (str(names[0]) if isinstance(names, list) and names else "")
-    )
+    named = urlsplit(url).hostname if "://" in url else None
+    names = flow.get("destination_names")
+    return query or named or (str(names[0]) if isinstance(names, list) and names else "")

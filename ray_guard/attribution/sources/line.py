@@ -7,8 +7,10 @@ Logs come wrapped: by syslog (``Mar  7 03:40:11 node suricata[9]: {…}``), by a
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
+_HALF: Final = re.compile("[\ud800-\udfff]")
 _UNREAD: Final = object()
 #: keys under which collectors put a line (Filebeat, Fluent Bit, journald, CloudWatch, Log Service)
 _WRAPPERS: Final = ("message", "log", "MESSAGE", "msg", "content")
@@ -88,10 +90,26 @@ def _object_in(text: str) -> dict[str, Any] | None:
     if begin < 0 or not text.endswith("}"):
         return None
     try:
-        parsed = json.loads(text[begin:] if begin else text)
+        parsed = sound(json.loads(text[begin:] if begin else text), text)
     except (ValueError, RecursionError):
         return None
     return parsed if isinstance(parsed, dict) else None
+
+
+def sound(parsed: Any, text: str) -> Any:
+    """What ``text`` was parsed to; halves of surrogate pairs, which JSON can write and nothing can store, are U+FFFD.
+
+    Who is logged chooses some of the text: it shall not cost the record.
+    """
+    return _mended(parsed) if "\\ud" in text or "\\uD" in text else parsed
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else _HALF.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_mended(key): _mended(inner) for key, inner in value.items()}
+    return [_mended(each) for each in value] if isinstance(value, list) else value
 
 
 def text_of(parsed: dict[str, Any], *path: str) -> str:

@@ -28,6 +28,8 @@ from ray_guard.attribution.times import BadTime
 
 FORMAT: Final = "nftables"
 
+_LONGEST: Final = 1 << 14
+"""Bytes: the kernel writes less than two thousand."""
 _PACKET: Final = re.compile(r"(?<!PHYS)IN=\S* (?:PHYSIN=\S* )?OUT=\S* (?:PHYSOUT=\S* )?.*?\bSRC=")
 _QUOTED: Final = re.compile(r"\[SRC=.*?(?:\]|$)")
 _FIELD: Final = re.compile(r"\b([A-Z]{2,8})=(\S*)")
@@ -47,7 +49,7 @@ class Nftables:
         parsed = line.object
         if parsed is not None:
             return "oob.prefix" in parsed or parsed.get("dvc") == "Netfilter"
-        return "SRC=" in line.text and _PACKET.search(line.text) is not None
+        return len(line.raw) <= _LONGEST and "SRC=" in line.text and _PACKET.search(line.text) is not None
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is not None and self.recognises(line):

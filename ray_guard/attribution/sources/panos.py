@@ -55,7 +55,10 @@ class Panos:
         found = _BEGIN.search(line.text)
         if found is None:
             raise Unusable("malformed", "no time, serial number and type of a PAN-OS record")
-        fields = next(csv.reader([found[1]]))
+        try:
+            fields = next(csv.reader([found[1]]))
+        except csv.Error as error:
+            raise Unusable("malformed", str(error)) from error
         if fields[3] not in ("TRAFFIC", "THREAT"):
             return []  # configuration, system, user-id …: not about traffic
         if len(fields) < 37:
