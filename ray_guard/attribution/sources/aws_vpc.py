@@ -74,7 +74,9 @@ class AwsVpc:
             self._columns, self._headed = text.replace("_", "-").lower().split(), True
             return []
         fields = text.split()
-        columns = self._columns if self._headed else (_DEFAULT + _LATER)[: max(len(fields), len(_DEFAULT))]
+        columns = self._columns
+        if len(fields) != len(columns) and _RECORD.fullmatch(text):  # what stands here has no header of its own
+            columns = (_DEFAULT + _LATER)[: len(fields)]
         if len(fields) != len(columns):
             raise Unusable("fields", f"{len(fields)} fields where the header names {len(columns)}")
         return _records(dict(zip(columns, fields, strict=True)))

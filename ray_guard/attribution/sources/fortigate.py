@@ -80,7 +80,7 @@ def _cef(text: str) -> dict[str, str] | None:
         # A name of the device's own never hides what CEF has a field for: `FTNTFGTcat` is a web category.
         said.setdefault(key.removeprefix(prefix), value) if prefix else said.update({_CEF_NAMES.get(key, key): value})
     # `cat=traffic:forward`, `cat=traffic`; some releases say it in the event's name alone.
-    said["type"] = (said.get("cat") or event.name).partition(":")[0].split(" ")[0]
+    said["type"] = (event.said.get("cat") or event.name).partition(":")[0].split(" ")[0]
     return said
 
 
