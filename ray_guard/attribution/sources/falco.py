@@ -47,7 +47,9 @@ _NAMES: Final = {
     "fd_type": "fd.type",
     "fd_proto": "fd.l4proto",
 }
-_CONNECTION: Final = re.compile(r"(\[?[\da-fA-F:.]+\]?):(\d+)->(\[?[\da-fA-F:.]+\]?):(\d+)")
+_CONNECTION: Final = re.compile(
+    r"(?<![\da-fA-F:.])(\[?[\da-fA-F:.]{2,45}\]?):(\d{1,5})->(\[?[\da-fA-F:.]{2,45}\]?):(\d{1,5})"
+)
 
 
 class Falco:

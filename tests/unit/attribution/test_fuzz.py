@@ -196,6 +196,15 @@ def test_packed_files_that_are_damaged(pack: Any, at: int, bit: int) -> None:
     checked(bytes(packed))
 
 
+@pytest.mark.timeout(40)  # what is quadratic takes minutes
+@pytest.mark.parametrize("filler", [b"x", b"a1:", b"0", b" ", b'"', b"=", b"|", b",", b"k=", b"SRC=", b"{", b"\\"])
+def test_a_long_line_takes_no_longer_than_it_is(filler: bytes) -> None:
+    run = filler * (100_000 // len(filler))
+    lines = [line[: len(line) // 2] + run + line[len(line) // 2 :] for line in SEEDS]
+    lines += [run + line for line in SEEDS[::4]]
+    checked(b"first\n" + b"\n".join(lines))
+
+
 @pytest.mark.parametrize("kind", ["conntrack", "csv", "fortigate", "panos"])
 def test_damaged_nat_maps(tmp_path: Path, db: duckdb.DuckDBPyConnection, kind: str) -> None:
     seeds = {
