@@ -17,9 +17,9 @@ from ray_guard.attribution.sources.line import Line, Unusable
 
 FORMAT: Final = "fortigate"
 
-_PAIR: Final = re.compile(r'(?<![\w-])([A-Za-z_][\w-]*)=("(?:[^"\\]|\\.)*"|[^\s"]*)')
+_PAIR: Final = re.compile(r'\b(?<!-)([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s"]*)')
 #: with ``set csv enable`` a comma ends a value that is not quoted
-_PAIR_CSV: Final = re.compile(r'(?<![\w-])([A-Za-z_][\w-]*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
+_PAIR_CSV: Final = re.compile(r'\b(?<!-)([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
 _CSV: Final = re.compile(r"\b(?:date|time|logid|type)=[^\s,]+,\w+=")
 _DENIES: Final = frozenset("deny denied block blocked dropped drop reset clear_session detected_blocked".split())
 #: what CEF has names of its own for; FortiGate puts a prefix before the others
@@ -77,8 +77,10 @@ def _cef(text: str) -> dict[str, str] | None:
     said: dict[str, str] = {}
     for key, value in event.said.items():
         prefix = next((each for each in _CEF_PREFIXES if key.startswith(each)), "")
-        # A name of the device's own never hides what CEF has a field for: `FTNTFGTcat` is a web category.
-        said.setdefault(key.removeprefix(prefix), value) if prefix else said.update({_CEF_NAMES.get(key, key): value})
+        if prefix:  # hides nothing that CEF has a field for: `FTNTFGTcat` is a web category
+            said.setdefault(key.removeprefix(prefix), value)
+        else:
+            said[_CEF_NAMES.get(key, key)] = value
     # `cat=traffic:forward`, `cat=traffic`; some releases say it in the event's name alone.
     said["type"] = (event.said.get("cat") or event.name).partition(":")[0].split(" ")[0]
     return said

@@ -37,7 +37,7 @@ _PRIORITY: Final = re.compile(r"<\d{1,3}>(?:1 )?")
 _FROM: Final = re.compile(r"(?P<node>[^\s:\[]+) (?:\w+\.\w+ )?(?:kernel: ?|\S+\[\d+\]: |ulogd: ?|kernel - - - ?)?")
 _UPTIME: Final = re.compile(r"\[ *\d+\.\d+\] ?")
 #: what VyOS and Ubiquiti write after a rule's name: accepted, dropped, rejected
-_VERDICT: Final = re.compile(r"-([ADR])\]?$")
+_VERDICT: Final = re.compile(r"-([ADR])\]$")
 _DENIED: Final = re.compile(r"drop|deny|denied|den(?:y|ied)|reject|block|refus|forbid", re.IGNORECASE)
 _ALLOWED: Final = re.compile(r"accept|allow|permit|pass", re.IGNORECASE)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+from contextlib import suppress
 from typing import Any, Final
 
 from ray_guard.attribution import times
@@ -125,7 +126,9 @@ def _time(fields: list[str], traffic: bool) -> Time:  # noqa: FBT001
     zone, written = "", None
     for field in fields[37:]:
         if match := _PRECISE.fullmatch(field):
-            zone, written = match[1], times.iso(field, Semantics.PACKET)
+            zone = match[1]
+            with suppress(times.BadTime):  # 1969 stands for unset, and its zone is true all the same
+                written = times.iso(field, Semantics.PACKET)
             break
     generated = times.iso(fields[6] + zone, Semantics.PACKET)
     if written is not None and 0 <= written.start_ns - generated.start_ns < _LATE:

@@ -279,6 +279,8 @@ def test_the_precise_time_may_be_later_than_the_record(tmp_path: Path) -> None:
     assert only(tmp_path, late, "panos").time.end_ns == AT + SECOND + 548_000_000
     unset = line + ",2026-03-07T03:40:11.5+00:00,1969-12-31T16:00:00.000-08:00"
     assert only(tmp_path, unset, "panos").time.start_ns == AT - 10 * SECOND
+    unset = line + ",1969-12-31T16:00:00.000-08:00"
+    assert only(tmp_path, unset, "panos").time.start_ns == AT - 10 * SECOND + 8 * 3600 * SECOND
 
 
 def test_a_record_without_a_begin_still_has_a_time(tmp_path: Path) -> None:
