@@ -75,20 +75,21 @@ def _is_row(line: str) -> bool:
 
 
 def _csv(path: Path, report: FileReport) -> Iterator[Mapping]:
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            fields = [field.strip() for field in row]
-            if not any(fields) or fields[0].lower() == "start":
-                continue
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
             try:
+                # Line by line: none of the columns has line breaks, and a stray quote shall not swallow the rest.
+                fields = [field.strip() for field in next(csv.reader([line]))]
+                if not any(fields) or fields[0].lower() == "start":
+                    continue
                 start, _ = times.epoch_ns(fields[0])
                 end, width = times.epoch_ns(fields[1]) if fields[1] else ALWAYS
                 inside, outside = endpoint(fields[2], fields[3]), endpoint(fields[4], fields[5])
-            except (times.BadTime, IndexError) as error:
+            except (times.BadTime, IndexError, csv.Error, StopIteration) as error:
                 report.reject(number, 0, "fields", str(error))
                 continue
             if inside.ip is None or outside.ip is None:
-                report.reject(number, 0, "fields", f"no addresses in {','.join(row):.80}")
+                report.reject(number, 0, "fields", f"no addresses in {line.strip():.80}")
                 continue
             report.records["csv"] += 1
             proto = protocol(fields[6]) if len(fields) > 6 else ""
@@ -105,6 +106,11 @@ def _conntrack(path: Path, report: FileReport) -> Iterator[Mapping]:
                 if line.strip():
                     report.reject(number, 0, "fields", f"no event of conntrack: {line.strip():.80}")
                 continue
+            try:
+                at = _time(line)
+            except times.BadTime as error:
+                report.reject(number, 0, "time", str(error))
+                continue
             report.records["conntrack"] += 1
             original = {key.lower(): value for key, value in pairs[:4]}
             reply = {key.lower(): value for key, value in pairs[4:8]}
@@ -115,7 +121,6 @@ def _conntrack(path: Path, report: FileReport) -> Iterator[Mapping]:
                 continue
             named = _PROTOCOL.search(line)
             key = (inside, peer, named[1].lower() if named else "")
-            at = _time(line)
             if kind[1] == "DESTROY":
                 start, _ = begun.pop(key, (0, outside))
                 yield Mapping(start, ALWAYS[1] if at is None else at, inside, outside, key[2], peer)

@@ -137,15 +137,14 @@ def port(value: object) -> int | None:
 
 
 def whole(value: object) -> int | None:
-    """An integer, however it was written; None for what is none."""
+    """An integer of 64 bits, however it was written; None for what is none."""
     if isinstance(value, bool) or value is None:
         return None
-    if isinstance(value, int):
-        return value
     try:
-        return int(value) if isinstance(value, str) else int(float(value))  # type: ignore[arg-type]
+        number = int(value) if isinstance(value, (int, str)) else int(float(value))  # type: ignore[arg-type]
     except (ValueError, TypeError, OverflowError):
         return None
+    return number if -(1 << 63) <= number < 1 << 63 else None
 
 
 def endpoint(ip: object, number: object = None) -> Endpoint:

@@ -44,9 +44,10 @@ def iso(text: object, semantics: Semantics) -> Time:
     if fraction:
         width = 10 ** (9 - len(fraction))
         start += int(fraction) * width
-    return Time(
-        start - _offset(zone) * SECOND, start - _offset(zone) * SECOND + width, semantics, zoned=zone is not None
-    )
+    start -= _offset(zone) * SECOND
+    if not _EARLIEST * SECOND <= start < _LATEST * SECOND:
+        raise BadTime(f"{text!r:.60} is no time between 2000 and 2100")
+    return Time(start, start + width, semantics, zoned=zone is not None)
 
 
 def syslog(text: str, semantics: Semantics) -> tuple[Time, str]:
@@ -118,7 +119,15 @@ def lasting(begin: Time, seconds: object, semantics: Semantics = Semantics.FLOW)
         length = int(float(seconds) * SECOND)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return begin
-    return begin._replace(end_ns=begin.end_ns + max(0, length), semantics=semantics)
+    end = begin.end_ns + length
+    return begin._replace(end_ns=end, semantics=semantics) if length >= 0 and end < _LATEST * SECOND else begin
+
+
+def ending(end: Time, seconds: int) -> Time:
+    """``end`` and the ``seconds`` before it; as it is where they lead out of what a log can be of."""
+    begin = end.start_ns - seconds * SECOND
+    possible = 0 < seconds < _LATEST and (begin >= _EARLIEST * SECOND or not end.dated)
+    return end._replace(start_ns=begin, semantics=Semantics.FLOW) if possible else end
 
 
 @lru_cache(maxsize=4096)

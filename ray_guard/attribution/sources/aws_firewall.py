@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ray_guard.attribution import times
-from ray_guard.attribution.observation import Observation, Semantics
+from ray_guard.attribution.observation import Observation, whole
 from ray_guard.attribution.sources import suricata
 from ray_guard.attribution.sources.line import Line, Unusable, text_of
 
@@ -31,5 +30,4 @@ class AwsFirewall:
         node = text_of(parsed, "firewall_name")
         if "timestamp" in inner:
             return [suricata.event(inner, node)]
-        seen = suricata.event({**inner, "timestamp": "1970-01-01T00:00:00Z"}, node)
-        return [seen._replace(time=times.epoch(parsed.get("event_timestamp"), Semantics.PACKET))]
+        return [suricata.event({**inner, "timestamp": whole(parsed.get("event_timestamp"))}, node)]

@@ -1,4 +1,7 @@
-"""AWS VPC flow logs, versions 2 to 5: fields parted by spaces; a header names the columns. Runs later. Pure.
+"""AWS VPC flow logs: fields parted by spaces, a header names the columns; or JSON by way of Firehose. Runs later.
+
+Pure. Without a header the columns are those of version 2, followed, where a line has more, by those that later versions
+added, in Amazon's own order.
 
 One record sums up one direction of a flow over a window (``start`` to ``end``, up to ten minutes). Where a packet
 passed an intermediate device, ``pkt-srcaddr`` and ``pkt-dstaddr`` are the flow's true ends and ``srcaddr`` the
@@ -8,7 +11,7 @@ interface's own address: they count where they are there.
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final
 
 from ray_guard.attribution import times
 from ray_guard.attribution.observation import (
@@ -30,7 +33,14 @@ _DEFAULT: Final = (
     "version account-id interface-id srcaddr dstaddr srcport dstport protocol packets bytes start end action log-status"
 ).split()
 _ACTIONS: Final = {"ACCEPT": Action.ALLOWED, "REJECT": Action.DENIED}
-_RECORD: Final = re.compile(r"\d+ \S+ \S+ \S+ \S+ \S+ \S+ \S+ \S+ \S+ \S+ \S+ \S+ (OK|NODATA|SKIPDATA)")
+#: what versions 3, 4, 5, 7 and 8 added
+_LATER: Final = (
+    "vpc-id subnet-id instance-id tcp-flags type pkt-srcaddr pkt-dstaddr region az-id sublocation-type sublocation-id "
+    "pkt-src-aws-service pkt-dst-aws-service flow-direction traffic-path ecs-cluster-arn ecs-cluster-name "
+    "ecs-container-instance-arn ecs-container-instance-id ecs-container-id ecs-second-container-id ecs-service-name "
+    "ecs-task-definition-arn ecs-task-arn ecs-task-id reject-reason"
+).split()
+_RECORD: Final = re.compile(r"\d+( \S+){9} (\d+|-) (\d+|-) (ACCEPT|REJECT|-) (OK|NODATA|SKIPDATA)(?P<later>( \S+)*)")
 _NAMES: Final = frozenset(
     {"srcaddr", "dstaddr", "start", "interface-id", "log-status", "pkt-srcaddr", "flow-direction"}
 )
@@ -46,26 +56,40 @@ class AwsVpc:
         self._headed = False
 
     def recognises(self, line: Line) -> bool:
+        if line.object is not None:
+            return bool(_by_name(line.object))
         text = line.text
         if _is_header(text):
             return True
-        fields = text.split(" ")
-        if self._headed:
-            return len(fields) == len(self._columns)
-        return _RECORD.fullmatch(text) is not None
+        if self._headed and len(text.split(" ")) == len(self._columns):
+            return True
+        found = _RECORD.fullmatch(text)
+        return found is not None and found["later"].count(" ") <= len(_LATER)
 
     def read(self, line: Line) -> list[Observation]:
+        if line.object is not None:
+            return _records(_by_name(line.object))
         text = line.text
         if _is_header(text):
             self._columns, self._headed = text.replace("_", "-").lower().split(), True
             return []
         fields = text.split()
-        if len(fields) != len(self._columns):
-            raise Unusable("fields", f"{len(fields)} fields where the header names {len(self._columns)}")
-        row = dict(zip(self._columns, fields, strict=True))
-        if row.get("log-status", "OK") in ("NODATA", "SKIPDATA"):
-            return []
-        return [_observation(row)]
+        columns = self._columns
+        if len(fields) != len(columns) and _RECORD.fullmatch(text):  # what stands here has no header of its own
+            columns = (_DEFAULT + _LATER)[: len(fields)]
+        if len(fields) != len(columns):
+            raise Unusable("fields", f"{len(fields)} fields where the header names {len(columns)}")
+        return _records(dict(zip(columns, fields, strict=True)))
+
+
+def _by_name(parsed: dict[str, Any]) -> dict[str, str]:
+    """The row in a JSON object, whose names have underscores; empty where it is none."""
+    row = {key.replace("_", "-"): str(value) for key, value in parsed.items() if isinstance(value, (str, int, float))}
+    return row if "interface-id" in row and {"srcaddr", "dstaddr", "start", "end"} <= row.keys() else {}
+
+
+def _records(row: dict[str, str]) -> list[Observation]:
+    return [] if row.get("log-status", "OK") in ("NODATA", "SKIPDATA") else [_observation(row)]
 
 
 def _is_header(text: str) -> bool:
@@ -76,23 +100,25 @@ def _is_header(text: str) -> bool:
 def _observation(row: dict[str, str]) -> Observation:
     if "start" not in row or "end" not in row:
         raise Unusable("fields", "no start and end among the columns")
-    interface = endpoint(row.get("srcaddr"), row.get("srcport")), endpoint(row.get("dstaddr"), row.get("dstport"))
-    src = _true_end(row.get("pkt-srcaddr"), interface[0])
-    dst = _true_end(row.get("pkt-dstaddr"), interface[1])
+    sender = endpoint(row.get("srcaddr"), _number(row.get("srcport")))
+    src = _true_end(row.get("pkt-srcaddr"), sender)
+    dst = _true_end(row.get("pkt-dstaddr"), endpoint(row.get("dstaddr"), _number(row.get("dstport"))))
     action = _ACTIONS.get(row.get("action", ""), Action.UNKNOWN)
-    count = whole(row.get("bytes"))
-    ingress = row.get("flow-direction") == "ingress"
     return Observation(
         times.between(row["start"], row["end"], Semantics.WINDOW),
         src=src,
         dst=dst,
-        translated_src=interface[0] if interface[0] != src else NOBODY,
+        translated_src=sender if sender != src else NOBODY,
         proto=protocol(row.get("protocol")),
         action=action,
         node="" if row.get("instance-id") == "-" else row.get("instance-id", ""),
-        bytes_out=None if ingress else count,
-        bytes_in=count if ingress else None,
+        bytes_out=whole(_number(row.get("bytes"))),  # of this direction, on whichever side of the interface
     )
+
+
+def _number(written: str | None) -> str | None:
+    """Athena and Firehose write whole numbers as ``443.0``."""
+    return None if written is None else written.removesuffix(".0")
 
 
 def _true_end(packet_address: str | None, interface: Endpoint) -> Endpoint:

@@ -1,6 +1,8 @@
-"""Falco alerts as JSON lines. Runs later. Pure.
+"""Falco alerts, as JSON lines or as the text that Falco writes where nobody asked for JSON. Runs later. Pure.
 
 The kernel saw the process: command line, pid, container. Times have nanoseconds; fields named ISO may hold an integer.
+The text names no rule (its message serves) and says the time of day alone, unless ISO times are set: the day is then
+that of the syslog header, or not known.
 """
 
 from __future__ import annotations
@@ -25,7 +27,29 @@ from ray_guard.attribution.sources.line import Line, Unusable, text_of
 
 FORMAT: Final = "falco"
 
-_CONNECTION: Final = re.compile(r"(\[?[\da-fA-F:.]+\]?):(\d+)->(\[?[\da-fA-F:.]+\]?):(\d+)")
+_TEXT: Final = re.compile(
+    r"(?P<header>.*?)(?P<time>(?:\d{4}-\d\d-\d\dT)?\d\d:\d\d:\d\d\.\d{9}(?:[+-]\d{4}|Z)?): "
+    r"(?P<priority>Emergency|Alert|Critical|Error|Warning|Notice|Informational|Debug) (?P<output>.+)"
+)
+_FIELD: Final = re.compile(r"(?:^|(?<=[\s(]))([a-z_][\w.]*(?:\[\d+\])?)=")
+#: what the rules that Falco comes with call its fields, in their messages
+_NAMES: Final = {
+    "command": "proc.cmdline",
+    "process": "proc.name",
+    "proc_exepath": "proc.exepath",
+    "pid": "proc.pid",
+    "ppid": "proc.ppid",
+    "user": "user.name",
+    "container_id": "container.id",
+    "connection": "fd.name",
+    "lport": "fd.lport",
+    "rport": "fd.rport",
+    "fd_type": "fd.type",
+    "fd_proto": "fd.l4proto",
+}
+_CONNECTION: Final = re.compile(
+    r"(?<![\da-fA-F:.])(\[?[\da-fA-F:.]{2,45}\]?):(\d{1,5})->(\[?[\da-fA-F:.]{2,45}\]?):(\d{1,5})"
+)
 
 
 class Falco:
@@ -33,17 +57,14 @@ class Falco:
 
     def recognises(self, line: Line) -> bool:
         parsed = line.object
-        return (
-            parsed is not None
-            and "rule" in parsed
-            and "priority" in parsed
-            and ("output" in parsed or "output_fields" in parsed)
-        )
+        if parsed is None:
+            return _TEXT.fullmatch(line.text) is not None
+        return "rule" in parsed and "priority" in parsed and ("output" in parsed or "output_fields" in parsed)
 
     def read(self, line: Line) -> list[Observation]:
         parsed = line.object
         if parsed is None:
-            raise Unusable("malformed", "not a JSON object")
+            parsed = _of_text(line.text)
         said = parsed.get("output_fields")
         fields: dict[str, Any] = said if isinstance(said, dict) else {}
         src, dst = _ends(fields, text_of(parsed, "output"))
@@ -71,9 +92,45 @@ class Falco:
         ]
 
 
+def _of_text(text: str) -> dict[str, Any]:
+    """The JSON that Falco would have written in the text's place, as far as the text tells."""
+    found = _TEXT.fullmatch(text)
+    if found is None:
+        raise Unusable("malformed", "neither a JSON object nor a time, priority and message")
+    output = found["output"]
+    message, _, listed = output.partition(" (" if output.endswith(")") else " | ")
+    keys = list(_FIELD.finditer(listed))
+    ends = [*(key.start() for key in keys[1:]), len(listed)]
+    said = {key[1]: listed[key.end() : end].strip(" |") for key, end in zip(keys, ends, strict=True)}
+    if keys and output.endswith(")"):
+        said[keys[-1][1]] = said[keys[-1][1]].removesuffix(")")
+    fields = {_NAMES.get(key, key): value for key, value in said.items() if value not in ("<NA>", "")}
+    return {
+        "time": found["time"] if "T" in found["time"] else _on_its_day(found["header"], found["time"]),
+        "priority": found["priority"],
+        "rule": message,
+        "output": output,
+        "output_fields": fields,
+        "hostname": "",
+    }
+
+
+def _on_its_day(header: str, clock: str) -> str | Time:
+    """A time of day with the day of the syslog header before it; a classic header's own time, which says as much."""
+    day = re.search(r"\d{4}-\d\d-\d\d(?=T)", header)
+    if day is not None:
+        return f"{day[0]}T{clock}"
+    try:
+        return times.syslog(header, Semantics.PACKET)[0]
+    except times.BadTime:
+        raise Unusable("time", "a time of day without a day; set time_format_iso_8601 in falco.yaml") from None
+
+
 def _time(parsed: dict[str, Any], fields: dict[str, Any]) -> Time:
     candidates = (parsed.get("time"), fields.get("evt.time.iso8601"), fields.get("evt.time"), fields.get("evt.rawtime"))
     for written in candidates:
+        if isinstance(written, Time):
+            return written
         if isinstance(written, str) and not written.isdigit():
             try:
                 return times.iso(written, Semantics.PACKET)

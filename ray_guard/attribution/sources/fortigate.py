@@ -1,4 +1,4 @@
-"""FortiGate logs: ``key=value`` pairs, values in quotes where they need them. Runs later. Pure.
+"""FortiGate logs: ``key=value`` pairs, parted by spaces or commas, or the same as CEF. Runs later. Pure.
 
 ``eventtime`` is an epoch in seconds or (newer) nanoseconds and needs no zone; ``date`` and ``time`` are civil time, of
 the zone in ``tz``. A traffic record is written at the session's end, after ``duration`` seconds, and
@@ -12,14 +12,36 @@ from typing import Final
 
 from ray_guard.attribution import times
 from ray_guard.attribution.observation import NOBODY, Action, Observation, Semantics, Time, endpoint, protocol, whole
+from ray_guard.attribution.sources import cef
 from ray_guard.attribution.sources.line import Line, Unusable
 
 FORMAT: Final = "fortigate"
 
-_PAIR: Final = re.compile(r'([A-Za-z_][\w-]*)=("(?:[^"\\]|\\.)*"|[^\s"]*)')
-_DENIES: Final = frozenset(
-    "deny denied block blocked dropped drop reset ip-conn clear_session detected_blocked".split()
-)
+_PAIR: Final = re.compile(r'\b(?<!-)([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s"]*)')
+#: with ``set csv enable`` a comma ends a value that is not quoted
+_PAIR_CSV: Final = re.compile(r'\b(?<!-)([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
+_CSV: Final = re.compile(r"\b(?:date|time|logid|type)=[^\s,]+,\w+=")
+_DENIES: Final = frozenset("deny denied block blocked dropped drop reset clear_session detected_blocked".split())
+#: what CEF has names of its own for; FortiGate puts a prefix before the others
+_CEF_NAMES: Final = {
+    "src": "srcip",
+    "spt": "srcport",
+    "dst": "dstip",
+    "dpt": "dstport",
+    "act": "action",
+    "out": "sentbyte",
+    "in": "rcvdbyte",
+    "externalId": "sessionid",
+    "externalID": "sessionid",
+    "sourceTranslatedAddress": "transip",
+    "sourceTranslatedPort": "transport",
+    "destinationTranslatedAddress": "tranip",
+    "destinationTranslatedPort": "tranport",
+    "dhost": "hostname",
+    "dvchost": "devname",
+    "deviceExternalId": "devid",
+}
+_CEF_PREFIXES: Final = ("FTNTFGT", "FortinetFortiGate", "ad.")
 _UNNAMED: Final = frozenset({"", "N/A", "unknown"})
 
 
@@ -28,10 +50,12 @@ class Fortigate:
 
     def recognises(self, line: Line) -> bool:
         text = line.text
+        if "|Fortinet|" in text:
+            return cef.parse(text) is not None
         return "=" in text and ("devid=" in text or "logid=" in text or "eventtime=" in text) and "type=" in text
 
     def read(self, line: Line) -> list[Observation]:
-        said = pairs(line.text)
+        said = _cef(line.text) or pairs(line.text)
         if "type" not in said:
             raise Unusable("malformed", "no type= among the pairs")
         if "srcip" not in said and "dstip" not in said:
@@ -41,7 +65,25 @@ class Fortigate:
 
 def pairs(text: str) -> dict[str, str]:
     """``key=value`` and ``key="value"``; a key that comes twice has its last value."""
-    return {key: value[1:-1].replace('\\"', '"') if value[:1] == '"' else value for key, value in _PAIR.findall(text)}
+    found = (_PAIR_CSV if _CSV.search(text, 0, 400) else _PAIR).findall(text)
+    return {key: value[1:-1].replace('\\"', '"') if value[:1] == '"' else value.strip() for key, value in found}
+
+
+def _cef(text: str) -> dict[str, str] | None:
+    """The pairs under their FortiGate names; None where the line is no CEF."""
+    event = cef.parse(text) if "|Fortinet|" in text else None
+    if event is None:
+        return None
+    said: dict[str, str] = {}
+    for key, value in event.said.items():
+        prefix = next((each for each in _CEF_PREFIXES if key.startswith(each)), "")
+        if prefix:  # hides nothing that CEF has a field for: `FTNTFGTcat` is a web category
+            said.setdefault(key.removeprefix(prefix), value)
+        else:
+            said[_CEF_NAMES.get(key, key)] = value
+    # `cat=traffic:forward`, `cat=traffic`; some releases say it in the event's name alone.
+    said["type"] = (event.said.get("cat") or event.name).partition(":")[0].split(" ")[0]
+    return said
 
 
 def _observation(said: dict[str, str]) -> Observation:
@@ -72,10 +114,10 @@ def _observation(said: dict[str, str]) -> Observation:
 def _time(said: dict[str, str]) -> Time:
     if said.get("eventtime"):
         written = times.epoch(said["eventtime"], Semantics.PACKET)
+    elif "date" not in said and (begin := said.get("rt") or said.get("start")):
+        written = cef.time(begin, said.get("tz", ""), Semantics.PACKET)
     else:
         zone = said.get("tz", "")
         written = times.iso(f"{said.get('date', '')} {said.get('time', '')}{zone}", Semantics.PACKET)
     duration = whole(said.get("duration"))
-    if said.get("type") == "traffic" and duration:
-        return written._replace(start_ns=written.start_ns - duration * times.SECOND, semantics=Semantics.FLOW)
-    return written
+    return times.ending(written, duration) if said.get("type") == "traffic" and duration else written

@@ -7,6 +7,7 @@ backwards.
 from __future__ import annotations
 
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from ray_guard.attribution import times
 from ray_guard.attribution.observation import NOBODY, Action, Observation, Semantics, endpoint
@@ -71,5 +72,7 @@ def _flow(parsed: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _host(flow: dict[str, Any]) -> str:
     query = text_of(flow, "l7", "dns", "query").rstrip(".")
+    url = text_of(flow, "l7", "http", "url")
+    named = urlsplit(url).hostname if "://" in url else None
     names = flow.get("destination_names")
-    return query or (str(names[0]) if isinstance(names, list) and names else "")
+    return query or named or (str(names[0]) if isinstance(names, list) and names else "")

@@ -7,8 +7,10 @@ Logs come wrapped: by syslog (``Mar  7 03:40:11 node suricata[9]: {…}``), by a
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
+_HALF: Final = re.compile("[\ud800-\udfff]")
 _UNREAD: Final = object()
 #: keys under which collectors put a line (Filebeat, Fluent Bit, journald, CloudWatch, Log Service)
 _WRAPPERS: Final = ("message", "log", "MESSAGE", "msg", "content")
@@ -34,13 +36,15 @@ class Line:
     Args:
         raw: as found.
         offset: of its first byte, in the file as unpacked.
+        envelope: the collector's object that it was taken out of. A line that says no time itself has that one's.
     """
 
-    __slots__ = ("_object", "_text", "offset", "raw")
+    __slots__ = ("_object", "_text", "envelope", "offset", "raw")
 
-    def __init__(self, raw: bytes, offset: int) -> None:
+    def __init__(self, raw: bytes, offset: int, envelope: dict[str, Any] | None = None) -> None:
         self.raw = raw
         self.offset = offset
+        self.envelope = envelope
         self._text: str | None = None
         self._object: Any = _UNREAD
 
@@ -70,7 +74,7 @@ class Line:
         for key in _WRAPPERS:
             inner = self.object.get(key)
             if isinstance(inner, str) and inner.strip():
-                return Line(inner.encode("utf-8", "surrogatepass"), self.offset)
+                return Line(inner.encode("utf-8", "surrogatepass"), self.offset, self.object)
         return None
 
 
@@ -86,10 +90,26 @@ def _object_in(text: str) -> dict[str, Any] | None:
     if begin < 0 or not text.endswith("}"):
         return None
     try:
-        parsed = json.loads(text[begin:] if begin else text)
+        parsed = sound(json.loads(text[begin:] if begin else text), text)
     except (ValueError, RecursionError):
         return None
     return parsed if isinstance(parsed, dict) else None
+
+
+def sound(parsed: Any, text: str) -> Any:
+    """What ``text`` was parsed to; halves of surrogate pairs, which JSON can write and nothing can store, are U+FFFD.
+
+    Who is logged chooses some of the text: it shall not cost the record.
+    """
+    return _mended(parsed) if "\\ud" in text or "\\uD" in text else parsed
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else _HALF.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_mended(key): _mended(inner) for key, inner in value.items()}
+    return [_mended(each) for each in value] if isinstance(value, list) else value
 
 
 def text_of(parsed: dict[str, Any], *path: str) -> str:

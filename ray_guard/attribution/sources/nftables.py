@@ -1,7 +1,9 @@
 """Netfilter's LOG target (nftables, iptables): what the kernel writes to syslog, or ulogd2 in its place.
 
-Runs later. Pure. A classic syslog line says neither year nor zone, and the kernel's uptime in brackets may be absent.
-The prefix is the rule; whether the packet was let through stands nowhere but in what people call it.
+Runs later. Pure. A classic syslog line says neither year nor zone, and the kernel's uptime in brackets may be absent;
+out of the journal (``journalctl -o json``, Filebeat) the line has no header, the time stands around it. The prefix is
+the rule, and nothing need part it from what follows; whether the packet was let through stands nowhere but in what
+people call it. An ICMP error quotes, in brackets, the packet it is about: that one's addresses are not this one's.
 """
 
 from __future__ import annotations
@@ -22,13 +24,20 @@ from ray_guard.attribution.observation import (
     whole,
 )
 from ray_guard.attribution.sources.line import Line, Unusable, text_of
+from ray_guard.attribution.times import BadTime
 
 FORMAT: Final = "nftables"
 
-_PACKET: Final = re.compile(r"(?:^|\s|:)IN=\S* (?:PHYSIN=\S* )?OUT=\S* .*?\bSRC=")
+_LONGEST: Final = 1 << 14
+"""Bytes: the kernel writes less than two thousand."""
+_PACKET: Final = re.compile(r"(?<!PHYS)IN=\S* (?:PHYSIN=\S* )?OUT=\S* (?:PHYSOUT=\S* )?.*?\bSRC=")
+_QUOTED: Final = re.compile(r"\[SRC=.*?(?:\]|$)")
 _FIELD: Final = re.compile(r"\b([A-Z]{2,8})=(\S*)")
 _PRIORITY: Final = re.compile(r"<\d{1,3}>(?:1 )?")
-_FROM: Final = re.compile(r"(?P<node>\S+) (?:kernel: ?|\S+\[\d+\]: |ulogd: ?|kernel - - - ?)?(?:\[ *\d+\.\d+\] ?)?")
+_FROM: Final = re.compile(r"(?P<node>[^\s:\[]+) (?:\w+\.\w+ )?(?:kernel: ?|\S+\[\d+\]: |ulogd: ?|kernel - - - ?)?")
+_UPTIME: Final = re.compile(r"\[ *\d+\.\d+\] ?")
+#: what VyOS and Ubiquiti write after a rule's name: accepted, dropped, rejected
+_VERDICT: Final = re.compile(r"-([ADR])\]$")
 _DENIED: Final = re.compile(r"drop|deny|denied|den(?:y|ied)|reject|block|refus|forbid", re.IGNORECASE)
 _ALLOWED: Final = re.compile(r"accept|allow|permit|pass", re.IGNORECASE)
 
@@ -40,7 +49,7 @@ class Nftables:
         parsed = line.object
         if parsed is not None:
             return "oob.prefix" in parsed or parsed.get("dvc") == "Netfilter"
-        return "SRC=" in line.text and _PACKET.search(line.text) is not None
+        return len(line.raw) <= _LONGEST and "SRC=" in line.text and _PACKET.search(line.text) is not None
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is not None and self.recognises(line):
@@ -49,12 +58,20 @@ class Nftables:
         packet = _PACKET.search(text)
         if packet is None:
             raise Unusable("malformed", "no IN= OUT= SRC= of a logged packet")
-        time, rest = _stamp(text[: packet.start() + (text[packet.start()] in " :")])
-        sender = _FROM.match(rest + " ")
-        node = sender["node"] if sender else ""
-        prefix = (rest + " ")[sender.end() :] if sender else rest
-        said = dict(_FIELD.findall(text[packet.start() :]))
-        return [_packet(time, node, prefix.strip(" :"), said)]
+        said = dict(reversed(_FIELD.findall(_QUOTED.sub("", text[packet.start() :]))))  # LEN comes twice, of IP and UDP
+        before = text[: packet.start()]
+        try:
+            time, rest = _stamp(before)
+        except BadTime:
+            if line.envelope is None:
+                raise
+            time, prefix = _journal(line.envelope), before
+            node = text_of(line.envelope, "_HOSTNAME") or text_of(line.envelope, "host", "hostname")
+        else:
+            sender = _FROM.match(rest + " ")
+            node = sender["node"] if sender else ""
+            prefix = (rest + " ")[sender.end() :] if sender else rest
+        return [_packet(time, node, _UPTIME.sub("", prefix, count=1).strip(" :"), said)]
 
 
 def _stamp(text: str) -> tuple[Time, str]:
@@ -66,6 +83,15 @@ def _stamp(text: str) -> tuple[Time, str]:
             stamp = f"{stamp} {clock}"
         return times.iso(stamp, Semantics.PACKET), rest
     return times.syslog(text, Semantics.PACKET)
+
+
+def _journal(envelope: dict[str, Any]) -> Time:
+    """journald's own microseconds, or what a shipper made of them."""
+    for key in ("_SOURCE_REALTIME_TIMESTAMP", "__REALTIME_TIMESTAMP"):
+        if key in envelope:
+            return times.epoch(envelope[key], Semantics.PACKET)
+    written = next((envelope[key] for key in ("@timestamp", "timestamp", "time") if key in envelope), None)
+    return times.iso(written, Semantics.INGEST)
 
 
 def _packet(time: Time, node: str, prefix: str, said: dict[str, str]) -> Observation:
@@ -97,6 +123,7 @@ def _ulogd(parsed: dict[str, Any]) -> Observation:
 
 
 def _action(prefix: str) -> Action:
-    if _DENIED.search(prefix):
+    verdict = _VERDICT.search(prefix)
+    if _DENIED.search(prefix) or (verdict and verdict[1] in "DR"):
         return Action.DENIED
-    return Action.ALLOWED if _ALLOWED.search(prefix) else Action.UNKNOWN
+    return Action.ALLOWED if verdict or _ALLOWED.search(prefix) else Action.UNKNOWN

@@ -1,14 +1,16 @@
-"""PAN-OS TRAFFIC and THREAT logs: CSV by position, often behind a syslog header. Runs later. Pure.
+"""PAN-OS TRAFFIC and THREAT logs: CSV by position, often behind a syslog header; or by name. Runs later. Pure.
 
 Times are the firewall's civil time without zone; newer versions add one field with zone, which tells it. A TRAFFIC
-record is written at the session's end and says its begin and how long it took; it carries the NAT map.
+record is written at the session's end and says its begin and how long it took; it carries the NAT map. What Palo Alto's
+log forwarding makes of it is read by :mod:`~ray_guard.attribution.sources.panos_cloud`.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from typing import Final
+from contextlib import suppress
+from typing import Any, Final
 
 from ray_guard.attribution import times
 from ray_guard.attribution.observation import (
@@ -22,31 +24,42 @@ from ray_guard.attribution.observation import (
     protocol,
     whole,
 )
-from ray_guard.attribution.sources.line import Line, Unusable
+from ray_guard.attribution.sources import panos_cloud
+from ray_guard.attribution.sources.line import Line, Unusable, text_of
 
 FORMAT: Final = "panos"
 
 _BEGIN: Final = re.compile(
     r"(?:^|[\s>:])(\d*,\d{4}/\d\d/\d\d \d\d:\d\d:\d\d,[^,]*,(?:TRAFFIC|THREAT|[A-Z-]{3,20}),.*)$"
 )
-_ZONED: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(Z|[+-]\d\d:\d\d)")
+_PRECISE: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(Z|[+-]\d\d:\d\d)")
 _DENIES: Final = frozenset(
-    "deny drop drop-all-packets drop-icmp drop-packet reset-client reset-server reset-both block-ip block-url block "
-    "block-continue sinkhole random-drop".split()
+    "deny drop drop-all drop-all-packets drop-icmp drop-packet reset-client reset-server reset-both block-ip block-url "
+    "block block-continue sinkhole random-drop".split()
 )
+_LATE: Final = 60 * times.SECOND
+"""How much later than it was generated a record may have reached the part of the firewall that stamps it precisely."""
 
 
 class Panos:
     format = FORMAT
 
     def recognises(self, line: Line) -> bool:
-        return "," in line.text and _BEGIN.search(line.text) is not None
+        if panos_cloud.fields(line) is not None:
+            return True
+        return line.object is None and "," in line.text and _BEGIN.search(line.text) is not None
 
     def read(self, line: Line) -> list[Observation]:
+        named = panos_cloud.fields(line)
+        if named is not None:
+            return [_named(named)] if named["LogType"].upper() in ("TRAFFIC", "THREAT") else []
         found = _BEGIN.search(line.text)
         if found is None:
             raise Unusable("malformed", "no time, serial number and type of a PAN-OS record")
-        fields = next(csv.reader([found[1]]))
+        try:
+            fields = next(csv.reader([found[1]]))
+        except csv.Error as error:
+            raise Unusable("malformed", str(error)) from error
         if fields[3] not in ("TRAFFIC", "THREAT"):
             return []  # configuration, system, user-id …: not about traffic
         if len(fields) < 37:
@@ -69,11 +82,40 @@ def _observation(fields: list[str]) -> Observation:
         rule=fields[11] if denied or not traffic else "",
         signature="" if traffic else fields[32],
         severity="" if traffic else fields[34],
-        host="" if traffic else fields[31].partition("/")[0].partition(":")[0] if fields[4] == "url" else "",
+        host=_host(fields[31]) if not traffic and fields[4] == "url" else "",
         bytes_out=whole(fields[32]) if traffic else None,
         bytes_in=whole(fields[33]) if traffic else None,
         flow_id=fields[22],
     )
+
+
+def _named(said: dict[str, Any]) -> Observation:
+    traffic = said["LogType"].upper() == "TRAFFIC"
+    subtype = text_of(said, "Subtype").lower()
+    denied = text_of(said, "Action").lower() in _DENIES or (traffic and subtype in ("deny", "drop"))
+    src = endpoint(said.get("SourceAddress"), said.get("SourcePort"))
+    dst = endpoint(said.get("DestinationAddress"), said.get("DestinationPort"))
+    return Observation(
+        panos_cloud.time(said),
+        src=src,
+        dst=dst,
+        translated_src=_translated(endpoint(said.get("NATSource"), said.get("NATSourcePort")), src),
+        translated_dst=_translated(endpoint(said.get("NATDestination"), said.get("NATDestinationPort")), dst),
+        proto=protocol(said.get("Protocol")),
+        action=Action.DENIED if denied else Action.ALLOWED,
+        rule=text_of(said, "Rule") if denied or not traffic else "",
+        signature="" if traffic else text_of(said, "ThreatID") or text_of(said, "ThreatName"),
+        severity="" if traffic else text_of(said, "VendorSeverity"),
+        host=_host(text_of(said, "URLDomain") or text_of(said, "URL")) if subtype == "url" else "",
+        node=text_of(said, "DeviceName"),
+        bytes_out=whole(said.get("BytesSent")) if traffic else None,
+        bytes_in=whole(said.get("BytesReceived")) if traffic else None,
+        flow_id=text_of(said, "SessionID"),
+    )
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2 if "://" in url else 0].partition("/")[0].partition(":")[0]
 
 
 def _translated(after: Endpoint, before: Endpoint) -> Endpoint:
@@ -81,10 +123,21 @@ def _translated(after: Endpoint, before: Endpoint) -> Endpoint:
 
 
 def _time(fields: list[str], traffic: bool) -> Time:  # noqa: FBT001
-    zone = next((match[1] for field in fields[37:] if (match := _ZONED.fullmatch(field))), "")
+    zone, written = "", None
+    for field in fields[37:]:
+        if match := _PRECISE.fullmatch(field):
+            zone = match[1]
+            with suppress(times.BadTime):  # 1969 stands for unset, and its zone is true all the same
+                written = times.iso(field, Semantics.PACKET)
+            break
     generated = times.iso(fields[6] + zone, Semantics.PACKET)
-    if traffic and fields[35]:
-        begin = times.iso(fields[35] + zone, Semantics.FLOW)
-        ended = times.lasting(begin, fields[36])
-        return ended._replace(end_ns=max(ended.end_ns, generated.end_ns)) if fields[4] == "end" else ended
-    return generated
+    if written is not None and 0 <= written.start_ns - generated.start_ns < _LATE:
+        # The seconds were cut off, or the clock was read before the record was made: both times are true.
+        generated = generated._replace(end_ns=max(generated.end_ns, written.end_ns))
+    if not traffic:
+        return generated
+    try:
+        begin = times.lasting(times.iso(fields[35] + zone, Semantics.FLOW), fields[36])
+    except times.BadTime:  # left out, or a custom layout: the record itself has a time all the same
+        return generated._replace(semantics=Semantics.END)
+    return begin._replace(end_ns=max(begin.end_ns, generated.end_ns)) if fields[4] == "end" else begin

@@ -23,7 +23,7 @@ import zstandard
 
 from ray_guard.attribution.observation import Observation
 from ray_guard.attribution.sources import FORMATS, Source
-from ray_guard.attribution.sources.line import Line, Unusable, of_object
+from ray_guard.attribution.sources.line import Line, Unusable, of_object, sound
 from ray_guard.attribution.times import BadTime
 from ray_guard.errors import RayGuardError
 
@@ -152,7 +152,7 @@ def _records(line: Line, number: int, detector: _Detector, report: FileReport) -
         report.reject(number, line.offset, error.reason, error.detail)
     except BadTime as error:
         report.reject(number, line.offset, "time", str(error))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         # Data of a shape its format does not have: a fault of the line, whatever it makes a parser stumble over.
         report.reject(number, line.offset, "malformed", f"{type(error).__name__}: {error}")
     else:
@@ -229,7 +229,7 @@ def _document(body: bytes) -> list[Line] | None:
         at = len(text) - len(text.lstrip())
         if text[at] == "{":
             parsed, end = decoder.raw_decode(text, at)
-            return [of_object(body, 0, parsed)] if not text[end:].strip() else None
+            return [of_object(body, 0, sound(parsed, text))] if not text[end:].strip() else None
         items: list[Line] = []
         offset, counted = skipped, 0
         at += 1
@@ -242,7 +242,7 @@ def _document(body: bytes) -> list[Line] | None:
             begin = text.rfind("\n", 0, at) + 1
             offset += len(text[counted:begin].encode()) if begin > counted else 0
             counted = max(counted, begin)
-            items.append(of_object(text[at:end].encode(), offset, parsed))
+            items.append(of_object(text[at:end].encode(), offset, sound(parsed, text)))
             at = end
     except (ValueError, IndexError, RecursionError):
         return None

@@ -22,7 +22,10 @@ class Suricata:
 
     def recognises(self, line: Line) -> bool:
         parsed = line.object
-        return parsed is not None and isinstance(parsed.get("event_type"), str) and "timestamp" in parsed
+        if parsed is None or "timestamp" not in parsed:
+            return False
+        # Alerts of old releases, and of shippers that file events by type, come without the type.
+        return isinstance(parsed.get("event_type"), str) or ("flow_id" in parsed and "src_ip" in parsed)
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is None:
@@ -58,7 +61,8 @@ def event(parsed: dict[str, Any], node: str = "") -> Observation:
         severity=severity,
         host=_host(parsed),
         node=node or text_of(parsed, "host"),
-        bytes_out=whole(at(parsed, "flow", "bytes_toserver")),
+        # A netflow event is of one direction.
+        bytes_out=whole(at(parsed, "flow", "bytes_toserver") or at(parsed, "netflow", "bytes")),
         bytes_in=whole(at(parsed, "flow", "bytes_toclient")),
         flow_id=text_of(parsed, "flow_id"),
     )

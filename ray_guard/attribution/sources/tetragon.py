@@ -10,12 +10,23 @@ import re
 from typing import Any, Final
 
 from ray_guard.attribution import times
-from ray_guard.attribution.observation import NOBODY, Action, Observation, Process, Semantics, Time, endpoint, whole
+from ray_guard.attribution.observation import (
+    Action,
+    Observation,
+    Process,
+    Semantics,
+    Time,
+    endpoint,
+    protocol,
+    whole,
+)
 from ray_guard.attribution.sources.line import Line, Unusable, at, text_of
 
 FORMAT: Final = "tetragon"
 
-_EVENT: Final = re.compile(r"process_(?:exec|exit|kprobe|tracepoint|uprobe|lsm|loader|throttle)")
+_EVENT: Final = re.compile(
+    r"process_(?:exec|exit|kprobe|tracepoint|uprobe|usdt|lsm|loader|throttle|connect|close|accept|listen)"
+)
 _HUMP: Final = re.compile(r"(?<=[a-z0-9])([A-Z])")
 _DENIES: Final = frozenset({"SIGKILL", "SIGNAL", "OVERRIDE", "NOTIFYENFORCER"})
 
@@ -35,16 +46,14 @@ class Tetragon:
         if kind == "process_throttle":
             return []
         action = text_of(event, "action").removeprefix("KPROBE_ACTION_").upper()
-        sock: dict[str, Any] = next(
-            (each[key] for each in _list(event.get("args")) for key in each if key in ("sock_arg", "skb_arg")), {}
-        )
+        sock = _socket(event)
         about = at(event, "process") or {}
         return [
             Observation(
                 _time(line.object, event),
-                src=endpoint(at(sock, "saddr"), at(sock, "sport")) if sock else NOBODY,
-                dst=endpoint(at(sock, "daddr"), at(sock, "dport")) if sock else NOBODY,
-                proto=text_of(sock, "protocol").removeprefix("IPPROTO_").lower(),
+                src=endpoint(at(sock, "saddr"), at(sock, "sport")),
+                dst=endpoint(at(sock, "daddr"), at(sock, "dport")),
+                proto=protocol(text_of(sock, "protocol").removeprefix("IPPROTO_")),
                 action=Action.DENIED if action in _DENIES else Action.UNKNOWN,
                 rule=text_of(event, "policy_name"),
                 signature=text_of(event, "message"),
@@ -80,6 +89,22 @@ def _snake(parsed: dict[str, Any]) -> dict[str, Any]:
 
     found: dict[str, Any] = turned(parsed)
     return found
+
+
+def _socket(event: dict[str, Any]) -> dict[str, Any]:
+    """What of a socket an event says: a probe's argument, or, of Isovalent's own events, the event itself."""
+    for argument in _list(event.get("args")):
+        for key in ("sock_arg", "skb_arg", "sockaddr_arg"):
+            found = argument.get(key)
+            if isinstance(found, dict):
+                return found if key != "sockaddr_arg" else {"daddr": found.get("addr"), "dport": found.get("port")}
+    return {
+        "saddr": event.get("source_ip") or event.get("ip"),
+        "sport": event.get("source_port") or event.get("port"),
+        "daddr": event.get("destination_ip"),
+        "dport": event.get("destination_port"),
+        "protocol": event.get("protocol"),
+    }
 
 
 def _list(value: object) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from ray_guard.attribution import times
@@ -14,6 +15,7 @@ from ray_guard.attribution.sources.line import Line, Unusable, at
 
 FORMAT: Final = "zeek"
 
+_ESCAPED: Final = re.compile(r"\\x[0-9a-fA-F]{2}")
 _ENDS: Final = ("orig_h", "orig_p", "resp_h", "resp_p")
 
 
@@ -36,7 +38,7 @@ class Zeek:
             ("#separator", "#fields", "#path", "#types", "#set_separator", "#open", "#close", "#empty_", "#unset_")
         ):
             return True
-        return bool(self._columns) and text.count(self._separator) == len(self._columns) - 1
+        return "ts" in self._columns and text.count(self._separator) == len(self._columns) - 1
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is not None:
@@ -55,7 +57,12 @@ class Zeek:
 
     def _header(self, text: str) -> None:
         if text.startswith("#separator"):
-            self._separator = text.split(" ", 1)[-1].encode().decode("unicode_escape")
+            said = text.removeprefix("#separator").strip()
+            if _ESCAPED.fullmatch(said):
+                said = bytes.fromhex(said.replace("\\x", "")).decode("latin-1")
+            if len(said) != 1:
+                raise Unusable("fields", f"{text!r:.60} names no one character")
+            self._separator = said
             return
         key, _, value = text.partition(self._separator)
         if key == "#fields":

@@ -1,0 +1,437 @@
+"""Layouts in which products really write, beyond the plain line of each: headers, transports, versions, quoting.
+
+The lines are ours; each reproduces a trap that samples of other projects, with expectations of their own, were read
+wrongly in. What is expected is what those say, or the product's documentation.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ray_guard.attribution.observation import Action, Endpoint, Observation, Semantics
+from ray_guard.attribution.sources.reader import FileReport, Record, read
+from ray_guard.attribution.times import iso
+
+AT = iso("2026-03-07T03:40:11Z", Semantics.PACKET).start_ns
+SECOND = 1_000_000_000
+HERE, THERE = Endpoint("10.0.0.5", 44318), Endpoint("198.51.100.7", 22)
+
+
+def records(tmp_path: Path, content: str) -> tuple[list[Record], FileReport]:
+    path = tmp_path / "log"
+    path.write_text(content)
+    report = FileReport(str(path))
+    return list(read(path, report)), report
+
+
+def only(tmp_path: Path, content: str, kind: str) -> Observation:
+    found, report = records(tmp_path, content)
+    assert not report.quarantined, report.first
+    (record,) = found
+    assert record.format == kind
+    return record.seen
+
+
+# ── nftables ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+PACKET = (
+    "IN=eth0 OUT= MAC=02:00:00:00:00:01:02:00:00:00:00:02:08:00 SRC=10.0.0.5 DST=198.51.100.7 LEN=52 TOS=0x00 "
+    "PREC=0x00 TTL=63 ID=0 DF PROTO=TCP SPT=44318 DPT=22 WINDOW=2853 RES=0x00 ACK URGP=0"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "node", "rule", "action"),
+    [
+        ("Mar  7 03:40:11 gw kernel: [wan-out-default-D]", "gw", "[wan-out-default-D]", Action.DENIED),
+        ("Mar  7 03:40:11 gw kernel: [LAN-20-A]", "gw", "[LAN-20-A]", Action.ALLOWED),
+        ("Mar  7 03:40:11 gw kernel: [WAN_OUT-2000-R]", "gw", "[WAN_OUT-2000-R]", Action.DENIED),
+        ("<6>2026-03-07T03:40:11Z gw kernel: DROPPED", "gw", "DROPPED", Action.DENIED),
+        ("Mar  7 03:40:11 DENY: ", "", "DENY", Action.DENIED),
+        ("Mar  7 03:40:11 gw [EGRESS-7-A] ", "gw", "[EGRESS-7-A]", Action.ALLOWED),
+        ("Mar  7 03:40:11 gw user.info kernel: [  307.757925] seen ", "gw", "seen", Action.UNKNOWN),
+    ],
+)
+def test_a_prefix_need_not_be_parted_from_the_packet(
+    tmp_path: Path, before: str, node: str, rule: str, action: Action
+) -> None:
+    seen = only(tmp_path, before + PACKET, "nftables")
+    assert (seen.src, seen.dst, seen.proto) == (HERE, THERE, "tcp")
+    assert (seen.node, seen.rule, seen.action) == (node, rule, action)
+
+
+def test_the_packet_that_an_icmp_error_quotes_is_not_the_packet(tmp_path: Path) -> None:
+    seen = only(
+        tmp_path,
+        "Mar  7 03:40:11 gw kernel: IN=eth0 OUT= SRC=10.0.0.5 DST=198.51.100.7 LEN=88 TTL=118 ID=2 PROTO=ICMP TYPE=3 "
+        "CODE=3 [SRC=198.51.100.7 DST=192.0.2.9 LEN=60 TTL=54 ID=0 DF PROTO=UDP SPT=21458 DPT=62936 LEN=40 ]",
+        "nftables",
+    )
+    assert (seen.src, seen.dst, seen.proto) == (("10.0.0.5", None), ("198.51.100.7", None), "icmp")
+    assert seen.bytes_out == 88
+
+
+def test_the_length_is_the_packets_not_the_datagrams(tmp_path: Path) -> None:
+    line = "Mar  7 03:40:11 gw kernel: IN= OUT=eth0 SRC=10.0.0.5 DST=198.51.100.7 LEN=540 PROTO=UDP SPT=5 DPT=6 LEN=520"
+    assert only(tmp_path, line, "nftables").bytes_out == 540
+
+
+@pytest.mark.parametrize(
+    ("envelope", "semantics", "width"),
+    [
+        ({"__REALTIME_TIMESTAMP": "1772854811123456", "_HOSTNAME": "gw"}, Semantics.PACKET, 1_000),
+        ({"_SOURCE_REALTIME_TIMESTAMP": "1772854811123456", "_HOSTNAME": "gw"}, Semantics.PACKET, 1_000),
+        ({"@timestamp": "2026-03-07T03:40:11.123Z", "host": {"hostname": "gw"}}, Semantics.INGEST, 1_000_000),
+    ],
+)
+def test_a_packet_out_of_the_journal_has_the_journals_time(
+    tmp_path: Path, envelope: dict[str, object], semantics: Semantics, width: int
+) -> None:
+    key = "message" if "@timestamp" in envelope else "MESSAGE"
+    seen = only(tmp_path, json.dumps(envelope | {key: "EGRESS-DENY: " + PACKET}), "nftables")
+    assert (seen.node, seen.rule, seen.src) == ("gw", "EGRESS-DENY", HERE)
+    assert (seen.time.start_ns // 1_000_000, seen.time.semantics) == (AT // 1_000_000 + 123, semantics)
+    assert seen.time.end_ns - seen.time.start_ns == width
+    assert seen.time.zoned
+    assert seen.time.dated
+
+
+# ── AWS ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VPC = "123456789010 eni-1 10.0.0.5 198.51.100.7 44318 22 6 1 44 1772854811 1772854869 REJECT OK"
+LATER = " vpc-1 subnet-1 i-1 2 IPv4 10.0.0.9 198.51.100.8 eu-west-1 euw1-az2 - - - - egress 8"
+
+
+@pytest.mark.parametrize(
+    ("line", "src", "node"),
+    [
+        ("2 " + VPC, "10.0.0.5", ""),
+        ("5 " + VPC + LATER, "10.0.0.9", "i-1"),
+        ("8 " + VPC + LATER + " - - - - - - - - - - BPA", "10.0.0.9", "i-1"),
+    ],
+)
+def test_flow_logs_without_a_header_have_amazons_order(tmp_path: Path, line: str, src: str, node: str) -> None:
+    seen = only(tmp_path, line, "aws-vpc")
+    assert (seen.src, seen.dst.port, seen.node) == ((src, 44318), 22, node)
+    assert (seen.action, seen.bytes_out) == (Action.DENIED, 44)
+
+
+def test_flow_logs_by_way_of_firehose_are_objects(tmp_path: Path) -> None:
+    row = {"version": 5, "account_id": "1", "interface_id": "eni-1", "srcaddr": "10.0.0.5", "dstaddr": "198.51.100.7"}
+    row |= {
+        "srcport": 44318.0,
+        "dstport": 22.0,
+        "protocol": 6.0,
+        "bytes": 412.0,
+        "start": 1772854811,
+        "end": 1772854869,
+    }
+    row |= {
+        "action": "REJECT",
+        "log_status": "OK",
+        "instance_id": "-",
+        "flow_direction": "ingress",
+        "traffic_path": None,
+    }
+    seen = only(tmp_path, json.dumps(row), "aws-vpc")
+    assert (seen.src, seen.dst, seen.proto, seen.action) == (HERE, THERE, "tcp", Action.DENIED)
+    assert (seen.bytes_out, seen.node) == (412, "")
+    assert records(tmp_path, json.dumps(row | {"log_status": "NODATA"}))[0] == []
+
+
+def test_a_header_within_a_file_changes_the_columns(tmp_path: Path) -> None:
+    found, report = records(
+        tmp_path,
+        "srcaddr dstaddr start end\n10.0.0.5 198.51.100.7 1772854811 1772854869\n"
+        "start end dstaddr srcaddr action\n1772854811 1772854869 198.51.100.7 10.0.0.5 REJECT\n2 " + VPC,
+    )
+    assert not report.quarantined, report.first
+    assert [each.seen.src.ip for each in found] == ["10.0.0.5"] * 3
+
+
+# ── Suricata ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+EVE = {"timestamp": "2026-03-07T03:40:30.5+0000", "flow_id": 7, "src_ip": "10.0.0.5", "src_port": 44318, "proto": "TCP"}
+EVE |= {"dest_ip": "198.51.100.7", "dest_port": 22}
+
+
+def test_a_netflow_is_as_long_as_it_says_and_of_one_direction(tmp_path: Path) -> None:
+    spent = {"pkts": 1, "bytes": 40, "start": "2026-03-07T03:40:11.0+0000", "end": "2026-03-07T03:40:12.0+0000"}
+    seen = only(tmp_path, json.dumps(EVE | {"event_type": "netflow", "netflow": spent}), "suricata")
+    assert (seen.time.start_ns - AT, seen.time.semantics, seen.bytes_out) == (0, Semantics.FLOW, 40)
+
+
+def test_an_alert_without_its_type(tmp_path: Path) -> None:
+    alert = {"action": "allowed", "signature_id": 2011540, "signature": "POLICY demo CA", "severity": 3}
+    seen = only(tmp_path, json.dumps(EVE | {"alert": alert}), "suricata")
+    assert (seen.src, seen.rule, seen.action) == (HERE, "2011540", Action.ALLOWED)
+
+
+# ── Zeek ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_zeeks_fields_change_within_a_file_and_so_does_the_separator(tmp_path: Path) -> None:
+    found, report = records(
+        tmp_path,
+        "#separator \\x09\n#fields\tts\tuid\tid.orig_h\tid.orig_p\tid.resp_h\tid.resp_p\tproto\n"
+        "1772854811.000000\tC1\t10.0.0.5\t44318\t198.51.100.7\t22\ttcp\n#close\t2026-03-07-03-41-00\n"
+        "#separator \\x2c\n#fields,id.resp_h,id.resp_p,id.orig_h,id.orig_p,ts\n"
+        "198.51.100.7,22,10.0.0.5,44318,2026-03-07T03:40:11.000000Z\n",
+    )
+    assert not report.quarantined, report.first
+    assert [(each.seen.src, each.seen.dst) for each in found] == [(HERE, THERE)] * 2
+    assert [each.seen.time.start_ns for each in found] == [AT] * 2
+
+
+def test_columns_that_are_no_zeek_log_leave_lines_to_their_own_format(tmp_path: Path) -> None:
+    found, _ = records(tmp_path, "#fields\nMar  7 03:40:11 gw kernel: " + PACKET + "\n")
+    assert [each.format for each in found] == ["nftables"]
+
+
+# ── FortiGate ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+CEF = (
+    "CEF:0|Fortinet|Fortigate|v7.4.9|00013|traffic:forward deny|3|deviceExternalId=FGVM1 FTNTFGTeventtime="
+    "1772854811123456789 FTNTFGTtz=+0100 FTNTFGTlogid=0000000013 cat=traffic:forward FTNTFGTsubtype=forward "
+    "src=10.0.0.5 spt=44318 dst=198.51.100.7 dpt=22 externalId=1234 proto=6 act=deny FTNTFGTpolicyid=859 "
+    "FTNTFGTpolicyname=No way out app=TCP_22 FTNTFGTtrandisp=snat sourceTranslatedAddress=203.0.113.9 "
+    "sourceTranslatedPort=61000 FTNTFGTduration=7 out=1504 in=2647 FTNTFGTcat=26 dvchost=fw-2"
+)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        CEF,
+        "Mar  7 03:40:12 fw-2 " + CEF,
+        CEF.removeprefix("CEF:"),
+        CEF.replace("FTNTFGT", "FortinetFortiGate"),
+        CEF.replace("FTNTFGT", "ad.").replace("cat=traffic:forward", "cat=traffic"),
+        CEF.replace("cat=traffic:forward ", ""),
+    ],
+)
+def test_fortigate_as_cef(tmp_path: Path, line: str) -> None:
+    seen = only(tmp_path, line, "fortigate")
+    assert (seen.src, seen.dst, seen.proto, seen.action) == (HERE, THERE, "tcp", Action.DENIED)
+    assert (seen.translated_src, seen.rule, seen.flow_id) == (("203.0.113.9", 61000), "859", "1234")
+    assert (seen.node, seen.bytes_out, seen.bytes_in) == ("fw-2", 1504, 2647)
+    assert (seen.time.start_ns - AT, seen.time.semantics) == (-7 * SECOND + 123_456_789, Semantics.FLOW)
+
+
+def test_cef_without_an_event_time_says_it_otherwise(tmp_path: Path) -> None:
+    line = CEF.replace("FTNTFGTeventtime=1772854811123456789 FTNTFGTtz", "start=Mar 07 2026 04:40:11 tz")
+    seen = only(tmp_path, line.replace("FTNTFGTduration=7 ", ""), "fortigate")
+    assert (seen.time.start_ns, seen.time.end_ns) == (AT, AT + SECOND)
+    found, report = records(tmp_path, line.replace("start=Mar 07 2026 04:40:11", ""))
+    assert found == []
+    assert report.quarantined == {"time": 1}
+
+
+def test_fortigate_parted_by_commas(tmp_path: Path) -> None:
+    line = (
+        'date=2026-03-07,time=04:40:11,devname="fw, 2",eventtime=1772854811,tz="+0100",logid="13",type="traffic",'
+        "srcip=10.0.0.5,srcport=44318,dstip=198.51.100.7,dstport=22,proto=6,action=deny,policyid=12"
+    )
+    for written in (line, line.replace("eventtime=1772854811,", "")):
+        seen = only(tmp_path, written, "fortigate")
+        assert (seen.src, seen.dst, seen.action, seen.rule, seen.node) == (HERE, THERE, Action.DENIED, "12", "fw, 2")
+        assert (seen.time.start_ns, seen.time.zoned) == (AT, True)
+
+
+def test_a_connection_that_nobody_answered_was_not_refused(tmp_path: Path) -> None:
+    line = (
+        'date=2026-03-07 time=03:40:11 devid="F" type="traffic" subtype="forward" srcip=10.0.0.5 srcport=44318 '
+        'dstip=198.51.100.7 dstport=22 proto=6 action="ip-conn" policyid=1'
+    )
+    assert only(tmp_path, line, "fortigate").informational
+
+
+# ── PAN-OS ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+HEAD = "1,2026/03/07 03:40:11,0128,{},2049,2026/03/07 03:40:11,10.0.0.5,198.51.100.7,0.0.0.0,0.0.0.0,No way out,,,ssl,"
+MIDDLE = "vsys1,trust,untrust,e1/2,e1/1,fwd,2026/03/07 03:40:11,22751,1,44318,22,0,0,0x400053,tcp,"
+
+
+def test_a_url_with_commas_is_one_field(tmp_path: Path) -> None:
+    line = (
+        HEAD.format("THREAT,url") + MIDDLE + 'block-url,"pool.example:8443/a,b",(9999),mining,informational,'
+        "client-to-server,42,0x0,10.0.0.0-10.255.255.255,US,,text/html,0,,,2,curl,,,,,,,0,0,0,0,0,,fw-1,,,,,0,,0,"
+        "2026-03-07T03:40:11.730+00:00"
+    )
+    seen = only(tmp_path, line, "panos")
+    assert (seen.host, seen.signature, seen.severity, seen.rule) == (
+        "pool.example",
+        "(9999)",
+        "informational",
+        "No way out",
+    )
+    assert (seen.action, seen.src, seen.dst) == (Action.DENIED, HERE, THERE)
+    # The precise field lies within the second that the other one cut its digits off from.
+    assert (seen.time.start_ns - AT, seen.time.end_ns - AT, seen.time.zoned) == (0, SECOND, True)
+
+
+def test_the_precise_time_may_be_later_than_the_record(tmp_path: Path) -> None:
+    line = HEAD.format("TRAFFIC,end") + MIDDLE + "allow,9,5,4,2,2026/03/07 03:40:01,10,any,0,1,0x0,a,b,0,1,1,aged-out"
+    late = line + ",2026-03-07T03:40:12.547+00:00"
+    assert only(tmp_path, late, "panos").time.end_ns == AT + SECOND + 548_000_000
+    unset = line + ",2026-03-07T03:40:11.5+00:00,1969-12-31T16:00:00.000-08:00"
+    assert only(tmp_path, unset, "panos").time.start_ns == AT - 10 * SECOND
+    unset = line + ",1969-12-31T16:00:00.000-08:00"
+    assert only(tmp_path, unset, "panos").time.start_ns == AT - 10 * SECOND + 8 * 3600 * SECOND
+
+
+def test_a_record_without_a_begin_still_has_a_time(tmp_path: Path) -> None:
+    line = HEAD.format("TRAFFIC,end") + MIDDLE + "allow,9,5,4,2,,10,any,0,1,0x0,a,b,0,1,1,aged-out"
+    time = only(tmp_path, line, "panos").time
+    assert (time.start_ns, time.semantics) == (AT, Semantics.END)
+
+
+CLOUD = {
+    "LogType": "TRAFFIC",
+    "Subtype": "end",
+    "TimeReceived": "2026-03-07T03:40:40.000000Z",
+    "TimeGenerated": "2026-03-07T03:40:12.000000Z",
+    "SessionStartTime": "2026-03-07T03:40:01.000000Z",
+    "SessionDuration": 10,
+    "SourceAddress": "10.0.0.5",
+    "SourcePort": 44318,
+    "DestinationAddress": "198.51.100.7",
+    "DestinationPort": 22,
+    "NATSource": "203.0.113.9",
+    "NATSourcePort": 61000,
+    "NATDestination": "",
+    "NATDestinationPort": 0,
+    "Protocol": "tcp",
+    "Action": "reset-both",
+    "Rule": "No way out",
+    "BytesSent": 1758,
+    "BytesReceived": 5976,
+    "DeviceName": "fw-1",
+}
+SERVICE = (
+    "CEF:0|Palo Alto Networks|LF|2.0|TRAFFIC|end|3|dtz=UTC rt=Mar 07 2026 03:40:40 PanOSIsNAT=true suser=an n "
+    "start=Mar 07 2026 03:40:12 src=10.0.0.5 dst=198.51.100.7 sourceTranslatedAddress=203.0.113.9 cs1=No way out "
+    "cs1Label=Rule spt=44318 dpt=22 sourceTranslatedPort=61000 proto=tcp act=reset-both out=5976 in=1758 "
+    "PanOSSessionStartTime=Mar 07 2026 03:40:01 cn3=10 cn3Label=SessionDuration dvchost=fw-1"
+)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps(CLOUD),
+        SERVICE,
+        SERVICE.replace("LF|2.0|TRAFFIC|end", "PAN-OS|11.1.0|end|TRAFFIC"),
+        SERVICE.replace("PanOSSessionStartTime=Mar 07 2026 03:40:01 ", "").replace("cn3=10", "cn3=11"),
+    ],
+)
+def test_what_palo_altos_forwarding_makes_of_a_record(tmp_path: Path, line: str) -> None:
+    seen = only(tmp_path, line, "panos")
+    assert (seen.src, seen.dst, seen.proto, seen.action) == (HERE, THERE, "tcp", Action.DENIED)
+    assert (seen.translated_src, seen.rule, seen.node) == (("203.0.113.9", 61000), "No way out", "fw-1")
+    assert (seen.bytes_out, seen.bytes_in) == (1758, 5976)
+    assert (seen.time.start_ns // SECOND, seen.time.zoned) == (AT // SECOND - 10, True)
+    assert (seen.time.end_ns + 1) // SECOND == AT // SECOND + 2 or seen.time.end_ns == AT + SECOND + 1_000
+
+
+def test_a_threat_of_the_log_service(tmp_path: Path) -> None:
+    threat = {key: CLOUD[key] for key in CLOUD if not key.startswith(("Bytes", "Session"))}
+    threat |= {
+        "LogType": "THREAT",
+        "Subtype": "url",
+        "URLDomain": "pool.example",
+        "ThreatID": "Miner(1)",
+        "Action": "alert",
+    }
+    seen = only(tmp_path, json.dumps(threat), "panos")
+    assert (seen.action, seen.signature, seen.host) == (Action.ALLOWED, "Miner(1)", "pool.example")
+    assert records(tmp_path, json.dumps(CLOUD | {"LogType": "SYSTEM"}))[0] == []
+
+
+# ── Falco, Tetragon, Hubble ───────────────────────────────────────────────────────────────────────────────────
+
+SAID = (
+    "Notice Unexpected connection (connection=10.0.0.5:44318->198.51.100.7:22 lport=44318 user=root process=ssh "
+    "command=ssh -fNR 2222:localhost:22 mallory@198.51.100.7 (x) terminal=0 container_id=abc container_name=<NA>)"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "zoned", "dated"),
+    [
+        ("2026-03-07T03:40:11.123456789+0000: ", True, True),
+        ("2026-03-07T03:40:12Z node-3 falco[9]: 03:40:11.123456789: ", False, True),
+        ("Mar  7 03:40:11 node-3 falco: 03:40:11.123456789: ", False, False),
+    ],
+)
+def test_falco_as_text(tmp_path: Path, before: str, zoned: bool, dated: bool) -> None:
+    seen = only(tmp_path, before + SAID, "falco")
+    assert (seen.src, seen.dst, seen.severity, seen.rule) == (HERE, THERE, "Notice", "Unexpected connection")
+    assert seen.process.command == "ssh -fNR 2222:localhost:22 mallory@198.51.100.7 (x)"
+    assert (seen.process.executable, seen.process.container, seen.process.user) == ("ssh", "abc", "root")
+    assert (seen.time.zoned, seen.time.dated) == (zoned, dated)
+    if dated:
+        assert seen.time.start_ns == AT + 123_456_789
+
+
+def test_falcos_time_of_day_alone_is_no_time(tmp_path: Path) -> None:
+    found, report = records(tmp_path, "03:40:11.123456789: " + SAID)
+    assert found == []
+    assert "time_format_iso_8601" in report.first[0].detail
+
+
+PROCESS = {"exec_id": "bm9kZTox", "pid": 3120, "binary": "/usr/bin/ssh", "arguments": "-fN 198.51.100.7"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "event", "src", "dst"),
+    [
+        (
+            "process_connect",
+            {"source_ip": "10.0.0.5", "source_port": 44318, "destination_ip": "198.51.100.7", "destination_port": 22},
+            HERE,
+            THERE,
+        ),
+        ("process_listen", {"ip": "10.0.0.5", "port": 44318, "protocol": "TCP"}, HERE, (None, None)),
+        ("process_exit", {"signal": "SIGTERM"}, (None, None), (None, None)),
+        ("process_lsm", {"args": [{"sockaddr_arg": {"addr": "198.51.100.7", "port": 22}}]}, (None, None), THERE),
+        ("process_tracepoint", {"args": [{"syscall_id": {"id": 42, "abi": "x64"}}]}, (None, None), (None, None)),
+    ],
+)
+def test_tetragons_other_events(
+    tmp_path: Path, kind: str, event: dict[str, object], src: Endpoint, dst: Endpoint
+) -> None:
+    line = {kind: {"process": PROCESS, **event}, "node_name": "node-3", "time": "2026-03-07T03:40:11.5Z"}
+    seen = only(tmp_path, json.dumps(line), "tetragon")
+    assert (seen.src, seen.dst, seen.node) == (src, dst, "node-3")
+    assert (seen.process.pid, seen.process.command) == (3120, "/usr/bin/ssh -fN 198.51.100.7")
+
+
+def test_hubble_of_the_seventh_layer(tmp_path: Path) -> None:
+    flow = {"time": "2026-03-07T03:40:11.5Z", "verdict": "DROPPED", "type": "L7", "node_name": "node-3"}
+    flow |= {"IP": {"source": "10.0.0.5", "destination": "198.51.100.7"}}
+    flow |= {"l4": {"TCP": {"source_port": 44318, "destination_port": 22}}}
+    flow |= {"l7": {"type": "REQUEST", "http": {"method": "GET", "url": "http://pool.example:8080/x"}}}
+    seen = only(tmp_path, json.dumps({"flow": flow}), "hubble")
+    assert (seen.src, seen.dst, seen.host, seen.action) == (HERE, THERE, "pool.example", Action.DENIED)
+
+
+# ── Azure, Google ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_first_version_of_azures_tuples_has_eight_fields(tmp_path: Path) -> None:
+    tuples = [{"rule": "DenyAll", "flows": [{"flowTuples": ["1772854811,10.0.0.5,198.51.100.7,44318,22,T,O,D"]}]}]
+    seen = only(tmp_path, json.dumps({"time": "x", "properties": {"Version": 1, "flows": tuples}}), "azure-flow")
+    assert (seen.src, seen.dst, seen.action, seen.rule) == (HERE, THERE, Action.DENIED, "DenyAll")
+
+
+def test_googles_array_of_entries(tmp_path: Path) -> None:
+    connection = {"src_ip": "10.0.0.5", "src_port": 44318, "dest_ip": "198.51.100.7", "dest_port": 22, "protocol": 6}
+    payload = {"connection": connection, "disposition": "DENIED"}
+    entries = [{"insertId": name, "timestamp": "2026-03-07T03:40:11.5Z", "jsonPayload": payload} for name in "ab"]
+    found, report = records(tmp_path, json.dumps(entries, indent=2))
+    assert not report.quarantined
+    assert [(each.format, each.seen.src, each.record) for each in found] == [("gcp-vpc", HERE, 0), ("gcp-vpc", HERE, 1)]
