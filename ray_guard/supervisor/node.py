@@ -170,13 +170,14 @@ class Node:
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
 
-    def close(self) -> None:
+    def close(self, *, ended: bool) -> None:
+        """``ended``: all targets have, so the logs do too."""
         self.gpus.close()
         if "means" in self.__dict__:
             self.means.impatience.end()
         if (relay := self._relay()) is not None:
             relay.close()
-        self.sealer.close()
+        self.sealer.close(ended=ended)
         for journal in self._journals.values():
             journal.close()
         for directory in self._directories.values():

@@ -1,6 +1,7 @@
 """A job that makes calls and notes each, outside of any tracing, in a ledger: what the driver knows. Run by the suite.
 
     python job.py guard LEDGER POLICY          confined; EVIDENCE and OTEL_* come from the environment
+    python job.py observe LEDGER FOLDER        a driver: nothing is enforced, its spans are journaled
     python job.py batch LEDGER ENDPOINT        OpenTelemetry's batch processor instead, nothing of ours
 
 It does what it is told on stdin, a JSON line each, and answers with one. The ledger is written with ``write(2)``: what
@@ -53,8 +54,17 @@ def guarded(policy: str) -> tuple[Scope, Callable[[], None], dict[str, Any]]:
     return calls_of_this_process(), lambda: None, about
 
 
+def observed(_folder: str) -> tuple[Scope, Callable[[], None], dict[str, Any]]:
+    from ray_guard.client import channel
+
+    line = channel.observer()
+    assert line is not None
+    peer = line._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return calls_of_this_process(), lambda: None, {"supervisor": int.from_bytes(peer[:4], sys.byteorder)}
+
+
 def calls_of_this_process() -> Scope:
-    """Calls of a process that is confined."""
+    """Calls that ray_guard knows of."""
     import ray_guard
 
     @contextmanager
@@ -140,7 +150,7 @@ class Job:
 
 def main() -> None:
     how, ledger, given = sys.argv[1:]
-    scope, finish, about = {"guard": guarded, "batch": batched}[how](given)
+    scope, finish, about = {"guard": guarded, "observe": observed, "batch": batched}[how](given)
     job = Job(Ledger(ledger), scope)
     print(json.dumps({"pid": os.getpid(), **about}), flush=True)
     for line in sys.stdin:

@@ -74,6 +74,7 @@ class Job:
         environment: dict[str, str] | None = None,
         python: tuple[str, ...] = (PYTHON,),
         role: str = "env",
+        observes: bool = False,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self._ledger = folder / f"ledger-{time.monotonic_ns()}"
@@ -82,7 +83,7 @@ class Job:
             argv = ["batch", str(self._ledger), endpoint]
         else:
             policy = {"egress": {"allow": list(allow)}, "files": grants(folder), "role": role}
-            argv = ["guard", str(self._ledger), json.dumps(policy)]
+            argv = ["observe" if observes else "guard", str(self._ledger), json.dumps(policy)]
             clean["RAY_GUARD_EVIDENCE"] = str(evidence)
             if endpoint:
                 clean["OTEL_EXPORTER_OTLP_ENDPOINT"] = endpoint

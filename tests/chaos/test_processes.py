@@ -82,6 +82,23 @@ def test_children_of_the_job_when_both_are_killed(namespace: Namespace, tmp_path
                 os.kill(child, signal.SIGKILL)
 
 
+def test_a_driver_outlives_its_supervisor(namespace: Namespace, tmp_path: Path) -> None:
+    """Whoever is only observed goes on; what it said until then is known, and it finds the next supervisor."""
+    evidence = tmp_path / "evidence"
+    with Job(tmp_path, evidence, namespace=namespace, observes=True) as driver:
+        driver.ask("spans", 300)
+        os.kill(driver.supervisor, signal.SIGKILL)
+        driver.ask("spans", 300)
+        wait(lambda: list(evidence.glob("*.vouched")), "nothing was recovered", 15)
+        assert lives(driver.pid)
+        ledger = driver.ledger()
+    assert unproven(evidence) == []
+    found = judge(evidence, ledger)
+    FAULTS.note(Row.of("supervisor SIGKILL, a driver that is observed", found, None, 0))
+    assert (found.unclosed, found.duplicates) == ([], [])
+    assert len(found.lost) <= 1, "more than the call under way"
+
+
 @pytest.mark.xfail(reason="not there: a policy actor ends with its supervisor, as an env actor does; Ray restarts it")
 def test_a_policy_actor_is_armed_again(namespace: Namespace, tmp_path: Path) -> None:
     evidence = tmp_path / "evidence"
