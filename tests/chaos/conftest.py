@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from faults import FAULTS
 from harness import Namespace
+from stage import Sink
 
 _ABOUT = """# What breaks, and what is lost
 
@@ -40,5 +41,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture
 def namespace() -> Iterator[Namespace]:
     made = Namespace()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sink() -> Iterator[Sink]:
+    made = Sink()
     yield made
     made.close()

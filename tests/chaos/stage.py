@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,6 +61,28 @@ def dead_after(began: float, pids: Iterable[int], seconds: float = 5.0) -> float
     pids = list(pids)
     wait(lambda: not any(map(lives, pids)), f"{[pid for pid in pids if lives(pid)]} live on", seconds)
     return time.monotonic() - began
+
+
+class Sink:
+    """A loopback port that takes connections, counts and closes them."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port: int = self._server.getsockname()[1]
+        self.taken = 0
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self._server.accept()[0].close()
+                self.taken += 1
+
+    def close(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._server.close()
 
 
 class Job:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import struct
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 from faults import FAULTS, Row
 from harness import ROOT, Namespace
 from judge import Receiver, judge
-from stage import FOLDER, Job, interpreter, resident, unproven
+from stage import FOLDER, Job, Sink, interpreter, resident, unproven
 
 from ray_guard.evidence.reader import Quarantine, read
 
@@ -36,49 +34,32 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    """Takes connections, and closes them."""
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                server.accept()[0].close()
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield server.getsockname()[1]
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
-
-
 def denied(evidence: Path) -> int:
     spans = [entry.span for entry in read([evidence], Quarantine())]
     ended = {span.span_id: span for span in spans if span.name == "egress connect" and span.end_ns is not None}
     return sum(span.attributes["ray_guard.egress.decision"] == "deny" for span in ended.values())
 
 
-def test_the_disk_is_full(small_disk: Path, tmp_path: Path, port: int) -> None:
+def test_the_disk_is_full(small_disk: Path, tmp_path: Path, sink: Sink) -> None:
     """What goes on is recorded from the reserve, denials to the last; nothing new is granted."""
     evidence = small_disk / "evidence"
     receiver = Receiver()
     namespace = Namespace()
     try:
-        with Job(tmp_path, evidence, namespace=namespace, allow=[f"127.0.0.1:{port}"]) as job:
+        with Job(tmp_path, evidence, namespace=namespace, allow=[f"127.0.0.1:{sink.port}"]) as job:
             job.ask("spans", 200)
             filler = small_disk / "filler"
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while file.write(b"\0" * 4096) == 4096:
                     pass
-            granted = job.ask("connects", port, 2500)
+            granted = job.ask("connects", sink.port, 2500)
             refused = granted.index(1)  # when what had been set aside for grants was used up
             assert set(granted[refused:]) == {1}
             job.ask("spans", 300)
             assert job.ask("connects", 9, 50) == [13] * 50
             memory = resident(job.supervisor)
             filler.unlink()
-            assert job.ask("connects", port, 1) == [0]
+            assert job.ask("connects", sink.port, 1) == [0]
             job.ask("spans", 200)
             ledger = job.ledger()
     finally:
