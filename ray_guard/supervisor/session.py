@@ -536,14 +536,19 @@ class Session:
         if not self._connected:
             return
         self._connected = False
-        self._node.loop.forget(self._sock.fileno())
-        self._sock.close()
+        self._hang_up()
         if self._target is None:
             self._finish()
         elif self._gate is not None:
             self._kill()
         elif self._target.kind in ("observer", "run"):
             self._died()
+
+    def _hang_up(self) -> None:
+        self._node.loop.forget(self._sock.fileno())
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # the zygote holds it too
+        self._sock.close()
 
     def _kill(self) -> None:
         try:
@@ -561,8 +566,7 @@ class Session:
             tool.end()
         if self._connected:
             self._connected = False
-            self._node.loop.forget(self._sock.fileno())
-            self._sock.close()
+            self._hang_up()
         if self._pidfd >= 0:
             self._node.loop.forget(self._pidfd)
             os.close(self._pidfd)
