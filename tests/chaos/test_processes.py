@@ -19,6 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own, and so a mount namespace"),
 ]
 SLEEP = ["sleep", "1000"]
+_BUFFERED = 150
+"""Calls, two messages each, that 208 KiB of the kernel's buffers hold."""
 
 
 def test_the_job_is_killed(namespace: Namespace, tmp_path: Path) -> None:
@@ -67,7 +69,11 @@ def test_the_guard_is_killed(namespace: Namespace, tmp_path: Path, victims: str)
     FAULTS.note(Row.of(f"{victims} SIGKILL", found, took, memory))
     assert (found.unclosed, found.duplicates) == ([], [])
     assert took < 1.0
-    assert found.lost == []
+    if len(chosen) == 1:
+        assert found.lost == []
+    else:  # with both gone nobody holds what was sent and not read: at most what a socket's buffer takes, the last calls
+        latest = [*ledger.started][-_BUFFERED:]
+        assert set(found.lost) <= set(latest)
 
 
 class NotThere(Exception):
