@@ -126,6 +126,8 @@ class Session:
                 received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
             except (BlockingIOError, InterruptedError):
                 return
+            except ConnectionResetError:  # said once, before what was sent: it died and had not read all itself
+                continue
             except (OSError, seqpacket.BadPacket) as error:
                 log.warning("a packet of %s is unusable: %s", self._name(), error)
                 if isinstance(error, OSError):

@@ -39,7 +39,7 @@ class Batched:
     def begin(self) -> dict[str, int]:
         import job
 
-        scope, _, _ = job.batched(self.endpoint)
+        scope, _ = job.batched(self.endpoint)
         job.Job(job.Ledger(self.ledger), scope).flow()
         return {"batch_worker": os.getpid()}
 

@@ -36,31 +36,20 @@ Scope = Callable[[int, bool], Any]
 """``with scope(number, whether it may start a process) as span id``."""
 
 
-def guarded(policy: str) -> tuple[Scope, Callable[[], None], dict[str, Any]]:
+def guarded(policy: str) -> tuple[Scope, Callable[[], None]]:
     import ray_guard
-    from ray_guard.client import confine
 
     if "CHAOS_PYTHON" in os.environ:  # what a supervisor is started with
         sys.executable = os.environ["CHAOS_PYTHON"]
-    about: dict[str, Any] = {}
-    let_judge = confine._let_judge
-
-    def learn(supervisor: int) -> None:  # nothing else tells a target its supervisor's pid
-        about["supervisor"] = supervisor
-        let_judge(supervisor)
-
-    confine._let_judge = learn
     ray_guard.confine(json.loads(policy))
-    return calls_of_this_process(), lambda: None, about
+    return calls_of_this_process(), lambda: None
 
 
-def observed(_folder: str) -> tuple[Scope, Callable[[], None], dict[str, Any]]:
+def observed(_folder: str) -> tuple[Scope, Callable[[], None]]:
     from ray_guard.client import channel
 
-    line = channel.observer()
-    assert line is not None
-    peer = line._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return calls_of_this_process(), lambda: None, {"supervisor": int.from_bytes(peer[:4], sys.byteorder)}
+    assert channel.observer() is not None
+    return calls_of_this_process(), lambda: None
 
 
 def calls_of_this_process() -> Scope:
@@ -77,7 +66,7 @@ def calls_of_this_process() -> Scope:
     return call
 
 
-def batched(endpoint: str) -> tuple[Scope, Callable[[], None], dict[str, Any]]:
+def batched(endpoint: str) -> tuple[Scope, Callable[[], None]]:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -91,7 +80,7 @@ def batched(endpoint: str) -> tuple[Scope, Callable[[], None], dict[str, Any]]:
         with tracer.start_as_current_span("execute_tool work") as span:
             yield f"{span.get_span_context().span_id:016x}"
 
-    return call, provider.shutdown, {}
+    return call, provider.shutdown
 
 
 class Job:
@@ -150,9 +139,9 @@ class Job:
 
 def main() -> None:
     how, ledger, given = sys.argv[1:]
-    scope, finish, about = {"guard": guarded, "observe": observed, "batch": batched}[how](given)
+    scope, finish = {"guard": guarded, "observe": observed, "batch": batched}[how](given)
     job = Job(Ledger(ledger), scope)
-    print(json.dumps({"pid": os.getpid(), **about}), flush=True)
+    print(json.dumps({"pid": os.getpid()}), flush=True)
     for line in sys.stdin:
         (name, arguments), *_ = json.loads(line).items()
         print(json.dumps({"result": getattr(job, name)(*arguments)}), flush=True)

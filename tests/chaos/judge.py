@@ -86,7 +86,7 @@ def judge(evidence: Path, ledger: Ledger) -> Findings:
     unended = [span for span in ledger.finished if span in begun and "itself" not in ends[span]]
     return Findings(
         started=len(ledger.started),
-        lost=missing + unended,
+        lost=[f"{span}: its begin" for span in missing] + [f"{span}: its end, {ends[span]}" for span in unended],
         unclosed=[span for span in ledger.started if span in begun and not ends[span]],
         duplicates=[span for span, found in ends.items() if len(found) > 1]
         + [span for spans in numbers.values() if len(spans) > 1 for span in spans],

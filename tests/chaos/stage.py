@@ -37,6 +37,29 @@ def children(pid: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+_SUPERVISOR = b"ray_guard.supervisor.__main__"
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def supervisor_beside(pid: int) -> int:
+    """The supervisor in the mount namespace of process ``pid``. Its zygote and leaders have its command line too."""
+    where = os.stat(f"/proc/{pid}/ns/mnt").st_ino
+    with_children = {
+        each: children(each)
+        for each in map(int, filter(str.isdigit, os.listdir("/proc")))
+        if _SUPERVISOR in _command(each) and os.stat(f"/proc/{each}/ns/mnt").st_ino == where
+    }
+    below = {child for found in with_children.values() for child in found}
+    (supervisor,) = with_children.keys() - below
+    return supervisor
+
+
 def resident(pid: int) -> int:
     """Bytes of memory; 0: it is gone."""
     try:
@@ -123,11 +146,11 @@ class Job:
         )
         about = self._answer(30.0)
         self.pid: int = about["pid"]
-        self.supervisor: int = about.get("supervisor", 0)
+        self.supervisor = 0 if evidence is None else supervisor_beside(self.pid)
 
     @property
     def zygote(self) -> int:
-        (zygote,) = (pid for pid in children(self.supervisor) if children(pid))
+        (zygote,) = (pid for pid in children(self.supervisor) if _SUPERVISOR in _command(pid))
         return zygote
 
     def ask(self, name: str, *arguments: Any) -> Any:

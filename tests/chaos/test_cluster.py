@@ -6,8 +6,6 @@ import json
 import os
 import select
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ import pytest
 from faults import FAULTS, Row
 from harness import wait
 from judge import Receiver, judge, read_ledger
-from stage import FOLDER, dead_after, resident, unproven
+from stage import FOLDER, dead_after, resident, supervisor_beside, unproven
 
 from ray_guard.evidence.verify.check import check
 from ray_guard.kernel import rendezvous
@@ -41,7 +39,7 @@ class Cluster:
             bufsize=1,
         )
         self.pids: dict[str, int] = self.answer(60.0)
-        self.supervisor = supervisor()
+        self.supervisor = supervisor_beside(os.getpid())
         wait(lambda: self.ledger.stat().st_size > 50_000, "no calls are made", 10)
 
     def answer(self, seconds: float) -> dict[str, Any]:
@@ -65,14 +63,6 @@ class Cluster:
     def close(self) -> None:
         if self._driver.poll() is None:
             self._driver.communicate(timeout=60)
-
-
-def supervisor() -> int:
-    """The pid of the one that serves this namespace."""
-    sock = rendezvous.connect()
-    assert sock is not None, "there is no supervisor"
-    with sock:
-        return int(struct.unpack_from("=I", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 
 
 @pytest.fixture
@@ -143,7 +133,7 @@ def test_the_supervisor_below_a_cluster_is_killed(cluster: Cluster) -> None:
     cluster.tell("again")
     cluster.answer(30.0)
     back = time.monotonic() - began
-    assert supervisor() != cluster.supervisor
+    assert supervisor_beside(os.getpid()) != cluster.supervisor
     cluster.close()
     assert unproven(cluster.evidence) == []
     assert len(check(cluster.evidence)) == 2

@@ -52,12 +52,12 @@ def test_the_guard_is_killed(namespace: Namespace, tmp_path: Path, victims: str)
     with Job(tmp_path, evidence, namespace=namespace) as job:
         job.ask("calls", 300)
         tool = job.ask("hold", SLEEP)
-        detached = job.ask("hold", ["setsid", "sh", "-c", "sleep 1000 & wait"])
+        detached = job.ask("hold", ["sh", "-c", "setsid sleep 1000 & wait"])
         job.ask("flow")
         job.calls_on()
         zygote = job.zygote
         family = [job.supervisor, zygote, *children(zygote)]
-        tools = [tool, detached, *children(detached)]
+        tools = [tool, detached, *wait(lambda: children(detached), "it starts nothing")]
         chosen = {"supervisor": [job.supervisor], "zygote": [zygote]}.get(victims, [job.supervisor, zygote])
         memory = resident(job.supervisor)
         took = dead_after(kill_together(chosen), [job.pid, *tools])
@@ -71,9 +71,9 @@ def test_the_guard_is_killed(namespace: Namespace, tmp_path: Path, victims: str)
     assert took < 1.0
     if len(chosen) == 1:
         assert found.lost == []
-    else:  # with both gone nobody holds what was sent and not read: at most what a socket's buffer takes, the last calls
+    else:  # nobody holds what was sent and not read: the last calls, at most what a socket's buffer takes
         latest = [*ledger.started][-_BUFFERED:]
-        assert set(found.lost) <= set(latest)
+        assert {each.partition(":")[0] for each in found.lost} <= set(latest)
 
 
 class NotThere(Exception):
@@ -89,18 +89,17 @@ while True:
 """
 
 
+_SURVIVE = pytest.mark.xfail(
+    reason="not there: without the zygote nobody ends an actor's own children; they can reach nothing", raises=NotThere
+)
+
+
 @pytest.mark.parametrize(
     "victims",
     [
         "supervisor",
-        "zygote",
-        pytest.param(
-            "supervisor and zygote",
-            marks=pytest.mark.xfail(
-                reason="not there: nobody is left who would end an actor's own children; they can reach nothing",
-                raises=NotThere,
-            ),
-        ),
+        pytest.param("zygote", marks=_SURVIVE),
+        pytest.param("supervisor and zygote", marks=_SURVIVE),
     ],
 )
 def test_the_jobs_own_children(namespace: Namespace, tmp_path: Path, sink: Sink, victims: str) -> None:
