@@ -139,7 +139,7 @@ def test_a_driver_outlives_its_supervisor(namespace: Namespace, tmp_path: Path) 
     found = judge(evidence, ledger)
     FAULTS.note(Row.of("supervisor SIGKILL, a driver that is observed", found, None, 0))
     assert (found.unclosed, found.duplicates) == ([], [])
-    assert len(found.lost) <= 1, "more than the call under way"
+    assert len(found.lost) <= 2, "more than the end of the call under way and the begin of the next"
 
 
 @pytest.mark.xfail(
