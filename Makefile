@@ -23,7 +23,7 @@ BENCH_PACKAGES := $(BENCH_VENV)/.packages-$(call digest,requirements/bench.txt)
 # flock, because two shells may say `make env` at once.
 pip_install = flock $(1) $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: help env env-bench system-packages lock demo test slow escapes hosts lint format types layers bench clean distclean
+.PHONY: help env env-bench system-packages lock demo test slow escapes chaos hosts lint format types layers bench clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ escapes: env ## every way out, here and in other sandboxes; the table goes to do
 	scripts/system-packages peers || true  # a column of the table says what is not installed
 	$(MAKE) env-bench || true
 	$(PY) -m pytest tests/escapes --peers --table docs/escapes.md
+
+chaos: env ## what breaks around a job, and what is lost of it (root); the table goes to docs/chaos.md
+	$(PY) -m pytest tests/chaos --faults docs/chaos.md
 
 hosts: env ## the suites that meet the kernel on every simulated host, and as an ordinary user (root; half an hour)
 	$(PY) tests/hosts/everywhere.py $(HOSTS)

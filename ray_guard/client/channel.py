@@ -26,6 +26,8 @@ ANSWER_TIMEOUT_S: Final = 30.0
 _PATIENCE_S: Final = 10.0
 """How long a supervisor that neither lets in nor ends is waited for."""
 _LOOK_S: Final = 0.002
+_DYING_S: Final = 0.5
+"""How long a supervisor that was killed may still seem to be there."""
 _NO_BYTES: Final = bytes(4)
 #: what says where spans and checkpoints are exported to: each target's own
 _EXPORT_ENVIRONMENT: Final = (
@@ -281,10 +283,9 @@ def observer() -> Channel | None:
             if _lines.observer is not None:
                 _lines.observer.close()  # what of the job before is still open is ended by the supervisor
                 _lines.observer = None
-            channel = connect()
             run = job[1] or f"run-{os.urandom(4).hex()}"
             identity = {"run_id": run, "service_name": os.environ.get("OTEL_SERVICE_NAME", "driver")}
-            channel.request(
+            channel = _observe(
                 {
                     "op": "hello",
                     "kind": "observer",
@@ -297,3 +298,19 @@ def observer() -> Channel | None:
             channel.identity = {"rl.run.id": run}
             _lines.observer, _lines.observed = channel, job
         return _lines.observer
+
+
+def _observe(hello: dict[str, Any]) -> Channel:
+    """A channel on which ``hello`` was answered. One supervisor may have been killed, and not be gone yet."""
+    deadline = time.monotonic() + _DYING_S
+    while True:
+        channel = connect()
+        try:
+            channel.request(hello)
+        except BaseException as error:
+            channel.close()
+            if not isinstance(error, SupervisorLost) or time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_S)
+        else:
+            return channel

@@ -113,11 +113,16 @@ class Forwarder:
             _log.warning("%s cannot be saved: %s", self._progress.path, error.strerror or error)
 
     def _reject(self, batch: Sequence[Line], why: str) -> bool:
-        """Whether the one span of the batch is to blame. Passes it over if so."""
+        """Whether the one span of the batch is to blame, and not the endpoint. Passes it over if so."""
         ahead = [pair for line in self._tail.read(_LOOKAHEAD)[len(batch) :] for pair in line.spans]
         if not any(self._exporter.export([pair]) is None for pair in ahead):
             return False
-        for _, span in (pair for line in batch for pair in line.spans):
+        spans = [pair for line in batch for pair in line.spans]
+        if self._exporter.export(spans) is None:  # the endpoint had come back just then
+            self.sent += len(spans)
+            self._taken(batch)
+            return True
+        for _, span in spans:
             _log.warning("span %s of trace %s is passed over: %s", span.span_id, span.trace_id, why)
             self._progress.rejected += 1
             self.passed_over += 1

@@ -25,7 +25,7 @@ from ray_guard.evidence.layout import BEFORE, SEAL_SUFFIX, VOUCHED_SUFFIX, unvou
 from ray_guard.evidence.merkle import Tree
 from ray_guard.evidence.otlp import LineEncoder, NotOtlp, decode, resource_line
 from ray_guard.evidence.reader import open_segment, scan, segments_of
-from ray_guard.records import AttributeValue, StatusCode
+from ray_guard.records import AttributeValue, Resource, SpanRecord, StatusCode
 
 _IDS: Final = re.compile(rb'"spans":\[\{"traceId":"([0-9a-f]{32})","spanId":"([0-9a-f]{16})"')
 _TAIL: Final = 4 << 20
@@ -83,7 +83,7 @@ class _Abandoned:
         if note is not None:
             about[f"{BEFORE}.checkpoint"] = note
         if note is None or "\nend\n" not in note:
-            found = _Found()
+            found = Found()
             for path in segments_of(self._folder, self._log):
                 found.take(path)
             yield from found.ends(self._log)
@@ -111,7 +111,7 @@ def _said(lines: list[bytes], word: str) -> str | None:
     return None
 
 
-class _Found:
+class Found:
     """What a killed supervisor's segments hold."""
 
     def __init__(self) -> None:
@@ -143,13 +143,16 @@ class _Found:
         with contextlib.suppress(OSError):
             os.truncate(path, os.path.getsize(path))  # gives back what had been set aside behind its end
 
+    def begun(self) -> Iterator[tuple[Resource, SpanRecord]]:
+        """The spans that have no end."""
+        for content in self.open.values():
+            with contextlib.suppress(NotOtlp, ValueError):
+                ((resource, record),) = decode(content)
+                yield resource, record
+
     def ends(self, log: str) -> Iterator[bytes]:
         """An end for every span that has none: when the log was last written."""
-        for content in self.open.values():
-            try:
-                ((resource, record),) = decode(content)
-            except (NotOtlp, ValueError):
-                continue
+        for resource, record in self.begun():
             attributes = {**record.attributes, "ray_guard.ended_by": "supervisor", "ray_guard.recovered_from": log}
             ended = record._replace(
                 end_ns=max(record.start_ns, self._last_ns),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from ray_guard.kernel.seqpacket import BadPacket
-from ray_guard.records import AttributeValue, SpanEvent, SpanLink
+from ray_guard.records import AttributeValue, SpanEvent, SpanKind, SpanLink, SpanRecord, StatusCode
 
 IDENTITY: Final = ("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version")
 _HEX: Final = frozenset("0123456789abcdef")
@@ -71,4 +72,32 @@ def events(value: object) -> tuple[SpanEvent, ...]:
         SpanEvent(text(event[0], 256), time(event[1]), attributes(event[2]))
         for event in value[:128]
         if isinstance(event, list) and len(event) == 3
+    )
+
+
+def begun(message: Mapping[str, Any]) -> SpanRecord:
+    """The span that an ``open`` message begins, without its identity."""
+    parent = message.get("parent")
+    return SpanRecord(
+        trace_id=identifier(message.get("trace"), 32),
+        span_id=identifier(message.get("span"), 16),
+        parent_id=None if parent is None else identifier(parent, 16),
+        name=text(message.get("name"), 512),
+        kind=SpanKind.CLIENT if message.get("kind") == SpanKind.CLIENT.value else SpanKind.INTERNAL,
+        start_ns=time(message.get("start")),
+        end_ns=None,
+        attributes=attributes(message.get("attributes")),
+        links=links(message.get("links")),
+    )
+
+
+def ended(record: SpanRecord, message: Mapping[str, Any]) -> SpanRecord:
+    """``record`` as a ``close`` message ends it."""
+    status = message.get("status", 0)
+    return record._replace(
+        end_ns=max(time(message.get("end")), record.start_ns),
+        attributes={**record.attributes, **attributes(message.get("attributes"))},
+        status=StatusCode(status) if status in (0, 1, 2) else StatusCode.UNSET,
+        status_message=text(message.get("message", ""), 4096),
+        events=events(message.get("events")),
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import select
 import socket
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.errors import NotEnforced, PolicyError
 from ray_guard.evidence.forwarder import forwarder_argv
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 log = logger("ray_guard.node")
 
 Endpoint = tuple[str, int]
+_FORWARD_AGAIN_S: Final = 1.0
+"""Until a forwarder that was killed is started again."""
 
 
 class Membership:
@@ -156,11 +159,26 @@ class Node:
             self._evidence_folders.append(os.path.realpath(folder))
             argv = forwarder_argv(folder, environment)
             if argv is not None:
-                import subprocess  # most nodes export nothing, and every start would wait for it
-
-                whole = {**os.environ, **environment}
-                self._forwarders.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/", env=whole))
+                self._forward(argv, {**os.environ, **environment})
         return self._journals[folder]
+
+    def _forward(self, argv: list[str], environment: dict[str, str]) -> None:
+        """Starts a forwarder, and another where somebody kills it: it goes on where the one before was."""
+        import subprocess  # most nodes export nothing, and every start would wait for it
+
+        forwarder = subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd="/", env=environment)
+        self._forwarders.append(forwarder)
+        pidfd = os.pidfd_open(forwarder.pid)
+
+        def ended(_events: int) -> None:
+            self.loop.forget(pidfd)
+            os.close(pidfd)
+            self._forwarders.remove(forwarder)
+            if forwarder.wait() < 0:
+                log.warning("the forwarder was killed by signal %d", -forwarder.returncode)
+                self.loop.later(_FORWARD_AGAIN_S, functools.partial(self._forward, argv, environment))
+
+        self.loop.watch(pidfd, select.EPOLLIN, ended)
 
     def _flush(self) -> None:
         for journal in self._journals.values():
@@ -170,13 +188,14 @@ class Node:
             except OSError as error:
                 log.warning("%s: %s", journal.folder, error)
 
-    def close(self) -> None:
+    def close(self, *, ended: bool) -> None:
+        """``ended``: all targets have, so the logs do too."""
         self.gpus.close()
         if "means" in self.__dict__:
             self.means.impatience.end()
         if (relay := self._relay()) is not None:
             relay.close()
-        self.sealer.close()
+        self.sealer.close(ended=ended)
         for journal in self._journals.values():
             journal.close()
         for directory in self._directories.values():

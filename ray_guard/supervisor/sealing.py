@@ -133,13 +133,13 @@ class Sealer:
             self._introduce(journal)
         self._loop.later(_FIRST_S, lambda: self._recover(journal))
 
-    def close(self) -> None:
-        """Seals what there is for the last time; the journals can then be closed."""
+    def close(self, *, ended: bool) -> None:
+        """Seals what there is for the last time; the journals can then be closed. ``ended``: and says so in them."""
         self._syncer.end()
         if self._line is None and self._journals:
             self._start()
         for journal in self._journals:
-            self._seal_last(journal)
+            self._seal_last(journal, ended=ended)
         if self._line is not None:
             self._line.close()
         for each in self._couriers.values():
@@ -309,9 +309,9 @@ class Sealer:
         seqpacket.send(line, {"op": "sign", "id": number, "text": cut.checkpoint.text()})
         return number
 
-    def _seal_last(self, journal: Journal) -> None:
+    def _seal_last(self, journal: Journal, *, ended: bool) -> None:
         """Waits for it: the loop has ended."""
-        cut = journal.cut(last=True)
+        cut = journal.cut(last=ended)
         if cut is None or self._line is None or id(journal) in self._stale:
             return
         self._line.settimeout(_LAST_S)

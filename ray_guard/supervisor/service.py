@@ -66,7 +66,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     gc.enable()
     gc.set_threshold(50_000, 20, 100)
     loop.run()
-    node.close()
+    node.close(ended=not supervisor.abandoned)
 
 
 def _sweep(place: Callable[[], str]) -> None:
@@ -83,6 +83,8 @@ class Supervisor:
         self._starts = starts
         self._sessions: set[Session] = set()
         self._visits = 0
+        self.abandoned = False
+        """Its targets end with it: what they had open is for the next supervisor to close."""
         listener.setblocking(False)
         loop.watch(listener.fileno(), select.EPOLLIN, lambda _events: self._accept())
         self._linger()
@@ -108,7 +110,8 @@ class Supervisor:
 
     def abandon(self) -> None:
         """Cuts what the targets have open: they end with this process."""
-        for session in self._sessions:
+        self.abandoned = True
+        for session in list(self._sessions):
             session.abandon()
 
     def _linger(self) -> None:

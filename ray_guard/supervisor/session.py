@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import select
 import signal
@@ -29,7 +30,7 @@ from ray_guard.policy.decide import CompiledPolicy, Operation, Process, Request,
 from ray_guard.policy.destination import Group, Transport, canonical_address
 from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.records import Mode, Resource, Role
-from ray_guard.supervisor import fields, zygote
+from ray_guard.supervisor import fields
 from ray_guard.supervisor.consequences import Consequences, acts
 from ray_guard.supervisor.model_calls import announced
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
@@ -38,7 +39,9 @@ from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.start import read_start
 from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
+from ray_guard.supervisor.unread import About
 from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
+from ray_guard.supervisor.zygote import WardedLine
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Gate
@@ -51,6 +54,7 @@ _BATCH: Final = 64
 _NO_BYTES: Final = bytes(4)
 _KINDS: Final = ("actor", "program", "run", "observer")
 _ENV_ROLES: Final = (Role.ENV, Role.POLICY)
+_numbers: Final = itertools.count()
 
 
 class Session:
@@ -77,6 +81,7 @@ class Session:
         self._ring: Ring | None = None
         self._tools: list[Tool] = []
         self._lifeline: socket.socket | None = None
+        self._warded: WardedLine | None = None
         self._pidfd = -1
         self._connected = True
         self._dead = False
@@ -121,6 +126,8 @@ class Session:
                 received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
             except (BlockingIOError, InterruptedError):
                 return
+            except ConnectionResetError:  # said once, before what was sent: it died and had not read all itself
+                continue
             except (OSError, seqpacket.BadPacket) as error:
                 log.warning("a packet of %s is unusable: %s", self._name(), error)
                 if isinstance(error, OSError):
@@ -231,7 +238,7 @@ class Session:
         self._target = target
         self._joined(target)
         self._lifeline, stops = socket.socketpair()
-        with stops, self._ward(pid) as kills:
+        with stops, self._ward(target) as kills:
             welcome = {
                 "ok": True,
                 "supervisor": os.getpid(),
@@ -330,11 +337,13 @@ class Session:
         if missing:
             raise NotEnforced(missing, "without it no call of this process could be judged: CAP_SYS_PTRACE would help")
 
-    def _ward(self, pid: int) -> socket.socket:
+    def _ward(self, target: Target) -> socket.socket:
         """Puts the target's tree into the zygote's care, should this process die; returns the target's line to it."""
         held, kills = socket.socketpair()
+        self._warded = WardedLine(self._zygote, next(_numbers), 0 if target.kind == "observer" else target.pid)
+        about = About(target.journal.folder, target.run_id, dict(target.resource.attributes))
         with held:
-            zygote.ward(self._zygote, pid, held)
+            self._warded.begin(self._sock, about, held)
         return kills
 
     def _peer(self) -> tuple[int, int]:
@@ -433,7 +442,10 @@ class Session:
         names = ("actor_id", "actor_name")
         if message.get("actor_id"):
             self._node.actor_started(str(message["actor_id"]), self._known().account)
-        self._known().identify({f"ray.{name}": str(message[name]) for name in names if message.get(name)})
+        target = self._known()
+        target.identify({f"ray.{name}": str(message[name]) for name in names if message.get(name)})
+        if self._warded is not None:
+            self._warded.rename(target.resource.attributes)
 
     def _reward(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         self._known().reward(str(message["episode"]), float(message["value"]))
@@ -526,14 +538,19 @@ class Session:
         if not self._connected:
             return
         self._connected = False
-        self._node.loop.forget(self._sock.fileno())
-        self._sock.close()
+        self._hang_up()
         if self._target is None:
             self._finish()
         elif self._gate is not None:
             self._kill()
         elif self._target.kind in ("observer", "run"):
             self._died()
+
+    def _hang_up(self) -> None:
+        self._node.loop.forget(self._sock.fileno())
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # the zygote holds it too
+        self._sock.close()
 
     def _kill(self) -> None:
         try:
@@ -551,8 +568,7 @@ class Session:
             tool.end()
         if self._connected:
             self._connected = False
-            self._node.loop.forget(self._sock.fileno())
-            self._sock.close()
+            self._hang_up()
         if self._pidfd >= 0:
             self._node.loop.forget(self._pidfd)
             os.close(self._pidfd)
@@ -566,7 +582,11 @@ class Session:
         self._try_finish()
 
     def abandon(self) -> None:
-        """This process must end before its targets: what they have open is cut first."""
+        """This process must end before its targets: takes in what they have said, and cuts what they have open."""
+        if self._connected:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RD)
+            self._read(1 << 16)
         if self._ring is not None:
             self._ring.close()
             self._ring = None
@@ -590,9 +610,9 @@ class Session:
         if self._lifeline is not None:
             self._lifeline.close()
             self._lifeline = None
-        if self._target is not None:
+        if self._warded is not None:
             with contextlib.suppress(OSError):
-                seqpacket.send(self._zygote, {"op": "release", "pid": self._target.pid})
+                self._warded.end()
         if self._target is not None:
             self._node.leave(self._target)
             self._target.scratches.end_all()

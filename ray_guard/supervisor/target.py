@@ -230,21 +230,10 @@ class Target:
         """A span begins. Raises BadPacket for what is no span."""
         if len(self.open) >= _OPEN_LIMIT:
             raise BadPacket("too many open spans")
-        span_id = fields.identifier(message.get("span"), 16)
         identity = fields.identity(message.get("identity"))
         identity.setdefault("rl.run.id", self.run_id)
-        parent = message.get("parent")
-        record = SpanRecord(
-            trace_id=fields.identifier(message.get("trace"), 32),
-            span_id=span_id,
-            parent_id=None if parent is None else fields.identifier(parent, 16),
-            name=fields.text(message.get("name"), 512),
-            kind=SpanKind.CLIENT if message.get("kind") == SpanKind.CLIENT.value else SpanKind.INTERNAL,
-            start_ns=fields.time(message.get("start")),
-            end_ns=None,
-            attributes=fields.attributes(message.get("attributes")),
-            links=fields.links(message.get("links")),
-        )
+        record = fields.begun(message)
+        span_id = record.span_id
         scope = fields.text(message.get("scope"), 32)
         episode = message.get("episode")
         episode = None if episode is None else fields.identifier(episode, 16)
@@ -272,37 +261,12 @@ class Target:
         span = self.open.get(fields.identifier(message.get("span"), 16))
         if span is None:
             return
-        status = message.get("status", 0)
-        self._finish(
-            span,
-            end_ns=fields.time(message.get("end")),
-            more=fields.attributes(message.get("attributes")),
-            status=StatusCode(status) if status in (0, 1, 2) else StatusCode.UNSET,
-            text=fields.text(message.get("message", ""), 4096),
-            events=fields.events(message.get("events")),
-        )
+        self._finish(span, fields.ended(span.record, message))
 
-    def _finish(
-        self,
-        span: OpenSpan,
-        *,
-        end_ns: int,
-        more: Mapping[str, AttributeValue],
-        status: StatusCode,
-        text: str = "",
-        events: tuple[SpanEvent, ...] = (),
-    ) -> None:
-        record = span.record
-        attributes = {**record.attributes, **more}
+    def _finish(self, span: OpenSpan, record: SpanRecord) -> None:
         if span.scope == "episode":
-            attributes["ray_guard.violation_count"] = span.violations
-        record = record._replace(
-            end_ns=max(end_ns, record.start_ns),
-            attributes=attributes,
-            status=status,
-            status_message=text,
-            events=events,
-        )
+            counted = {**record.attributes, "ray_guard.violation_count": span.violations}
+            record = record._replace(attributes=counted)
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
         self._write_reported(record, span.identity)
         self.open.pop(record.span_id, None)
@@ -314,13 +278,13 @@ class Target:
         """The process is gone: what it had begun ends here, and says so."""
         now = time.time_ns()
         for span in reversed(list(self.open.values())):
-            self._finish(
-                span,
-                end_ns=now,
-                more={"ray_guard.ended_by": "supervisor"},
+            record = span.record._replace(
+                end_ns=max(now, span.record.start_ns),
+                attributes={**span.record.attributes, "ray_guard.ended_by": "supervisor"},
                 status=StatusCode.ERROR,
-                text="the process ended before the span did",
+                status_message="the process ended before the span did",
             )
+            self._finish(span, record)
 
     # -- whose doing something is --------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
@@ -30,6 +31,7 @@ from ray_guard.supervisor import domain, leaf, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
 from ray_guard.supervisor.leftovers import Held, sweep
+from ray_guard.supervisor.unread import About, Unread
 
 
 def run(requests: socket.socket) -> NoReturn:
@@ -43,13 +45,21 @@ def run(requests: socket.socket) -> NoReturn:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a tool's descriptors may have any number
     with contextlib.suppress(OSError):  # then each tool tries, and says so
         bound_capabilities()
+    supervisor = os.getppid()
     zygote = _Zygote(requests)
     gc.freeze()  # a collection in a child would copy every page
     gc.enable()
     while zygote.step():
         pass
+    zygote.unread.shut(supervisor)
     zygote.end_wards()
     zygote.end_adopted(zygote.leaders)
+    try:
+        zygote.unread.write()
+    except OSError:
+        import traceback
+
+        traceback.print_exc()
     zygote.held.clear()
     zygote.remove_leaves()
     os._exit(0)
@@ -95,6 +105,7 @@ class _Zygote:
         """Its own children and when they were born, to tell them from those it takes in."""
         self.leaders: set[int] = set()
         self.held = Held()
+        self.unread = Unread()
         self._leaves: list[leaf.OwnLeaf] = []
 
     def step(self) -> bool:
@@ -112,6 +123,8 @@ class _Zygote:
 
     def _obey(self, message: dict[str, Any], descriptors: list[int]) -> None:
         operation = message.get("op")
+        if "about" in message:
+            self.unread.hold(int(message["line"]), descriptors.pop(), About(*message["about"]))
         if operation == "ward":
             pid = int(message["pid"])
             self._wards[pid] = _Ward(pid, int(message["start_time"]), descriptors[0] if descriptors else None)
@@ -119,6 +132,8 @@ class _Zygote:
                 self._wards = {
                     pid: ward for pid, ward in self._wards.items() if ward.lifeline is not None or ward.lives
                 }
+        elif operation == "rename":
+            self.unread.rename(int(message["line"]), message["resource"])
         elif operation == "remove":
             self._remove(str(message["path"]))
         elif operation == "hold":
@@ -127,6 +142,7 @@ class _Zygote:
         elif operation == "sweep":
             self._sweep(str(message["path"]))
         elif operation == "release":
+            self.unread.release(int(message["line"]))
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
@@ -271,13 +287,42 @@ class _Zygote:
             time.sleep(0.002)
 
 
-def ward(starts: socket.socket, pid: int, lifeline: socket.socket | None = None) -> None:
+def ward(starts: socket.socket, pid: int) -> None:
     """Puts a process's tree into the zygote's care, should the supervisor die; called by the supervisor."""
     start_time = procfs.start_time(pid)
-    if start_time is None:
-        return  # it has ended already
-    passed = [] if lifeline is None else [lifeline.fileno()]
-    seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time}, passed)
+    if start_time is not None:  # else it has ended already
+        seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time})
+
+
+class WardedLine(NamedTuple):
+    """A target's line to the supervisor, in the zygote's care too: see :mod:`ray_guard.supervisor.unread`."""
+
+    starts: socket.socket
+    number: int
+    pid: int
+    """Of the process that ends with the supervisor; 0: an observer, which nobody ends."""
+
+    def begin(self, line: socket.socket, about: About, lifeline: socket.socket) -> None:
+        """Puts it into the zygote's care, should the supervisor die; called by the supervisor.
+
+        Args:
+            lifeline: held open by the zygote, whose end kills the process.
+        """
+        message: dict[str, Any] = {"op": "line", "line": self.number, "about": about}
+        passed = [line.fileno()]
+        if self.pid:
+            born = procfs.start_time(self.pid) or 0  # 0: it has ended already, but what it said is kept
+            message |= {"op": "ward", "pid": self.pid, "start_time": born}
+            passed.insert(0, lifeline.fileno())
+        seqpacket.send(self.starts, message, passed)
+
+    def rename(self, resource: Mapping[str, Any]) -> None:
+        """It has learnt which actor it is; called by the supervisor."""
+        seqpacket.send(self.starts, {"op": "rename", "line": self.number, "resource": resource})
+
+    def end(self) -> None:
+        """It was read to its end, and its process is gone; called by the supervisor. Raises OSError."""
+        seqpacket.send(self.starts, {"op": "release", "pid": self.pid, "line": self.number})
 
 
 def end_adopted(starts: socket.socket, leader: int) -> None:

@@ -232,6 +232,27 @@ def test_one_span_that_is_refused_does_not_stop_the_others(
     assert json.loads((tmp_path / "e" / STATE).read_text())["rejected"] == 1
 
 
+def test_a_collector_that_comes_back_while_a_span_is_suspected(
+    tmp_path: Path, start: Start, received: Any, serve: Serve
+) -> None:
+    back = threading.Event()
+
+    def answer(body: bytes) -> int:
+        if b"suspect" not in body:  # the forwarder asks whether others are taken: from here on all are
+            back.set()
+        return 200 if back.is_set() else 503
+
+    with serve(answer=answer) as endpoint, Journal(tmp_path / "e") as journal:
+        journal.append(ENCODER.encode(span(0, name="suspect")))
+        expected = {span(0).span_id} | append(journal, range(1, 6))
+        process = start(tmp_path / "e", environment(endpoint))
+        received.wait(lambda r: set(r.ids()) == expected)
+        code, said = finish(process)
+    assert code == 0
+    assert "passed over" not in said
+    assert json.loads((tmp_path / "e" / STATE).read_text())["rejected"] == 0
+
+
 def test_killed_and_started_again_it_goes_on_where_it_was(
     tmp_path: Path, start: Start, received: Any, serve: Serve
 ) -> None:

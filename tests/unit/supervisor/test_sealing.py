@@ -64,7 +64,7 @@ def test_a_signer_that_does_not_start_is_told_once(tmp_path: Path) -> None:
         sealer.add(journal, {})
         loop.later(1.5, loop.stop)
         loop.run()
-        sealer.close()
+        sealer.close(ended=True)
         content = Path(journal.path).read_bytes()
     assert content.count(b'"error.type","value":{"stringValue":"unsealed"}') == 1
     (report,) = check(tmp_path / "e")

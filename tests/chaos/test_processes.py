@@ -1,0 +1,159 @@
+"""Processes that are killed: the job, its supervisor, the zygote, both at once. Calls are flowing all the while."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from faults import FAULTS, Row
+from harness import PYTHON, ROOT, Namespace, wait
+from judge import judge
+from stage import Job, Sink, batch_lost, children, dead_after, kill_together, lives, resident, restarted, unproven
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own, and so a mount namespace"),
+]
+SLEEP = ["sleep", "1000"]
+_BUFFERED = 150
+"""Calls, two messages each, that 208 KiB of the kernel's buffers hold."""
+
+
+def test_the_job_is_killed(namespace: Namespace, tmp_path: Path) -> None:
+    """A worker's SIGKILL: what it said before is known, what it had open is ended by the supervisor."""
+    evidence = tmp_path / "evidence"
+    with Job(tmp_path, evidence, namespace=namespace) as job:
+        job.ask("calls", 300)
+        tool = job.ask("hold", SLEEP)
+        job.ask("flow")
+        job.calls_on()
+        memory = resident(job.supervisor)
+        took = dead_after(job.kill(), [job.pid, tool])
+        ledger = job.ledger()
+    assert unproven(evidence) == []
+    found = judge(evidence, ledger)
+    FAULTS.note(Row.of("worker SIGKILL", found, took, memory, batch_lost(tmp_path)))
+    assert (found.lost, found.unclosed, found.duplicates) == ([], [], [])
+    assert found.closed_by["supervisor"] >= 1
+    assert took < 1.0
+
+
+@pytest.mark.parametrize("victims", ["supervisor", "zygote", "supervisor and zygote", "both, without control groups"])
+def test_the_guard_is_killed(namespace: Namespace, tmp_path: Path, victims: str) -> None:
+    """Nothing goes on unguarded: job and tools die within a second, and the next supervisor ends what was open."""
+    if victims == "both, without control groups":
+        hide = ["mount", "-t", "tmpfs", "-o", "ro", "none", "/sys/fs/cgroup"]
+        subprocess.run([*namespace.outside, *hide], check=True)
+    evidence = tmp_path / "evidence"
+    with Job(tmp_path, evidence, namespace=namespace) as job:
+        job.ask("calls", 300)
+        tool = job.ask("hold", SLEEP)
+        detached = job.ask("hold", ["sh", "-c", "setsid sleep 1000 & wait"])
+        job.ask("flow")
+        job.calls_on()
+        zygote = job.zygote
+        family = [job.supervisor, zygote, *children(zygote)]
+        tools = [tool, detached, *wait(lambda: children(detached), "it starts nothing")]
+        chosen = {"supervisor": [job.supervisor], "zygote": [zygote]}.get(victims, [job.supervisor, zygote])
+        memory = resident(job.supervisor)
+        took = dead_after(kill_together(chosen), [job.pid, *tools])
+        dead_after(time.monotonic(), family, 10)
+        ledger = job.ledger()
+    restarted(tmp_path, evidence, namespace)
+    assert unproven(evidence) == []
+    found = judge(evidence, ledger)
+    FAULTS.note(Row.of(f"{victims} SIGKILL", found, took, memory))
+    assert (found.unclosed, found.duplicates) == ([], [])
+    assert took < 1.0
+    if len(chosen) == 1:
+        assert found.lost == []
+    else:  # nobody holds what was sent and not read: the last calls, at most what a socket's buffer takes
+        latest = [*ledger.started][-_BUFFERED:]
+        assert {each.partition(":")[0] for each in found.lost} <= set(latest)
+
+
+class NotThere(Exception):
+    """What the issue asks for and this version does not do."""
+
+
+_CONNECTING = """
+import socket, sys, time
+while True:
+    try: socket.create_connection(("127.0.0.1", int(sys.argv[1])), 1).close()
+    except OSError: pass
+    time.sleep(0.01)
+"""
+
+
+_SURVIVE = pytest.mark.xfail(
+    reason="not there: without the zygote nobody ends an actor's own children; they can reach nothing", raises=NotThere
+)
+
+
+@pytest.mark.parametrize(
+    "victims",
+    [
+        "supervisor",
+        pytest.param("zygote", marks=_SURVIVE),
+        pytest.param("supervisor and zygote", marks=_SURVIVE),
+    ],
+)
+def test_the_jobs_own_children(namespace: Namespace, tmp_path: Path, sink: Sink, victims: str) -> None:
+    """Those of the actor ring, whom no leader leads: nothing gets out of them any more, and they die."""
+    with Job(tmp_path, tmp_path / "evidence", namespace=namespace, allow=[f"127.0.0.1:{sink.port}"]) as job:
+        child = job.ask("child", [PYTHON, "-I", "-S", "-c", _CONNECTING, str(sink.port)])
+        try:
+            wait(lambda: sink.taken > 5, "the control does not connect")
+            both = {"supervisor": job.supervisor, "zygote": job.zygote}
+            began = kill_together([both[name] for name in victims.split(" and ")])
+            dead_after(began, [job.pid])
+            before = sink.taken
+            time.sleep(0.5)
+            assert sink.taken == before, "it still connects"
+            survives = lives(child)
+            closed_by = "LIVES ON, reaches nothing" if survives else ""
+            took = "–" if survives else f"{time.monotonic() - began:.2f} s at most"
+            FAULTS.note(Row(f"{victims} SIGKILL, an actor's own children", "–", "–", "–", closed_by, took, "", "–"))
+            if survives:
+                raise NotThere
+        finally:
+            if lives(child):
+                os.kill(child, signal.SIGKILL)
+
+
+def test_a_driver_outlives_its_supervisor(namespace: Namespace, tmp_path: Path) -> None:
+    """Whoever is only observed goes on; what it said until then is known, and it finds the next supervisor."""
+    evidence = tmp_path / "evidence"
+    with Job(tmp_path, evidence, namespace=namespace, observes=True) as driver:
+        driver.ask("spans", 300)
+        os.kill(driver.supervisor, signal.SIGKILL)
+        driver.ask("spans", 300)
+        wait(lambda: list(evidence.glob("*.vouched")), "nothing was recovered", 15)
+        assert lives(driver.pid)
+        ledger = driver.ledger()
+    assert unproven(evidence) == []
+    found = judge(evidence, ledger)
+    FAULTS.note(Row.of("supervisor SIGKILL, a driver that is observed", found, None, 0))
+    assert (found.unclosed, found.duplicates) == ([], [])
+    assert len(found.lost) <= 2, "more than the end of the call under way and the begin of the next"
+
+
+@pytest.mark.xfail(
+    reason="not there: a policy actor ends with its supervisor, as an env actor does; Ray restarts it", raises=NotThere
+)
+def test_a_policy_actor_is_armed_again(namespace: Namespace, tmp_path: Path) -> None:
+    evidence = tmp_path / "evidence"
+    with Job(tmp_path, evidence, namespace=namespace, role="policy") as job:
+        job.ask("calls", 10)
+        before = job.supervisor
+        os.kill(before, signal.SIGKILL)
+        time.sleep(0.5)
+        if not lives(job.pid):
+            fault = "supervisor SIGKILL, policy actor armed again in 5 s"
+            FAULTS.note(Row(fault, "–", "–", "–", "NOT THERE: it ends too", "0.50 s at most", "", "–"))
+            raise NotThere
+        wait(lambda: job.ask("calls", 1) > 10, "it is not armed again", 5.0)
