@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import psutil
@@ -44,6 +45,20 @@ class Batched:
         return {"batch_worker": os.getpid()}
 
 
+def begun_again(actor: Any) -> dict[str, int]:
+    """Once Ray has started it anew."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            found: dict[str, int] = ray.get(actor.begin.remote())
+        except ray.exceptions.RayActorError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return found
+
+
 def main() -> None:
     ledger, batch_ledger, endpoint = sys.argv[1:]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -61,7 +76,7 @@ def main() -> None:
         elif line.strip() == "shutdown":
             ray.shutdown()
         elif line.strip() == "again":
-            print(json.dumps(ray.get(actors[0].begin.remote())), flush=True)
+            print(json.dumps(begun_again(actors[0])), flush=True)
 
 
 main()

@@ -69,8 +69,10 @@ def test_the_guard_is_killed(namespace: Namespace, tmp_path: Path, victims: str)
     FAULTS.note(Row.of(f"{victims} SIGKILL", found, took, memory))
     assert (found.unclosed, found.duplicates) == ([], [])
     assert took < 1.0
-    if len(chosen) == 1:
+    if chosen == [zygote]:
         assert found.lost == []
+    elif chosen == [job.supervisor]:  # the message that it had read, and was about to write
+        assert len(found.lost) <= 1
     else:  # nobody holds what was sent and not read: the last calls, at most what a socket's buffer takes
         latest = [*ledger.started][-_BUFFERED:]
         assert {each.partition(":")[0] for each in found.lost} <= set(latest)

@@ -111,6 +111,6 @@ def test_nothing_is_written(tmp_path: Path, unread: Unread, line: Line, why: str
     with (folder / f"{log}{SEAL_SUFFIX}").open("rb") as seal:
         if why == "held by another":
             fcntl.flock(seal, fcntl.LOCK_SH)
-        unread.shut(1 if why == "somebody else's" else os.getpid())
+        unread.shut(1 << 23 if why == "somebody else's" else os.getpid())
     unread.write()
     assert len(list(folder.glob("*.otlp.jsonl"))) == 1
