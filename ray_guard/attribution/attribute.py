@@ -24,7 +24,6 @@ SECOND: Final = 1_000_000_000
 _ENOUGH: Final = 0.995
 """Candidates are listed until this much of the probability is named."""
 _MOST: Final = 500
-_DAY_S: Final = 86_400
 
 Progress = Callable[[str], None]
 
@@ -229,7 +228,6 @@ def _distance(moment: int, span: tuple[int, int]) -> int:
 
 def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: int) -> None:
     """Fills ``clock``: the sources' clocks, and those of the maps, numbered on from them."""
-    candidates.set_patterns(db)
     for number, source in enumerate(sources):
         source.clock = clock.estimate(db, number)
     clocks = [source.clock for source in sources]
@@ -296,12 +294,8 @@ def _exposures(db: duckdb.DuckDBPyConnection, groups: int, group: Any, start: An
     """(calls of each reach, machine-seconds of each group): what alerts could have been caused by."""
     ((machines,),) = db.execute("SELECT count(*) FROM node").fetchall()
     reaches = db.execute(
-        """SELECT CASE WHEN w.text = '' OR w.text IS NULL THEN 1
-             WHEN regexp_matches(w.text, getvariable('suspect')) THEN 3
-             WHEN regexp_matches(w.text, getvariable('network')) THEN 2
-             WHEN regexp_matches(w.text, getvariable('silent')) THEN 0 ELSE 1 END AS reach,
-             count(*), min(a.start_ns), max(a.end_ns)
-           FROM alive a LEFT JOIN words w USING (call) GROUP BY reach"""
+        """SELECT coalesce(w.reach, 1) AS reach, count(*), min(a.start_ns), max(a.end_ns)
+           FROM alive a LEFT JOIN words w USING (call) GROUP BY ALL"""
     ).fetchall()
     calls = np.zeros(4)
     for reach, count, _, _ in reaches:

@@ -11,15 +11,11 @@ from typing import Final
 
 import duckdb
 
-from ray_guard.attribution import prior
-
 TIERS: Final = ("socket", "nat", "process", "destination", "interval")
 BUCKET_NS: Final = 30_000_000_000
 """Width of the buckets that interval joins hash by."""
 LOOKBACK_NS: Final = 300_000_000_000
 """How far back a record may look that says only when it was written, or when something ended."""
-KEPT: Final = 64
-"""Interval candidates of one alert that are kept apart; the weight of the others is summed."""
 
 
 def join(db: duckdb.DuckDBPyConnection) -> None:
@@ -28,15 +24,8 @@ def join(db: duckdb.DuckDBPyConnection) -> None:
 
     Needs ``clock`` (source, skew_ns, drift, reference_ns, slack_ns) beside what :func:`store.prepare` makes.
     """
-    set_patterns(db)
     for statement in _JOIN:
         db.execute(statement)
-
-
-def set_patterns(db: duckdb.DuckDBPyConnection) -> None:
-    """Makes the patterns of :mod:`~ray_guard.attribution.prior` known to statements, by name."""
-    for name, pattern in (("suspect", prior.SUSPECT), ("network", prior.NETWORK), ("silent", prior.SILENT)):
-        db.execute(f"SET VARIABLE {name} = ?", [pattern])
 
 
 def _overlap(left: str, right: str, slack: str) -> str:
@@ -136,10 +125,7 @@ _JOIN: Final = (
            SELECT alert, call, min(tier) AS tier, min(gap_ns) AS gap_ns FROM met WHERE call IS NOT NULL GROUP BY ALL),
          best AS (SELECT alert, call, min(tier) AS tier, min(gap_ns) AS gap_ns FROM strongest GROUP BY alert, call)
          SELECT b.*, coalesce(l.end_ns - l.start_ns, 0) AS span_ns, t.source,
-           CASE WHEN w.text IS NULL OR w.text = '' THEN 1
-                WHEN regexp_matches(w.text, getvariable('suspect')) THEN 3
-                WHEN regexp_matches(w.text, getvariable('network')) THEN 2
-                WHEN regexp_matches(w.text, getvariable('silent')) THEN 0 ELSE 1 END AS reach,
+           coalesce(w.reach, 1) AS reach,
            coalesce(contains(w.text, t.dst_ip), false) OR coalesce(contains(w.text, t.src_ip), false)
              OR coalesce(t.host <> '' AND contains(lower(w.text), t.host), false) AS named,
            u.call IS NOT NULL AS used, v.call IS NOT NULL AS watched

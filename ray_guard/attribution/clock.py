@@ -163,7 +163,7 @@ WITH {_SAMPLE}, {_SIDES},
    SELECT n.alert, n.start_ns - l.end_ns AS low, n.end_ns - l.start_ns AS high, n.start_ns AS seen,
      contains(w.text, n.peer_ip) OR coalesce(n.host <> '' AND contains(lower(w.text), n.host), false)
        OR coalesce(u.call IS NOT NULL, false) AS named,
-     regexp_matches(w.text, getvariable('suspect')) AS suspect
+     w.reach = 3 AS suspect
    FROM near n JOIN alive l ON l.node = n.node AND abs(n.start_ns - l.start_ns) < $reach
    JOIN words w USING (call)
    LEFT JOIN (SELECT DISTINCT call, peer_ip FROM flow) u ON u.call = l.call AND u.peer_ip = n.peer_ip

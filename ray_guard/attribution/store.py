@@ -17,6 +17,7 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
+from ray_guard.attribution import prior
 from ray_guard.attribution.nat import Mapping
 from ray_guard.attribution.sources.reader import Record
 from ray_guard.evidence import columns
@@ -160,6 +161,8 @@ def _alert(number: int, source: int, record: Record) -> dict[str, Any]:
 
 def prepare(db: duckdb.DuckDBPyConnection) -> None:
     """Makes the tables of the job out of ``span``."""
+    for name, pattern in (("suspect", prior.SUSPECT), ("network", prior.NETWORK), ("silent", prior.SILENT)):
+        db.execute(f"SET VARIABLE {name} = ?", [pattern])
     for statement in _PREPARE:
         db.execute(statement)
     for table, kind in (("flow", "egress connect"), ("process", "process %")):
@@ -264,10 +267,14 @@ _DERIVE: Final = (
          FROM call c LEFT JOIN (
            SELECT call, max(end_ns) AS end_ns FROM (
              SELECT call, end_ns FROM process UNION ALL SELECT call, end_ns FROM flow) GROUP BY call) l USING (call)""",
-    """CREATE OR REPLACE TABLE words AS
+    """CREATE OR REPLACE TABLE words AS SELECT *,
+           CASE WHEN text = '' THEN 1
+                WHEN regexp_matches(text, getvariable('suspect')) THEN 3
+                WHEN regexp_matches(text, getvariable('network')) THEN 2
+                WHEN regexp_matches(text, getvariable('silent')) THEN 0 ELSE 1 END AS reach FROM (
          SELECT c.call, concat_ws(' ; ', nullif(c.arguments, ''), p.commands) AS text
          FROM call c LEFT JOIN (
            SELECT call, string_agg(left(command, 400), ' ; ' ORDER BY start_ns) AS commands FROM (
              SELECT * FROM process WHERE command <> '' AND call IS NOT NULL
-             QUALIFY row_number() OVER (PARTITION BY call ORDER BY start_ns) <= 16) GROUP BY call) p USING (call)""",
+             QUALIFY row_number() OVER (PARTITION BY call ORDER BY start_ns) <= 16) GROUP BY call) p USING (call))""",
 )

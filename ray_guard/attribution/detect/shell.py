@@ -44,7 +44,6 @@ class Command:
         name: the program's name without folder.
         arguments: the others, unquoted.
         piped_from: the command whose output it reads, in a pipeline.
-        looped: it stands in the body of a loop.
     """
 
     name: str

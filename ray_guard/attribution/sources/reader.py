@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from ray_guard.attribution.sources import FORMATS, Source
 from ray_guard.attribution.sources.line import Line, Unusable, of_object, sound
 from ray_guard.attribution.times import BadTime
 from ray_guard.errors import RayGuardError
+from ray_guard.evidence.reader import open_segment
 
 LINE_LIMIT: Final = 1 << 24
 """Bytes of one line; an Azure hour on one line has less."""
@@ -129,7 +129,7 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
         NotAlerts: the file cannot be opened, or is no regular file.
     """
     try:
-        hashed = _Hashed(_open(path))
+        hashed = _Hashed(open_segment(path))
     except OSError as error:
         raise NotAlerts(str(path), f"cannot be read: {error.strerror}") from error
     detector = _Detector(forced)
@@ -292,14 +292,6 @@ class _Hashed(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-def _open(path: Path) -> BinaryIO:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "not a regular file")
-    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def _unpacked(file: _Hashed) -> BinaryIO:
