@@ -23,7 +23,7 @@ from ray_guard.attribution.attribute import Attribution, Options, Result, attrib
 from ray_guard.attribution.document import document
 from ray_guard.attribution.sources import FORMATS
 from ray_guard.attribution.sources.reader import NotAlerts
-from ray_guard.cli.output import say
+from ray_guard.cli.output import failed, say
 from ray_guard.evidence.reader import NotEvidence
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         zone = ZoneInfo(args.tz) if args.tz else None
     except (ZoneInfoNotFoundError, ValueError):
-        return _failed(f"--tz {args.tz}: no such time zone; give a name such as Europe/Berlin, or UTC")
+        return failed("attribute", f"--tz {args.tz}: no such time zone; give a name such as Europe/Berlin, or UTC")
     options = Options(None if args.format == "auto" else args.format, zone, args.year)
     begun = time.monotonic()
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         result = attribute(args.traces, args.alerts, maps=args.nat, options=options, progress=progress)
     except (NotEvidence, NotAlerts) as error:
-        return _failed(str(error))
+        return failed("attribute", str(error))
     finally:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 path.write_text(content, encoding="utf-8", newline="\n")
             except OSError as error:
-                return _failed(f"{path} cannot be written: {error.strerror}")
+                return failed("attribute", f"{path} cannot be written: {error.strerror}")
     say(_summary(result))
     return 0
 
@@ -140,8 +140,3 @@ def _answer(alert: Attribution) -> str:
     names = ("iteration", "group", "rollout", "turn", "tool", "call_id")
     parts = [f"{name.replace('call_id', 'call')} {about[name]}" for name in names if about.get(name) is not None]
     return f"{alert.verdict} {first.confidence:.2f} ({first.tier}): {', '.join(parts)}"
-
-
-def _failed(why: str) -> int:
-    print(f"ray-guard attribute: {why}", file=sys.stderr)
-    return 2

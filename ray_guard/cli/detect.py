@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_guard.attribution.detect import commands, payloads
-from ray_guard.cli.output import say
+from ray_guard.cli.output import failed, say
 
 if TYPE_CHECKING:
     from ray_guard.attribution.detect.sigma import Rule
@@ -39,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Answers. 0; 1 where a line could not be judged (it is answered with its error); 2 where a file cannot be used."""
     if args.commands is None and args.payloads is None:
-        return _failed("nothing to judge: give --commands FILE or --payloads FILE")
+        return failed("detect", "nothing to judge: give --commands FILE or --payloads FILE")
     rules: list[Rule] = []
     if args.rules:
         from ray_guard.attribution.detect import sigma
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             rules = sigma.load(args.rules)
         except sigma.BadRule as error:
-            return _failed(str(error))
+            return failed("detect", str(error))
     answers: list[dict[str, Any]] = []
     for path, judge in ((args.commands, _command(rules)), (args.payloads, _payload)):
         if path is None:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             answers.extend(_answers(path, judge))
         except OSError as error:
-            return _failed(f"{path} cannot be read: {error.strerror}")
+            return failed("detect", f"{path} cannot be read: {error.strerror}")
     text = "".join(json.dumps(each) + "\n" for each in answers)
     if args.json is None:
         say(text)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             args.json.write_text(text, encoding="utf-8")
         except OSError as error:
-            return _failed(f"{args.json} cannot be written: {error.strerror}")
+            return failed("detect", f"{args.json} cannot be written: {error.strerror}")
     bad = sum("error" in each for each in answers)
     if bad:
         sys.stderr.write(f"ray-guard detect: {bad} of {len(answers)} lines could not be judged; see their errors\n")
@@ -118,8 +118,3 @@ def _payload(asked: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f'"direction" is sent or received, not {direction!r}')
     found = payloads.judge(bytes.fromhex(written), direction)
     return {"flagged": False} if found is None else {"flagged": True, "kind": found.kind.value, "rule": found.rule}
-
-
-def _failed(why: str) -> int:
-    sys.stderr.write(f"ray-guard detect: {why}\n")
-    return 2

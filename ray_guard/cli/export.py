@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_guard.cli.output import failed
 from ray_guard.evidence.reader import NotEvidence, Quarantine, merge, read
 from ray_guard.report.export import FORMATS, export
 from ray_guard.report.index import Index
@@ -41,15 +42,15 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Writes the file. 0; 2 with a line on stderr when there is no evidence to read or PATH cannot be written."""
     if args.clean and args.format != "sft":
-        return _failed(f"--clean says which rollouts are written, and --format {args.format} writes spans")
+        return failed("export", f"--clean says which rollouts are written, and --format {args.format} writes spans")
     quarantine = Quarantine()
     try:
         entries = list(merge(read([args.evidence], quarantine)).values())
         count = export(entries, args.format, args.out, clean=args.clean)
     except NotEvidence as error:
-        return _failed(str(error))
+        return failed("export", str(error))
     except OSError as error:
-        return _failed(f"{args.out} cannot be written: {error.strerror or error}")
+        return failed("export", f"{args.out} cannot be written: {error.strerror or error}")
     what = "trajectories" if args.format == "sft" else "spans"
     said = [f"{count} {what}"]
     if args.format == "otlp" and (opened := sum(entry.span.end_ns is None for entry in entries)):
@@ -60,8 +61,3 @@ def run(args: argparse.Namespace) -> int:
         said.append(f"{quarantine.total} lines could not be read: first {quarantine.first[0].position}")
     sys.stderr.write(f"ray-guard export: {args.out}: {'; '.join(said)}\n")
     return 0
-
-
-def _failed(why: str) -> int:
-    sys.stderr.write(f"ray-guard export: {why}\n")
-    return 2

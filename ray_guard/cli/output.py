@@ -15,3 +15,9 @@ def say(content: str) -> None:
     except BrokenPipeError:
         # The interpreter would flush once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def failed(command: str, why: str) -> int:
+    """Says on stderr why a command has nothing to show; its exit status."""
+    sys.stderr.write(f"ray-guard {command}: {why}\n")
+    return 2

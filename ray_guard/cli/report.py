@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_guard.cli.output import say
+from ray_guard.cli.output import failed, say
 from ray_guard.evidence.reader import NotEvidence, Quarantine, merge, read, segments
 from ray_guard.report import html, tables, terminal
 from ray_guard.report.index import Index
@@ -43,10 +43,12 @@ def run(args: argparse.Namespace) -> int:
         files = segments([args.evidence])
         index = Index(merge(read([args.evidence], quarantine)).values())
     except NotEvidence as error:
-        return _failed(str(error))
+        return failed("report", str(error))
     if not len(index) and quarantine.total:
         first = quarantine.first[0]
-        return _failed(f"{args.evidence}: no span in it can be read; first: {first.reason} at {first.position}")
+        return failed(
+            "report", f"{args.evidence}: no span in it can be read; first: {first.reason} at {first.position}"
+        )
     summary = summarise(index)
     report = tables.report(summary, quarantine, str(args.evidence), len(files))
     # Written first: a closed pipe must not cost the file.
@@ -54,15 +56,10 @@ def run(args: argparse.Namespace) -> int:
         try:
             args.html.write_text(html.render(report, summary.iterations), encoding="utf-8", newline="\n")
         except OSError as error:
-            return _failed(f"{args.html} cannot be written: {error.strerror}")
+            return failed("report", f"{args.html} cannot be written: {error.strerror}")
     wide = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else None
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     say(terminal.render(report, columns=wide, colour=colour))
     if args.html is not None:
         say(f"\nwritten: {args.html}\n")
     return 0
-
-
-def _failed(why: str) -> int:
-    sys.stderr.write(f"ray-guard report: {why}\n")
-    return 2

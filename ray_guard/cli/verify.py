@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray_guard.cli.output import say
+from ray_guard.cli.output import failed, say
 from ray_guard.evidence.note import BadNote
 from ray_guard.evidence.reader import NotEvidence
 from ray_guard.evidence.verify.check import Finding, LogReport, State, check
@@ -61,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoints = [each for path in args.checkpoint for each in read_checkpoints(path)]
         logs = check(args.evidence, keys=keys, checkpoints=checkpoints)
     except (BadNote, NotEvidence) as error:
-        sys.stderr.write(f"ray-guard verify: {error}\n")
-        return 2
+        return failed("verify", str(error))
     sound = not any(log.findings for log in logs)
     if args.json:
         say(json.dumps(_as_json(args.evidence, logs, sound=sound), indent=1) + "\n")
