@@ -12,14 +12,18 @@ from ray_guard.kernel import procfs
 _PID_MAX = int(Path("/proc/sys/kernel/pid_max").read_text())
 _FAMILY = """
 import os, sys
+born = os.pipe()
 for _ in range(int(sys.argv[1])):
     if os.fork() == 0:
-        if os.fork() == 0: os.read(0, 1)
+        if os.fork() == 0:
+            os.write(born[1], b".")
+            os.read(0, 1)
         os.read(0, 1)
         os._exit(0)
 zombie = os.fork()
 if zombie == 0: os._exit(0)
 os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+for _ in range(int(sys.argv[1])): os.read(born[0], 1)
 print('ready', flush=True)
 os.read(0, 1)
 """
