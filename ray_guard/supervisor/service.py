@@ -59,6 +59,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
 
     node.hold = hold
     supervisor = Supervisor(listener, loop, node, starts)
+    node.admit = supervisor.admit
     _watch_zygote(loop, zygote_pid, supervisor)
     for place in (leaf.place, memory_group.place):
         loop.later(SWEEP_S, partial(_sweep, place))
@@ -97,7 +98,13 @@ class Supervisor:
             except OSError:
                 return
             self._visits += 1
-            self._sessions.add(Session(sock, self._node, self._starts, self._left))
+            self.admit(sock)
+
+    def admit(self, sock: socket.socket) -> Session:
+        """Begins a session on that line."""
+        session = Session(sock, self._node, self._starts, self._left)
+        self._sessions.add(session)
+        return session
 
     def _left(self, session: Session) -> None:
         self._sessions.discard(session)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from ray_guard.kernel import seqpacket
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
     from ray_guard.records import SpanRecord
 
@@ -64,11 +64,25 @@ class Unread:
         if number in self._lines:
             self._lines.pop(number)[0].close()
 
-    def shut(self, supervisor: int) -> None:
-        """The supervisor, which had this pid, is gone: nothing more is taken, and nobody else recovers its logs."""
-        for line, _ in self._lines.values():
+    def line(self, number: int) -> int | None:
+        """The descriptor that is held of it."""
+        return self._lines[number][0].fileno() if number in self._lines else None
+
+    def shut_one(self, number: int) -> None:
+        """Nothing more is taken from that one."""
+        if number in self._lines:
             with contextlib.suppress(OSError):
-                line.shutdown(socket.SHUT_RD)
+                self._lines[number][0].shutdown(socket.SHUT_RD)
+
+    def shut(self, supervisor: int, but: Container[int] = ()) -> None:
+        """The supervisor, which had this pid, is gone: nothing more is taken, and nobody else recovers its logs.
+
+        Args:
+            but: lines that the next supervisor may take over.
+        """
+        for number in self._lines:
+            if number not in but:
+                self.shut_one(number)
         from ray_guard.evidence.layout import SEAL_SUFFIX, unvouched  # here alone: what is forked stays small
 
         for folder in {about.folder for _, about in self._lines.values()}:

@@ -22,12 +22,12 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple, NoReturn
 
 from ray_guard.egress import rings
 from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, seqpacket, syscalls, trees
-from ray_guard.supervisor import domain, leaf, mounts
+from ray_guard.supervisor import domain, handover, leaf, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
 from ray_guard.supervisor.leftovers import Held, sweep
@@ -43,17 +43,17 @@ def run(requests: socket.socket) -> NoReturn:
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)  # what has lost its leader comes here, to be ended
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a tool's descriptors may have any number
-    with contextlib.suppress(OSError):  # then each tool tries, and says so
-        bound_capabilities()
     supervisor = os.getppid()
     zygote = _Zygote(requests)
     gc.freeze()  # a collection in a child would copy every page
     gc.enable()
     while zygote.step():
         pass
-    zygote.unread.shut(supervisor)
+    too_late = time.monotonic() + handover.PATIENCE_S
+    zygote.unread.shut(supervisor, but=zygote.estates.held)
     zygote.end_wards()
     zygote.end_adopted(zygote.leaders)
+    zygote.hand_over(supervisor, too_late)
     try:
         zygote.unread.write()
     except OSError:
@@ -72,6 +72,8 @@ class _Ward(NamedTuple):
     start_time: int
     lifeline: int | None
     """A target's, held open: where the zygote dies too, its closing kills the target. None: a process beside one."""
+    root: int
+    """The target's pid, its own or that of whom it is beside."""
 
     @property
     def lives(self) -> bool:
@@ -104,6 +106,7 @@ class _Zygote:
         self._own: dict[int, int | None] = {}
         """Its own children and when they were born, to tell them from those it takes in."""
         self.leaders: set[int] = set()
+        self.estates = handover.Estates()
         self.held = Held()
         self.unread = Unread()
         self._leaves: list[leaf.OwnLeaf] = []
@@ -127,11 +130,14 @@ class _Zygote:
             self.unread.hold(int(message["line"]), descriptors.pop(), About(*message["about"]))
         if operation == "ward":
             pid = int(message["pid"])
-            self._wards[pid] = _Ward(pid, int(message["start_time"]), descriptors[0] if descriptors else None)
+            root = int(message.get("root", pid))
+            self._wards[pid] = _Ward(pid, int(message["start_time"]), descriptors[0] if descriptors else None, root)
             if len(self._wards) % _WARDS_SWEPT == 0:
                 self._wards = {
                     pid: ward for pid, ward in self._wards.items() if ward.lifeline is not None or ward.lives
                 }
+        elif operation in ("bequeath", "disinherit", "book"):
+            self.estates.obey(message, descriptors)
         elif operation == "rename":
             self.unread.rename(int(message["line"]), message["resource"])
         elif operation == "remove":
@@ -143,6 +149,7 @@ class _Zygote:
             self._sweep(str(message["path"]))
         elif operation == "release":
             self.unread.release(int(message["line"]))
+            self.estates.release(int(message["line"]))
             ward = self._wards.pop(int(message["pid"]), None)
             if ward is not None and ward.lifeline is not None:
                 os.close(ward.lifeline)
@@ -209,6 +216,8 @@ class _Zygote:
         try:
             # A leader's copies would keep alive the lines of targets that are the zygote's wards.
             close_all_but((0, 1, 2, line, *(() if own is None else (own.descriptor,))))
+            with contextlib.suppress(OSError):  # then each tool tries, and says so
+                bound_capabilities()
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
             code = lead(
                 sock, self._programs[gpu], self._system, covers, own.path if own is not None and own.joined else ""
@@ -255,12 +264,13 @@ class _Zygote:
             time.sleep(0.002)
 
     def end_wards(self) -> None:
-        """The supervisor is gone, and its lifelines have stopped the targets: ends all below them.
+        """The supervisor is gone, and its lifelines have stopped the targets: ends all below them, but what is kept.
 
         Children first: a target that died before them would leave them to nobody.
         """
         deadline = time.monotonic() + KILL_PATIENCE_S
-        wards = [ward for ward in self._wards.values() if ward.lives]
+        kept = self.estates.pids
+        wards = [ward for ward in self._wards.values() if ward.root not in kept and ward.lives]
         while wards and time.monotonic() < deadline:
             below = {pid for ward in wards for pid in procfs.descendants(ward.pid) if not procfs.is_zombie(pid)}
             for pid in below or {ward.pid for ward in wards}:
@@ -268,6 +278,44 @@ class _Zygote:
                     os.kill(pid, signal.SIGKILL)
             if not below:
                 return
+
+    def hand_over(self, supervisor: int, until: float) -> None:
+        """Hands on what is kept to the next supervisor; what nobody takes is ended."""
+        if not self.estates.held:
+            return
+        taken: set[int] = set()
+        if handover.await_end(supervisor, until):
+            try:
+                taken = handover.hand_over(self._offers(), until, self._start_supervisor)
+            except OSError:
+                import traceback
+
+                traceback.print_exc()
+        for number, estate in list(self.estates.held.items()):
+            if estate.pid in taken:
+                self.unread.release(number)
+                self._wards = {pid: ward for pid, ward in self._wards.items() if ward.root != estate.pid}
+            else:
+                self.unread.shut_one(number)
+            self.estates.release(number)
+        self.end_wards()
+
+    def _offers(self) -> Iterator[handover.Offer]:
+        for number, estate in self.estates.held.items():
+            ward, line = self._wards.get(estate.pid), self.unread.line(number)
+            if ward is not None and ward.lifeline is not None and line is not None:
+                yield handover.Offer(estate, ward.start_time, line, ward.lifeline)
+
+    def _start_supervisor(self, listener: socket.socket) -> None:
+        if not self._is_parent(os.fork()):
+            try:
+                handover.become_supervisor(listener)
+            except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(0)
 
     def _is_own(self, pid: int) -> bool:
         born = procfs.start_time(pid)
@@ -287,11 +335,15 @@ class _Zygote:
             time.sleep(0.002)
 
 
-def ward(starts: socket.socket, pid: int) -> None:
-    """Puts a process's tree into the zygote's care, should the supervisor die; called by the supervisor."""
+def ward(starts: socket.socket, pid: int, root: int) -> None:
+    """Puts a process's tree into the zygote's care, should the supervisor die; called by the supervisor.
+
+    Args:
+        root: the target that it is beside.
+    """
     start_time = procfs.start_time(pid)
     if start_time is not None:  # else it has ended already
-        seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time})
+        seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time, "root": root})
 
 
 class WardedLine(NamedTuple):
@@ -315,6 +367,23 @@ class WardedLine(NamedTuple):
             message |= {"op": "ward", "pid": self.pid, "start_time": born}
             passed.insert(0, lifeline.fileno())
         seqpacket.send(self.starts, message, passed)
+
+    def bequeath(self, listener: int, book: int, stopper: int | None) -> None:
+        """It is handed on, should the supervisor die: see :mod:`ray_guard.supervisor.handover`; called by the latter.
+
+        Args:
+            stopper: the end of its lifeline that stops it; None: it holds that itself.
+        """
+        passed = [listener, book, *(() if stopper is None else (stopper,))]
+        seqpacket.send(self.starts, {"op": "bequeath", "pid": self.pid, "line": self.number}, passed)
+
+    def renew_book(self, book: int) -> None:
+        """Its book was written anew; called by the supervisor."""
+        seqpacket.send(self.starts, {"op": "book", "line": self.number}, [book])
+
+    def disinherit(self) -> None:
+        """It ends with the supervisor again; called by the latter. Raises OSError."""
+        seqpacket.send(self.starts, {"op": "disinherit", "line": self.number})
 
     def rename(self, resource: Mapping[str, Any]) -> None:
         """It has learnt which actor it is; called by the supervisor."""

@@ -122,6 +122,7 @@ class Job:
         environment: dict[str, str] | None = None,
         python: tuple[str, ...] = (PYTHON,),
         role: str = "env",
+        budgets: dict[str, Any] | None = None,
         observes: bool = False,
     ) -> None:
         folder.mkdir(exist_ok=True)
@@ -131,6 +132,8 @@ class Job:
             argv = ["batch", str(self._ledger), endpoint]
         else:
             policy = {"egress": {"allow": list(allow)}, "files": grants(folder), "role": role}
+            if budgets is not None:
+                policy["budgets"] = budgets
             argv = ["observe" if observes else "guard", str(self._ledger), json.dumps(policy)]
             clean["RAY_GUARD_EVIDENCE"] = str(evidence)
             if endpoint:
@@ -166,6 +169,19 @@ class Job:
         assert line, f"the job has died: {self._process.wait()}"
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def await_supervisor(self, seconds: float) -> None:
+        """Waits for another supervisor, in whose hands the job is then."""
+        before = self.supervisor
+
+        def another() -> bool:
+            try:
+                self.supervisor = supervisor_beside(self.pid)
+            except (ValueError, OSError):  # none, or the old one's helpers have not ended
+                return False
+            return self.supervisor != before
+
+        wait(another, "there is no other supervisor", seconds)
 
     def ledger(self) -> Ledger:
         return read_ledger(self._ledger)
