@@ -16,9 +16,9 @@ from ray_guard.supervisor.book import Book
 if TYPE_CHECKING:
     from ray_guard.kernel.seccomp import Listener
     from ray_guard.policy.budgets import Account
+    from ray_guard.supervisor.care import Line
     from ray_guard.supervisor.loop import Loop
     from ray_guard.supervisor.target import Target
-    from ray_guard.supervisor.zygote import WardedLine
 
 log = logger("ray_guard.bequest")
 
@@ -28,9 +28,9 @@ class Bequest:
 
     Args:
         hello: how it introduced itself.
-        warded: its line, in the zygote's care.
+        warded: its line, in care.
         said: what it has said under former supervisors.
-        stopper: see :meth:`WardedLine.bequeath`.
+        stopper: see :meth:`Line.bequeath`.
 
     Raises:
         OSError: nothing can be left.
@@ -41,7 +41,7 @@ class Bequest:
         loop: Loop,
         target: Target,
         listener: Listener,
-        warded: WardedLine,
+        warded: Line,
         hello: dict[str, Any],
         *,
         said: Sequence[dict[str, Any]] = (),

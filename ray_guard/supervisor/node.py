@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ray_guard.egress.meter import Meter
     from ray_guard.egress.relay.front import Relay
     from ray_guard.egress.relay.model.admission import Price
+    from ray_guard.supervisor.care import Care
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
     from ray_guard.supervisor.leaf import Leaf
@@ -82,8 +83,8 @@ class Node:
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""
-        self.ward: Callable[[int, int], None] = lambda _pid, _root: None
-        """Puts a process's tree into the zygote's care, beside the target ``root``; set by whoever has a zygote."""
+        self.care: Care
+        """Takes care of targets should this process die; set by whoever has a zygote."""
         self.admit: Callable[[socket.socket], Session]
         """Begins a session on a target's line that a former supervisor had; set by whoever accepts targets."""
         self.remove: Callable[[str], None] = lambda _path: None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import os
 import select
 import signal
@@ -41,12 +40,12 @@ from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
 from ray_guard.supervisor.unread import About
 from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
-from ray_guard.supervisor.zygote import WardedLine
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Gate
     from ray_guard.supervisor.bequest import Bequest
     from ray_guard.supervisor.book import Estate
+    from ray_guard.supervisor.care import Line
     from ray_guard.supervisor.ring import Ring
 
 log = logger("ray_guard.session")
@@ -57,7 +56,6 @@ _NO_BYTES: Final = bytes(4)
 _KINDS: Final = ("actor", "program", "run", "observer")
 _FILTERED: Final = ("actor", "program")
 _ENV_ROLES: Final = (Role.ENV, Role.POLICY)
-_numbers: Final = itertools.count()
 
 
 class Session:
@@ -65,19 +63,15 @@ class Session:
 
     Args:
         sock: the accepted connection.
-        zygote: in whose care the process is put.
         ended: called once, when the process and all it started are gone.
     """
 
-    def __init__(
-        self, sock: socket.socket, node: Node, zygote: socket.socket, ended: Callable[[Session], None]
-    ) -> None:
+    def __init__(self, sock: socket.socket, node: Node, ended: Callable[[Session], None]) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._descriptor = sock.fileno()
         self._unread = bytearray(_NO_BYTES)  # what is waiting, in bytes, as the kernel writes it
         self._node = node
-        self._zygote = zygote
         self._ended = ended
         self._target: Target | None = None
         self._gate: Gate | None = None
@@ -87,7 +81,7 @@ class Session:
         self._hello_said: dict[str, Any] = {}
         """Of a policy actor; empty: it ends with this process."""
         self._bequest: Bequest | None = None
-        self._warded: WardedLine | None = None
+        self._warded: Line | None = None
         self._pidfd = -1
         self._connected = True
         self._dead = False
@@ -372,14 +366,13 @@ class Session:
             raise NotEnforced(missing, "without it no call of this process could be judged: CAP_SYS_PTRACE would help")
 
     def _ward(self, target: Target, held: socket.socket) -> None:
-        """Puts the target's tree into the zygote's care, should this process die.
+        """Puts the target's tree into care, should this process die.
 
         Args:
-            held: its line to the zygote, whose closing kills it.
+            held: the end of a line whose closing kills it.
         """
-        self._warded = WardedLine(self._zygote, next(_numbers), 0 if target.kind == "observer" else target.pid)
         about = About(target.journal.folder, target.run_id, dict(target.resource.attributes))
-        self._warded.begin(self._sock, about, held)
+        self._warded = self._node.care.take(self._sock, about, 0 if target.kind == "observer" else target.pid, held)
 
     def _peer(self) -> tuple[int, int]:
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -512,7 +505,7 @@ class Session:
         Args:
             start_time: of the process.
             listener: now ours.
-            held: the end of its line to the zygote whose closing kills it.
+            held: the end of a line whose closing kills it.
 
         Raises:
             NotEnforced: it cannot be judged here.

@@ -47,6 +47,14 @@ def _command(pid: int) -> bytes:
         return b""
 
 
+def name_of(pid: int) -> str:
+    """Its command's name; empty: it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def supervisor_beside(pid: int) -> int:
     """The supervisor in the mount namespace of process ``pid``. Its zygote and leaders have its command line too."""
     where = os.stat(f"/proc/{pid}/ns/mnt").st_ino
@@ -155,6 +163,11 @@ class Job:
     def zygote(self) -> int:
         (zygote,) = (pid for pid in children(self.supervisor) if _SUPERVISOR in _command(pid))
         return zygote
+
+    def await_witness(self) -> None:
+        """Waits until three processes hold what is needed should two of them be killed."""
+        zygote = self.zygote
+        wait(lambda: "witness" in map(name_of, children(zygote)), "there is no witness")
 
     def ask(self, name: str, *arguments: Any) -> Any:
         assert self._process.stdin is not None

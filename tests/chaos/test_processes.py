@@ -54,6 +54,7 @@ def test_the_guard_is_killed(namespace: Namespace, tmp_path: Path, victims: str)
         job.ask("calls", 300)
         tool = job.ask("hold", SLEEP)
         detached = job.ask("hold", ["sh", "-c", "setsid sleep 1000 & wait"])
+        job.await_witness()
         job.ask("flow")
         job.calls_on()
         zygote = job.zygote
@@ -170,8 +171,7 @@ def test_a_policy_actor_is_armed_again(namespace: Namespace, tmp_path: Path, sin
             job.await_supervisor(_PATIENCE_S)
             job.calls_on()
             took.append(time.monotonic() - began)
-            assert lives(job.pid) and lives(child) and not lives(tool)
-            assert not lives(before)
+            assert (lives(job.pid), lives(child), lives(tool), lives(before)) == (True, True, False, False)
         assert job.ask("connects", sink.port + 1, 1) == [errno.EACCES]
         assert job.ask("connects", sink.port, 16) == [0] * 15 + [errno.EACCES], "its budget is another"
         assert sink.taken == 30

@@ -340,7 +340,7 @@ def _altered(log: _Log) -> tuple[list[Finding], int]:
 def _shifted(log: _Log) -> Iterator[Finding]:
     """Files that hold the right records, but not each its own."""
     sealed, starts = log.seal.segments(), log.content.starts
-    growing = next(reversed(sealed), None)  # of a supervisor that was killed: it may have grown since, and others follow
+    growing = next(reversed(sealed), None)  # was sealed as far as it went: where the supervisor was killed more follows
     for number, (path, start) in enumerate(starts[:-1]):
         lines = starts[number + 1][1] - start
         known = sealed.get(path.name, lines)
