@@ -45,6 +45,7 @@ class Estate(NamedTuple):
         said: its messages since then that still count, in their order.
         opened: the beginnings of its open spans, likewise.
         notification: the last that was received, or one shortly before.
+        pending: messages that were read and are still to be taken in.
     """
 
     hello: dict[str, Any]
@@ -53,6 +54,7 @@ class Estate(NamedTuple):
     opened: list[dict[str, Any]]
     used: Used
     notification: int
+    pending: list[dict[str, Any]]
 
 
 class _Content:
@@ -150,8 +152,16 @@ def _line(message: Mapping[str, Any]) -> bytes:
     return _encode(message).encode() + b"\n"
 
 
-def read(descriptor: int) -> Estate:
-    """What a book says, as far as its last line is whole. Raises ValueError for what is no book."""
+def read(descriptor: int, last: dict[str, Any] | None = None, *, journaled: bool = False) -> Estate:
+    """What a book says, as far as its last line is whole.
+
+    Args:
+        last: what the target has said that the supervisor had read, and may have taken in or not.
+        journaled: it is the end of a span, and stands in the journal.
+
+    Raises:
+        ValueError: it is no book.
+    """
     content = _Content()
     with open(os.dup(descriptor), "rb") as file:
         file.seek(0)
@@ -165,6 +175,17 @@ def read(descriptor: int) -> Estate:
                 used, notification = Used(*message["used"]), int(message["notification"])
             else:
                 content.take(message)
+        pending = [] if last is None else _pending(content, last, journaled=journaled)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"no book: {error!r}") from error
-    return Estate(hello, key, list(content.said.values()), list(content.opened.values()), used, notification)
+    said, opened = list(content.said.values()), list(content.opened.values())
+    return Estate(hello, key, said, opened, used, notification, pending)
+
+
+def _pending(content: _Content, last: dict[str, Any], *, journaled: bool) -> list[dict[str, Any]]:
+    operation, known = last.get("op"), str(last.get("span")) in content.opened
+    if operation == "close" and journaled:
+        content.take(last)
+    elif (operation == "open" and not known) or (operation == "close" and known) or operation == "identify":
+        return [last]
+    return []

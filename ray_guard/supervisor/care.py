@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.kernel import procfs, seqpacket
 from ray_guard.log import logger
+from ray_guard.supervisor.inbox import Inbox
 from ray_guard.supervisor.unread import About
 from ray_guard.supervisor.wards import Ward, Wards
 
@@ -40,8 +41,10 @@ class Care:
     def __init__(self, loop: Waiting, starts: socket.socket, start_witness: Callable[[socket.socket], None]) -> None:
         self.wards = Wards()
         """Ended by this process where the zygote is lost."""
+        self.inbox = Inbox()
         self._loop = loop
         self._starts = starts
+        seqpacket.send(starts, {"op": "inbox"}, [self.inbox.fileno()])
         self._start_witness = start_witness
         self._witness: socket.socket | None = None
         self._wants_witness = False
@@ -112,6 +115,7 @@ class Care:
                 return
         self._witness = witness
         self._loop.watch(witness.fileno(), select.EPOLLIN, lambda _events: self._lost_witness())
+        self._witnessed({"op": "inbox"}, (self.inbox.fileno(),))
         for line in self._lines.values():
             self._witnessed(*line.said())
 

@@ -81,12 +81,16 @@ class Offer(NamedTuple):
     Attributes:
         line: its line to the supervisor.
         lifeline: the end of another whose closing kills it.
+        last: what it has said that the supervisor had read and not done with.
+        journaled: it is the end of a span, and journaled all the same.
     """
 
     estate: Estate
     start_time: int
     line: int
     lifeline: int
+    last: dict[str, Any] | None
+    journaled: bool
 
 
 def hand_over(offers: Iterable[Offer], until: float, start: Callable[[socket.socket], None]) -> set[int]:
@@ -103,12 +107,13 @@ def hand_over(offers: Iterable[Offer], until: float, start: Callable[[socket.soc
         return taken
     with sock, contextlib.ExitStack() as answers:
         poll = select.poll()
-        for estate, start_time, line, lifeline in offers:
+        for estate, start_time, line, lifeline, last, journaled in offers:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             answers.enter_context(ours)
             with theirs, contextlib.suppress(OSError):
                 passed = [theirs.fileno(), line, estate.listener, lifeline, estate.book]
-                seqpacket.send(sock, {"op": "adopt", "start_time": start_time}, passed)
+                said = {"op": "adopt", "start_time": start_time, "last": last, "journaled": journaled}
+                seqpacket.send(sock, said, passed)
                 waiting[ours.fileno()] = ours, estate.pid
                 poll.register(ours, select.POLLIN)
         while waiting and (left := until - time.monotonic()) > 0:

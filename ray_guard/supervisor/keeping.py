@@ -24,6 +24,8 @@ class Keeping:
             if "pid" in message:
                 pid, lifeline = int(message["pid"]), descriptors[0] if descriptors else None
                 self.wards.add(Ward(pid, int(message["start_time"]), lifeline, int(message.get("root", pid))))
+        elif operation == "inbox":
+            (self.unread.inbox,) = descriptors
         elif operation == "rename":
             self.unread.rename(int(message["line"]), message["resource"])
         elif operation == "release":

@@ -33,7 +33,6 @@ def restore(node: Node, target: Target, estate: Estate) -> None:
         span = target.open[opened["span"]]
         span.began -= max(0, time.time_ns() - span.record.start_ns) / 1e9
         node.quotas.opened(target, span.record.span_id)
-    target.journal.continued.update(target.open)
     used = estate.used
     inherit(target.account, used.actor, node.leases)
     node.inherit_job(target.run_id, used.job)

@@ -120,16 +120,18 @@ class Session:
                 self._read(1 << 16)
 
     def _read(self, count: int) -> None:
+        inbox, number = self._node.care.inbox, -1 if self._warded is None else self._warded.number
         for _ in range(count):
             if not self._connected:
                 return
             try:
-                received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
+                received = inbox.receive(self._sock, number)
             except (BlockingIOError, InterruptedError):
                 return
             except ConnectionResetError:  # said once, before what was sent: it died and had not read all itself
                 continue
             except (OSError, seqpacket.BadPacket) as error:
+                inbox.done()
                 log.warning("a packet of %s is unusable: %s", self._name(), error)
                 if isinstance(error, OSError):
                     self._disconnected()
@@ -139,6 +141,7 @@ class Session:
                 self._disconnected()
                 return
             self._handle(*received)
+            inbox.done()
 
     def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
         handler = self._handlers.get(str(message.get("op")))
@@ -475,7 +478,7 @@ class Session:
             raise seqpacket.BadPacket("a target hands nobody on")
         self._require_own_user()
         _, line, listener, lifeline, written = descriptors
-        estate = book.read(written)
+        estate = book.read(written, message.get("last"), journaled=bool(message.get("journaled")))
         policy, membership = self._asked_of(estate.hello)
         identity = dict(estate.hello.get("identity") or {})
         if self._waits_for_gpus(policy, message, descriptors):
@@ -538,6 +541,9 @@ class Session:
         with stopper:
             rearming.tie(stopper, target.pid)
             self._bequeath(target, armed, estate.hello, [*estate.said, *estate.opened], stopper)
+        for said in estate.pending:
+            self._handle(said, [])
+        target.journal.continued.update(target.open)
         rearming.go_on(armed, estate.notification, target.pid)
         log.warning("%s is taken over from a supervisor that is gone", self._name())
 

@@ -273,7 +273,9 @@ class _Zygote:
         for number, estate in self.estates.held.items():
             ward, line = self.keeping.wards.target(estate.pid), self.keeping.unread.line(number)
             if ward is not None and ward.lifeline is not None and line is not None:
-                yield handover.Offer(estate, ward.start_time, line, ward.lifeline)
+                last = self.keeping.unread.last_of(number)
+                journaled = last is not None and self.keeping.unread.has_ended(number, str(last.get("span")))
+                yield handover.Offer(estate, ward.start_time, line, ward.lifeline, last, journaled)
 
     def _start_supervisor(self, listener: socket.socket) -> None:
         if not self._is_parent(os.fork()):
@@ -311,7 +313,8 @@ def end_adopted(starts: socket.socket, leader: int) -> None:
 
 def remove(starts: socket.socket, path: str) -> None:
     """Takes away a call's temporary folder; called by the supervisor."""
-    seqpacket.send(starts, {"op": "remove", "path": path})
+    with contextlib.suppress(OSError):  # the zygote is gone, and the supervisor about to end: the next one sweeps
+        seqpacket.send(starts, {"op": "remove", "path": path})
 
 
 def hold(starts: socket.socket, path: str) -> None:
