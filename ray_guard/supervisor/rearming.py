@@ -14,9 +14,11 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ray_guard.errors import NotEnforced
 from ray_guard.kernel import libc, procfs
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.kernel.syscalls import NUMBERS
+from ray_guard.policy.budgets import EGRESS, RECEIVED, SENT
 from ray_guard.supervisor import orphans
 from ray_guard.supervisor.node import inherit
 
@@ -43,6 +45,13 @@ def restore(node: Node, target: Target, estate: Estate) -> None:
     for scope in used.barred:
         if scope in accounts:
             accounts[scope].bar()
+
+
+def require_countable(target: Target) -> None:
+    """Raises NotEnforced where bytes are limited: those of connections from before are counted by nobody here."""
+    limited = [kind for kind in (EGRESS, SENT, RECEIVED) if target.account.limits_any((kind,))]
+    if limited:
+        raise NotEnforced(limited, "what its open connections still send would not be counted: it ends")
 
 
 def tie(line: socket.socket, pid: int) -> None:

@@ -511,7 +511,7 @@ class Session:
             held: the end of a line whose closing kills it.
 
         Raises:
-            NotEnforced: it cannot be judged here.
+            NotEnforced: it cannot be judged here, or not be held to its budgets.
             OSError: it has ended.
         """
         from ray_guard.supervisor import rearming
@@ -536,6 +536,7 @@ class Session:
                 with ours:
                     self._handle(said, [theirs.detach()])
         rearming.restore(self._node, target, estate)
+        rearming.require_countable(target)
         self._ward(target, held)
         self._lifeline, stopper = socket.socketpair()
         with stopper:

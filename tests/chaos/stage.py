@@ -116,6 +116,38 @@ class Sink:
         self._server.close()
 
 
+class FullPort:
+    """A loopback port at which a connect waits until :meth:`hear` is called."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self.port: int = self._server.getsockname()[1]
+        self._filling = socket.create_connection(("127.0.0.1", self.port))  # as many as the kernel takes in beforehand
+
+    def asked_by(self, pid: int) -> bool:
+        """Whether a connect to it is under way (SYN_SENT); ``pid`` says in whose network namespace."""
+        wanted = f":{self.port:04X} 02 "
+        return wanted in Path(f"/proc/{pid}/net/tcp").read_text()
+
+    def hear(self) -> bytes:
+        """Lets in who waits; what it says."""
+        self._server.settimeout(20)
+        self._server.accept()[0].close()
+        with self._server.accept()[0] as sock:
+            sock.settimeout(20)
+            return sock.recv(100)
+
+    def close(self) -> None:
+        self._filling.close()
+        self._server.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Job:
     """One job.py. ``evidence``: where it writes; None: it has a batch processor instead."""
 
@@ -183,18 +215,20 @@ class Job:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def await_supervisor(self, seconds: float) -> None:
-        """Waits for another supervisor, in whose hands the job is then."""
-        before = self.supervisor
+    def kill_supervisor(self, seconds: float) -> float:
+        """SIGKILL for the supervisor alone; waits for the next, in whose hands the job is then; when that was."""
+        before, zygote = self.supervisor, self.zygote
+        began = time.monotonic()
+        os.kill(before, signal.SIGKILL)
 
-        def another() -> bool:
-            try:
-                self.supervisor = supervisor_beside(self.pid)
-            except (ValueError, OSError):  # none, or the old one's helpers have not ended
+        def handed_over() -> bool:
+            if lives(before) or lives(zygote):  # it ends when it has handed the job over
                 return False
-            return self.supervisor != before
+            self.supervisor = supervisor_beside(self.pid)
+            return True
 
-        wait(another, "there is no other supervisor", seconds)
+        wait(handed_over, "there is no other supervisor", seconds)
+        return began
 
     def ledger(self) -> Ledger:
         return read_ledger(self._ledger)

@@ -13,7 +13,19 @@ import pytest
 from faults import FAULTS, Row
 from harness import PYTHON, ROOT, Namespace, wait
 from judge import judge
-from stage import Job, Sink, batch_lost, children, dead_after, kill_together, lives, resident, restarted, unproven
+from stage import (
+    FullPort,
+    Job,
+    Sink,
+    batch_lost,
+    children,
+    dead_after,
+    kill_together,
+    lives,
+    resident,
+    restarted,
+    unproven,
+)
 
 pytestmark = [
     pytest.mark.kernel,
@@ -82,6 +94,14 @@ for number in itertools.count():
 """
 
 
+_WAITING = """
+import socket, sys
+sock = socket.socket()
+sock.connect(("127.0.0.1", int(sys.argv[1])))
+sock.sendall(b"made")
+"""
+
+
 @pytest.mark.parametrize("victims", ["supervisor", "zygote", "supervisor and zygote"])
 def test_the_jobs_own_children(namespace: Namespace, tmp_path: Path, sink: Sink, victims: str) -> None:
     """Those of the actor ring, whom no leader leads: they die with it."""
@@ -124,25 +144,28 @@ _PATIENCE_S = 5.0
 def test_a_policy_actor_is_armed_again(namespace: Namespace, tmp_path: Path, sink: Sink) -> None:
     """It is stopped, not ended; another supervisor goes on with its calls, its rules and what its budget has left."""
     evidence = tmp_path / "evidence"
-    rule, budgets = f"127.0.0.1:{sink.port}", {"actor": {"connections": 30}}
+    full = FullPort()
+    rules, budgets = [f"127.0.0.1:{port}" for port in (sink.port, full.port)], {"actor": {"connections": 33}}
     took: list[float] = []
-    with Job(tmp_path, evidence, namespace=namespace, role="policy", allow=[rule], budgets=budgets) as job:
+    with full, Job(tmp_path, evidence, namespace=namespace, role="policy", allow=rules, budgets=budgets) as job:
         assert job.ask("connects", sink.port, 10) == [0] * 10
         child = job.ask("child", [PYTHON, "-I", "-S", "-c", _CONNECTING, str(sink.port), "5"])
-        tool = job.ask("hold", SLEEP)
+        waiting = job.ask("child", [PYTHON, "-I", "-S", "-c", _WAITING, str(full.port)])
+        wait(lambda: full.asked_by(waiting), "it does not connect")
+        tool = job.ask("hold", SLEEP)  # from here on what is started belongs to a call
         memory = resident(job.supervisor)
         wait(lambda: sink.taken == 15, "the child does not connect")
         job.ask("flow")
         for _ in range(2):
             job.calls_on()
             before = job.supervisor
-            began = time.monotonic()
-            os.kill(before, signal.SIGKILL)
-            job.await_supervisor(_PATIENCE_S)
+            began = job.kill_supervisor(_PATIENCE_S)
             job.calls_on()
             took.append(time.monotonic() - began)
             assert (lives(job.pid), lives(child), lives(tool), lives(before)) == (True, True, False, False)
+        assert full.hear() == b"made", "the connect that was under way is lost"
         assert job.ask("connects", sink.port + 1, 1) == [errno.EACCES]
+        # Used are 10, 5, and the one under way, which was begun anew, and so counts, under each supervisor.
         assert job.ask("connects", sink.port, 16) == [0] * 15 + [errno.EACCES], "its budget is another"
         assert sink.taken == 30
         dead_after(job.kill(), [job.pid])
