@@ -158,6 +158,8 @@ class Purses:
         if purse is not None and purse.bill.payers == bill.payers:
             return purse if purse.fill(asked) else None
         if len(mine) >= PURSES_LIMIT:
+            _forget(mine, [each for each in mine.values() if each.over] or [next(iter(mine.values()))])
+        if len(mine) >= PURSES_LIMIT:
             return None
         purse = Purse(bill.payers, asking)
         if not purse.fill(asked):
@@ -194,16 +196,21 @@ class Purses:
     def _look(self) -> None:
         """Empties what lies idle, and forgets what is done with."""
         for mine in self._of.values():
-            for purse in list(mine.values()):
-                if not purse.used or purse.over:
-                    purse.empty()
-                    if purse.done:
-                        purse.close()
-                        del mine[purse.number]
+            _forget(mine, [purse for purse in mine.values() if purse.over or not purse.used])
+            for purse in mine.values():
                 purse.used = False
         self._looking = any(self._of.values())
         if self._looking:
             self._later(IDLE_S, self._look)
+
+
+def _forget(purses: dict[int, Purse], some: Collection[Purse]) -> None:
+    """Empties some of a process's purses, and forgets those of which nothing is left to be settled."""
+    for purse in some:
+        purse.empty()
+        if purse.done:
+            purse.close()
+            del purses[purse.number]
 
 
 def _over(purse: Purse) -> None:
