@@ -125,6 +125,7 @@ def reserve(
     context: Mapping[str, Any] | None = None,
     paid: str | None = None,
     often: bool = False,
+    chat: str | None = None,
 ) -> Reservation:
     """Reserves what one request may use at most, in every scope that pays for it.
 
@@ -136,6 +137,7 @@ def reserve(
             HTTP (``model_endpoint``) and is charged there with all around it: these are not charged again.
         often: more like it will follow from the same place, of a whole number of FLOPs: they need not wait for the
             supervisor each (:mod:`ray_guard.client.purses`).
+        chat: id of the span that this is the reservation of. What an engine's hook reserves below it takes its place.
 
     Raises:
         BudgetExceeded: a scope has no room.
@@ -156,12 +158,14 @@ def reserve(
         purse, asks = purses.find(at)
         if purse is not None and purse.draw(tokens, int(flops or 0)):
             return Reservation(line, "", tokens, flops, scope=purse.scope, unknown=purse.unknown, purse=purse)
-    key = new_span_id()
+    key = new_span_id() if chat is None else chat
     message: dict[str, Any] = {"op": "reserve", "id": key, "tokens": tokens, "flops": flops, "place": None}
     if where is not None:
         message["place"] = {name: getattr(where, name) for name in ("trace", "span", "call", "episode", "quotas")}
     if paid is not None:
         message["paid"] = paid
+    if chat is not None:
+        message["chat"] = True
     if asks:
         message["purse"] = 0 if purse is None else purse.number
     answer, passed = line.exchange(message)

@@ -13,6 +13,10 @@ such limits are leased on their own node too, and a request waits until what it 
 What was reserved and never settled, because its process is gone, is charged as reserved: the tokens may have been
 computed, and a crash must not be a way to compute for nothing. It is charged once and held no longer, so one crash
 costs an episode no more than the one request.
+
+Who calls a hooked engine within ``ray_guard.chat`` would be charged twice: by the engine, and by what the chat's
+``usage`` says. A chat's reservation bears the id of its span; where a request is reserved below such a span, the chat
+lets its own go, settles for nothing, and its span says who charges.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ log = logger("ray_guard.quota")
 
 TOKENS: Final = "tokens"
 FLOPS: Final = "flops"
+ENGINE: Final = "engine"
+"""Who charges a ``chat`` where an engine's hook does."""
 _OPEN_LIMIT: Final = 100_000
 AWAY_S: Final = 60.0
 """After so long without a request what stands for a scope of another node is forgotten."""
@@ -199,9 +205,17 @@ class Quotas:
             raise BadPacket("reserved already" if key in opened else "too many open reservations")
         tokens, flops = _count(message.get("tokens")), _flops(message.get("flops"))
         bill, asking = self._bill(target, message)
+        chats = [] if message.get("chat") else self._chats_around(target, message.get("place"))
+        held = [(chat, chat.reserved) for _, chat in chats]
+        for chat, amounts in held:
+            chat.shrink(amounts)
         refusal = _refusal(target, bill, asking, tokens, flops)
         if refusal is not None:
+            for chat, amounts in held:
+                chat.grow(amounts)
             return errors.to_wire(refusal), ()
+        for span, _ in chats:
+            span.charged_by = ENGINE
         opened[key] = _Reserved(bill, asking)
         answer = {"ok": True, "scope": asking.scope.value, "unknown": asking.unknown}
         have = message.get("purse")
@@ -228,6 +242,10 @@ class Quotas:
             if reserved is None:
                 raise BadPacket("settled without having been reserved")
             (bill, asking), held = reserved, reserved.bill.reserved
+            span = target.open.get(str(message["id"]))
+            if span is not None and span.charged_by:
+                bill.release()
+                return
         else:
             purse, held = drawn
             bill, asking = purse.bill, purse.asking
@@ -313,6 +331,21 @@ class Quotas:
                 del self._away[name]
                 self._leases.drop(away.account)
                 away.account.close()
+
+    def _chats_around(self, target: Target, place: object) -> list[tuple[OpenSpan, Bill]]:
+        """The ``chat`` spans that ask, with what they have reserved themselves; not those around a call that asks."""
+        found: list[tuple[OpenSpan, Bill]] = []
+        at = place.get("span") if isinstance(place, dict) else None
+        for _ in range(_DEPTH):
+            hit = self._find(target, str(place["trace"]), at) if isinstance(place, dict) and at is not None else None
+            if hit is None or hit[1].account is not None:
+                break
+            owner, span = hit
+            spender = self._spenders.get(id(owner))
+            if spender is not None and at in spender.open:
+                found.append((span, spender.open[at].bill))
+            at = span.record.parent_id
+        return found
 
     def _open_scopes(self, target: Target, trace: str, ids: list[str]) -> dict[str, tuple[Target, OpenSpan]]:
         """The open spans with these ids and those around them, by id."""

@@ -217,6 +217,67 @@ say(found)
     assert left == ["tokens", 101, 100, "episode"]  # each chat has cost one token at least
 
 
+def _chats(folder: Path) -> list[Any]:
+    spans = [entry.span for entry in merge(read([folder], Quarantine())).values()]
+    chats = sorted((span for span in spans if span.name.startswith("chat ")), key=lambda span: span.start_ns)
+    return [dict(span.attributes).get("ray_guard.charged_by") for span in chats]
+
+
+def test_a_chat_around_an_engines_request_is_charged_once(job: Job) -> None:
+    program = """
+found = []
+with episode(id="r"):
+    with ray_guard.chat("m") as chat:  # the engine may have all there is, though a chat needs room for one
+        reserve(tokens=100).settle(tokens=60)
+        chat.usage(40, 20)
+    found += [refused(reserve, tokens=41), refused(reserve, tokens=40)]
+with episode(id="refused"):
+    with ray_guard.chat("m") as chat:
+        found += [refused(reserve, tokens=101)]
+        chat.usage(60, 0)
+    found += [refused(reserve, tokens=41)]
+with episode(id="within"):
+    with ray_guard.chat("m") as outer:
+        with ray_guard.chat("n") as inner:
+            inner.usage(20, 10)
+        with tool_call("ask"):
+            reserve(tokens=30).settle(tokens=30)
+        outer.usage(1, 0)
+    found += [refused(reserve, tokens=40)]
+say(found)
+"""
+    over, fits, beyond, charged, both = job.says(program, _tokens("episode", 100))
+    assert over == beyond == charged == ["tokens", 101, 100, "episode"]
+    assert fits is None
+    assert both == ["tokens", 101, 100, "episode"]  # 30 of one chat, 30 of a tool's request, 1 of the other chat
+    assert _chats(job.folder) == ["engine", None, None, None]
+
+
+def test_a_chat_around_a_request_to_another_actor_is_charged_once(job: Job) -> None:
+    env = job.start(
+        """
+with episode(id="r"):
+    with ray_guard.chat("m") as chat:
+        say(ray_guard.context())
+        hear()
+        chat.usage(40, 20)
+    say([refused(reserve, tokens=41), refused(reserve, tokens=40)])
+    hear()
+""",
+        _tokens("episode", 100),
+    )
+    engine = job.start(
+        "held = reserve(tokens=100, context=hear())\nheld.settle(tokens=60)\nray_guard.violations()\nsay(0)"
+    )
+    engine.says(env.hears())
+    assert engine.hears() == 0
+    env.says(None)
+    assert env.hears() == [["tokens", 101, 100, "episode"], None]
+    env.says(None)
+    assert env.ends() == engine.ends() == 0
+    assert _chats(job.folder) == ["engine"]
+
+
 def test_a_chat_is_charged_the_flops_of_its_model(job: Job, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(OLMOE))
