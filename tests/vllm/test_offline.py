@@ -100,6 +100,18 @@ def test_a_budget_runs_out_midway(ran: Ran) -> None:
     assert said["batch"]["type"] == "BudgetExceeded"
 
 
+def test_a_chat_around_it_is_charged_once(ran: Ran) -> None:
+    (refusal, charged), found = ran[0]["chat"], ran[1]
+    each = charged[0]
+    assert charged == [each, each]
+    assert 2 * each <= 60 < 3 * each
+    assert (refusal["type"], refusal["value"]) == ("BudgetExceeded", 3 * each)
+    outer = [span for span in chats(found, "chat") if span.name == "chat mine"]
+    assert [span.attributes.get("ray_guard.charged_by") for span in outer] == ["engine", "engine", None]
+    own = [span for span in chats(found, "chat") if span.name == "chat tiny"]
+    assert [span.parent_id for span in own] == [span.span_id for span in outer]
+
+
 def test_a_preempted_request_is_charged_for_being_computed_again(ran: Ran, model: Path) -> None:
     said, found = ran
     price = cost(json.loads((model / "config.json").read_text()))

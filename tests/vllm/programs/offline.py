@@ -54,6 +54,18 @@ def main() -> None:
         say("short", [counted(each) for each in served])
         say("batch", refused(lambda: llm.generate(["over", "over"], most(90), **quiet)))
 
+    def chat() -> None:
+        for _ in range(3):
+            with ray_guard.chat("mine") as mine:
+                (output,) = llm.generate(["over"], most(20), **quiet)
+                said = counted(output)
+                mine.usage(said["input"], said["output"])
+                charged.append(said["input"] + said["output"])
+
+    charged: list[int] = []
+    with ray_guard.episode(id="chat", budget={"tokens": 60}):
+        say("chat", [refused(chat), charged])
+
     with ray_guard.episode(id="preempted"):
         outputs = llm.generate([f"the fox {n}" for n in range(6)], most(150), **quiet)
         say("preempted", [counted(each) for each in outputs])
