@@ -7,7 +7,7 @@ import signal
 from contextlib import suppress
 from typing import Any
 
-from common import ENGINE, NAME, confine, counted, described, refused, say
+from common import ENGINE, MODEL, NAME, confine, counted, described, refused, say
 
 import ray_guard
 from ray_guard.client.engine import EngineProcess
@@ -56,7 +56,7 @@ def main() -> None:
 
     def chat() -> None:
         for _ in range(3):
-            with ray_guard.chat("mine") as mine:
+            with ray_guard.chat("mine", config=f"{MODEL}/config.json") as mine:
                 (output,) = llm.generate(["over"], most(20), **quiet)
                 said = counted(output)
                 mine.usage(said["input"], said["output"])
