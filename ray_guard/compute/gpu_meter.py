@@ -147,10 +147,10 @@ class GpuMeter:
         """The next reading; the first one only says where counting begins, and who is there."""
         last, self._last = self._last, reading
         faults: list[str] = []
+        reading = _plausible(reading, faults)
         if isinstance(reading.processes, Missing):
             self._unexplained = 0
             return Tick(reading.device, 0.0, frozenset(), (), None, (), str(reading.processes))
-        reading = _plausible(reading, faults)
         resident = _residents(reading.processes, faults)
         passed = 0.0 if last is None else max(0.0, reading.monotonic - last.monotonic)
         loads, method = self._loads(reading, resident, passed, faults)

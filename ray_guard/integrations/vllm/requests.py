@@ -28,7 +28,7 @@ from ray_guard.client.spans import NAME_LIMIT, Value, clean_text, warn_once
 from ray_guard.compute.moe import Cost, cost
 from ray_guard.errors import RayGuardError, SupervisorLost, UnknownArchitecture
 from ray_guard.integrations.vllm import versions
-from ray_guard.integrations.vllm.experts import load
+from ray_guard.integrations.vllm.experts import MISSING, load
 from ray_guard.records import SpanKind
 
 
@@ -232,7 +232,7 @@ def _told(state: Any, model: Model) -> dict[str, object]:
     if chunks:
         found.update(load(chunks, model.experts))
     elif model.is_routing_told:
-        found["ray_guard.moe.missing"] = "the engine was asked for its routed experts and returned none"
+        found[MISSING] = "the engine was asked for its routed experts and returned none"
     return found
 
 
