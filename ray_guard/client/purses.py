@@ -29,15 +29,17 @@ class Purse:
         self.helped = False
         """Something was drawn from it."""
         self._lock, self._tokens, self._flops = descriptors
+        self._threads = threading.Lock()
 
     def draw(self, tokens: int, flops: int) -> bool:
-        """Takes that much out of it; False: it is shut, in use by another thread, or there is not enough left."""
-        if not _take(self._lock):
-            return False
-        try:
-            return self._draw(tokens, flops)
-        finally:
-            os.eventfd_write(self._lock, 1)
+        """Takes that much out of it; False: it is shut, or there is not enough left."""
+        with self._threads:
+            if not _take(self._lock):
+                return False
+            try:
+                return self._draw(tokens, flops)
+            finally:
+                os.eventfd_write(self._lock, 1)
 
     def _draw(self, tokens: int, flops: int) -> bool:
         left = _take(self._tokens)
@@ -56,12 +58,13 @@ class Purse:
 
     def put_back(self, tokens: int, flops: int) -> bool:
         """What was drawn is not needed; False: it must be settled instead."""
-        if not _take(self._lock):
-            return False
-        _put(self._tokens, tokens)
-        _put(self._flops, flops)
-        os.eventfd_write(self._lock, 1)
-        return True
+        with self._threads:
+            if not _take(self._lock):
+                return False
+            _put(self._tokens, tokens)
+            _put(self._flops, flops)
+            os.eventfd_write(self._lock, 1)
+            return True
 
     def __del__(self) -> None:
         for descriptor in (self._lock, self._tokens, self._flops):

@@ -154,7 +154,7 @@ def reserve(
         return Reservation(None, "", 0, None, scope="", unknown=False)
     log_warnings()
     purse, asks, at = None, False, _place(where, flops)
-    if often and paid is None:
+    if often and paid is None and tokens:
         purse, asks = purses.find(at)
         if purse is not None and purse.draw(tokens, int(flops or 0)):
             return Reservation(line, "", tokens, flops, scope=purse.scope, unknown=purse.unknown, purse=purse)

@@ -75,7 +75,8 @@ class Purse:
         if self.over or any(self._most(kind) < asked.get(kind, 0) for kind in KINDS):
             return False
         for kind in KINDS:
-            self._size[kind] = max(self._size[kind], int(asked.get(kind, 0)) * self._times)
+            wanted = min(int(asked.get(kind, 0)) * self._times, _COUNTER_LIMIT)
+            self._size[kind] = max(self._size[kind], wanted)
         self._times = min(2 * self._times, _MOST)
         self._put()
         if not self._open:
@@ -93,7 +94,14 @@ class Purse:
         if any(more.values()) and self.bill.grow(more):
             for kind, amount in more.items():
                 if amount:
-                    os.eventfd_write(self._left[kind], amount)
+                    self._put_in(kind, amount)
+
+    def _put_in(self, kind: str, amount: int) -> None:
+        try:
+            os.eventfd_write(self._left[kind], amount)
+        except BlockingIOError:  # the process has filled the counter itself: it has what it may have, and no more of us
+            self.bill.shrink({kind: amount})
+            self.over = True
 
     def settle(self, drawn: Mapping[str, Amount], actual: Mapping[str, Amount]) -> Exceeded | None:
         """One draw is settled; as much is put in again, as far as there is room."""

@@ -137,6 +137,19 @@ say([over, refused(reserve, tokens=5001), refused(reserve, tokens=5000)])
     assert started.hears() == [["tokens", 10_011, 10_000, "actor"], ["tokens", 10_001, 10_000, "actor"], None]
 
 
+def test_a_purse_that_its_process_has_filled_to_the_brim_costs_nobody_anything(job: Job) -> None:
+    program = f"""{_HOLDER}
+os.eventfd_write(purse._tokens, (1 << 64) - 2 - os.eventfd_read(purse._tokens))
+for each in held:
+    each.settle(tokens=10)
+over = refused(reserve, tokens=9891)
+say([over, refused(reserve, tokens=9890)])
+"""
+    started = job.start(program, {"budgets": {"actor": {"tokens": 10_000}}})
+    started.hears()
+    assert started.hears() == [["tokens", 10_001, 10_000, "actor"], None]
+
+
 def test_an_episodes_purse_ends_with_it(job: Job) -> None:
     env = job.start(
         """
