@@ -113,7 +113,9 @@ class Purse:
 
     def empty(self) -> bool:
         """Takes back what is left and shuts it; False: its process is drawing at this moment."""
-        if self._open and _taken(self._lock) == 0:
+        if not self._open:
+            return True
+        if _taken(self._lock) == 0:
             return False
         self._open = False
         self._take_back()
