@@ -141,6 +141,8 @@ class ModelCalls:
         amounts: dict[str, Amount] = {TOKENS: most, FLOPS: 0 if price is None else price.flops(most)}
         account = self._origin.account
         payers = () if account.closed else Bill([account]).payers
+        if account.limits_any((TOKENS, FLOPS)):
+            self._ring.node.quotas.collect(payers)  # what is left for this request is what nobody uses
         lacking = [each for payer in payers for each in leases.lacking(payer, amounts)]
         if lacking:
             leases.wait(lacking, admit)

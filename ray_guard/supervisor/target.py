@@ -55,6 +55,7 @@ class OpenSpan:
         ended: what it was ended for before its time (``on_violation``).
         origin: as :meth:`Target.origin_of_call` gives it; made when first asked for.
         told: names told to the tools of a call, whichever of them asked.
+        charged_by: who charges a model call instead of whoever reported it; empty: nobody.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class OpenSpan:
         self.ended: Violation | None = None
         self.origin: Origin | None = None
         self.told = Told()
+        self.charged_by = ""
 
 
 class Origin(NamedTuple):
@@ -267,6 +269,8 @@ class Target:
         if span.scope == "episode":
             counted = {**record.attributes, "ray_guard.violation_count": span.violations}
             record = record._replace(attributes=counted)
+        elif span.charged_by:
+            record = record._replace(attributes={**record.attributes, "ray_guard.charged_by": span.charged_by})
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
         self._write_reported(record, span.identity)
         self.open.pop(record.span_id, None)
