@@ -24,9 +24,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal
 
 from ray_guard.errors import BudgetExceeded, PolicyError
+from ray_guard.named import NamedTuple
 
 if TYPE_CHECKING:
     from ray_guard.policy.bill import Bill

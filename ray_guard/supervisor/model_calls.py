@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ray_guard.egress.relay.model.admission import RELEASED, Plan, Price, plan
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded, Unlimited
 from ray_guard.policy.decide import Endpoint

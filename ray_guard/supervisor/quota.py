@@ -25,13 +25,14 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced, RayGuardError
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import Account, Amount, Exceeded, Limits, Scope, limits_from_wire
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord
