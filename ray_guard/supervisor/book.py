@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import Account, Amount
 
 _PIECE: Final = 1 << 20

@@ -17,9 +17,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard.kernel import libc, rendezvous, seqpacket
+from ray_guard.named import NamedTuple
 from ray_guard.supervisor.embryo import close_all_but
 
 PATIENCE_S: Final = 5.0

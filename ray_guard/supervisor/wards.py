@@ -11,9 +11,10 @@ import os
 import signal
 import time
 from collections.abc import Collection
-from typing import Final, NamedTuple
+from typing import Final
 
 from ray_guard.kernel import procfs
+from ray_guard.named import NamedTuple
 
 PATIENCE_S: Final = 1.0
 """Contract: targets are dead within so long; what is not by then cannot be killed."""
