@@ -38,7 +38,8 @@ _SHARE: Final = 4
 _COUNTER_LIMIT: Final = 1 << 62
 _FLAGS: Final = os.EFD_CLOEXEC | os.EFD_NONBLOCK
 
-_numbers: Final = itertools.count(1)
+_numbers: Final = itertools.count(int.from_bytes(os.urandom(6), "little"))
+"""None that another supervisor has given: a policy actor may have purses of one that is gone."""
 
 
 class Purse:
