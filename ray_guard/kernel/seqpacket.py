@@ -47,6 +47,18 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[i
         BadPacket: the packet was no JSON object; its descriptors are closed.
     """
     packet, control, message_flags, _ = sock.recvmsg(PACKET_LIMIT, _ROOM, int(flags) | _CLOEXEC)
+    return _taken(packet, control, message_flags)
+
+
+def receive_into(sock: socket.socket, buffer: memoryview, flags: int = 0) -> tuple[dict[str, Any], list[int]] | None:
+    """:func:`receive`, with the packet left in ``buffer``."""
+    size, control, message_flags, _ = sock.recvmsg_into([buffer], _ROOM, int(flags) | _CLOEXEC)
+    return _taken(bytes(buffer[:size]), control, message_flags)
+
+
+def _taken(
+    packet: bytes, control: list[tuple[int, int, bytes]], message_flags: int
+) -> tuple[dict[str, Any], list[int]] | None:
     descriptors = _descriptors(control) if control else []
     try:
         if message_flags & _CUT:
