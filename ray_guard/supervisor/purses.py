@@ -19,11 +19,14 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from ray_guard.log import logger
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded, Scope
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.quota import Asking
+
+log = logger("ray_guard.purses")
 
 KINDS: Final = ("tokens", "flops")
 IDLE_S: Final = 5.0
@@ -57,8 +60,9 @@ class Purse:
         self._open = False
         self._times = _FIRST
         self._size = dict.fromkeys(KINDS, 0)
-        self._lock = os.eventfd(0, _FLAGS)
-        self._left = {kind: os.eventfd(0, _FLAGS) for kind in KINDS}
+        lock, *left = _counters(1 + len(KINDS))
+        self._lock = lock
+        self._left = dict(zip(KINDS, left, strict=True))
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -136,6 +140,19 @@ class Purse:
             os.close(descriptor)
 
 
+def _counters(count: int) -> list[int]:
+    """So many, or none. Raises OSError."""
+    made: list[int] = []
+    try:
+        for _ in range(count):
+            made.append(os.eventfd(0, _FLAGS))
+    except OSError:
+        for descriptor in made:
+            os.close(descriptor)
+        raise
+    return made
+
+
 def _taken(counter: int) -> int:
     """Takes all that is in a counter."""
     try:
@@ -172,7 +189,11 @@ class Purses:
             _forget(mine, [each for each in mine.values() if each.over] or [next(iter(mine.values()))])
         if len(mine) >= PURSES_LIMIT:
             return None
-        purse = Purse(bill.payers, asking)
+        try:
+            purse = Purse(bill.payers, asking)
+        except OSError as error:
+            log.warning("no purse: %s", error)
+            return None
         if not purse.fill(asked):
             purse.close()
             return None
