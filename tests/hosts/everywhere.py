@@ -3,9 +3,9 @@
     everywhere.py [all | HOST …] [-- PYTEST ARGUMENT …]
 
 On hosts of an ordinary user all of pytest runs there, as that user. On the others, and for what takes a root outside,
-pytest stays where it is and all that it confines is started there (RAY_GUARD_TEST_HOST). What a host cannot do is skipped by name; what fails, fails here.
-A host that differs in one respect runs what that respect is about; with PYTEST ARGUMENTs each runs those. Without them
-the hosts' rows in docs/hosts.md are written anew.
+pytest stays where it is and all that it confines is started there (RAY_GUARD_TEST_HOST). What a host cannot do is
+skipped by name; what fails, fails here. A host that differs in one respect runs what that respect is about; with PYTEST
+ARGUMENTs each runs those. Without them the hosts' rows in docs/hosts.md are written anew.
 """
 
 from __future__ import annotations
