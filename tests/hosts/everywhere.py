@@ -109,8 +109,25 @@ def read(host: str, status: int, report: Path, seconds: float) -> Row:
     return Row(host, status, len(cases), failed, skipped, seconds)
 
 
+_ALIKE: Final = {
+    "refuses it to everybody": "the host refuses it to everybody",
+    "refused, but proves nothing here": "this kernel or network has no such thing, even unconfined",
+    "needs root even unconfined": "needs root even unconfined",
+    "not this user's even unconfined": "not this user's, even unconfined",
+    "cannot be opened unconfined": "a device that cannot be opened, even unconfined",
+    "a hosts file of its own needs root": "missing: root, for a hosts file of its own",
+    "needs a supervisor of its own": "missing: root, for a supervisor of its own",
+    "only root c": "missing: root, to look into the supervisor or to make a device",
+    "only root may": "missing: root, to look into the supervisor or to make a device",
+}
+"""What is said of many in slightly other words, by what those have in common."""
+
+
 def _reason(host: str, message: str) -> str:
     """A skip's reason without what differs from test to test."""
+    for part, reason in _ALIKE.items():
+        if part in message:
+            return reason
     return " ".join(message.removeprefix(f"{host}: ").removeprefix(f"refused on {host}: ").split()).replace("|", "/")
 
 
