@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, Self
@@ -41,8 +41,9 @@ def run(line: socket.socket) -> None:
         asked = json.loads(told.readline())
         folder = Path(str(asked["folder"]))
         try:
-            for log in unvouched(folder, str(asked["log"])):
-                with contextlib.suppress(OSError), _Abandoned(folder, log) as old:
+            logs = unvouched(folder, str(asked["log"]))
+            for number, log in enumerate(logs):
+                with contextlib.suppress(OSError), _Abandoned(folder, log, logs[number + 1 :]) as old:
                     line.sendall(ASKS + b"\n")  # only now: whoever held the log until now may have handed spans on
                     old.found.leave(json.loads(told.readline()))
                     for each in old.lines():
@@ -55,11 +56,16 @@ def run(line: socket.socket) -> None:
 
 
 class _Abandoned:
-    """A log that nobody writes any more, held so that no other recoverer takes it. Raises OSError where one does."""
+    """A log that nobody writes any more, held so that no other recoverer takes it. Raises OSError where one does.
 
-    def __init__(self, folder: Path, log: str) -> None:
+    Args:
+        later: logs that were begun after it, and are abandoned likewise.
+    """
+
+    def __init__(self, folder: Path, log: str, later: Sequence[str] = ()) -> None:
         self._folder = folder
         self._log = log
+        self._later = later
         self.found = Found()
         self._seal = open_segment(folder / f"{log}{SEAL_SUFFIX}")
 
@@ -91,6 +97,8 @@ class _Abandoned:
             found = self.found
             for path in segments_of(self._folder, self._log):
                 found.take(path)
+            for path in (path for log in self._later for path in segments_of(self._folder, log)):
+                found.leave_those_in(path)
             yield from found.ends(self._log)
             about[f"{BEFORE}.records"] = found.tree.size
             about[f"{BEFORE}.root"] = found.tree.root().hex()
@@ -152,6 +160,15 @@ class Found:
     def leave(self, spans: Iterable[str]) -> None:
         """These spans go on in another log."""
         self._left = frozenset(span.encode() for span in spans)
+
+    def leave_those_in(self, path: Path) -> None:
+        """Spans that went on in a later log, whose supervisor is gone as well, are ended there."""
+        if self.open:
+            with open_segment(path) as file:
+                for line in scan(file):
+                    ids = _IDS.search(line.content or b"")
+                    if ids is not None:
+                        self.open.pop((ids[1], ids[2]), None)
 
     def begun(self) -> Iterator[tuple[Resource, SpanRecord]]:
         """The spans that have no end."""

@@ -28,6 +28,7 @@ class Inbox:
         os.ftruncate(self._descriptor, _SIZE)
         self._whole = memoryview(mmap.mmap(self._descriptor, _SIZE))
         self._packet = self._whole[_NUMBER.size :]
+        self._number = 0
 
     def fileno(self) -> int:
         return self._descriptor
@@ -35,7 +36,9 @@ class Inbox:
     def receive(self, line: socket.socket, number: int) -> tuple[dict[str, Any], list[int]] | None:
         """:func:`seqpacket.receive`, without waiting. ``number``: the line's; negative: nobody is to know of it."""
         self._packet[0] = 0  # first: what is here now is of another line
-        _NUMBER.pack_into(self._whole, 0, number)
+        if number != self._number:
+            _NUMBER.pack_into(self._whole, 0, number)
+            self._number = number
         return seqpacket.receive_into(line, self._packet, socket.MSG_DONTWAIT)
 
     def done(self) -> None:

@@ -9,6 +9,9 @@ A purse is three counters (eventfd) that both processes hold: what is left of ea
 takes for the moment of a draw and the supervisor keeps while the purse is shut. What is left in a purse is lost for
 nobody: where anybody's reservation finds no room, the purses of the same payers are emptied first
 (:meth:`Purses.collect`). So nothing is granted twice, and nothing refused for the sake of what nobody uses.
+
+A policy actor that outlives its supervisor keeps its purses. What they held counts as used from then on, so it may go
+on drawing; how much of that it really used nobody hears any more.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ _SHARE: Final = 4
 _COUNTER_LIMIT: Final = 1 << 62
 _FLAGS: Final = os.EFD_CLOEXEC | os.EFD_NONBLOCK
 
-_numbers: Final = itertools.count(1)
+#: not from one on: a policy actor may still have purses of the supervisor before this one
+_numbers: Final = itertools.count(int.from_bytes(os.urandom(6)) + 1)
 
 
 class Purse:

@@ -177,3 +177,15 @@ def test_a_policy_actor_is_armed_again(namespace: Namespace, tmp_path: Path, sin
     FAULTS.note(Row.of(fault, found, None, memory)._replace(dead_after=f"goes on after {max(took):.2f} s"))
     assert (found.lost, found.unclosed, found.duplicates) == ([], [], [])
     assert max(took) < _PATIENCE_S
+
+
+def test_a_policy_actor_that_cannot_be_held_to_its_budget_ends(namespace: Namespace, tmp_path: Path) -> None:
+    """Nobody would count what its open connections still send."""
+    budgets = {"actor": {"egress_bytes": "1GiB"}}
+    with Job(tmp_path, tmp_path / "evidence", namespace=namespace, role="policy", budgets=budgets) as job:
+        job.ask("calls", 10)
+        zygote = job.zygote
+        os.kill(job.supervisor, signal.SIGKILL)
+        dead_after(time.monotonic(), [job.pid], 2 * _PATIENCE_S)
+        dead_after(time.monotonic(), [zygote], 2 * _PATIENCE_S)
+    assert unproven(tmp_path / "evidence") == []

@@ -30,6 +30,7 @@ def test_a_socket_is_its_calls_below_any_number_of_processes(depth: int) -> None
     db = store.connect()
     db.register("incoming", pa.Table.from_pylist(rows, schema=columns.SCHEMA))
     db.execute("INSERT INTO span SELECT * FROM incoming")
-    store.prepare(db)
+    store.settle(db)
+    store.derive(db)
     assert db.execute("SELECT call FROM flow").fetchall() == [(1,)]
     assert db.execute("SELECT call FROM process").fetchall() == [(1,)] * depth
