@@ -13,7 +13,7 @@ from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
 from ray_guard.log import logger
-from ray_guard.supervisor import leaf, memory_group, zygote
+from ray_guard.supervisor import leaf, memory_group, to_zygote
 from ray_guard.supervisor.care import Care
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
@@ -42,21 +42,21 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = Loop()
-    pool = Leaders(loop, lambda fit: zygote.ask_for_leader(starts, fit.covers, gpu=fit.gpu), leaders)
+    pool = Leaders(loop, lambda fit: to_zygote.ask_for_leader(starts, fit.covers, gpu=fit.gpu), leaders)
     node = Node(loop, (rendezvous.folder(),), pool)
     listener = socket.socket(fileno=descriptor)
     loop.later(_FIRST_LINE_S, lambda: log.info("started, pid %d", os.getpid()))
     node.zygote = zygote_pid
-    node.care = Care(loop, starts, partial(zygote.start_witness, starts))
-    node.start_mover = partial(zygote.start_mover, starts)
-    node.sealer.start = partial(zygote.start_signer, starts)
-    node.sealer.recover = partial(zygote.start_recoverer, starts)
-    node.remove = partial(zygote.remove, starts)
-    node.end_adopted = partial(zygote.end_adopted, starts)
+    node.care = Care(loop, starts, partial(to_zygote.start_witness, starts))
+    node.start_mover = partial(to_zygote.start_mover, starts)
+    node.sealer.start = partial(to_zygote.start_signer, starts)
+    node.sealer.recover = partial(to_zygote.start_recoverer, starts)
+    node.remove = partial(to_zygote.remove, starts)
+    node.end_adopted = partial(to_zygote.end_adopted, starts)
 
     def hold(path: str) -> None:
-        zygote.hold(starts, path)
-        loop.later(SWEEP_S, lambda: zygote.sweep_place(starts, os.path.dirname(path)))
+        to_zygote.hold(starts, path)
+        loop.later(SWEEP_S, lambda: to_zygote.sweep_place(starts, os.path.dirname(path)))
 
     node.hold = hold
     supervisor = Supervisor(listener, loop, node)

@@ -31,7 +31,6 @@ from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.consequences import Consequences, acts
-from ray_guard.supervisor.model_calls import announced
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.scratch import Scratches
@@ -638,6 +637,8 @@ class Session:
         target = self._known()
         if target.policy.role is not Role.POLICY:
             raise seqpacket.BadPacket("no policy actor")
+        from ray_guard.supervisor.model_calls import announced  # tools alone announce nothing
+
         self._node.prices.update(announced(target.run_id, message))
 
     def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:

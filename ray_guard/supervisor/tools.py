@@ -31,9 +31,8 @@ from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import arguments, cgroups, memory_group, rlimits
-from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
-from ray_guard.supervisor.leaf import Leaf, OwnLeaf
+from ray_guard.supervisor.leaf import KILL_PATIENCE_S, Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.node import Node

@@ -30,7 +30,8 @@ from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, se
 from ray_guard.supervisor import domain, handover, leaf, mounts, witness
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.keeping import Keeping
-from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
+from ray_guard.supervisor.leader import lead
+from ray_guard.supervisor.leaf import KILL_PATIENCE_S
 from ray_guard.supervisor.leftovers import Held, sweep
 
 
@@ -304,75 +305,3 @@ class _Zygote:
             if not adopted and not leading:
                 return
             time.sleep(0.002)
-
-
-def end_adopted(starts: socket.socket, leader: int) -> None:
-    """A leader was lost: ends what it has led; called by the supervisor."""
-    seqpacket.send(starts, {"op": "end_adopted", "leader": leader})
-
-
-def remove(starts: socket.socket, path: str) -> None:
-    """Takes away a call's temporary folder; called by the supervisor."""
-    with contextlib.suppress(OSError):  # the zygote is gone, and the supervisor about to end: the next one sweeps
-        seqpacket.send(starts, {"op": "remove", "path": path})
-
-
-def hold(starts: socket.socket, path: str) -> None:
-    """Makes the folder of this supervisor's calls and holds it, while this process lives; called by the supervisor."""
-    seqpacket.send(starts, {"op": "hold", "path": path})
-
-
-def sweep_place(starts: socket.socket, place: str) -> None:
-    """Takes away what lost supervisors have left there; called by the supervisor."""
-    seqpacket.send(starts, {"op": "sweep", "path": place})
-
-
-def start_mover(starts: socket.socket, line: socket.socket) -> None:
-    """Starts a mover of relayed bytes at this end of its line; called by the supervisor."""
-    seqpacket.send(starts, {"op": "mover"}, [line.fileno()])
-
-
-def start_signer(starts: socket.socket, line: socket.socket) -> None:
-    """Starts the signer of the logs at this end of its line; called by the supervisor."""
-    seqpacket.send(starts, {"op": "signer"}, [line.fileno()])
-
-
-def start_witness(starts: socket.socket, line: socket.socket) -> None:
-    """Starts the witness at this end of its line; called by the supervisor."""
-    seqpacket.send(starts, {"op": "witness"}, [line.fileno()])
-
-
-def start_recoverer(starts: socket.socket, line: socket.socket) -> None:
-    """Starts the recoverer of former logs at this end of its line; called by the supervisor."""
-    seqpacket.send(starts, {"op": "recoverer"}, [line.fileno()])
-
-
-def ask_for_leader(starts: socket.socket, covers: mounts.Covers = (), *, gpu: bool = False) -> socket.socket:
-    """The line to a new leader; called by the supervisor. Where it cannot be forked the line ends at once.
-
-    Args:
-        covers, gpu: see :class:`ray_guard.supervisor.leaders.Fit`.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        try:
-            seqpacket.send(starts, {"op": "leader", "covers": covers, "gpu": gpu}, [theirs.fileno()])
-        except OSError:
-            pass  # the zygote is gone, and the supervisor about to end
-    return ours
-
-
-def fork(close: list[int]) -> tuple[socket.socket, int]:
-    """Forks the zygote; in the supervisor returns the socket that starts are sent on, and the zygote's pid."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            for descriptor in close:
-                os.close(descriptor)
-            run(theirs)
-        finally:
-            os._exit(1)
-    theirs.close()
-    return ours, pid
