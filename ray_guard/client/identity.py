@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+
+from ray_guard.named import NamedTuple
 
 
 class Identity(NamedTuple):

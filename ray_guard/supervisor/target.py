@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
@@ -18,6 +18,7 @@ from ray_guard.evidence.journal import Journal, JournalError
 from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import Account, Exceeded, Limits, Near, Scope, limits_from_wire, tightest
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
@@ -55,6 +56,7 @@ class OpenSpan:
         ended: what it was ended for before its time (``on_violation``).
         origin: as :meth:`Target.origin_of_call` gives it; made when first asked for.
         told: names told to the tools of a call, whichever of them asked.
+        charged_by: who charges a model call instead of whoever reported it; empty: nobody.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class OpenSpan:
         self.ended: Violation | None = None
         self.origin: Origin | None = None
         self.told = Told()
+        self.charged_by = ""
 
 
 class Origin(NamedTuple):
@@ -267,6 +270,8 @@ class Target:
         if span.scope == "episode":
             counted = {**record.attributes, "ray_guard.violation_count": span.violations}
             record = record._replace(attributes=counted)
+        elif span.charged_by:
+            record = record._replace(attributes={**record.attributes, "ray_guard.charged_by": span.charged_by})
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
         self._write_reported(record, span.identity)
         self.open.pop(record.span_id, None)

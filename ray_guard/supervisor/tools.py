@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced
@@ -26,13 +26,13 @@ from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import landlock, pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import arguments, cgroups, memory_group, rlimits
-from ray_guard.supervisor.leader import KILL_PATIENCE_S
 from ray_guard.supervisor.leaders import Leader
-from ray_guard.supervisor.leaf import Leaf, OwnLeaf
+from ray_guard.supervisor.leaf import KILL_PATIENCE_S, Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.node import Node
@@ -332,7 +332,7 @@ class Tool:
         rlimits.impose(self._pid, self._start.limits, _least(self._origin.account, MEMORY))
         self._node.gpus.began(self._pid, self._target, self._origin)
         self._base_ns = pidfd.cpu_ns(self._pid) or 0
-        if landlock.abi() >= landlock.SIGNAL_SCOPE_ABI and gate.listener.is_valid(call.id):  # else signals are notified
+        if gate.listener.is_valid(call.id):
             signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)  # its leader lets it go: see embryo
         gate.listener.proceed(call.id)
 
