@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 from ray_guard import __version__
 from ray_guard.client import carry
+from ray_guard.client.content import shown
 from ray_guard.client.mirror import JOURNALED, hex_ids
 from ray_guard.client.outlet import Outlet, outlet
 from ray_guard.client.spans import (
@@ -218,7 +219,13 @@ class UserSpans(SpanProcessor):
 
 
 def _allowed(attributes: Mapping[str, object] | None, *, capture: bool) -> dict[str, object]:
-    return {key: value for key, value in (attributes or {}).items() if capture or not key.startswith(CONTENT)}
+    found: dict[str, object] = {}
+    for key, value in (attributes or {}).items():
+        if not key.startswith(CONTENT):
+            found[key] = value
+        elif capture:
+            found[key] = shown(value).text if isinstance(value, (str, list, tuple)) else value
+    return found
 
 
 def _journalable(attributes: Mapping[str, object] | None, *, capture: bool) -> dict[str, Value]:

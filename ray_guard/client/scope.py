@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ray_guard.client import carry
 from ray_guard.client.carry import Node, Quotas
+from ray_guard.client.content import shown
 from ray_guard.client.context import Place, attach, context, environment, read_context, traceparent
 from ray_guard.client.otel import attempt, mirror
 from ray_guard.client.outlet import Outlet, base_identity, outlet
@@ -33,7 +34,6 @@ from ray_guard.client.spans import (
     Value,
     arguments_digest,
     attributes_json,
-    canonical,
     clean,
     clean_event,
     clean_text,
@@ -361,7 +361,9 @@ class ToolCall(Scope):
         try:
             self._digest = arguments_digest(arguments)
             if self.capture:
-                self._content = clean_text(canonical(arguments))
+                self._content, whole = shown(arguments)
+                if not whole:
+                    self._attributes["ray_guard.truncated"] = True
         except Exception:  # noqa: BLE001 - keys and values are the caller's; their methods may raise anything
             warn_once("arguments", "ray_guard: a tool's arguments could not be hashed")
 
@@ -392,8 +394,11 @@ class ToolCall(Scope):
         """Records what the tool returned, where content is captured (``RAY_GUARD_CAPTURE_CONTENT=1``)."""
         if self.capture:
             try:
-                text = value if isinstance(value, str) else canonical(value)
-                self._attributes["gen_ai.tool.call.result"] = clean_text(text)
+                text, whole = shown(value)
+                self._attributes["gen_ai.tool.call.result"] = text
+                self._attributes["ray_guard.result.sha256"] = arguments_digest(value)
+                if not whole:
+                    self._attributes["ray_guard.truncated"] = True
             except Exception:  # noqa: BLE001 - the tool has done its work; its result is handed on
                 warn_once("result", "ray_guard: a tool's result could not be captured")
 

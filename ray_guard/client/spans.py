@@ -22,6 +22,8 @@ from itertools import islice
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
+from ray_guard.evidence.redact import MARGIN, redact
+
 TEXT_LIMIT = 8192
 """Characters kept of one text attribute (tool content included)."""
 
@@ -166,7 +168,7 @@ def describe_exception(error: BaseException, time_ns: int) -> tuple[dict[str, Va
     """Attributes, status message and the ``exception`` event of a span that ended by `error`."""
     name = clean_text(type_name(type(error)), NAME_LIMIT)
     try:
-        message = clean_text(str(error))
+        message = clean_text(redact(str(error)[: TEXT_LIMIT + MARGIN]))
     except Exception:  # noqa: BLE001
         message = ""  # its __str__ raises; the type still says what it was
     details: dict[str, Value] = {"exception.type": name, "exception.message": message}
