@@ -31,12 +31,11 @@ _LONG: Final = 32
 _ENTROPY: Final = 3.8
 """Bits a character. Random base64 of 32 characters has 4.2 to 5; what is repeated has less."""
 _RESTLESS: Final = 0.45
-"""Changes of kind (upper, lower, digit, sign) for each character. Random base64 has 0.6, CamelCase and paths 0.2 to 0.4."""
+"""Changes of kind (upper, lower, digit, sign) for each character. Random base64 has 0.6, CamelCase and paths 0.3."""
 
 _NAME: Final = (
     r"(?:pass(?:word|wd|phrase|code)|(?<![a-z])pwd|secret|token(?!i[sz]|s)|api[_-]?key|access[_-]?key|private[_-]?key|"
-    r"signing[_-]?key|"
-    r"encryption[_-]?key|account[_-]?key|credential|authorization|cookie)"
+    r"signing[_-]?key|encryption[_-]?key|account[_-]?key|credential|authorization|cookie)"
 )
 _VALUE: Final = r"""(?!\[redacted\]|(?:null|none|true|false|\d{1,9})\b)[^\s"'`&;,)}\]\\]{3,}"""
 
@@ -44,15 +43,15 @@ _VALUE: Final = r"""(?!\[redacted\]|(?:null|none|true|false|\d{1,9})\b)[^\s"'`&;
 @functools.cache
 def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
     # Made when first needed: most commands hold no word that could be one, and a tool's start waits for this.
-    flags = re.IGNORECASE
+    case = re.IGNORECASE
     return (
         (re.compile(r"-----BEGIN ([A-Z0-9 ]{0,40})PRIVATE KEY(?: BLOCK)?-----.*?"
                     r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)", re.DOTALL), REDACTED),
         # Of a whole line: a header's value may hold blanks and more than one secret.
         (re.compile(r"""\b((?:proxy-)?authorization|x-[a-z0-9-]{0,24}(?:key|token|secret)|set-cookie|cookie)"""
-                    r"""(\\?["']?\s{0,4}+[:=]\s{0,4}+\\?["']?)(?!\[redacted\])[^\r\n"'\\]{3,}""", flags),
+                    r"""(\\?["']?\s{0,4}+[:=]\s{0,4}+\\?["']?)(?!\[redacted\])[^\r\n"'\\]{3,}""", case),
          rf"\1\2{REDACTED}"),
-        (re.compile(r"\b(bearer)\s{1,4}[A-Za-z0-9._~+/=-]{8,}", flags), rf"\1 {REDACTED}"),
+        (re.compile(r"\b(bearer)\s{1,4}[A-Za-z0-9._~+/=-]{8,}", case), rf"\1 {REDACTED}"),
         (re.compile(r"(://[^\s/:@\"']{0,256}:)[^\s/\"']{1,512}@"), rf"\1{REDACTED}@"),
         (re.compile(r"(://)[A-Za-z0-9_-]{20,256}@"), rf"\1{REDACTED}@"),
         (re.compile(r"\b(?:(?:AKIA|ASIA|ABIA|ACCA|AGPA|AIDA|AROA|ANPA)[A-Z0-9]{16}|LTAI[A-Za-z0-9]{12,30}|"
@@ -61,9 +60,10 @@ def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
                     r"xox[abeoprs]-[A-Za-z0-9-]{10,}|hf_[A-Za-z0-9]{20,}|npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_-]{40,}|"
                     r"[rs]k_(?:live|test)_[A-Za-z0-9]{10,}|sk-[A-Za-z0-9_-]{20,})"), REDACTED),
         (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?"), REDACTED),
-        (re.compile(rf"""({_NAME}[A-Za-z0-9_]{{0,32}}\\?["']?\s{{0,4}}+(?::=|[:=])\s{{0,4}}+\\?["']?){_VALUE}""", flags),
+        (re.compile(rf"""({_NAME}[A-Za-z0-9_]{{0,32}}\\?["']?\s{{0,4}}+(?::=|[:=])\s{{0,4}}+\\?["']?){_VALUE}""", case),
          rf"\1{REDACTED}"),
-        (re.compile(rf"(--?[a-z0-9-]{{0,32}}{_NAME}[a-z0-9-]{{0,32}}\s{{1,4}}[\"']?){_VALUE}", flags), rf"\1{REDACTED}"),
+        (re.compile(rf"(--?[a-z0-9-]{{0,32}}{_NAME}[a-z0-9-]{{0,32}}\s{{1,4}}[\"']?){_VALUE}", case),
+         rf"\1{REDACTED}"),
         (re.compile(r"(\bsshpass\s+-p\s*[\"']?)[^\s\"']+"), rf"\1{REDACTED}"),
         (re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[\s=][\"']?[^\s:\"']{1,128}:)[^\s\"'/]{1,256}"),
          rf"\1{REDACTED}"),
