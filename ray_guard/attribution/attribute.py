@@ -367,10 +367,12 @@ def _scaled(each: Candidate, scale: float) -> Candidate:
 def _about(db: duckdb.DuckDBPyConnection, wanted: Any) -> dict[int, dict[str, Any]]:
     db.register("wanted_calls", {"call": wanted})
     rows = db.execute(
-        """SELECT c.call, run, iteration, "group", rollout, turn, tool, call_id, trace_id, span_id, policy_version
+        """SELECT c.call, run, iteration, "group", rollout, turn, tool, call_id, trace_id, span_id, policy_version,
+             shown_trace_id
            FROM call c JOIN wanted_calls w ON w.call = c.call
            UNION ALL
-           SELECT r.call, run, iteration, "group", rollout, NULL, NULL, NULL, trace_id, NULL, policy_version
+           SELECT r.call, run, iteration, "group", rollout, NULL, NULL, NULL, trace_id, NULL, policy_version,
+             trace_id
            FROM rollout r JOIN wanted_calls w ON w.call = r.call"""
     )
     names = [column[0] for column in rows.description or ()]

@@ -96,7 +96,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "turn": about.get("turn"),
         "tool": about.get("tool"),
         "call_id": about.get("call_id"),
-        "trace_id": about.get("trace_id"),
+        "trace_id": about.get("shown_trace_id", about.get("trace_id")),
         "span_id": about.get("span_id"),
         "evidence": candidate.evidence,
         "against": candidate.against,

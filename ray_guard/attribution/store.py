@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -22,10 +23,13 @@ from ray_guard.attribution.nat import Mapping
 from ray_guard.attribution.sources.reader import Record
 from ray_guard.evidence import columns
 from ray_guard.evidence.reader import Quarantine, read
+from ray_guard.records import LINK, PARENT
 
 _DEPTH: Final = 64
 """How many processes may stand between a socket and its call."""
 _BATCH: Final = 20_000
+_PARENT_LINK: Final = rf'"([0-9a-f]{{16}})",\s*\{{"{re.escape(LINK)}":\s*"{PARENT}"\}}'
+"""In the column ``links``: the span that encloses one of a rollout's later segments."""
 
 ALERT_SCHEMA: Final = pa.schema(
     [
@@ -161,7 +165,8 @@ def _alert(number: int, source: int, record: Record) -> dict[str, Any]:
 
 def prepare(db: duckdb.DuckDBPyConnection) -> None:
     """Makes the tables of the job out of ``span``."""
-    for name, pattern in (("suspect", prior.SUSPECT), ("network", prior.NETWORK), ("silent", prior.SILENT)):
+    patterns = (prior.SUSPECT, prior.NETWORK, prior.SILENT, _PARENT_LINK)
+    for name, pattern in zip(("suspect", "network", "silent", "parent_link"), patterns, strict=True):
         db.execute(f"SET VARIABLE {name} = ?", [pattern])
     for statement in _PREPARE:
         db.execute(statement)
@@ -200,8 +205,15 @@ def _own(db: duckdb.DuckDBPyConnection, table: str, kind: str) -> None:
 
 _PREPARE: Final = (
     # Of several lines about one span the supervisor's word counts before the target's, then the ended one.
-    """CREATE OR REPLACE TABLE span AS SELECT * FROM span QUALIFY row_number() OVER (
-         PARTITION BY trace_id, span_id
+    # A rollout of many spans is spread over several traces: here it is one again, and each span hangs where it belongs.
+    """CREATE OR REPLACE TABLE span AS SELECT * REPLACE (
+           coalesce(attributes['ray_guard.root_trace_id'], trace_id) AS trace_id,
+           CASE WHEN attributes['ray_guard.root_trace_id'] IS NULL THEN parent_id
+                ELSE coalesce(nullif(regexp_extract(links, getvariable('parent_link'), 1), ''), parent_id) END
+             AS parent_id),
+         span.trace_id AS shown_trace_id
+       FROM span QUALIFY row_number() OVER (
+         PARTITION BY span.trace_id, span_id
          ORDER BY coalesce(source, '') <> 'target' DESC, end_ns IS NOT NULL DESC,
                   coalesce(end_ns, start_ns) DESC) = 1""",
     # What only a supervisor can know is no fact where a target says it.
@@ -216,8 +228,8 @@ _PREPARE: Final = (
          any_value("group") AS "group", any_value(rollout) AS rollout, any_value(policy_version) AS policy_version,
          max(coalesce(end_ns, start_ns)) AS last_ns FROM span GROUP BY trace_id""",
     """CREATE OR REPLACE TABLE call AS
-         SELECT row_number() OVER (ORDER BY s.start_ns, s.span_id) AS call, s.trace_id, s.span_id, n.node,
-           coalesce(s.run, a.run) AS run, coalesce(s.iteration, a.iteration) AS iteration,
+         SELECT row_number() OVER (ORDER BY s.start_ns, s.span_id) AS call, s.trace_id, s.shown_trace_id, s.span_id,
+           n.node, coalesce(s.run, a.run) AS run, coalesce(s.iteration, a.iteration) AS iteration,
            coalesce(s."group", a."group") AS "group", coalesce(s.rollout, a.rollout) AS rollout,
            coalesce(s.turn, t.turn) AS turn, coalesce(s.policy_version, a.policy_version) AS policy_version,
            coalesce(s.attributes['gen_ai.tool.name'], substr(s.name, 14)) AS tool,

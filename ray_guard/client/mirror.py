@@ -21,7 +21,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from opentelemetry.trace.propagation import set_span_in_context
 
 from ray_guard.client.carry import UNASKED, Node
-from ray_guard.client.spans import Event, Link, Value, warn_once
+from ray_guard.client.spans import Event, Ids, Value, warn_once
 
 if TYPE_CHECKING:
     from ray_guard.client.mirror_sdk import Attachment
@@ -66,7 +66,7 @@ class Carried(NonRecordingSpan):
         return f"Carried({self.get_span_context()!r})"
 
 
-def hex_ids(context: SpanContext) -> Link:
+def hex_ids(context: SpanContext) -> Ids:
     return f"{context.trace_id:032x}", f"{context.span_id:016x}"
 
 

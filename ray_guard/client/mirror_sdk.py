@@ -38,6 +38,7 @@ from ray_guard.client.spans import (
     open_message,
     warn_once,
 )
+from ray_guard.records import LINK
 
 if TYPE_CHECKING:
     from ray_guard.client.scope import Scope
@@ -119,8 +120,11 @@ class Attachment:
                 kind=_BY_NUMBER[scope.span_kind],
                 attributes={**scope.identity, **scope.opening()},
                 links=[
-                    api.Link(api.SpanContext(int(trace, 16), int(span_id, 16), True, api.TraceFlags(1)))
-                    for trace, span_id in scope.links
+                    api.Link(
+                        api.SpanContext(int(link[0], 16), int(link[1], 16), True, api.TraceFlags(1)),
+                        {LINK: link[2]} if len(link) > 2 else None,
+                    )
+                    for link in scope.links
                 ],
                 start_time=start_ns,
             )
@@ -156,6 +160,7 @@ class UserSpans(SpanProcessor):
     def _begin(self, span: Span, node: carry.Node) -> None:
         given = _journalable(span.attributes, capture=node.capture)
         span.set_attributes(node.identity)
+        node.segments.count += 1
         where = outlet()
         if where is None:
             return

@@ -18,15 +18,17 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ray_guard.client import carry
+from ray_guard.client import carry, foreign
 from ray_guard.client.carry import Node, Quotas
 from ray_guard.client.content import shown
-from ray_guard.client.context import Place, attach, context, environment, read_context, traceparent
+from ray_guard.client.context import attach, context, environment, read_context, traceparent
 from ray_guard.client.otel import attempt, mirror
 from ray_guard.client.outlet import Outlet, base_identity, outlet
 from ray_guard.client.quota import QUOTAS, reserve
+from ray_guard.client.segments import PREVIOUS, ROLLOUT, SPANS_LIMIT, Segments, known
 from ray_guard.client.spans import (
     ATTRIBUTE_LIMIT,
+    EAGLEEYE_TRACE,
     EVENT_LIMIT,
     NAME_LIMIT,
     Event,
@@ -48,7 +50,7 @@ from ray_guard.client.spans import (
 )
 from ray_guard.client.verdicts import ask_violations, ended_for, log_warnings, record_reward, violations
 from ray_guard.errors import PolicyError, RayGuardError, SupervisorLost
-from ray_guard.records import SpanKind, StatusCode
+from ray_guard.records import PARENT, ROOT_TRACE, SpanKind, StatusCode
 
 if TYPE_CHECKING:
     from ray_guard.compute.moe import Cost
@@ -100,6 +102,7 @@ class Scope(Node):
         "_outlet",
         "_start_ns",
         "above",
+        "carrier",
         "ended",
         "entered",
         "links",
@@ -124,6 +127,8 @@ class Scope(Node):
         self._attributes: dict[str, Value] = {}
         self._events: list[Event] = []
         self.links: list[Link] = []
+        self.carrier: Mapping[str, Any] | None = None
+        """What others say of where it comes from, where nothing encloses it."""
 
     # What a kind of scope adds to the place above it. -----------------------------------------------------------------
 
@@ -160,51 +165,77 @@ class Scope(Node):
     def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
         """Fills in trace, parent, identity and links from what encloses this scope."""
         self.above = above
-        self.call = None
         if above is not None and not self.is_root:
-            self.trace = above.trace
-            self.parent: str | None = above.span
-            self.episode = above.episode
-            self.call = above.call
-            self.sampled = above.sampled
-            self.attachment = above.attachment
-            if otel is not None and above.attachment:  # else none of the user's spans is in the evidence
-                self.parent = attempt(otel.between, above) or above.span
+            self._locate_inside(above, otel)
         else:
-            outside: Place | None = None
-            if above is None:
-                outside = (attempt(otel.outer) if otel is not None else None) or environment()
-            self.episode = None
-            self.sampled = True
-            self.attachment = carry.UNASKED
-            self.parent = None
-            if self.is_root:
-                self.trace = new_trace_id()
-                if above is not None:
-                    self.links.append((above.trace, above.span))
-                elif outside is not None:
-                    self.links.append(outside[:2])
-            elif outside is not None:
-                self.trace, self.parent, self.sampled = outside
-            else:
-                self.trace = new_trace_id()
+            self._locate_outermost(above, otel)
         if above is not None:
+            self.capture = above.capture
             self.identity = above.identity
             self.identity_json = above.identity_json
-            self.capture = above.capture
+            if not self.is_root and self.trace != above.trace:
+                self._identify({ROOT_TRACE: self.segments.root})
         else:
-            if where is not None:
-                self.identity = where.identity
-                self.identity_json = where.identity_json
-            else:
-                self.identity = base_identity(None)
-                self.identity_json = to_json(self.identity)
             self.capture = os.environ.get("RAY_GUARD_CAPTURE_CONTENT") == "1"
+            self.identity = base_identity(None) if where is None else where.identity
+            self.identity_json = to_json(self.identity) if where is None else where.identity_json
+            if self.trace != self.segments.root:
+                self._identify({ROOT_TRACE: self.segments.root})
+            eagleeye = self._elsewhere().eagleeye or foreign.around()
+            if eagleeye is not None:
+                self._identify({EAGLEEYE_TRACE: eagleeye})
         self.quotas = self._quotas_around(above, where)
         own = self._own_identity()
         if own is not None:
             self.identity = own
             self.identity_json = to_json(own)
+
+    def _locate_inside(self, above: Node, otel: Any) -> None:
+        segments = self.segments = above.segments
+        segments.count += 1
+        if segments.count > SPANS_LIMIT and segments.take_turn():
+            _begin_segment(segments)
+        self.episode = above.episode
+        self.call = above.call
+        self.attachment = above.attachment
+        self.trace, root, sampled = segments.newest
+        if above.trace != self.trace:
+            self.sampled = sampled
+            self.parent: str | None = root
+            self.links.append((above.trace, above.span, PARENT))
+            return
+        self.sampled = above.sampled
+        self.parent = above.span
+        if otel is not None and above.attachment:  # else none of the user's spans is in the evidence
+            self.parent = attempt(otel.between, above) or above.span
+
+    def _locate_outermost(self, above: Node | None, otel: Any) -> None:
+        outside: foreign.Place | None = None
+        if above is None:
+            outside = self._elsewhere().place or (attempt(otel.outer) if otel is not None else None) or environment()
+        self.episode = self.call = None
+        self.sampled = True
+        self.attachment = carry.UNASKED
+        self.parent = None
+        if self.is_root:
+            if above is not None:
+                self.links.append((above.trace, above.span))
+            elif outside is not None:
+                self.links.append(outside[:2])
+        elif outside is not None:
+            self.trace, self.parent, self.sampled = outside
+            _join(self, known(self.trace, self.parent))
+            return
+        self.trace = new_trace_id()
+        self.segments = Segments(self.trace, self.span)
+
+    def _elsewhere(self) -> foreign.Origin:
+        found = None if self.carrier is None else foreign.read(self.carrier)
+        return foreign.NOWHERE if found is None else found
+
+    def _identify(self, more: Mapping[str, str]) -> None:
+        self.identity = {**self.identity, **more}
+        self.identity_json = to_json(self.identity)
 
     def _quotas_around(self, above: Node | None, where: Outlet | None) -> Quotas:
         if above is not None and not self.is_root:
@@ -322,6 +353,50 @@ class Scope(Node):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         self.__exit__(kind, error, trace)
+
+
+class Segment(Scope):
+    """The root of a later segment (:mod:`ray_guard.client.segments`): no length, and links to what it continues."""
+
+    __slots__ = ("_of",)
+    scope_kind = "segment"
+    is_root = True
+
+    def __init__(self, of: Segments) -> None:
+        Scope.__init__(self, "ray_guard.segment")
+        self._of = of
+
+    def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
+        super()._locate(above, where, otel)
+        before = self._of.newest[:2]
+        self.links = [(*before, PREVIOUS)]
+        if before != self._of.first:
+            self.links.append((*self._of.first, ROLLOUT))
+        self._identify({ROOT_TRACE: self._of.root})
+
+    def opening(self) -> dict[str, Value]:
+        return {"ray_guard.segment.number": self._of.number + 1}
+
+
+def _begin_segment(segments: Segments) -> None:
+    try:
+        with Segment(segments) as segment:
+            pass
+        segments.go_on(segment.trace, segment.span, sampled=segment.sampled)
+    finally:
+        segments.give_back()
+
+
+def _join(scope: Scope, segments: Segments) -> None:
+    """Puts an outermost scope below a span of others, or into the newest segment of what they began."""
+    scope.segments = segments
+    segments.count += 1
+    if segments.count > SPANS_LIMIT and segments.take_turn():
+        _begin_segment(segments)
+    newest = segments.newest
+    if scope.trace != newest[0] and scope.parent is not None:
+        scope.links.append((scope.trace, scope.parent, PARENT))
+        scope.trace, scope.parent, scope.sampled = newest
 
 
 class ToolCall(Scope):
@@ -448,7 +523,7 @@ class Episode(Scope):
             self.quotas += where.quota("episode", self.span, limits)
 
     def _own_identity(self) -> dict[str, str | int]:
-        kept = ("rl.run.id", "rl.iteration", "rl.policy.version")
+        kept = ("rl.run.id", "rl.iteration", "rl.policy.version", EAGLEEYE_TRACE)
         identity: dict[str, str | int] = {key: value for key, value in self.identity.items() if key in kept}
         given = self._iteration
         if isinstance(given, Node):
@@ -499,7 +574,7 @@ class Iteration(Scope):
 
     def _own_identity(self) -> dict[str, str | int]:
         return {
-            **{k: v for k, v in self.identity.items() if k in ("rl.run.id", "rl.policy.version")},
+            **{k: v for k, v in self.identity.items() if k in ("rl.run.id", "rl.policy.version", EAGLEEYE_TRACE)},
             "rl.iteration": self.number,
         }
 

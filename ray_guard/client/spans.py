@@ -23,6 +23,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from ray_guard.evidence.redact import MARGIN, redact
+from ray_guard.records import ROOT_TRACE
 
 TEXT_LIMIT = 8192
 """Characters kept of one text attribute (tool content included)."""
@@ -42,7 +43,21 @@ ATTRIBUTE_LIMIT = 128
 PACKET_LIMIT = 120_000
 """Bytes of one message; the channel's packets hold 128 KiB."""
 
-IDENTITY = frozenset(("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version"))
+EAGLEEYE_TRACE = "ray_guard.eagleeye.trace_id"
+"""On every span below a request that ROCK named by ``eagleeye-traceid``."""
+
+IDENTITY = frozenset(
+    (
+        "rl.run.id",
+        "rl.iteration",
+        "rl.rollout.id",
+        "rl.group.id",
+        "rl.turn",
+        "rl.policy.version",
+        ROOT_TRACE,
+        EAGLEEYE_TRACE,
+    )
+)
 """What is on every span, where it is known (CONTRACT.md section 4)."""
 
 ATTRIBUTES_LIMIT = 96_000
@@ -55,7 +70,10 @@ _INT64 = 2**63
 
 Value = str | bool | int | float | list[str | bool | int | float]
 Event = tuple[str, int, dict[str, Value]]
-Link = tuple[str, str]
+Ids = tuple[str, str]
+"""Trace and span."""
+Link = Ids | tuple[str, str, str]
+"""Trace, span, and what the link leads to (:data:`ray_guard.records.LINK`) where that is not an iteration."""
 
 logger = logging.getLogger("ray_guard")
 _warned: set[str] = set()
@@ -69,6 +87,13 @@ def warn_once(topic: str, text: str) -> None:
     if topic not in _warned:
         _warned.add(topic)
         logger.warning(text, exc_info=True)  # noqa: LOG014 - called from handlers
+
+
+def say_once(topic: str, text: str) -> None:
+    """As :func:`warn_once`, where no exception is being handled."""
+    if topic not in _warned:
+        _warned.add(topic)
+        logger.warning(text)
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------
