@@ -153,9 +153,9 @@ class attach:  # noqa: N801 - used as a function
     __slots__ = ("_before", "_begun", "_eagleeye", "_node")
 
     def __init__(self, context: Mapping[str, Any] | Any) -> None:
-        self._node = read_context(context)
-        elsewhere = None if self._node is not None else foreign.read(context)
-        self._eagleeye = None if elsewhere is None else elsewhere.eagleeye
+        elsewhere = foreign.read(context)
+        self._node = read_context(context if elsewhere is None else elsewhere)
+        self._eagleeye = elsewhere.eagleeye if elsewhere is not None and self._node is None else None
 
     def __enter__(self) -> Self:
         self._before: Any = carry.current()

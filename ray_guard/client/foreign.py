@@ -67,6 +67,8 @@ def read(given: object) -> Origin | None:
     Args:
         given: headers, a carrier, ROLL's ``meta_info``, or what has one (a ``DataProto``).
     """
+    if isinstance(given, Origin):
+        return given
     if not isinstance(given, Mapping):
         given = getattr(given, "meta_info", None)
         if not isinstance(given, Mapping) or OTEL_CONTEXT not in given:

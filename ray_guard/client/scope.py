@@ -41,6 +41,7 @@ from ray_guard.client.spans import (
     clean_text,
     close_message,
     describe_exception,
+    is_cancelled,
     new_span_id,
     new_trace_id,
     open_message,
@@ -96,12 +97,12 @@ class Scope(Node):
 
     __slots__ = (
         "_attributes",
-        "_begun",
         "_events",
         "_forks",
         "_outlet",
         "_start_ns",
         "above",
+        "begun",
         "carrier",
         "ended",
         "entered",
@@ -252,7 +253,7 @@ class Scope(Node):
         if self.is_refused_after_end and above is not None:
             ended_for((above.episode, above.call))
         self._locate(above, where, otel)
-        self._begun: Any = None
+        self.begun: Any = None
         self._forks = _forks.count
         self._start_ns = time.time_ns()
         if where is not None:
@@ -273,7 +274,7 @@ class Scope(Node):
                 )
             )
         if otel is not None:
-            self._begun = attempt(otel.begin, self, self._start_ns)
+            self.begun = attempt(otel.begin, self, self._start_ns)
         carry.move_to(self)
         return self
 
@@ -288,9 +289,10 @@ class Scope(Node):
         self.above = above
         if carry.current() is self:
             carry.move_to(above)
-        begun, self._begun = self._begun, None
+        begun, self.begun = self.begun, None
         otel = mirror() if begun is not None else None
         if otel is not None:
+            begun.over = True
             attempt(otel.leave, begun)
         where = self._outlet
         if (where is None and not self.attachment) or self._forks != _forks.count:
@@ -305,7 +307,10 @@ class Scope(Node):
         status, message = 0, ""
         if error is not None and not isinstance(error, GeneratorExit):  # a consumer that stops early is no error
             attributes, message, event = describe_exception(error, end_ns)
-            status = int(StatusCode.ERROR)
+            if is_cancelled(error):
+                attributes, message = {"ray_guard.cancelled": True}, ""  # its caller's doing, and no error of its own
+            else:
+                status = int(StatusCode.ERROR)
             self._attributes.update(attributes)
             self._events.append(event)
         if otel is not None and self.attachment:
@@ -341,9 +346,9 @@ class Scope(Node):
         """Leaves the scope's place without ending the scope; the state returned leads back (:func:`carry.swap`)."""
         inside = carry.capture()
         carry.move_to(self.above)
-        otel = mirror() if self._begun is not None else None
+        otel = mirror() if self.begun is not None else None
         if otel is not None:
-            attempt(otel.leave, self._begun)
+            attempt(otel.leave, self.begun)
         return inside
 
     async def __aenter__(self) -> Self:

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -187,6 +188,12 @@ def type_name(kind: type) -> str:
     module = getattr(kind, "__module__", None)
     name = str(getattr(kind, "__qualname__", "unknown"))
     return name if module in (None, "builtins") else f"{module}.{name}"
+
+
+def is_cancelled(error: BaseException) -> bool:
+    """Whether `error` says that a task was cancelled."""
+    asyncio = sys.modules.get("asyncio.exceptions")  # who has not loaded it has no tasks
+    return asyncio is not None and isinstance(error, asyncio.CancelledError)
 
 
 def describe_exception(error: BaseException, time_ns: int) -> tuple[dict[str, Value], str, Event]:
