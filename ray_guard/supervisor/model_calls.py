@@ -168,15 +168,15 @@ class ModelCalls:
         record = self._opened(message, reserved, planned.fill)
         if price is None and (limiting := bill.limiting(FLOPS)) is not None:
             text = f"the {limiting.scope.value} has a limit of {FLOPS}, and what this model costs is not known"
-            self._target.write(_failed(record, FLOPS, text), self._origin.identity)
             self._target.violation(self._origin, record.span_id, FLOPS, reason="unmeasured", destination=self._where)
+            self._target.write(_failed(record, FLOPS, text), self._origin.identity)
             return _error(429, "insufficient_quota", text)
         exceeded = bill.reserve({TOKENS: reserved, FLOPS: 0 if price is None else price.flops(reserved)})
         if exceeded is not None:
             if not exceeded.report_only:
                 text = str(exceeded.error())
-                self._target.write(_failed(record, exceeded.kind, text), self._origin.identity)
                 self._exceeded(record.span_id, exceeded)
+                self._target.write(_failed(record, exceeded.kind, text), self._origin.identity)
                 return _error(429, "insufficient_quota", text)
             self._exceeded(record.span_id, exceeded)
         word = new_trace_id()
@@ -274,9 +274,11 @@ class ModelCalls:
             status=StatusCode.ERROR if text else StatusCode.UNSET,
             status_message=text,
         )
-        self._target.write(ended, self._origin.identity)
-        if exceeded is not None:
-            self._exceeded(call.record.span_id, exceeded)
+        try:
+            if exceeded is not None:
+                self._exceeded(call.record.span_id, exceeded)
+        finally:
+            self._target.write(ended, self._origin.identity)
 
     def _refused(self, message: Message) -> None:
         where = f"{self._where} ({message['text']})"

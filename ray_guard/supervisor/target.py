@@ -31,6 +31,9 @@ BUDGET_WARNING: Final = "ray_guard.budget_warning"
 """Name of the span that says that a limit is almost reached."""
 _VIOLATIONS_KEPT: Final = 10_000
 _OPEN_LIMIT: Final = 100_000
+_OFFENDERS_KEPT: Final = 4096
+_OFFENCES_TOLD: Final = 32
+_TOLD: Final = ("ray_guard.violation.kind", "ray_guard.violation.limit", "ray_guard.violation.value", "error.type")
 
 
 _ids: list[str] = []
@@ -114,6 +117,43 @@ class Violation(NamedTuple):
         return {**{name: getattr(self, name) for name in names}, "time": self.time_ns}
 
 
+class Offences:
+    """Violations of spans that have not ended: each is told there too, by an event, its kind and the status ERROR."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, list[SpanEvent]] = {}
+
+    def add(self, span_id: str, event: SpanEvent) -> None:
+        events = self._events.get(span_id)
+        if events is None:
+            if len(self._events) >= _OFFENDERS_KEPT:
+                del self._events[next(iter(self._events))]
+            events = self._events[span_id] = []
+        if len(events) < _OFFENCES_TOLD:
+            events.append(event)
+
+    def take(self, span_id: str) -> tuple[tuple[SpanEvent, ...], dict[str, AttributeValue]]:
+        """What a span that ends has to tell: events, and the attributes of the first."""
+        events = self._events.pop(span_id, None)
+        if events is None:
+            return (), {}
+        told = {key: value for key, value in events[0].attributes.items() if key in _TOLD}
+        return tuple(events), told
+
+    def told(self, record: SpanRecord) -> SpanRecord:
+        """``record``, which ends its span, with what its span has to tell."""
+        events, attributes = self.take(record.span_id)
+        if not events:
+            return record
+        return record._replace(
+            attributes={**attributes, **record.attributes},
+            events=(*record.events, *events),
+            status=StatusCode.ERROR,
+            status_message=record.status_message
+            or f"{attributes['ray_guard.violation.kind']}: {attributes['error.type']}",
+        )
+
+
 class Target:
     """See the module. ``around`` is the account above its own: its submitter's, or the job's."""
 
@@ -159,6 +199,8 @@ class Target:
         self._unknown: Origin | None = None
         """As :meth:`origin_unknown` gives it, until a span begins or ends."""
         self._fragments: dict[str, Fragment] = {}
+        self._offences = Offences()
+        self.offences = self._offences.take
 
     def _scope_account(self, scope: Scope, source: str, parent: Account, limits: Limits | None = None) -> Account:
         own = self.policy.limits(scope)
@@ -193,6 +235,8 @@ class Target:
         Raises:
             JournalError: it could not be.
         """
+        if record.end_ns is not None:
+            record = self._offences.told(record)
         line = self._encoder.encode(record, identity or self._own.identity)
         if grants:
             self.journal.append(line)
@@ -267,6 +311,7 @@ class Target:
         if span.scope == "episode":
             counted = {**record.attributes, "ray_guard.violation_count": span.violations}
             record = record._replace(attributes=counted)
+        record = self._offences.told(record)
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
         self._write_reported(record, span.identity)
         self.open.pop(record.span_id, None)
@@ -352,8 +397,8 @@ class Target:
         value: AttributeValue | None = None,
         source: str = "",
         report_only: bool = False,
-    ) -> SpanEvent:
-        """Journals a violation below ``span_id`` and remembers it; returns the event for the offending span."""
+    ) -> None:
+        """Journals a violation below ``span_id``, remembers it, and keeps it for the end of the offending span."""
         now = time.time_ns()
         attributes: dict[str, AttributeValue] = {"ray_guard.violation.kind": kind, "error.type": reason}
         if limit is not None:
@@ -378,14 +423,14 @@ class Target:
         offending = span_id or origin.call or origin.episode or ""
         found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode, source)
         self.violations.append(found)
+        self._offences.add(offending, SpanEvent("ray_guard.violation", now, attributes))
         if origin.episode is not None and (episode := self.open.get(origin.episode)) is not None:
             episode.violations += 1
         if not report_only:
             self.offended(origin, found)
-        return SpanEvent("ray_guard.violation", now, attributes)
 
-    def exceeded(self, origin: Origin, span_id: str | None, exceeded: Exceeded, destination: str = "") -> SpanEvent:
-        return self.violation(
+    def exceeded(self, origin: Origin, span_id: str | None, exceeded: Exceeded, destination: str = "") -> None:
+        self.violation(
             origin,
             span_id,
             exceeded.kind,
