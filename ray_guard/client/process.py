@@ -80,7 +80,8 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
             restore_signals=bool(given["restore_signals"]),
         )
         try:
-            control = Control(channel, payload, folder, descriptors, _place(node))
+            segments = None if node is None else node.segments
+            control = Control(channel, payload, folder, descriptors, _place(node), segments=segments)
         except OSError as error:
             if error.filename is None and error.errno is not None:
                 error.filename = os.fsdecode(argv[0] if executable is None else executable)

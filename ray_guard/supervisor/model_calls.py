@@ -25,7 +25,9 @@ from ray_guard.policy.decide import Endpoint
 from ray_guard.policy.destination import canonical_address, is_address, is_loopback, parse_address
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
-from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
+from ray_guard.supervisor.ids import new_span_id, new_trace_id
+from ray_guard.supervisor.segments import links_of
+from ray_guard.supervisor.target import Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.ring import Ring
@@ -221,6 +223,7 @@ class ModelCalls:
             start_ns=time.time_ns(),
             end_ns=None,
             attributes=attributes,
+            links=links_of(self._origin.link),
         )
 
     # -- after ---------------------------------------------------------------------------------------------------------

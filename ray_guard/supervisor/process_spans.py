@@ -86,6 +86,7 @@ class ProcessSpans:
             self.left_out += 1
             return None
         self._begun += 1
+        self._origin.tally.another(self._origin)
         attributes: dict[str, AttributeValue] = {
             "process.pid": image.pid,
             "process.parent_pid": image.parent_pid,

@@ -34,9 +34,10 @@ from ray_guard.policy.decide import (
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
+from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.names import Names
 from ray_guard.supervisor.proxies import Standing
-from ray_guard.supervisor.target import Origin, Target, new_span_id
+from ray_guard.supervisor.target import Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.egress.relay.crossing import Crossing, End
@@ -155,6 +156,7 @@ class Ring:
                 self.target.intents[tid] = origin.call
             return None
         connection = Connection(self, origin, known.request)
+        origin = connection.origin
         form = known.form if known.origin is origin else known.form_for(self.target, origin)
         try:
             connection.granted_again(form)
@@ -526,7 +528,7 @@ class Connection:
 
     def __init__(self, ring: Ring, origin: Origin, request: Request) -> None:
         self._ring = ring
-        self.origin = origin
+        self.origin = origin = origin.tally.placed(ring.target, origin)
         self.request = request
         self.flow: Flow | None = None
         self.sent = 0

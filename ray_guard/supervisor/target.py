@@ -6,7 +6,6 @@ are journaled, nothing more). It holds the open spans that its process reported,
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +21,9 @@ from ray_guard.policy.budgets import Account, Exceeded, Limits, Near, Scope, lim
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
+from ray_guard.supervisor.ids import new_span_id, new_trace_id
 from ray_guard.supervisor.scratch import Scratches
+from ray_guard.supervisor.segments import Tally, links_of
 from ray_guard.supervisor.view import Views
 
 log = logger("ray_guard.target")
@@ -34,21 +35,6 @@ _OPEN_LIMIT: Final = 100_000
 _OFFENDERS_KEPT: Final = 4096
 _OFFENCES_TOLD: Final = 32
 _TOLD: Final = ("ray_guard.violation.kind", "ray_guard.violation.limit", "ray_guard.violation.value", "error.type")
-
-
-_ids: list[str] = []
-
-
-def new_span_id() -> str:
-    """16 hex digits from os.urandom, drawn 512 at a time."""
-    if not _ids:
-        text = os.urandom(8 * 512).hex()
-        _ids.extend(text[at : at + 16] for at in range(0, len(text), 16))
-    return _ids.pop()
-
-
-def new_trace_id() -> str:
-    return os.urandom(16).hex()
 
 
 class OpenSpan:
@@ -90,8 +76,11 @@ class Origin(NamedTuple):
     account: Account
     episode: str | None
     call: str | None
+    tally: Tally
     candidates: tuple[str, ...] = ()
     """Calls it may as well belong to; empty: it is certain."""
+    link: tuple[str, str] | None = None
+    """Trace and span of what encloses it, where that lies in an earlier segment."""
 
 
 class Violation(NamedTuple):
@@ -216,7 +205,7 @@ class Target:
 
     def _own_origin(self) -> Origin:
         identity = fragment({"rl.run.id": self.run_id, "ray_guard.source": Source.SUPERVISOR.value})
-        return Origin(self.trace_id, None, identity, self.account, None, None)
+        return Origin(self.trace_id, None, identity, self.account, None, None, Tally())
 
     def identify(self, attributes: Mapping[str, AttributeValue]) -> None:
         """Completes the resource: what a worker learns only after it was confined (its actor's id and name)."""
@@ -246,7 +235,7 @@ class Target:
     def egress_form(self, origin: Origin, attributes: str) -> EgressForm:
         """The lines of ``egress connect`` spans of ``origin`` with these attributes (encoded)."""
         whole = f"{origin.identity.encoded},{attributes}"
-        return self._encoder.egress_form(origin.trace_id, origin.parent_id, whole)
+        return self._encoder.egress_form(origin.trace_id, origin.parent_id, whole, links_of(origin.link))
 
     def process_form(
         self, origin: Origin, parent: str, program: str, attributes: Mapping[str, AttributeValue]
@@ -354,7 +343,7 @@ class Target:
             return self._own
         traces = {self.open[call].record.trace_id for call in calls}
         trace = traces.pop() if len(traces) == 1 else self.trace_id
-        return self._own._replace(trace_id=trace, candidates=calls[:64])
+        return self._own._replace(trace_id=trace, candidates=calls[:64], tally=Tally())
 
     def own_origin(self) -> Origin:
         """The actor itself, for what no call can have caused."""
@@ -367,7 +356,7 @@ class Target:
             around = self.open.get(span.episode) if span.episode is not None else None
             account = span.account or (around.account if around is not None else None) or self.account
             identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
-            span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call)
+            span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call, Tally())
         return span.origin if parent is None else span.origin._replace(parent_id=parent)
 
     def origin_of(self, span: OpenSpan) -> Origin:
@@ -376,7 +365,8 @@ class Target:
         if span.scope != "episode":
             return self.origin_of_call(span_id)
         identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
-        return Origin(span.record.trace_id, span_id, identity, span.account or self.account, span_id, None)
+        account = span.account or self.account
+        return Origin(span.record.trace_id, span_id, identity, account, span_id, None, Tally())
 
     def clocks(self, origin: Origin) -> list[tuple[Account, float]]:
         """The open scopes whose elapsed time counts for ``origin``, with when each began (``time.monotonic()``)."""
@@ -420,6 +410,7 @@ class Target:
             status_message=f"{kind}: {reason}",
         )
         self.write(record, origin.identity)
+        origin.tally.another(origin)
         offending = span_id or origin.call or origin.episode or ""
         found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode, source)
         self.violations.append(found)
