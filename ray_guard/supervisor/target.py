@@ -414,7 +414,8 @@ class Target:
         offending = span_id or origin.call or origin.episode or ""
         found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode, source)
         self.violations.append(found)
-        self._offences.add(offending, SpanEvent("ray_guard.violation", now, attributes))
+        below = origin.parent_id if origin.link is None else origin.link[1]
+        self._offences.add(span_id or below or offending, SpanEvent("ray_guard.violation", now, attributes))
         if origin.episode is not None and (episode := self.open.get(origin.episode)) is not None:
             episode.violations += 1
         if not report_only:
