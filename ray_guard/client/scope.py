@@ -404,6 +404,20 @@ def _join(scope: Scope, segments: Segments) -> None:
         scope.trace, scope.parent, scope.sampled = newest
 
 
+def outermost() -> dict[str, Any]:
+    """Where what is begun outside of any scope belongs, in the words of a ``start``; empty: nowhere yet."""
+    otel = mirror()
+    outside = (attempt(otel.outer) if otel is not None else None) or environment()
+    if outside is None:
+        return {}
+    segments = known(*outside[:2])
+    segments.count += 1
+    if segments.count > SPANS_LIMIT and segments.take_turn():
+        _begin_segment(segments)
+    trace, parent, _ = segments.newest
+    return {"trace": trace, "parent": parent, "identity": {} if trace == segments.root else {ROOT_TRACE: segments.root}}
+
+
 class ToolCall(Scope):
     """One call of a tool; made by :func:`tool_call` and by the decorator."""
 
