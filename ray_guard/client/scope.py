@@ -500,7 +500,7 @@ class ToolCall(Scope):
 class Episode(Scope):
     """One trajectory: a trace of its own, an identity, a sub-budget and a reward."""
 
-    __slots__ = ("_budget_wire", "_given", "_iteration", "id")
+    __slots__ = ("_agent", "_budget_wire", "_given", "_iteration", "id")
     scope_kind = "episode"
     tells_its_end = True
     is_root = True
@@ -515,7 +515,8 @@ class Episode(Scope):
         policy_version: str | None,
         budget: Any,
     ) -> None:
-        Scope.__init__(self, f"invoke_agent {clean_text(str(agent), NAME_LIMIT)}")
+        self._agent = clean_text(str(agent), NAME_LIMIT)
+        Scope.__init__(self, f"invoke_agent {self._agent}")
         self.id = new_trace_id() if rollout is None else clean_text(str(rollout), NAME_LIMIT)
         """``rl.rollout.id``."""
         self._given = {
@@ -558,7 +559,7 @@ class Episode(Scope):
         return identity
 
     def opening(self) -> dict[str, Value]:
-        return {"gen_ai.operation.name": "invoke_agent"}
+        return {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": self._agent}
 
     def _budget(self) -> dict[str, Any] | None:
         return self._budget_wire

@@ -96,7 +96,7 @@ def test_a_rollout_as_the_contract_draws_it(wire: RecordingChannel) -> None:
         "gen_ai.usage.output_tokens": 3,
     }
     assert tool["attributes"]["gen_ai.tool.call.id"] == "toolu_1"
-    assert rollout["attributes"] == {"gen_ai.operation.name": "invoke_agent"}
+    assert rollout["attributes"] == {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": "coder"}
     end = closed(wire, "invoke_agent coder")
     assert end["attributes"] == {"rl.reward.score": 0.7}
     ((name, _, details),) = end["events"]
