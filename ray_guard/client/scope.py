@@ -615,7 +615,10 @@ class Turn(Scope):
 
 
 class Chat(Scope):
-    """One model call; settled by :meth:`usage`. It begins only where there is room for one more token."""
+    """One model call; settled by :meth:`usage`. It begins only where there is room for one more token.
+
+    Where an engine's hook charges it, in this process or in an actor that is asked from within, it charges nothing.
+    """
 
     __slots__ = ("_cost", "_given", "_model", "_reservation", "_tokens")
     scope_kind = "chat"
@@ -647,7 +650,7 @@ class Chat(Scope):
         self._tokens = (self._tokens or 0) + int(input_tokens) + int(output_tokens)
 
     def __enter__(self) -> Self:
-        self._reservation = reserve(tokens=1, flops=self._flops(1))
+        self._reservation = reserve(tokens=1, flops=self._flops(1), chat=self.span)
         if self._reservation.unknown:  # who asked is not known on this node
             self._attributes["ray_guard.charge_scope"] = self._reservation.scope
         try:
@@ -755,7 +758,7 @@ def chat(
     attributes: Mapping[str, object] | None = None,
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Chat:
-    """One model call, as a context manager, where no engine hook applies; settle it by ``.usage(…)``.
+    """One model call, as a context manager; settle it by ``.usage(…)``. Not needed where an engine's hook applies.
 
     Entering raises ``BudgetExceeded`` where a scope around it has no room for one more token, and ``NotEnforced`` where
     one limits FLOPs and no `config` says what a token costs.

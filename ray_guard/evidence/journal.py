@@ -20,7 +20,7 @@ import re
 import socket
 import stat
 import time
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from ray_guard.errors import NotEnforced, RayGuardError
 from ray_guard.evidence import merkle
@@ -30,6 +30,7 @@ from ray_guard.evidence.note import Checkpoint, Key
 from ray_guard.evidence.otlp import LINE_LIMIT, resource_line
 from ray_guard.kernel import libc
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 
 _FEATURE: Final = "evidence"
 _POSTPONED_LIMIT: Final = 1024

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from math import isfinite, isnan
 from sys import intern
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard import __version__
+from ray_guard.named import NamedTuple
 from ray_guard.records import (
     Attributes,
     AttributeValue,

@@ -14,10 +14,11 @@ import struct
 import sys
 from collections.abc import Sequence
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final
 
 from ray_guard.kernel import libc
 from ray_guard.kernel.syscalls import AUDIT_ARCH, LAST_KNOWN, TABLES
+from ray_guard.named import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------------------
 # filters

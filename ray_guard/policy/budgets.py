@@ -24,9 +24,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal
 
 from ray_guard.errors import BudgetExceeded, PolicyError
+from ray_guard.named import NamedTuple
 
 if TYPE_CHECKING:
     from ray_guard.policy.bill import Bill
@@ -444,6 +445,15 @@ class Account:
 
     def _taken(self, kind: str) -> Amount:
         return self._used.get(kind, 0) + self._held.get(kind, 0) + self._elsewhere.get(kind, 0)
+
+    def _hold(self, amounts: Limits) -> None:
+        """Reserves, in this scope alone: for a :class:`~ray_guard.policy.bill.Bill`."""
+        for kind, amount in amounts.items():
+            self._held[kind] = self._held.get(kind, 0) + amount
+
+    def _let_go(self, amounts: Limits) -> None:
+        for kind, amount in amounts.items():
+            self._held[kind] = max(0, self._held.get(kind, 0) - amount)
 
     def _notice(self, kinds: Iterable[str]) -> None:
         """Warns of what is almost used up, here and in the scopes around."""

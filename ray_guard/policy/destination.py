@@ -24,9 +24,10 @@ import ipaddress
 import re
 import socket
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Final
 
 from ray_guard.errors import PolicyError
+from ray_guard.named import NamedTuple
 
 
 class Transport(StrEnum):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 from ray_guard.evidence.redact import MARGIN, redact_arguments
+from ray_guard.named import NamedTuple
 
 try:  # as ``random`` does with its own: hashlib loads OpenSSL, which takes longer than a tool to start
     from _sha256 import sha256  # type: ignore[import-not-found]

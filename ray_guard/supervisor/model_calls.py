@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ray_guard.egress.relay.model.admission import RELEASED, Plan, Price, plan
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded, Unlimited
 from ray_guard.policy.decide import Endpoint
@@ -143,6 +144,8 @@ class ModelCalls:
         amounts: dict[str, Amount] = {TOKENS: most, FLOPS: 0 if price is None else price.flops(most)}
         account = self._origin.account
         payers = () if account.closed else Bill([account]).payers
+        if account.limits_any((TOKENS, FLOPS)):
+            self._ring.node.quotas.collect(payers)  # what is left for this request is what nobody uses
         lacking = [each for payer in payers for each in leases.lacking(payer, amounts)]
         if lacking:
             leases.wait(lacking, admit)

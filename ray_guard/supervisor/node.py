@@ -93,7 +93,7 @@ class Node:
         """Tells this supervisor from all others."""
         self.gpus = Presence(loop)
         self.leases = Leases(loop)
-        self.quotas = Quotas(self.leases, self.directory, self.paid)
+        self.quotas = Quotas(self.leases, self.directory, self.paid, loop.later)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}

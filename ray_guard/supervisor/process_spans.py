@@ -6,11 +6,12 @@ A call can execute as many as it likes: after :data:`SPANS_LIMIT` further ones a
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.records import AttributeValue, StatusCode
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ may open as many connections as its policy lets it, and have a span for each tha
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import Fragment, fragment
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.records import LINK, PARENT, ROOT_TRACE, SpanKind, SpanLink, SpanRecord
 from ray_guard.supervisor.ids import new_span_id, new_trace_id
 

@@ -55,6 +55,9 @@ _NO_BYTES: Final = bytes(4)
 _KINDS: Final = ("actor", "program", "run", "observer")
 _ENV_ROLES: Final = (Role.ENV, Role.POLICY)
 _numbers: Final = itertools.count()
+_TRIES: Final = 50
+_TRY_S: Final = 0.001
+"""How often, and how soon, a purse that its process is drawing from is tried again: it may have been stopped there."""
 
 
 class Session:
@@ -403,6 +406,10 @@ class Session:
     def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """A second policy inside a confined process: what both allow."""
         target = self._known()
+        tries = int(message.get("tries") or 0)
+        if tries < _TRIES and not self._node.quotas.collect((target.account.root,)):
+            self._node.loop.later(_TRY_S, self._later({**message, "tries": tries + 1}, descriptors))
+            return
         clustered = self._node.directory(target) is not None
         added = _policy(message["policy"], target.kind, clustered=clustered, borrows=borrowing.works())
         if added.names:
@@ -466,11 +473,16 @@ class Session:
 
     def _reserve(self, message: dict[str, Any], descriptors: list[int]) -> None:
         target = self._known()
-        lacking = [] if message.get("waited") else self._node.quotas.lacking(target, message)
+        quotas, tries = self._node.quotas, int(message.get("tries") or 0)
+        if tries < _TRIES and quotas.must_wait(target, message):
+            self._node.loop.later(_TRY_S, self._later({**message, "tries": tries + 1}, descriptors))
+            return
+        lacking = [] if message.get("waited") else quotas.lacking(target, message)
         if lacking:
             self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
             return
-        self._reply(descriptors[0], self._node.quotas.reserve(target, message))
+        answer, passed = quotas.reserve(target, message)
+        self._reply(descriptors[0], answer, passed)
 
     def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         self._node.quotas.settle(self._known(), message)

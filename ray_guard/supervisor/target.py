@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
@@ -17,6 +17,7 @@ from ray_guard.evidence.journal import Journal, JournalError
 from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import Account, Exceeded, Limits, Near, Scope, limits_from_wire, tightest
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
@@ -44,6 +45,7 @@ class OpenSpan:
         ended: what it was ended for before its time (``on_violation``).
         origin: as :meth:`Target.origin_of_call` gives it; made when first asked for.
         told: names told to the tools of a call, whichever of them asked.
+        charged_by: who charges a model call instead of whoever reported it; empty: nobody.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class OpenSpan:
         self.ended: Violation | None = None
         self.origin: Origin | None = None
         self.told = Told()
+        self.charged_by = ""
 
 
 class Origin(NamedTuple):
@@ -300,6 +303,8 @@ class Target:
         if span.scope == "episode":
             counted = {**record.attributes, "ray_guard.violation_count": span.violations}
             record = record._replace(attributes=counted)
+        elif span.charged_by:
+            record = record._replace(attributes={**record.attributes, "ray_guard.charged_by": span.charged_by})
         record = self._offences.told(record)
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
         self._write_reported(record, span.identity)

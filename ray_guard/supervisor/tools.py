@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced
@@ -26,6 +26,7 @@ from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import landlock, pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode

@@ -13,9 +13,10 @@ import fcntl
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.kernel import seqpacket
+from ray_guard.named import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,10 +23,11 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NoReturn
 
 from ray_guard.egress import rings
 from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, seqpacket, syscalls, trees
+from ray_guard.named import NamedTuple
 from ray_guard.supervisor import domain, leaf, mounts
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
 from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from harness import PYTHON, Namespace, grants, wait
 from judge import Ledger, read_ledger
+from otlp import Traces, by_http
 
 from ray_guard.evidence.verify.check import check
 
@@ -221,10 +222,8 @@ def unproven(evidence: Path, seconds: float = 15.0) -> list[str]:
 
 def batch_lost(folder: Path, calls: int = 300) -> str:
     """A job with a batch processor that is killed right after ``calls`` calls: how many of them never arrived."""
-    from judge import Receiver
-
-    receiver = Receiver()
-    with receiver.serving() as endpoint, Job(folder, None, endpoint=endpoint) as job:
+    receiver = Traces()
+    with by_http(receiver) as endpoint, Job(folder, None, endpoint=endpoint) as job:
         job.ask("calls", calls)
         job.kill()
         finished = job.ledger().finished

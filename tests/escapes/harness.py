@@ -366,7 +366,8 @@ def run_unconfined(argv: list[str], timeout: float = 20.0, folder: str | None = 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
     merged: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.otlp.jsonl")):
-        for line in path.read_bytes().splitlines():
+        whole, _, _ = path.read_bytes().rpartition(b"\n")  # the supervisor may be writing another at this moment
+        for line in whole.splitlines():
             for resource in json.loads(line)["resourceSpans"]:
                 for scope in resource["scopeSpans"]:
                     for span in scope["spans"]:

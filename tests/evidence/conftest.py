@@ -1,32 +1,33 @@
+"""A strict receiver for what is sent (see tests/backends/otlp.py)."""
+
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
 
-from receiver import Received, http_receiver
-from receiver import plain as plain_attributes
-
-
-@pytest.fixture
-def received() -> Received:
-    return Received()
+from otlp import Traces, by_http
 
 
 @pytest.fixture
-def serve(received: Received) -> Callable[..., AbstractContextManager[str]]:
+def received() -> Traces:
+    return Traces()
+
+
+@pytest.fixture
+def serve(received: Traces) -> Callable[..., AbstractContextManager[str]]:
     """Starts a receiver that fills ``received``: ``with serve(port=…, answer=…) as endpoint``."""
-    return partial(http_receiver, received)
 
+    @contextmanager
+    def serving(port: int = 0, answer: Callable[[bytes], int] | None = None) -> Iterator[str]:
+        if answer is not None:
+            received.answer = answer
+        with by_http(received, port=port) as endpoint:
+            yield endpoint
 
-@pytest.fixture
-def plain() -> Callable[[Any], dict[str, Any]]:
-    """Protobuf attributes as a dict."""
-    return plain_attributes
+    return serving

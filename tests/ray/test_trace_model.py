@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import ray
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "evidence"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
 
-from receiver import Received, http_receiver, plain
+from otlp import Traces, by_http, plain
 
 from ray_guard import chat, episode, guard, iteration, run, tool, turn
 from ray_guard.client.spans import arguments_digest
@@ -40,11 +40,11 @@ SECRET = "hunter2"
 
 
 @pytest.fixture(scope="module")
-def told() -> Iterator[Received]:
+def told() -> Iterator[Traces]:
     """What the forwarder of this module's supervisor has sent. The whole job stands below a span of others."""
-    received = Received()
+    received = Traces()
     before = dict(os.environ)
-    with http_receiver(received) as endpoint:
+    with by_http(received) as endpoint:
         os.environ.update(
             OTEL_EXPORTER_OTLP_ENDPOINT=endpoint,
             OTEL_METRICS_EXPORTER="none",
@@ -122,7 +122,7 @@ class Env:
 class Told:
     """The spans that arrived, by name."""
 
-    def __init__(self, received: Received) -> None:
+    def __init__(self, received: Traces) -> None:
         self.all = [(about, span, plain(span.attributes)) for about, _, span in received.spans]
         self.ids = {(span.trace_id, span.span_id): (about, span, found) for about, span, found in self.all}
 
@@ -156,7 +156,7 @@ def port() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def job(told: Received, cluster: Any, port: int) -> tuple[Told, str]:
+def job(told: Traces, cluster: Any, port: int) -> tuple[Told, str]:
     """One rollout, a call outside of any, one from ROLL, and an actor that is killed within a call."""
     policy: Any = guard(allow=[f"127.0.0.1:{port}"])
     guarded = policy(ray.remote(num_cpus=0)(Env))

@@ -238,6 +238,55 @@ def test_musl(names: Names, musl: str, ring: str, name: str, said: str) -> None:
     assert outcome.seconds < 3
 
 
+GO = r"""
+package main
+import ("bufio"; "fmt"; "net"; "os"; "time")
+func main() {
+    resolver := &net.Resolver{PreferGo: true}
+    dialer := net.Dialer{Timeout: 5 * time.Second, Resolver: resolver}
+    connection, err := dialer.Dial("tcp", net.JoinHostPort(os.Args[1], os.Args[2]))
+    if err != nil { fmt.Println(err); return }
+    said := make([]byte, 5)
+    if _, err = bufio.NewReader(connection).Read(said); err != nil { fmt.Println(err); return }
+    fmt.Println(string(said))
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def go(names: Names, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A static program without a C library: runtime, system calls and resolver are Go's own."""
+    if shutil.which("go") is None:
+        pytest.skip("missing: go (apt-get install golang-go)")
+    folder = tmp_path_factory.mktemp("go")
+    (folder / "ask.go").write_text(GO)
+    environment = {**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
+    subprocess.run(["go", "build", "-o", folder / "ask", folder / "ask.go"], env=environment, check=True)
+    names.another("go", {**names.policy(), "files": grants(folder)})
+    return str(folder / "ask")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("index.example.org", "hello"),
+        ("both.example.org", "hello"),
+        ("evil.example.com", "dial tcp: lookup evil.example.com on {server}:53: no such host"),
+        ("127.0.0.6", "dial tcp 127.0.0.6:{port}: connect: permission denied"),
+    ],
+)
+@pytest.mark.parametrize("ring", ["call", "actor"])
+def test_go(names: Names, go: str, ring: str, name: str, said: str) -> None:
+    argv = [go, name, str(names.sink.port)]
+    free = subprocess.run([*names.namespace.prefix, *argv], capture_output=True, text=True, check=True)
+    assert free.stdout == "hello\n", free
+    before = len(spans(names.host("go"), "ray_guard.violation"))
+    outcome = names.host("go").run(ring, argv)
+    assert outcome.stdout == said.format(server=UPSTREAM, port=names.sink.port) + "\n", outcome
+    assert outcome.seconds < 3
+    assert len(spans(names.host("go"), "ray_guard.violation")) == before + (said != "hello")
+
+
 def test_in_the_actor_itself(names: Names) -> None:
     code = """
 import socket
