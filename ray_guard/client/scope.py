@@ -174,8 +174,8 @@ class Scope(Node):
             self.capture = above.capture
             self.identity = above.identity
             self.identity_json = above.identity_json
-            if not self.is_root and self.trace != above.trace:
-                self._identify({ROOT_TRACE: self.segments.root})
+            if self.trace != above.trace and not self.is_root:
+                self._identify_moved(above)
         else:
             self.capture = os.environ.get("RAY_GUARD_CAPTURE_CONTENT") == "1"
             self.identity = base_identity(None) if where is None else where.identity
@@ -233,6 +233,15 @@ class Scope(Node):
     def _elsewhere(self) -> foreign.Origin:
         found = None if self.carrier is None else foreign.read(self.carrier)
         return foreign.NOWHERE if found is None else found
+
+    def _identify_moved(self, above: Node) -> None:
+        """As :meth:`_identify`; a turn may have thousands of calls in later segments."""
+        last = self.segments.last
+        if last is None or last[0] is not above:
+            self._identify({ROOT_TRACE: self.segments.root})
+            self.segments.last = (above, self.identity, self.identity_json)
+        else:
+            _, self.identity, self.identity_json = last
 
     def _identify(self, more: Mapping[str, str]) -> None:
         self.identity = {**self.identity, **more}

@@ -13,7 +13,7 @@ limit is where a segment ends, not a promise: scopes that are open go on in thei
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 SPANS_LIMIT: Final = 5_000
 """Spans of a segment after which the next one is begun."""
@@ -30,7 +30,7 @@ PREVIOUS: Final = "previous_segment"
 class Segments:
     """The segments of one rollout (or of whatever encloses its spans), and how many spans the newest has."""
 
-    __slots__ = ("_turn", "count", "first", "newest", "number", "root")
+    __slots__ = ("_turn", "count", "first", "last", "newest", "number", "root")
 
     def __init__(self, trace: str, span: str) -> None:
         self.root = trace
@@ -39,6 +39,8 @@ class Segments:
         """What all are about: the rollout, or the span of others that this process was called from."""
         self.newest: Place = (trace, span, True)
         """The newest segment and its root: in one piece, for threads read it while another begins the next."""
+        self.last: Any = None
+        """What was last opened in a later segment than what encloses it: that, and the identity for there."""
         self.number = 1
         self.count = 1
         # Who takes the only item out begins the next segment; others go on in the old one meanwhile. list.pop is
