@@ -162,7 +162,11 @@ def _around_executor(original: Callable[..., Any]) -> Callable[..., Any]:
             if is_constructor:
                 confinement.identify(type(actor).__name__)  # confined with its whole job, its class is not marked
             given = kwargs.pop(CONTEXT, None)
-            scope = arrive(given) if given is not None else arrive_from_elsewhere(args, kwargs)
+            scope = None
+            if given is not None:
+                scope = arrive(given)
+            elif not is_constructor:  # its arguments are kept for restarts
+                scope = arrive_from_elsewhere(args, kwargs)
             if scope is None:
                 return executor(actor, *args, **kwargs)
             return run_under(scope, functools.partial(executor, actor, *args, **kwargs))

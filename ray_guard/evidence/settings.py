@@ -15,8 +15,9 @@ from ray_guard.evidence.forwarder import ForwardError
 
 _BATCH: Final = "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"
 _DELAY: Final = "OTEL_BSP_SCHEDULE_DELAY"
-_BATCH_LIMIT: Final = 512
-"""Spans of one request: what the span exporters' own default is, and what collectors take in 4 MiB."""
+_BATCH_SPANS: Final = 512
+"""Spans of one request: the exporters' own default, and what collectors take in 4 MiB."""
+_BATCH_LIMIT: Final = 8192
 
 
 def check(environ: Mapping[str, str], signal: str, protocol: str) -> None:
@@ -51,10 +52,10 @@ def batch_size(environ: Mapping[str, str]) -> int:
     """Spans sent at once, at most. Raises ForwardError."""
     said = environ.get(_BATCH, "").strip()
     if not said:
-        return _BATCH_LIMIT
-    if not (said.isdecimal() and int(said) >= 1):
-        raise _wrong(_BATCH, said, "a whole number of spans, 1 or more")
-    return min(int(said), 16 * _BATCH_LIMIT)
+        return _BATCH_SPANS
+    if not (said.isascii() and said.isdecimal() and len(said) < 9 and 1 <= int(said) <= _BATCH_LIMIT):
+        raise _wrong(_BATCH, said, f"a whole number of spans, 1 to {_BATCH_LIMIT}")
+    return int(said)
 
 
 def delay_s(environ: Mapping[str, str], default: float) -> float:

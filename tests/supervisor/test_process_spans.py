@@ -59,7 +59,10 @@ def test_each_exec_is_a_span_below_the_one_that_forked_it(stage: Stage) -> None:
 
 def test_secrets_of_commands_are_not_recorded(stage: Stage) -> None:
     host = stage.host()
-    script = "env PGPASSWORD=hunter2 true https://me:hunter3@host/; /bin/true --token hunter4 --verbose; /bin/true 'Cookie: a=hunter5'"
+    script = (
+        "env PGPASSWORD=hunter2 true https://me:hunter3@host/; /bin/true --token hunter4 --verbose; "
+        "/bin/true 'Cookie: a=hunter5'"
+    )
     assert host.run("call", ["sh", "-c", script], tool="secretive").status == 0
     spans = spans_of(host, "secretive")
     told = named(spans, "env")["attributes"]

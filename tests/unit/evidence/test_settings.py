@@ -98,7 +98,7 @@ def test_batches_and_delay() -> None:
     assert batch_size({"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "64"}) == 64
     assert delay_s({}, 0.5) == 0.5
     assert delay_s({"OTEL_BSP_SCHEDULE_DELAY": "2500"}, 0.5) == 2.5
-    for wrong in ("0", "-1", "many", "1.5"):
+    for wrong in ("0", "-1", "many", "1.5", "9999", "9" * 5000):
         with pytest.raises(ForwardError, match="OTEL_BSP_MAX_EXPORT_BATCH_SIZE"):
             batch_size({"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": wrong})
     for wrong in ("0", "-1", "soon", "inf"):
