@@ -74,3 +74,38 @@ def test_a_scan_is_spread_over_traces_and_each_refusal_leads_to_its_call(tmp_pat
         assert segment.parent_id is None
         ((leads_to,),) = [[link for link in segment.links if link.attributes[LINK] == "previous_segment"]]
         assert (leads_to.trace_id, leads_to.span_id) in spans
+
+
+def test_a_rollout_of_ten_thousand_calls_is_in_evidence_as_linked_traces(tmp_path: Path) -> None:
+    namespace = Namespace()
+    evidence = tmp_path / "evidence"
+    code = """
+from ray_guard import episode, tool, turn
+@tool
+def step(): pass
+with episode(id="long", group="g") as scope:
+    for number in range(21):
+        with turn(number):
+            for _ in range(500): step()
+result = scope.trace
+"""
+    host = Host({"egress": {"allow": []}, "files": grants(tmp_path)}, evidence, namespace)
+    try:
+        first = host.inside(code, timeout=60)
+    finally:
+        host.close()
+        namespace.close()
+    wait(lambda: all(span.end_ns for span in spans_of(evidence).values()), "not all have ended")
+    spans = spans_of(evidence)
+    calls = [span for span in spans.values() if span.name == "execute_tool step"]
+    assert len(calls) == 10_500
+    assert Counter(span.trace_id for span in spans.values()).most_common(1)[0][1] == 5_000
+    for number, call in enumerate(sorted(calls, key=lambda call: call.start_ns)):
+        assert (call.trace_id, str(call.parent_id)) in spans
+        assert call.above is not None
+        turn = spans[call.above]
+        assert (turn.name, turn.attributes["rl.turn"]) == ("rl.turn", number // 500)
+        assert turn.above is not None
+        assert spans[turn.above].name == "invoke_agent agent"
+        assert call.attributes["rl.rollout.id"] == "long"
+        assert call.attributes.get(ROOT_TRACE, call.trace_id) == first
