@@ -168,7 +168,7 @@ def reserve(
         message["chat"] = True
     if asks:
         message["purse"] = 0 if purse is None else purse.number
-    answer, passed = line.exchange(message)
+    answer, passed = line.exchange(message) if asks else (line.request(message), [])
     scope, unknown = str(answer.get("scope")), answer.get("unknown") is True
     if passed:
         purses.keep(at, Purse(int(answer["purse"]), passed, scope, unknown=unknown))

@@ -92,6 +92,8 @@ class Journal:
         self._others = 0
         self._reserve = bounds.reserve
         self._postponed: list[bytes] = []
+        #: Ids of spans that were begun in another log and go on in this one.
+        self.continued: set[str] = set()
         #: Records that were dropped because neither disk nor memory had room for them.
         self.lost = 0
         #: Why the last record was refused that was; to be set back by whoever has told it.

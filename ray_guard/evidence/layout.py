@@ -22,6 +22,8 @@ BEFORE: Final = "ray_guard.journal.before"
 """Names another log, in a line that vouches for it."""
 VOUCHES: Final = b'{"resourceSpans":[{"resource":{"attributes":[{"key":"ray_guard.journal.before",'
 """How such a line begins. No target can have a line begin so."""
+ASKS: Final = b"?"
+"""What the recoverer says before each log: which of its spans go on in the new one? Ids, in one line of JSON."""
 
 _SEGMENT: Final = re.compile(r"(?P<log>.+)-(?P<number>[0-9]{6,})" + re.escape(SUFFIX))
 

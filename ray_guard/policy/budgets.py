@@ -377,6 +377,21 @@ class Account:
         for child in self._children:
             child._watch_network()
 
+    def spent(self) -> dict[str, Amount]:
+        """What counts as used should whoever owns this tree die now: what is reserved may have been used by then."""
+        spent = dict(self._used)
+        for kind, amount in self._held.items():
+            if amount and kind not in _LEVELS:
+                spent[kind] = spent.get(kind, 0) + amount
+        return spent
+
+    def inherit(self, spent: Limits) -> None:
+        """Books what this scope had used under an owner that is gone: here alone, the scopes around have theirs."""
+        for kind, amount in spent.items():
+            if kind not in _LEVELS:
+                self._used[_known(kind)] = self._used.get(kind, 0) + _amount(amount)
+        self._notice(spent)
+
     def spread(self, kind: str, *, elsewhere: Amount, others: Amount) -> None:
         """This scope is on several nodes, and only a part of its limit may be used here.
 

@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from ray_guard.egress.meter import Meter
     from ray_guard.egress.relay.front import Relay
     from ray_guard.egress.relay.model.admission import Price
+    from ray_guard.supervisor.care import Care
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
     from ray_guard.supervisor.leaf import Leaf
     from ray_guard.supervisor.model_calls import Paid
+    from ray_guard.supervisor.session import Session
     from ray_guard.supervisor.target import Target
 
 log = logger("ray_guard.node")
@@ -81,8 +83,10 @@ class Node:
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""
-        self.ward: Callable[[int], None] = lambda _pid: None
-        """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
+        self.care: Care
+        """Takes care of targets should this process die; set by whoever has a zygote."""
+        self.admit: Callable[[socket.socket], Session]
+        """Begins a session on a target's line that a former supervisor had; set by whoever accepts targets."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
         self.end_adopted: Callable[[int], None] = lambda _leader: None
@@ -102,6 +106,8 @@ class Node:
         self.sealer = Sealer(loop)
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
+        self._inherited: dict[str, dict[str, Amount]] = {}
+        """By job, what it has been charged for what it used under former supervisors."""
         self._actors: dict[str, Account] = {}
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
@@ -241,6 +247,13 @@ class Node:
         account.tighten(policy.limits(Scope.JOB), policy.watched(Scope.JOB))
         return account
 
+    def inherit_job(self, run_id: str, spent: Mapping[str, Amount]) -> None:
+        """Books what a job had used here under a former supervisor; each of its targets that is taken over says so."""
+        known = self._inherited.setdefault(run_id, {})
+        more = {kind: amount - known.get(kind, 0) for kind, amount in spent.items() if amount > known.get(kind, 0)}
+        known.update({kind: spent[kind] for kind in more})
+        inherit(self._jobs[run_id], more, self.leases)
+
     def _job_is_near(self, near: Near) -> None:
         """A limit of a job is almost reached: journaled once, logged by all its targets."""
         targets = self.quotas.of_job(near.source)
@@ -348,6 +361,14 @@ class Node:
     def _changed(self) -> None:
         for callback in list(self.surroundings_changed):
             callback()
+
+
+def inherit(account: Account, spent: Mapping[str, Amount], leases: Leases) -> None:
+    """Books what ``account`` had used under a former supervisor.
+
+    But of limits under leases: parts that were claimed by one that has died stay claimed, and so count already.
+    """
+    account.inherit({kind: amount for kind, amount in spent.items() if not leases.covers(account, kind)})
 
 
 def _bounds(environment: Mapping[str, str]) -> Bounds:

@@ -9,6 +9,9 @@ A purse is three counters (eventfd) that both processes hold: what is left of ea
 takes for the moment of a draw and the supervisor keeps while the purse is shut. What is left in a purse is lost for
 nobody: where anybody's reservation finds no room, the purses of the same payers are emptied first
 (:meth:`Purses.collect`). So nothing is granted twice, and nothing refused for the sake of what nobody uses.
+
+A policy actor that outlives its supervisor keeps its purses. What they held counts as used from then on, so it may go
+on drawing; how much of that it really used nobody hears any more.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from ray_guard.log import logger
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded, Scope
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.quota import Asking
+
+log = logger("ray_guard.purses")
 
 KINDS: Final = ("tokens", "flops")
 IDLE_S: Final = 5.0
@@ -38,7 +44,8 @@ _SHARE: Final = 4
 _COUNTER_LIMIT: Final = 1 << 62
 _FLAGS: Final = os.EFD_CLOEXEC | os.EFD_NONBLOCK
 
-_numbers: Final = itertools.count(1)
+#: not from one on: a policy actor may still have purses of the supervisor before this one
+_numbers: Final = itertools.count(int.from_bytes(os.urandom(6)) + 1)
 
 
 class Purse:
@@ -56,8 +63,9 @@ class Purse:
         self._open = False
         self._times = _FIRST
         self._size = dict.fromkeys(KINDS, 0)
-        self._lock = os.eventfd(0, _FLAGS)
-        self._left = {kind: os.eventfd(0, _FLAGS) for kind in KINDS}
+        lock, *left = _counters(1 + len(KINDS))
+        self._lock = lock
+        self._left = dict(zip(KINDS, left, strict=True))
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -135,6 +143,19 @@ class Purse:
             os.close(descriptor)
 
 
+def _counters(count: int) -> list[int]:
+    """So many, or none. Raises OSError."""
+    made: list[int] = []
+    try:
+        for _ in range(count):
+            made.append(os.eventfd(0, _FLAGS))
+    except OSError:
+        for descriptor in made:
+            os.close(descriptor)
+        raise
+    return made
+
+
 def _taken(counter: int) -> int:
     """Takes all that is in a counter."""
     try:
@@ -171,7 +192,11 @@ class Purses:
             _forget(mine, [each for each in mine.values() if each.over] or [next(iter(mine.values()))])
         if len(mine) >= PURSES_LIMIT:
             return None
-        purse = Purse(bill.payers, asking)
+        try:
+            purse = Purse(bill.payers, asking)
+        except OSError as error:
+            log.warning("no purse: %s", error)
+            return None
         if not purse.fill(asked):
             purse.close()
             return None

@@ -333,7 +333,7 @@ class Ring:
         self._seen.add(tid)
         pid = procfs.thread_group(tid)
         if pid is not None and pid != self.root:
-            self._node.ward(pid)
+            self._node.care.ward(pid, self.root)
 
     def cut_barred(self) -> None:
         """Cuts the flows of scopes to which nothing more is granted."""

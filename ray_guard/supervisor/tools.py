@@ -336,7 +336,7 @@ class Tool:
         rlimits.impose(self._pid, self._start.limits, _least(self._origin.account, MEMORY))
         self._node.gpus.began(self._pid, self._target, self._origin)
         self._base_ns = pidfd.cpu_ns(self._pid) or 0
-        if landlock.abi() >= landlock.SIGNAL_SCOPE_ABI and gate.listener.is_valid(call.id):  # else signals are notified
+        if gate.listener.is_valid(call.id):
             signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)  # its leader lets it go: see embryo
         gate.listener.proceed(call.id)
 

@@ -2,10 +2,10 @@
 
     everywhere.py [all | HOST …] [-- PYTEST ARGUMENT …]
 
-On hosts of an ordinary user all of pytest runs there, as that user. On the others pytest stays where it is and all that
-it confines is started there (RAY_GUARD_TEST_HOST). What a host cannot do is skipped by name; what fails, fails here.
-A host that differs in one respect runs what that respect is about; with PYTEST ARGUMENTs each runs those. Without them
-the hosts' rows in docs/hosts.md are written anew.
+On hosts of an ordinary user all of pytest runs there, as that user. On the others, and for what takes a root outside,
+pytest stays where it is and all that it confines is started there (RAY_GUARD_TEST_HOST). What a host cannot do is
+skipped by name; what fails, fails here. A host that differs in one respect runs what that respect is about; with PYTEST
+ARGUMENTs each runs those. Without them the hosts' rows in docs/hosts.md are written anew.
 """
 
 from __future__ import annotations
@@ -46,8 +46,15 @@ SUITES: Final = {
     "landlock-none": ("tests/escapes/test_destinations.py", "tests/escapes/test_keepers.py"),
 }
 """What a host runs by default; those that are not listed, everything."""
-DEFAULT: Final = ("docker", "k8s-landlock-2", "yama", "landlock-1")
-"""Between them every difference there is. An ordinary user's own host is one of them but for what containers refuse."""
+_OUTSIDE: Final = {
+    "unprivileged": (
+        "tests/escapes/test_names.py",
+        *(f"tests/supervisor/test_{n}.py" for n in ("names", "relay_names")),
+    )
+}
+"""What of a host of an ordinary user needs a root outside, for a name server and a hosts file."""
+DEFAULT: Final = ("docker", "k8s-landlock-2", "yama", "unprivileged", "landlock-1", "landlock-4")
+"""Between them every difference there is."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,16 @@ class Row:
     skipped: Mapping[str, int]
     """How many by each reason."""
     seconds: float
+
+    def __add__(self, other: Row) -> Row:
+        return Row(
+            self.host,
+            self.status or other.status,
+            self.tests + other.tests,
+            [*self.failed, *other.failed],
+            Counter(self.skipped) + Counter(other.skipped),
+            self.seconds + other.seconds,
+        )
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -92,19 +109,44 @@ def read(host: str, status: int, report: Path, seconds: float) -> Row:
     return Row(host, status, len(cases), failed, skipped, seconds)
 
 
+_ALIKE: Final = {
+    "refuses it to everybody": "the host refuses it to everybody",
+    "refused, but proves nothing here": "this kernel or network has no such thing, even unconfined",
+    "needs root even unconfined": "needs root even unconfined",
+    "not this user's even unconfined": "not this user's, even unconfined",
+    "cannot be opened unconfined": "a device that cannot be opened, even unconfined",
+    "a hosts file of its own needs root": "missing: root, for a hosts file of its own",
+    "needs a supervisor of its own": "missing: root, for a supervisor of its own",
+    "only root c": "missing: root, to look into the supervisor or to make a device",
+    "only root may": "missing: root, to look into the supervisor or to make a device",
+}
+"""What is said of many in slightly other words, by what those have in common."""
+
+
 def _reason(host: str, message: str) -> str:
     """A skip's reason without what differs from test to test."""
+    for part, reason in _ALIKE.items():
+        if part in message:
+            return reason
     return " ".join(message.removeprefix(f"{host}: ").removeprefix(f"refused on {host}: ").split()).replace("|", "/")
 
 
-def run(host: str, arguments: Sequence[str]) -> Row:
-    """pytest on ``host``, with ``arguments``."""
+def both(host: str) -> Row:
+    """All that ``host`` runs by default."""
+    outside = _OUTSIDE.get(host, ())
+    within = [f"--ignore={path}" for path in outside]
+    row = run(host, (*SUITES.get(host, _ALL), *within), user=host in launcher.UNPRIVILEGED)
+    return row if not outside else row + run(host, outside, user=False)
+
+
+def run(host: str, arguments: Sequence[str], *, user: bool) -> Row:
+    """pytest with ``arguments``; ``user``: on ``host`` itself, else what it confines alone."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     folder = tempfile.mkdtemp(prefix="ray_guard_hosts_", dir="/tmp")
     report = Path(folder, "report.xml")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "120"]
     command += [f"--junitxml={report}", *arguments]
-    if host in launcher.UNPRIVILEGED:
+    if user:
         home, own = folder, f"{folder}/tmp"
         os.makedirs(own)
         for each in (home, own):
@@ -154,7 +196,7 @@ def main() -> int:
     rows = []
     for host in hosts:
         print(f"\n===== {host}", flush=True)
-        rows.append(run(host, arguments or SUITES.get(host, _ALL)))
+        rows.append(run(host, arguments, user=host in launcher.UNPRIVILEGED) if arguments else both(host))
         if not arguments and os.geteuid() == 0:
             write(PAGE, rows)
     print("\n" + table([row.cells for row in rows]))

@@ -150,7 +150,9 @@ def test_a_trace_goes_on_in_it(folder: Path, given: str, parent: str | None) -> 
 
 
 def test_what_it_leaves_running_ends_with_it(folder: Path) -> None:
+    (folder / "work").mkdir()  # the evidence beside it may keep a tool from making files here
     behind = "echo $$ > pid; exec sleep 60 > /dev/null 2>&1 < /dev/null"
-    done = guarded(folder, "sh", "-c", f"setsid -f sh -c '{behind}'; while ! test -s pid; do sleep 0.02; done; cat pid")
+    waits = "while ! test -s pid; do sleep 0.02; done; cat pid"
+    done = guarded(folder, "sh", "-c", f"cd work; setsid -f sh -c '{behind}'; {waits}")
     pid = int(done.stdout)
     wait(lambda: not Path(f"/proc/{pid}").exists(), "it is still there", 2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
-from reserving import Job
+from reserving import Job, supervisor
 
 from ray_guard.evidence.reader import Quarantine, merge, read
 
@@ -223,6 +225,27 @@ say([few, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), here, asked.count(
     assert child == 10
     assert here
     assert reserved <= 70
+
+
+def test_a_limit_holds_beyond_the_supervisor_that_filled_the_purse(job: Job) -> None:
+    """What was in it counts as used under the next one, and may be drawn: altogether not one token too many."""
+    program = f"""{_HOLDER}
+say(ray_guard.violations())  # by its next round the supervisor has written down what it had granted before
+hear()
+more, refusal = until_refused()
+for each in held + more:
+    each.settle(tokens=10)
+say([len(held) + len(more), refusal, refused(draw)])
+"""
+    started = job.start(program, {"role": "policy", "budgets": {"actor": {"tokens": 10_000}}})
+    started.hears()
+    started.hears()
+    os.kill(supervisor(), signal.SIGKILL)
+    started.says(None)
+    granted, refusal, later = started.hears()
+    assert granted == 1000
+    assert refusal == later == ["tokens", 10_010, 10_000, "actor"]
+    assert started.ends() == 0
 
 
 def test_what_is_no_draw_is_no_settlement(job: Job) -> None:

@@ -430,7 +430,7 @@ thread = threading.Thread(target=lambda: socket.socket().connect_ex(('127.0.0.1'
 began = time.monotonic()
 for _ in range(50):
     with socket.create_connection(('127.0.0.1', port)) as sock: sock.sendall(b'x'); assert sock.recv(1) == b'x'
-print(time.monotonic() - began < 1, flush=True)
+print(time.monotonic() - began < 15, flush=True)  # the slow ones take minutes
 os._exit(0)
 """
     crowded = Crowded()

@@ -33,7 +33,8 @@ def test_a_socket_is_its_calls_below_any_number_of_processes(depth: int) -> None
     db = store.connect()
     db.register("incoming", pa.Table.from_pylist(rows, schema=columns.SCHEMA))
     db.execute("INSERT INTO span SELECT * FROM incoming")
-    store.prepare(db)
+    store.settle(db)
+    store.derive(db)
     assert db.execute("SELECT call FROM flow").fetchall() == [(1,)]
     assert db.execute("SELECT call FROM process").fetchall() == [(1,)] * depth
 
@@ -77,7 +78,8 @@ def test_a_rollout_in_several_traces_is_one_and_each_span_hangs_where_it_belongs
     for batch in columns.batches(iter(entries)):
         db.register("incoming", pa.Table.from_batches([batch]))
         db.execute("INSERT INTO span SELECT * FROM incoming")
-    store.prepare(db)
+    store.settle(db)
+    store.derive(db)
     told = db.execute("SELECT call, trace_id, shown_trace_id, turn FROM call").fetchall()
     assert told == [(1, first, second, 4)], "the rollout it belongs to, and where it is found"
     assert db.execute("SELECT call, trace_id FROM flow").fetchall() == [(1, first)]

@@ -10,7 +10,7 @@ import string
 import uuid
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_guard.evidence.redact import REDACTED, is_random, is_secret_name, redact, redact_arguments
@@ -150,6 +150,7 @@ def test_random_words_are_told_from_chosen_ones() -> None:
     assert len(missed) <= 15, "a guess, but a good one"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=400))
 def test_any_text_at_all_is_redacted_or_kept(text: str) -> None:
     found = redact(text)

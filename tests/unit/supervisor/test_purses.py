@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 
@@ -119,3 +120,20 @@ def test_a_process_has_few_and_a_new_place_gets_the_oldest_ones() -> None:
     known = [purse for purse in mine if purse is not None and desk.purses.find(OWNER, purse.number)]
     assert known == mine[5:]
     assert len(desk.purses.leave(OWNER)) == PURSES_LIMIT
+
+
+def test_without_descriptors_there_is_none_and_nothing_is_lost(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def eventfd(initial: int, flags: int, make: Callable[[int, int], int] = os.eventfd) -> int:
+        if len(made) == 2:
+            raise OSError(errno.EMFILE, "too many open files")
+        made.append(make(initial, flags))
+        return made[-1]
+
+    monkeypatch.setattr(os, "eventfd", eventfd)
+    assert desk.give() is None
+    assert desk.job.held("tokens") == 0
+    for descriptor in made:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
