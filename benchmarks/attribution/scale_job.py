@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -75,7 +76,7 @@ class Job:
         self.port = chance.integers(32768, 61000, shape)
         self.peer_port = chance.choice([22, 443, 3333, 4444], shape)
 
-    def tables(self) -> list[pa.Table]:
+    def tables(self) -> Iterator[pa.Table]:
         """Chunk by chunk: never more than a few hundred thousand spans at once."""
         for first in range(0, self.rollouts, CHUNK):
             yield from self._chunk(np.arange(first, min(first + CHUNK, self.rollouts)))
@@ -167,7 +168,7 @@ def lines(job: Job, folder: Path, alerts: int) -> None:
     peer_port, objected = job.peer_port[rollout, turn], chance.random(alerts) < 0.3
     names = ("suricata", "fortigate", "nftables")
     files = [(folder / f"{name}.log").open("w") for name in names]
-    truth: dict[str, list] = {"path": [], "byte_offset": [], "span_id": []}
+    truth: dict[str, list] = {name: [] for name in ("path", "byte_offset", "span_id", "at_ns", "ip", "objected")}
     offset = [0, 0, 0]
     for number, n in enumerate(np.argsort(moment, kind="stable")):
         at, which = int(moment[n]) + SKEW, number % 3
@@ -176,6 +177,9 @@ def lines(job: Job, folder: Path, alerts: int) -> None:
         files[which].write(line)
         truth["path"].append(f"{names[which]}.log")
         truth["byte_offset"].append(offset[which])
+        truth["at_ns"].append(int(moment[n]))
+        truth["ip"].append(address(int(job.node[rollout[n]])))
+        truth["objected"].append(bool(objected[n]))
         truth["span_id"].append(None if nobody[n] else job.span[rollout[n], turn[n]])
         offset[which] += len(line)
     for file in files:

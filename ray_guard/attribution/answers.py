@@ -43,7 +43,6 @@ class Attribution:
     source: Source
     record: int
     byte_offset: int
-    raw: bytes
     width_ns: int
     start_ns: int
     end_ns: int
@@ -109,12 +108,19 @@ class Answers(Sequence[Attribution]):
     def __getitem__(self, index: int | slice) -> Attribution | Sequence[Attribution]:
         if isinstance(index, slice):
             return [self[n] for n in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        return next(self._block(number, number + 1))
+        return next(self.of(np.arange(len(self))[index : index + 1 or None]))
 
     def __iter__(self) -> Iterator[Attribution]:
-        for first in range(0, len(self), _BLOCK):
-            yield from self._block(first, min(first + _BLOCK, len(self)))
+        return self.of(np.arange(len(self)))
+
+    def of(self, numbers: Any) -> Iterator[Attribution]:
+        """The answers of some records, in the order asked."""
+        for first in range(0, len(numbers), _BLOCK):
+            yield from self._block(numbers[first : first + _BLOCK])
+
+    def line(self, number: int) -> bytes:
+        """A record's line."""
+        return self._intake.lines[number]
 
     def firsts(self) -> tuple[Any, Any]:
         """(confidence of each record's first candidate, 0 where it has none; that candidate's call)."""
@@ -135,34 +141,40 @@ class Answers(Sequence[Attribution]):
         """The middle of each record's own interval, by the traces' clock, in Unix nanoseconds."""
         return self._times["end_ns"] - self._times["width_ns"] // 2
 
-    def _block(self, first: int, last: int) -> Iterator[Attribution]:
-        intake, begin = self._intake, self._begin[first : last + 1].tolist()
-        rows = slice(begin[0], begin[-1])
-        columns = [self._rows[name][rows].tolist() for name in self._rows]
+    def _block(self, numbers: Any) -> Iterator[Attribution]:
+        intake, begin = self._intake, self._begin[numbers]
+        size = self._begin[numbers + 1] - begin
+        until = np.cumsum(size)
+        rows = np.repeat(begin - until + size, size) + np.arange(until[-1])
         about = self._about.of(self._rows["call"][rows])
+        columns = [column[rows].tolist() for column in self._rows.values()]
         candidates = [
             _candidate(confidence, each, *row)
             for confidence, each, row in zip(
                 self._confidence[rows].tolist(), about, zip(*columns, strict=True), strict=True
             )
         ]
-        times = zip(
-            *(self._times[name][first:last].tolist() for name in ("width_ns", "start_ns", "end_ns")), strict=True
+        times = [self._times[name][numbers].tolist() for name in ("width_ns", "start_ns", "end_ns")]
+        facts = zip(
+            numbers.tolist(),
+            *times,
+            self.informational[numbers].tolist(),
+            self.unobserved[numbers].tolist(),
+            (until - size).tolist(),
+            until.tolist(),
+            strict=True,
         )
-        quiet, unobserved = self.informational[first:last].tolist(), self.unobserved[first:last].tolist()
-        for n, (width, start, end) in enumerate(times):
-            number = first + n
+        for number, width, start, end, quiet, unobserved, first, last in facts:
             yield Attribution(
                 intake.sources[intake.source[number]],
                 intake.record[number],
                 intake.offset[number],
-                intake.lines[number],
                 width,
                 start,
                 end,
-                quiet[n],
-                candidates[begin[n] - begin[0] : begin[n + 1] - begin[0]],
-                unobserved[n],
+                quiet,
+                candidates[first:last],
+                unobserved,
             )
 
 

@@ -23,6 +23,8 @@ SECOND: Final = 1_000_000_000
 _TICK_S: Final = 0.5
 
 Progress = Callable[[str], None]
+Spread = Callable[[duckdb.DuckDBPyConnection, Sequence[str | os.PathLike[str]], Quarantine], tuple[int, int]]
+"""Fills a store with a job's tables; the first and the last nanosecond of its traces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ def attribute(
     maps: Sequence[str | os.PathLike[str]] = (),
     options: Options | None = None,
     progress: Progress = lambda _: None,
+    spread: Spread | None = None,
 ) -> Result:
     """Which rollout, turn and tool call caused each alert.
 
@@ -52,6 +55,8 @@ def attribute(
         maps: NAT maps.
         options: what the logs leave open.
         progress: is told in words how far it is.
+        spread: arranges the traces in the store's stead, on other machines (:mod:`ray_guard.integrations.ray_tasks`).
+            The answer is the same; what spans said besides is not there to be reported.
 
     Raises:
         NotEvidence, NotAlerts: a path holds nothing to read.
@@ -60,12 +65,15 @@ def attribute(
     db = store.connect()
     quarantine = Quarantine()
     progress("reading traces")
-    store.add_spans(db, traces, quarantine)
-    span = store.settle(db)
+    if spread is None:
+        store.add_spans(db, traces, quarantine)
+        span = store.settle(db)
+    else:
+        span = spread(db, traces, quarantine)
     logs = intake.Intake()
     # The store works without the interpreter: logs are read meanwhile.
     with ThreadPoolExecutor(1) as beside:
-        job = beside.submit(store.derive, db)
+        job = beside.submit(store.derive if spread is None else _nothing_left, db)
         for done in logs.read(alerts, options, span):
             progress(f"{done:,} alert records read")
         while not job.done():
@@ -85,6 +93,10 @@ def attribute(
     candidates.join(db)
     progress("weighing")
     return Result(logs.sources, _weigh(db, logs), quarantine, reports, db)
+
+
+def _nothing_left(_: duckdb.DuckDBPyConnection) -> None:
+    """The tables are there."""
 
 
 def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: int) -> None:

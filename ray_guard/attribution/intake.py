@@ -148,19 +148,25 @@ class Intake:
         Raises:
             NotAlerts: a path holds nothing to read.
         """
-        rows: list[tuple[Any, ...]] = []
         for given in paths:
             for path in files(given):
                 report = FileReport(str(path) if Path(given).is_dir() else os.fspath(given))
-                here: dict[str, int] = {}
-                for record in read(path, report, options.format):
-                    rows.append(self._row(record, report, here, options, span))
-                    if len(rows) == BATCH:
-                        self._flush(rows)
-                        yield len(self.source)
-                if not here:
-                    self.sources.append(Source(report.path, options.format or "unknown", report))
+                yield from self.take(read(path, report, options.format), report, options, span)
+
+    def take(
+        self, records: Iterable[Record], report: FileReport, options: Options, span: tuple[int, int]
+    ) -> Iterator[int]:
+        """Takes the records of one file, as :meth:`read` does of many."""
+        rows: list[tuple[Any, ...]] = []
+        here: dict[str, int] = {}
+        for record in records:
+            rows.append(self._row(record, report, here, options, span))
+            if len(rows) == BATCH:
+                self._flush(rows)
+                yield len(self.source)
         self._flush(rows)
+        if not here:
+            self.sources.append(Source(report.path, options.format or "unknown", report))
         yield len(self.source)
 
     def _row(

@@ -77,17 +77,27 @@ def spilled(db: duckdb.DuckDBPyConnection) -> int:
 
 
 def add_spans(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[str]], quarantine: Quarantine) -> None:
-    """Reads traces into ``span``: ``*.parquet`` is read where it lies whenever it is asked for, all else is OTLP."""
-    parquet = [os.fspath(path) for path in paths if os.fspath(path).endswith(".parquet")]
-    others = [path for path in paths if os.fspath(path) not in parquet]
-    for path in parquet:
-        _check_parquet(db, path)
+    """Reads traces into ``span``: ``*.parquet`` is read where it lies whenever it is asked for, all else is OTLP.
+
+    Raises:
+        NotEvidence: a path holds nothing to read.
+    """
+    lying = parquet(db, paths)
+    others = [path for path in paths if os.fspath(path) not in lying]
     for batch in columns.batches(read(others, quarantine)) if others else ():
-        _insert(db, "span", pa.Table.from_batches([batch]))
+        insert(db, "span", pa.Table.from_batches([batch]))
     db.execute("ALTER TABLE span RENAME TO told")
     named = ", ".join(f'"{name}"' for name in columns.SCHEMA.names)
-    lying = "".join(f" UNION ALL SELECT {named} FROM read_parquet({_quoted(path)})" for path in parquet)
-    db.execute(f"CREATE VIEW span AS SELECT {named} FROM told{lying}")
+    more = "".join(f" UNION ALL SELECT {named} FROM read_parquet({_quoted(path)})" for path in lying)
+    db.execute(f"CREATE VIEW span AS SELECT {named} FROM told{more}")
+
+
+def parquet(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The Parquet files among some paths. Raises NotEvidence where one cannot be read, or holds no spans."""
+    found = [os.fspath(path) for path in paths if os.fspath(path).endswith(".parquet")]
+    for path in found:
+        _check_parquet(db, path)
+    return found
 
 
 def _check_parquet(db: duckdb.DuckDBPyConnection, path: str) -> None:
@@ -110,7 +120,7 @@ def _quoted(text: str) -> str:
 def add_alerts(db: duckdb.DuckDBPyConnection, batches: Sequence[pa.RecordBatch]) -> None:
     """Puts the records of :class:`~ray_guard.attribution.intake.Intake` into ``alert``."""
     if batches:
-        _insert(db, "alert", pa.Table.from_batches(batches))
+        insert(db, "alert", pa.Table.from_batches(batches))
 
 
 def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[tuple[int, Mapping]]) -> None:
@@ -131,10 +141,11 @@ def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[tuple[int, Mapping
         for source, each in mappings
     ]
     if rows:
-        _insert(db, "nat", pa.Table.from_pylist(rows, schema=NAT_SCHEMA))
+        insert(db, "nat", pa.Table.from_pylist(rows, schema=NAT_SCHEMA))
 
 
-def _insert(db: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+def insert(db: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+    """Appends to a table of the same columns."""
     db.register("incoming", rows)
     db.execute(f"INSERT INTO {table} SELECT * FROM incoming")
     db.unregister("incoming")
@@ -223,6 +234,8 @@ def _own(db: duckdb.DuckDBPyConnection, table: str) -> None:
             break
 
 
+NODE_IP: Final = """CREATE OR REPLACE TABLE node_ip AS
+         SELECT DISTINCT node, unnest(string_split(ips, ',')) AS ip FROM node WHERE ips <> ''"""
 _NODE: Final = """JOIN named_node n ON n.host IS NOT DISTINCT FROM s.host AND n.node_id IS NOT DISTINCT FROM s.node_id
            AND n.host_ips IS NOT DISTINCT FROM s.host_ips"""
 _PREPARE: Final = (
@@ -232,8 +245,7 @@ _PREPARE: Final = (
          SELECT DISTINCT coalesce(host, '') AS host, coalesce(node_id, '') AS node_id, ips FROM said_node)""",
     """CREATE TEMP TABLE named_node AS SELECT n.node, s.host, s.node_id, s.host_ips FROM said_node s
          JOIN node n ON n.host = coalesce(s.host, '') AND n.node_id = coalesce(s.node_id, '') AND n.ips = s.ips""",
-    """CREATE OR REPLACE TABLE node_ip AS SELECT DISTINCT node, unnest(string_split(ips, ',')) AS ip FROM node
-         WHERE ips <> ''""",
+    NODE_IP,
     """CREATE OR REPLACE TEMP TABLE about AS SELECT trace_id, min(run) AS run, min(iteration) AS iteration,
          min("group") AS "group", min(rollout) AS rollout, min(policy_version) AS policy_version,
          min(start_ns) AS first_ns, max(coalesce(end_ns, start_ns)) AS last_ns FROM span GROUP BY trace_id""",

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+import numpy as np
+
 from ray_guard import __version__
 from ray_guard.attribution import document
 from ray_guard.attribution.answers import Attribution
-from ray_guard.attribution.attribute import Result, attribute
+from ray_guard.attribution.attribute import Result, Spread, attribute
 from ray_guard.attribution.intake import Options
 from ray_guard.attribution.sources import FORMATS
 from ray_guard.attribution.sources.reader import NotAlerts
@@ -55,6 +57,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--nat", metavar="PATH", nargs="+", default=[], help="conntrack, FortiGate, PAN-OS or CSV")
     parser.add_argument("--tz", metavar="ZONE", help="time zone of times that say none, such as Asia/Shanghai")
     parser.add_argument("--year", metavar="YYYY", type=int, help="year of dates that say none")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="auto",
+        help="arrange the traces on this Ray cluster (auto: the one at hand); every node must see the paths",
+    )
     parser.add_argument("--json", metavar="OUT", type=Path, help="write the answer to this file")
     parser.add_argument("--html", metavar="OUT", type=Path, help="write a report to hand on to this file")
     return parser
@@ -67,15 +76,18 @@ def run(args: argparse.Namespace) -> int:
     except (ZoneInfoNotFoundError, ValueError):
         return failed("attribute", f"--tz {args.tz}: no such time zone; give a name such as Europe/Berlin, or UTC")
     options = Options(None if args.format == "auto" else args.format, zone, args.year)
+    if args.ray is not None and args.html is not None:
+        return failed(
+            "attribute", "--html needs all spans on this machine; with --ray there is --json, or leave it out"
+        )
     progress = _Progress()
     try:
-        result = attribute(args.traces, args.alerts, maps=args.nat, options=options, progress=progress)
+        spread = None if args.ray is None else _ray(args.ray)
+        result = attribute(args.traces, args.alerts, maps=args.nat, options=options, progress=progress, spread=spread)
         if args.json is not None or args.html is not None:
             progress("writing")
             _write(args, result)
-    except (NotEvidence, NotAlerts) as error:
-        return failed("attribute", str(error))
-    except _NotWritten as error:
+    except (NotEvidence, NotAlerts, _NotWritten, _NoRay) as error:
         return failed("attribute", str(error))
     finally:
         progress.end()
@@ -107,6 +119,22 @@ class _NotWritten(Exception):
     pass
 
 
+class _NoRay(Exception):
+    pass
+
+
+def _ray(address: str) -> Spread:
+    try:
+        from ray_guard.integrations import ray_tasks
+
+        ray_tasks.join(address)
+    except ImportError as error:
+        raise _NoRay(f"--ray needs ray-guard[ray]: {error}") from error
+    except ConnectionError as error:
+        raise _NoRay(f"--ray {address}: no such cluster ({error}); `ray start --head` starts one") from error
+    return ray_tasks.spread
+
+
 class _Hashed:
     """Text that is hashed as it goes into a file, or nowhere."""
 
@@ -126,7 +154,7 @@ class _Hashed:
 def _write(args: argparse.Namespace, result: Result) -> None:
     found = document.found(result)
     try:
-        with open(args.json, "w", encoding="utf-8", newline="\n") if args.json is not None else nullcontext() as file:
+        with args.json.open("w", encoding="utf-8", newline="\n") if args.json is not None else nullcontext() as file:
             out = _Hashed(file)
             document.write(result, out, found)
     except OSError as error:
@@ -180,9 +208,8 @@ def _summary(result: Result) -> Iterator[str]:
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
     lines.append(f"{named}; {quiet.sum()} informational records")
-    for alert in result.alerts:
-        if not alert.informational:
-            lines.append(f"{alert.source.path}:{alert.record}  {_answer(alert)}")
+    for alert in result.alerts.of(np.flatnonzero(~quiet)):
+        lines.append(f"{alert.source.path}:{alert.record}  {_answer(alert)}")
         if len(lines) >= _BLOCK:
             yield "\n".join(lines) + "\n"
             lines = []

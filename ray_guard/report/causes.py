@@ -133,7 +133,7 @@ def gather(result: Result, answer: Mapping[str, Any]) -> Findings:
     urgency = np.select([verdicts == each for each in _URGENCY], range(len(_URGENCY)))
     shown = objections[np.lexsort((objections, at[objections], urgency[objections]))][:ALERT_LIMIT]
     quiet = ordinary[np.lexsort((ordinary, at[ordinary]))][:INFORMATIONAL_LIMIT]
-    alerts = _rows(result.db, [(number, answers[number]) for number in shown.tolist()])
+    alerts = _rows(result, shown)
     chains = _chains(result, alerts[:CHAIN_LIMIT])
 
     def by_time(row: Row) -> tuple[int, int]:
@@ -143,7 +143,7 @@ def gather(result: Result, answer: Mapping[str, Any]) -> Findings:
         result,
         answer,
         sorted(alerts, key=by_time),
-        _rows(result.db, [(number, answers[number]) for number in quiet.tolist()]),
+        _rows(result, quiet),
         sorted(chains, key=lambda chain: by_time(chain.row)),
         Counter(verdicts[objections].tolist()),
         len(ordinary),
@@ -199,11 +199,12 @@ def _at(alert: Attribution) -> int:
     return alert.end_ns - alert.width_ns // 2
 
 
-def _rows(db: duckdb.DuckDBPyConnection, wanted: Sequence[tuple[int, Attribution]]) -> list[Row]:
+def _rows(result: Result, numbers: Any) -> list[Row]:
+    wanted = list(zip(numbers.tolist(), result.alerts.of(numbers), strict=True))
     said = {
         number: rest
         for number, *rest in _looked_up(
-            db,
+            result.db,
             {"alert": [number for number, _ in wanted]},
             """SELECT t.alert, src_ip, src_port, dst_ip, dst_port, proto, host, node, rule, denied, pid, command
                FROM timed t JOIN wanted w USING (alert)""",
@@ -218,7 +219,7 @@ def _rows(db: duckdb.DuckDBPyConnection, wanted: Sequence[tuple[int, Attribution
         near = _endpoint(src, src_port, "") or node or ""
         if pid is not None or command:
             near = " ".join(part for part in (near, f"pid {pid}" if pid is not None else "", command or "") if part)
-        whole = alert.raw.decode("utf-8", "replace").rstrip("\r\n")
+        whole = result.alerts.line(number).decode("utf-8", "replace").rstrip("\r\n")
         where = f"{alert.source.path}:{alert.record}"
         rows.append(Row(number, alert, _at(alert), where, near, far, rule or ("denied" if denied else ""), whole))
     return rows
