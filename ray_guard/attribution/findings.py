@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
+import numpy as np
+
 from ray_guard.attribution import recurrence, reward
 from ray_guard.attribution.attribute import Result
 from ray_guard.attribution.prior import template
@@ -16,11 +18,10 @@ _CAUSE: Final = 0.5
 
 def causes(result: Result) -> Counter[int]:
     """Alerts by the call (below zero: the rollout) that most likely caused them; informational records stay out."""
-    counted: Counter[int] = Counter()
-    for alert in result.alerts:
-        if not alert.informational and alert.candidates and alert.candidates[0].confidence > _CAUSE:
-            counted[alert.candidates[0].call] += 1
-    return counted
+    confidence, call = result.alerts.firsts()
+    blamed = call[~result.alerts.informational & (confidence > _CAUSE)]
+    numbers, counts = np.unique(blamed, return_counts=True)
+    return Counter(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
 
 
 def recurrences(result: Result, caused: Counter[int]) -> list[recurrence.Recurrence]:
@@ -31,8 +32,7 @@ def recurrences(result: Result, caused: Counter[int]) -> list[recurrence.Recurre
 def _calls(result: Result, caused: Counter[int]) -> Iterator[recurrence.Call]:
     if not caused:
         return
-    result.db.execute("CREATE OR REPLACE TEMP TABLE causing (call BIGINT)")
-    result.db.executemany("INSERT INTO causing VALUES (?)", [[call] for call in caused])
+    _name_causing(result, caused)
     rows = result.db.execute(
         """SELECT c.call, c.iteration, c.node, c.tool, w.text, c."group", c.policy_version
            FROM call c JOIN words w USING (call)
@@ -55,9 +55,7 @@ def _calls(result: Result, caused: Counter[int]) -> Iterator[recurrence.Call]:
 
 def association(result: Result, caused: Counter[int]) -> reward.Association:
     """Reward against violation, over all rollouts of the traces."""
-    result.db.execute("CREATE OR REPLACE TEMP TABLE causing (call BIGINT)")
-    if caused:
-        result.db.executemany("INSERT INTO causing VALUES (?)", [[call] for call in caused])
+    _name_causing(result, caused)
     rows = result.db.execute(
         """WITH violating AS (
              SELECT trace_id FROM call JOIN causing USING (call)
@@ -72,3 +70,9 @@ def association(result: Result, caused: Counter[int]) -> reward.Association:
         reward.Rollout(group, iteration, score if score is not None and abs(score) < float("inf") else None, violating)
         for group, iteration, score, violating in rows
     )
+
+
+def _name_causing(result: Result, caused: Counter[int]) -> None:
+    result.db.register("named", {"call": np.fromiter(caused, dtype=np.int64)})
+    result.db.execute("CREATE OR REPLACE TEMP TABLE causing AS SELECT call FROM named")
+    result.db.unregister("named")
