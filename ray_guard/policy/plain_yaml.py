@@ -32,7 +32,8 @@ class _NotPlain(Exception):
 
 def load(text: str) -> dict[str, Any] | None:
     """The mapping that ``text`` holds; None: it is not plain at first sight. Raises RecursionError."""
-    if len(text) > _MOST:
+    # YAML knows line ends that Python's "." passes over, also within a comment.
+    if len(text) > _MOST or not text.isascii() or not text.replace("\n", "").isprintable():
         return None
     lines = [line.rstrip(" ") for line in text.split("\n")]
     lines = [line for line in lines if line and not line.lstrip(" ").startswith("#")]

@@ -64,6 +64,8 @@ LEFT = {
     "a list with a hole": "a: [b,, c]",
     "another line's end": "a: b\r\nc: d",
     "another line's end within": "a: b\x85c: d",
+    "another line's end in a comment": "# a\rb: 1\nc: d",
+    "a line separator in a comment": "# a\u2028b: 1\nc: d",
     "no mapping": "a",
     "empty": "",
 }
@@ -90,7 +92,22 @@ PIECES = (
         "yes",
         "null",
     ),
-    *("true", "a: ", "b:", "x: [", "y: {", "5MiB", "10.0.0.0/8:80", "udp://192.0.2.7:123", "<<: ", "---", "é", "\x85"),
+    *(
+        "true",
+        "a: ",
+        "b:",
+        "x: [",
+        "y: {",
+        "5MiB",
+        "10.0.0.0/8:80",
+        "udp://192.0.2.7:123",
+        "<<: ",
+        "---",
+        "é",
+        "\x85",
+        "\u2028",
+        "# c",
+    ),
 )
 
 
