@@ -137,11 +137,15 @@ def test_a_part_of_the_cluster_dies(
 
 
 def test_the_supervisor_below_a_cluster_is_killed(cluster: Cluster) -> None:
-    """Ray starts the actor anew, and the guard with it."""
+    """Ray starts the env actor anew; a policy actor goes on with what it holds."""
+    cluster.tell("policy")
+    served = cluster.answer(30.0)
     memory = resident(cluster.supervisor)
     began = cluster.kill("supervisor")
     took = dead_after(began, [cluster.pids["worker"], cluster.pids["tool"]])
     ledger = read_ledger(cluster.ledger)
+    cluster.tell("policy")
+    assert cluster.answer(30.0) == {**served, "asked": served["asked"] + 1}
     cluster.tell("again")
     cluster.answer(30.0)
     back = time.monotonic() - began
