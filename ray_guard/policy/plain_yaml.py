@@ -20,7 +20,7 @@ _WORD: Final = (
 _QUOTED: Final = r""""([ !#-\[\]-~]*)"|'([ -&(-~]*)'"""
 _WHOLE: Final = r"0|[1-9][0-9]{0,15}"
 #: of what stands in brackets
-_PART: Final = r""" *([\[\]{},]|[a-z_]+:(?= )|"[^"]*"|'[^']*'|[^ \[\]{},"'#]+)"""
+_PART: Final = r""" *([\[\]{},]|[a-z_]+:(?= )|(?:"[^"]*"|'[^']*'|[^ \[\]{},"'#]+)(?= *[,\]}]))"""
 _MOST: Final = 1 << 14
 _MEANS_MORE: Final = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
 _TRUTH: Final = {"true": True, "false": False}
