@@ -20,7 +20,7 @@ _WORD: Final = (
 _QUOTED: Final = r""""([ !#-\[\]-~]*)"|'([ -&(-~]*)'"""
 _WHOLE: Final = r"0|[1-9][0-9]{0,15}"
 #: of what stands in brackets
-_PART: Final = r""" *([\[\]{},]|[a-z_]+:(?= )|"[^"]*"|'[^']*'|[^ \[\]{},"'#]+)"""
+_PART: Final = r""" *([\[\]{},]|[a-z_]+:(?= )|(?:"[^"]*"|'[^']*'|[^ \[\]{},"'#]+)(?= *[,\]}]))"""
 _MOST: Final = 1 << 14
 _MEANS_MORE: Final = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
 _TRUTH: Final = {"true": True, "false": False}
@@ -32,7 +32,8 @@ class _NotPlain(Exception):
 
 def load(text: str) -> dict[str, Any] | None:
     """The mapping that ``text`` holds; None: it is not plain at first sight. Raises RecursionError."""
-    if len(text) > _MOST:
+    # YAML knows line ends that Python's "." passes over, also within a comment.
+    if len(text) > _MOST or not text.isascii() or not text.replace("\n", "").isprintable():
         return None
     lines = [line.rstrip(" ") for line in text.split("\n")]
     lines = [line for line in lines if line and not line.lstrip(" ").startswith("#")]

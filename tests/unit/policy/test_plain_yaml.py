@@ -64,6 +64,10 @@ LEFT = {
     "a list with a hole": "a: [b,, c]",
     "another line's end": "a: b\r\nc: d",
     "another line's end within": "a: b\x85c: d",
+    "another line's end in a comment": "# a\rb: 1\nc: d",
+    "a line separator in a comment": "# a\u2028b: 1\nc: d",
+    "a key beside its value": "a: {b:'c'}",
+    "a bracket beside a word": "a: [b[c]]",
     "no mapping": "a",
     "empty": "",
 }
@@ -90,7 +94,22 @@ PIECES = (
         "yes",
         "null",
     ),
-    *("true", "a: ", "b:", "x: [", "y: {", "5MiB", "10.0.0.0/8:80", "udp://192.0.2.7:123", "<<: ", "---", "é", "\x85"),
+    *(
+        "true",
+        "a: ",
+        "b:",
+        "x: [",
+        "y: {",
+        "5MiB",
+        "10.0.0.0/8:80",
+        "udp://192.0.2.7:123",
+        "<<: ",
+        "---",
+        "é",
+        "\x85",
+        "\u2028",
+        "# c",
+    ),
 )
 
 
@@ -114,6 +133,11 @@ def _same(text: str) -> None:
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 def test_whatever_is_read_is_read_as_by_pyyaml(text: str) -> None:
     _same(text)
+
+
+@given(st.sampled_from(("[]", "{}")), st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+def test_whatever_is_read_in_brackets_is_read_as_by_pyyaml(brackets: str, text: str) -> None:
+    _same(f"a: {brackets[0]}{text}{brackets[1]}")
 
 
 @given(
