@@ -1,4 +1,4 @@
-"""What ``ray-guard attribute`` takes for large jobs (scale_job.py): end to end, the join alone, and plain joins beside it.
+"""What ``ray-guard attribute`` takes for large jobs (scale_job.py): whole, the join alone, plain joins beside it.
 
     python benchmarks/attribution/scale.py [--sizes 10000x100000 100000x1000000 1000000x10000000] [--folder DIR]
 

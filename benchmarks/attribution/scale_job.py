@@ -1,4 +1,4 @@
-"""Writes a large job: spans as Parquet, firewall logs, and which call caused which line. Shares no code with the product.
+"""Writes a large job: spans as Parquet, firewall logs, which call caused which line. No code of the product.
 
     python benchmarks/attribution/scale_job.py OUT --spans 1000000 --alerts 100000
 
@@ -197,7 +197,7 @@ def _line(kind: str, at: int, ours: str, port: int, far: str, far_port: int, *, 
         }  # fmt: skip
         if objected:
             event["alert"] = {"action": "allowed", "gid": 1, "signature_id": 2003068, "rev": 7,
-                              "signature": "ET POLICY Outbound", "category": "Misc activity", "severity": 2}  # fmt: skip
+                              "signature": "ET POLICY Outbound", "category": "Misc", "severity": 2}  # fmt: skip
         else:
             event["tls"] = {"version": "TLS 1.3", "ja3": {}, "from_proto": "tls"}
         return json.dumps(event, separators=(",", ":")) + "\n"
@@ -205,7 +205,7 @@ def _line(kind: str, at: int, ours: str, port: int, far: str, far_port: int, *, 
         return (
             f"{moment:%Y-%m-%dT%H:%M:%S}.{micro:06d}+00:00 gw kernel: {'EGRESS-ALERT: ' if objected else ''}"
             f"IN=eth1 OUT=eth0 MAC=02:42:0a:00:00:05:02:42:0a:00:00:01:08:00 SRC={ours} DST={far} LEN=60 TOS=0x00 "
-            f"PREC=0x00 TTL=63 ID={at % 65536} DF PROTO=TCP SPT={port} DPT={far_port} WINDOW=64240 RES=0x00 SYN URGP=0\n"
+            f"PREC=0x00 TTL=63 ID={at % 65536} DF PROTO=TCP SPT={port} DPT={far_port} WINDOW=64240 SYN URGP=0\n"
         )
     return (
         f'date={moment:%Y-%m-%d} time={moment:%H:%M:%S} devname="fw" devid="FGT60F0000000001" eventtime={at} '
