@@ -61,7 +61,10 @@ demo: env ## the ROME incident, replayed and attributed (ARGS=--no-guard: what w
 	$(PY) examples/rome_incident.py $(ARGS)
 
 test: env ## all tests but the slow ones
-	$(PY) -m pytest -m "not slow"
+	# Real processes on whatever machine: what misses its time under somebody else's load gets a second go, and
+	# the report says so (RERUN). No attack does.
+	scripts/system-packages firewall || true  # the test that wants them says what is missing
+	$(PY) -m pytest -m "not slow" --reruns 1 -raR
 
 slow: env ## the slow tests
 	$(PY) -m pytest -m slow

@@ -12,7 +12,7 @@ import psutil
 from ray_guard.actors import environment, internals
 from ray_guard.actors.documents import Wired
 from ray_guard.client import channel, confine
-from ray_guard.client.identity import Identity
+from ray_guard.client.identity import Identity, named_service
 
 _HELPERS_ENVIRONMENT = ("RAY_", "PATH", "PYTHONPATH", "HOME", "LANG", "LC_", "LD_LIBRARY_PATH", "SSL_CERT_")
 
@@ -82,7 +82,7 @@ def identity() -> Identity:
         node_id=internals.node(),
         actor_id=internals.actor_id() or os.environ.get(environment.SUBMITTER, ""),
         actor_name=internals.actor_name(),
-        service_name=os.environ.get("OTEL_SERVICE_NAME", "ray_guard"),
+        service_name=named_service("ray_guard"),
         evidence=evidence_folder(),
     )
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from ray_guard import errors
 from ray_guard.client import boot
+from ray_guard.client.identity import named_service
 from ray_guard.errors import NotEnforced, SupervisorLost
 from ray_guard.kernel import rendezvous, seqpacket
 
@@ -284,7 +285,7 @@ def observer() -> Channel | None:
                 _lines.observer.close()  # what of the job before is still open is ended by the supervisor
                 _lines.observer = None
             run = job[1] or f"run-{os.urandom(4).hex()}"
-            identity = {"run_id": run, "service_name": os.environ.get("OTEL_SERVICE_NAME", "driver")}
+            identity = {"run_id": run, "service_name": named_service("driver")}
             channel = _observe(
                 {
                     "op": "hello",

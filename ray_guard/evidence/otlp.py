@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from math import isfinite, isnan
 from sys import intern
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard import __version__
+from ray_guard.named import NamedTuple
 from ray_guard.records import (
     Attributes,
     AttributeValue,
@@ -38,7 +38,7 @@ LINE_LIMIT: Final = 16 * 1024 * 1024
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 _UINT64_MAX: Final = 2**64 - 1
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE: Final = "[\ud800-\udfff]"
 
 # Attribute keys repeat for ever, so their encoded form is kept; targets can invent keys, so not without bound.
 _KEY_LIMIT: Final = 1024
@@ -53,7 +53,7 @@ def _string(value: str) -> str:
     if len(value) > STRING_LIMIT:
         value = f"{value[:STRING_LIMIT]}… [{len(value) - STRING_LIMIT} more]"
     if not value.isascii():
-        value = _SURROGATE.sub("\ufffd", value)
+        value = re.sub(_SURROGATE, "\ufffd", value)
     return encode_basestring_ascii(value)
 
 
@@ -221,13 +221,16 @@ class LineEncoder:
             '"spans":[{"traceId":'
         )
 
-    def egress_form(self, trace_id: str, parent_id: str | None, attributes: str) -> EgressForm:
+    def egress_form(
+        self, trace_id: str, parent_id: str | None, attributes: str, links: Sequence[SpanLink] = ()
+    ) -> EgressForm:
         """The lines of ``egress connect`` spans, from parts that are known to be clean: the path of every connect.
 
         Args:
             attributes: the inside of the attributes array, encoded (:attr:`Fragment.encoded`, joined by commas).
         """
-        return self._form(trace_id, parent_id, '"egress connect","kind":3', attributes)
+        linked = f',"links":[{_links(links)}]' if links else ""
+        return self._form(trace_id, parent_id, f'"egress connect","kind":3{linked}', attributes)
 
     def process_form(self, trace_id: str, parent_id: str | None, program: str, attributes: str) -> EgressForm:
         """The two lines of a ``process`` span: the path of every exec. ``attributes``: as in :meth:`egress_form`."""
@@ -310,8 +313,8 @@ class NotOtlp(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
-_SNAKE = re.compile(r"_([a-z0-9])")
-_HEX = re.compile(r"[0-9a-fA-F]+\Z")
+_SNAKE: Final = r"_([a-z0-9])"
+_HEX: Final = r"[0-9a-fA-F]+\Z"
 _KINDS: Final = {
     1: SpanKind.INTERNAL,
     3: SpanKind.CLIENT,
@@ -328,7 +331,7 @@ _STATUS: Final = {
 
 def _camel(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON objects with their keys in camelCase: both spellings are legal protobuf JSON."""
-    return {(_SNAKE.sub(lambda m: m[1].upper(), key) if "_" in key else key): value for key, value in pairs}
+    return {(re.sub(_SNAKE, lambda m: m[1].upper(), key) if "_" in key else key): value for key, value in pairs}
 
 
 def _objects(parent: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -372,7 +375,9 @@ def _identifier(value: object, size: int, what: str) -> str | None:
         return None
     if isinstance(value, str):
         text = value
-        if len(text) != 2 * size or not _HEX.match(text):
+        if len(text) != 2 * size or not re.match(_HEX, text):
+            from base64 import b64decode  # for what others write alone
+
             plain = text.rstrip("=").replace("-", "+").replace("_", "/")
             try:
                 text = b64decode(plain + "=" * (-len(plain) % 4), validate=True).hex()

@@ -21,9 +21,8 @@ from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
 from ray_guard.supervisor.groups import Everybody, Groups, Scope
+from ray_guard.supervisor.leaf import KILL_PATIENCE_S
 
-KILL_PATIENCE_S: Final = 1.0
-"""Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
 TERM_PATIENCE_S: Final = 1.0
 _REAPED_AT_ONCE: Final = 256
 
