@@ -126,7 +126,8 @@ def announce_driver() -> None:
     """Lets an unguarded driver's own spans go where its actors' go, under the same run."""
     if not internals.connected() or internals.in_worker():
         return
-    channel.observe(os.path.join(internals.logs_folder(), "ray_guard"))
+    folder = os.path.join(internals.logs_folder(), "ray_guard")
+    channel.observe(folder, job_id=internals.job(), node_id=internals.node())
     if os.environ.get("RAY_GUARD_RUN_ID") in (None, *_announced):
         os.environ.pop("RAY_GUARD_RUN_ID", None)  # of an earlier job of this process
         os.environ["RAY_GUARD_RUN_ID"] = run_id()

@@ -49,7 +49,7 @@ def test_a_job_by_http_and_by_grpc(start: Callable[..., Job]) -> None:
             assert attributes["rl.run.id"] == about["rl.run.id"]
     actors = [about for about in resources.values() if "ray.actor_id" in about]  # the others are the driver's
     assert len({about["ray.actor_id"] for about in actors}) == 2
-    assert len({(about["ray.job_id"], about["ray.node_id"]) for about in actors}) == 1
+    assert len({(about["ray.job_id"], about["ray.node_id"]) for about in resources.values()}) == 1
     assert len({about["rl.run.id"] for about in resources.values()}) == 1
 
     again = Traces()
