@@ -13,14 +13,16 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import lgamma
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 FEWEST: Final = 2
 """A pattern that alerted once has not recurred."""
-_FLOATS = npt.NDArray[np.float64]
+_FLOATS = npt.NDArray[np.floating]
+_Chances = tuple[int, _FLOATS]
+"""The least number, and the chances of it and of those that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def p_value(
     hits: int, members: Mapping[Hashable, int], size: Mapping[Hashable, int], alerting: Mapping[Hashable, int]
 ) -> float:
     """Chance of at least ``hits`` alerting calls among a pattern's, alerts drawn at random within each stratum."""
-    parts: list[npt.NDArray[Any]] = [
+    parts = [
         _hypergeometric(size[stratum], members[stratum], drawn)
         for stratum in sorted(members, key=repr)
         if (drawn := alerting.get(stratum, 0))
@@ -112,18 +114,34 @@ def p_value(
     # In pairs, then pairs of pairs: one after the other, long rows would be gone through for every short one.
     while len(parts) > 1:
         odd = parts[len(parts) & ~1 :]
-        parts = [np.convolve(one, other) for one, other in zip(parts[::2], parts[1::2], strict=False)] + odd
-    return float(min(1.0, parts[0][hits:].sum())) if parts else float(hits <= 0)
+        parts = [_sum(*two) for two in zip(parts[::2], parts[1::2], strict=False)] + odd
+    if not parts:
+        return float(hits <= 0)
+    least, chance = parts[0]
+    return float(min(1.0, chance[max(hits - least, 0) :].sum()))
+
+
+_NOTHING: Final = 1e-300
+"""Chances below are left out: they add nothing, and numbers below 2e-308 take a hundred times as long."""
+
+
+def _sum(one: _Chances, other: _Chances) -> _Chances:
+    return _trimmed(one[0] + other[0], np.convolve(one[1], other[1]))
+
+
+def _trimmed(least: int, chance: _FLOATS) -> _Chances:
+    some = np.flatnonzero(chance > _NOTHING)
+    return (least + int(some[0]), chance[some[0] : some[-1] + 1]) if len(some) else (least, chance[:1])
 
 
 @lru_cache(maxsize=65536)
-def _hypergeometric(size: int, marked: int, drawn: int) -> _FLOATS:
-    """Probabilities of 0, 1, … marked ones among ``drawn`` out of ``size``."""
+def _hypergeometric(size: int, marked: int, drawn: int) -> _Chances:
+    """Of how many marked ones there are among ``drawn`` out of ``size``."""
     least, most = max(0, drawn - (size - marked)), min(drawn, marked)
-    chance = np.zeros(most + 1)
+    chance = np.zeros(most + 1 - least)
     for k in range(least, most + 1):
-        chance[k] = np.exp(_choose(marked, k) + _choose(size - marked, drawn - k) - _choose(size, drawn))
-    return chance
+        chance[k - least] = np.exp(_choose(marked, k) + _choose(size - marked, drawn - k) - _choose(size, drawn))
+    return _trimmed(least, chance)
 
 
 def _choose(n: int, k: int) -> float:
