@@ -198,10 +198,12 @@ class _About:
     def __init__(self, db: duckdb.DuckDBPyConnection, calls: Any) -> None:
         db.register("wanted_calls", {"call": calls})
         self._table = db.sql(
-            """SELECT c.call, run, iteration, "group", rollout, turn, tool, call_id, trace_id, span_id, policy_version
+            """SELECT c.call, run, iteration, "group", rollout, turn, tool, call_id, trace_id, span_id, policy_version,
+                 shown_trace_id
                FROM call c JOIN wanted_calls w ON w.call = c.call
                UNION ALL
-               SELECT r.call, run, iteration, "group", rollout, NULL, NULL, NULL, trace_id, NULL, policy_version
+               SELECT r.call, run, iteration, "group", rollout, NULL, NULL, NULL, trace_id, NULL, policy_version,
+                 trace_id
                FROM rollout r JOIN wanted_calls w ON w.call = r.call"""
         ).to_arrow_table()
         db.unregister("wanted_calls")

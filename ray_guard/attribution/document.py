@@ -117,7 +117,7 @@ _SAID: Final = ("run", "iteration", "group", "rollout", "turn", "tool", "call_id
 
 
 def _candidate(candidate: Candidate) -> str:
-    about = candidate.about
+    about = {**candidate.about, "trace_id": candidate.about.get("shown_trace_id", candidate.about.get("trace_id"))}
     said = "".join(f'     "{name}": {_value(about.get(name))},\n' for name in _SAID)
     return (
         f'\n    {{\n     "confidence": {round(candidate.confidence, 6)!r},\n     "tier": "{candidate.tier}",\n{said}'

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -23,9 +24,12 @@ from ray_guard.attribution.intake import ALERT_SCHEMA
 from ray_guard.attribution.nat import Mapping
 from ray_guard.evidence import columns
 from ray_guard.evidence.reader import NotEvidence, Quarantine, read
+from ray_guard.records import LINK, PARENT, ROOT_TRACE
 
 _DEPTH: Final = 64
 """How many processes may stand between a socket and its call."""
+_PARENT_LINK: Final = rf'"([0-9a-f]{{16}})",\s*\{{"{re.escape(LINK)}":\s*"{PARENT}"\}}'
+"""In the column ``links``: the span that encloses one of a rollout's later segments."""
 
 NAT_SCHEMA: Final = pa.schema(
     [
@@ -171,12 +175,30 @@ def settle(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
     once = "SELECT * FROM line" + (" ANTI JOIN twice USING (trace_id, span_id)" if count else "")
     # What only a supervisor can know is no fact where a target says it.
     db.execute(
-        f"""CREATE TEMP VIEW span AS SELECT * FROM ({once} UNION ALL SELECT * FROM settled)
+        f"""CREATE TEMP VIEW span AS {_put_together(db, f"({once} UNION ALL SELECT * FROM settled)")}
             WHERE NOT (coalesce(source, '') = 'target'
               AND (name = 'egress connect' OR name LIKE 'process %' OR name = 'ray_guard.violation'))"""
     )
     ((first, last),) = db.execute("SELECT min(start_ns), max(coalesce(end_ns, start_ns)) FROM span").fetchall()
     return (first or 0, last or 0)
+
+
+def _put_together(db: duckdb.DuckDBPyConnection, spans: str) -> str:
+    """A rollout of many spans is spread over several traces: here it is one, and each span hangs where it belongs."""
+    db.execute(
+        f"""CREATE TEMP TABLE segment AS SELECT trace_id AS shown, min(attributes['{ROOT_TRACE}']) AS root FROM line
+            WHERE name = 'ray_guard.segment' GROUP BY trace_id HAVING root IS NOT NULL"""
+    )
+    ((count,),) = db.execute("SELECT count(*) FROM segment").fetchall()
+    if not count:  # most jobs: then two columns less are read
+        return f"SELECT *, trace_id AS shown_trace_id FROM {spans}"
+    return f"""SELECT one.* REPLACE (
+                 coalesce(g.root, one.trace_id) AS trace_id,
+                 CASE WHEN g.root IS NULL THEN parent_id
+                      ELSE coalesce(nullif(regexp_extract(links, {_quoted(_PARENT_LINK)}, 1), ''), parent_id) END
+                   AS parent_id),
+                 one.trace_id AS shown_trace_id
+               FROM {spans} one LEFT JOIN segment g ON g.shown = one.trace_id"""
 
 
 def derive(db: duckdb.DuckDBPyConnection) -> None:
@@ -232,7 +254,7 @@ _PREPARE: Final = (
          SELECT trace_id, span_id, row_number() OVER (ORDER BY start_ns, span_id, trace_id) AS call FROM span
          WHERE name LIKE 'execute_tool%'""",
     f"""CREATE OR REPLACE TABLE call AS
-         SELECT m.call, s.trace_id, s.span_id, n.node,
+         SELECT m.call, s.trace_id, s.shown_trace_id, s.span_id, n.node,
            coalesce(s.run, a.run) AS run, coalesce(s.iteration, a.iteration) AS iteration,
            coalesce(s."group", a."group") AS "group", coalesce(s.rollout, a.rollout) AS rollout,
            coalesce(s.turn, t.turn) AS turn, coalesce(s.policy_version, a.policy_version) AS policy_version,

@@ -165,7 +165,17 @@ def _prepared(
     ]  # fmt: skip
     more = [start.checked_descriptor(number) for number in numbers[3:]]
     working_folder = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    return lambda channel: start.Control(channel, payload, working_folder, [*standard, *more], {})
+    return lambda channel: start.Control(channel, payload, working_folder, [*standard, *more], _place())
+
+
+def _place() -> dict[str, Any]:
+    """Where the call belongs in the traces: below the span that started this command."""
+    if not os.environ.get("TRACEPARENT"):
+        return {}
+    from ray_guard.client import foreign  # few are started below one, and it takes longer to load than most tools
+
+    found = foreign.named(os.environ["TRACEPARENT"], "TRACEPARENT")
+    return {} if found is None else {"trace": found[0], "parent": found[1]}
 
 
 def _is_open(number: int) -> bool:

@@ -221,13 +221,16 @@ class LineEncoder:
             '"spans":[{"traceId":'
         )
 
-    def egress_form(self, trace_id: str, parent_id: str | None, attributes: str) -> EgressForm:
+    def egress_form(
+        self, trace_id: str, parent_id: str | None, attributes: str, links: Sequence[SpanLink] = ()
+    ) -> EgressForm:
         """The lines of ``egress connect`` spans, from parts that are known to be clean: the path of every connect.
 
         Args:
             attributes: the inside of the attributes array, encoded (:attr:`Fragment.encoded`, joined by commas).
         """
-        return self._form(trace_id, parent_id, '"egress connect","kind":3', attributes)
+        linked = f',"links":[{_links(links)}]' if links else ""
+        return self._form(trace_id, parent_id, f'"egress connect","kind":3{linked}', attributes)
 
     def process_form(self, trace_id: str, parent_id: str | None, program: str, attributes: str) -> EgressForm:
         """The two lines of a ``process`` span: the path of every exec. ``attributes``: as in :meth:`egress_form`."""

@@ -11,6 +11,7 @@ import stat
 import struct
 from typing import Final
 
+from ray_guard.evidence.redact import MARGIN, redact_arguments
 from ray_guard.named import NamedTuple
 
 try:  # as ``random`` does with its own: hashlib loads OpenSSL, which takes longer than a tool to start
@@ -34,10 +35,9 @@ class Arguments(NamedTuple):
 
 
 def shown(argv: tuple[str, ...]) -> tuple[str, ...]:
-    """The arguments as they are recorded: the first ones, long ones cut."""
-    return tuple(
-        argument if len(argument) <= SHOWN_LENGTH else argument[:SHOWN_LENGTH] + "…" for argument in argv[:SHOWN]
-    )
+    """The arguments as they are recorded: the first ones, long ones cut, and no secrets in them."""
+    known = redact_arguments(tuple(argument[: SHOWN_LENGTH + MARGIN] for argument in argv[:SHOWN]))
+    return tuple(argument if len(argument) <= SHOWN_LENGTH else argument[:SHOWN_LENGTH] + "…" for argument in known)
 
 
 def digest(argv: tuple[str, ...]) -> str:

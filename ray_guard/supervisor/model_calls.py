@@ -26,7 +26,9 @@ from ray_guard.policy.decide import Endpoint
 from ray_guard.policy.destination import canonical_address, is_address, is_loopback, parse_address
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
-from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
+from ray_guard.supervisor.ids import new_span_id, new_trace_id
+from ray_guard.supervisor.segments import links_of
+from ray_guard.supervisor.target import Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.ring import Ring
@@ -171,15 +173,15 @@ class ModelCalls:
         record = self._opened(message, reserved, planned.fill)
         if price is None and (limiting := bill.limiting(FLOPS)) is not None:
             text = f"the {limiting.scope.value} has a limit of {FLOPS}, and what this model costs is not known"
-            self._target.write(_failed(record, FLOPS, text), self._origin.identity)
             self._target.violation(self._origin, record.span_id, FLOPS, reason="unmeasured", destination=self._where)
+            self._target.write(_failed(record, FLOPS, text), self._origin.identity)
             return _error(429, "insufficient_quota", text)
         exceeded = bill.reserve({TOKENS: reserved, FLOPS: 0 if price is None else price.flops(reserved)})
         if exceeded is not None:
             if not exceeded.report_only:
                 text = str(exceeded.error())
-                self._target.write(_failed(record, exceeded.kind, text), self._origin.identity)
                 self._exceeded(record.span_id, exceeded)
+                self._target.write(_failed(record, exceeded.kind, text), self._origin.identity)
                 return _error(429, "insufficient_quota", text)
             self._exceeded(record.span_id, exceeded)
         word = new_trace_id()
@@ -224,6 +226,7 @@ class ModelCalls:
             start_ns=time.time_ns(),
             end_ns=None,
             attributes=attributes,
+            links=links_of(self._origin.link),
         )
 
     # -- after ---------------------------------------------------------------------------------------------------------
@@ -277,9 +280,11 @@ class ModelCalls:
             status=StatusCode.ERROR if text else StatusCode.UNSET,
             status_message=text,
         )
-        self._target.write(ended, self._origin.identity)
-        if exceeded is not None:
-            self._exceeded(call.record.span_id, exceeded)
+        try:
+            if exceeded is not None:
+                self._exceeded(call.record.span_id, exceeded)
+        finally:
+            self._target.write(ended, self._origin.identity)
 
     def _refused(self, message: Message) -> None:
         where = f"{self._where} ({message['text']})"

@@ -6,7 +6,7 @@ import functools
 import os
 import select
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.errors import NotEnforced, PolicyError
@@ -383,12 +383,18 @@ def _bounds(environment: Mapping[str, str]) -> Bounds:
     return bounds
 
 
+def _of_the_host(addresses: Collection[str]) -> tuple[str, ...]:
+    """Without loopback, which every host has: it tells none from another. Alone, it is all that this one has."""
+    own = [address for address in addresses if not address.startswith("127.") and address != "::1"]
+    return tuple(sorted(own or addresses))
+
+
 def resource_attributes(node: Node, identity: dict[str, Any]) -> dict[str, Any]:
     """The OTLP resource of a target, from what it told about itself and what this node knows."""
     attributes: dict[str, Any] = {
         "service.name": str(identity.get("service_name") or "ray_guard"),
         "host.name": node.hostname,
-        "host.ip": tuple(sorted(node.addresses)),
+        "host.ip": _of_the_host(node.addresses),
         "rl.run.id": str(identity.get("run_id") or ""),
     }
     for name in ("job_id", "node_id", "actor_id", "actor_name"):

@@ -87,6 +87,7 @@ class ProcessSpans:
             self.left_out += 1
             return None
         self._begun += 1
+        self._origin.tally.another(self._origin)
         attributes: dict[str, AttributeValue] = {
             "process.pid": image.pid,
             "process.parent_pid": image.parent_pid,
@@ -126,7 +127,12 @@ class ProcessSpans:
             more += _EXITED if status == 0 else f",{fragment(exit_attributes(status)).encoded}"
         if lost:
             more += _LOST
-        said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
+        events, told = self._target.offences(image.span)
+        if events:
+            more += f",{fragment(told).encoded}"
+            said = tail(events, StatusCode.ERROR, lost)
+        else:
+            said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         try:
             self._keep(begun.form.ended(image.span, image.began, max(at, image.began), more, said))
         except JournalError:

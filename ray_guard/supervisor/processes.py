@@ -29,11 +29,12 @@ from ray_guard.kernel import pidfd, procfs
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
 from ray_guard.supervisor.arguments import Memory, runnable
+from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
 from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.process_spans import Image, OpenImage, ProcessSpans
-from ray_guard.supervisor.target import Origin, Target, new_span_id
+from ray_guard.supervisor.target import Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Gate, Handler

@@ -38,8 +38,9 @@ from ray_guard.policy.budgets import Account, Amount, Exceeded, Limits, Scope, l
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.consequences import acts
+from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.leases import PARTS, Desk, Lease, Leases
-from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
+from ray_guard.supervisor.target import OpenSpan, Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.model_calls import Paid
