@@ -70,12 +70,6 @@ def connect(memory: str = "2GB", threads: int | None = None) -> duckdb.DuckDBPyC
     return db
 
 
-def spilled(db: duckdb.DuckDBPyConnection) -> int:
-    """Bytes that do not fit into memory and lie in the temporary folder."""
-    ((size,),) = db.execute("SELECT coalesce(sum(size), 0) FROM duckdb_temporary_files()").fetchall()
-    return int(size)
-
-
 def add_spans(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[str]], quarantine: Quarantine) -> None:
     """Reads traces into ``span``: ``*.parquet`` is read where it lies whenever it is asked for, all else is OTLP.
 
