@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ray_guard.evidence.reader import Entry, Quarantine, merge, read
+from ray_guard.evidence.redact import redact
 from ray_guard.report import chain
 from ray_guard.report.index import Index, Kind, kind_of
 from rome.actions import ACTS, World, destinations
@@ -74,7 +75,7 @@ class Record:
                 found.append(f"{flow.destination} does not hang under a {', '.join(sorted(absent))}")
             if flow.iteration is None or flow.call_id is None:
                 found.append(f"{flow.destination} names no iteration or call")
-            if turn.command not in flow.commands:
+            if redact(turn.command) not in flow.commands:  # evidence holds no secrets, not even what looks like one
                 found.append(f"{flow.destination} hangs under {flow.commands}, not under the chosen command")
         return found
 
