@@ -173,7 +173,7 @@ def _nanoseconds(time_ns: int) -> int:
 
 
 class EgressForm:
-    """See :meth:`LineEncoder.egress_form` and :meth:`LineEncoder.process_form`.
+    """See :meth:`LineEncoder.egress_form`.
 
     Kept as bytes, and joined: text would have to be encoded each time.
     """
@@ -199,6 +199,51 @@ class EgressForm:
         times = b'%d","endTimeUnixNano":"%d' % (start_ns, end_ns)
         end = f"{more}]{tail}}}]}}]}}]}}\n".encode("ascii")
         return b"".join((self._before, span_id.encode("ascii"), self._between, times, self._after, end))
+
+
+class ProcessLine(NamedTuple):
+    """The two lines of one ``process`` span; :class:`ProcessForm` makes it."""
+
+    before: str
+    after: str
+
+    def begun(self) -> bytes:
+        return f"{self.before}{self.after}]}}]}}]}}]}}\n".encode("ascii")
+
+    def ended(self, end_ns: int, more: str, tail: str = "") -> bytes:
+        """As :meth:`EgressForm.ended`."""
+        return (f'{self.before}","endTimeUnixNano":"{end_ns}{self.after}{more}]{tail}}}]}}]}}]}}\n').encode("ascii")
+
+
+class ProcessForm:
+    """The ``process`` spans of one call: the path of every exec. What they have in common is encoded once.
+
+    Args:
+        head: up to the trace's id.
+        identity: the inside of the attributes array, encoded.
+    """
+
+    __slots__ = ("_head", "_identity")
+
+    def __init__(self, head: str, trace_id: str, identity: str) -> None:
+        self._head = f'{head}"{trace_id}","spanId":"'
+        self._identity = f'","attributes":[{identity},'
+
+    def line(
+        self, span_id: str, parent_id: str, program: str, start_ns: int, *, pid: int, parent_pid: int, path: str,
+        arguments: Sequence[str], digest: str,
+    ) -> ProcessLine:  # fmt: skip
+        """``program``: its name. ``digest``: of all its arguments; empty: it is not known."""
+        words = ",".join([f'{{"stringValue":{_string(word)}}}' for word in arguments])
+        hashed = f',{{"key":"ray_guard.arguments.sha256","value":{{"stringValue":"{digest}"}}}}' if digest else ""
+        return ProcessLine(
+            f'{self._head}{span_id}","parentSpanId":"{parent_id}","name":{_string(f"process {program}")},"kind":1,'
+            f'"startTimeUnixNano":"{start_ns}',
+            f'{self._identity}{{"key":"process.pid","value":{{"intValue":"{pid}"}}}},'
+            f'{{"key":"process.parent_pid","value":{{"intValue":"{parent_pid}"}}}},'
+            f'{{"key":"process.executable.path","value":{{"stringValue":{_string(path)}}}}},'
+            f'{{"key":"process.command_args","value":{{"arrayValue":{{"values":[{words}]}}}}}}{hashed}',
+        )
 
 
 class LineEncoder:
@@ -227,19 +272,16 @@ class LineEncoder:
         Args:
             attributes: the inside of the attributes array, encoded (:attr:`Fragment.encoded`, joined by commas).
         """
-        return self._form(trace_id, parent_id, '"egress connect","kind":3', attributes)
-
-    def process_form(self, trace_id: str, parent_id: str | None, program: str, attributes: str) -> EgressForm:
-        """The two lines of a ``process`` span: the path of every exec. ``attributes``: as in :meth:`egress_form`."""
-        return self._form(trace_id, parent_id, f'{_string(f"process {program}")},"kind":1', attributes)
-
-    def _form(self, trace_id: str, parent_id: str | None, named: str, attributes: str) -> EgressForm:
         parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
         return EgressForm(
             f'{self._head}"{trace_id}","spanId":"',
-            f'"{parent},"name":{named},"startTimeUnixNano":"',
+            f'"{parent},"name":"egress connect","kind":3,"startTimeUnixNano":"',
             f'","attributes":[{attributes}',
         )
+
+    def process_form(self, trace_id: str, identity: str) -> ProcessForm:
+        """For the ``process`` spans of a call. ``identity``: attributes they all have, encoded."""
+        return ProcessForm(self._head, trace_id, identity)
 
     def encode(self, record: SpanRecord, fixed: Fragment | None = None) -> bytes:
         """The record as one line, newline included.

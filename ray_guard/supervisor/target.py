@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal, JournalError
-from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
+from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, ProcessForm, fragment
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
 from ray_guard.policy.budgets import Account, Exceeded, Limits, Near, Scope, limits_from_wire, tightest
@@ -204,12 +204,9 @@ class Target:
         whole = f"{origin.identity.encoded},{attributes}"
         return self._encoder.egress_form(origin.trace_id, origin.parent_id, whole)
 
-    def process_form(
-        self, origin: Origin, parent: str, program: str, attributes: Mapping[str, AttributeValue]
-    ) -> EgressForm:
-        """The lines of a ``process`` span below ``parent``."""
-        whole = f"{origin.identity.encoded},{fragment(attributes).encoded}"
-        return self._encoder.process_form(origin.trace_id, parent, program, whole)
+    def process_form(self, origin: Origin) -> ProcessForm:
+        """For the ``process`` spans of a call."""
+        return self._encoder.process_form(origin.trace_id, origin.identity.encoded)
 
     def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue]) -> None:
         key = repr(sorted(identity.items()))
