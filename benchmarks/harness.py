@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -78,6 +79,13 @@ def ratios(mine: Outcome, base: Outcome) -> tuple[float, float, float]:
     """(median, lower quartile, upper quartile) of the ratio of medians within a round."""
     paired = [one / other for one, other in zip(mine.medians, base.medians, strict=True)]
     return statistics.median(paired), percentile(paired, 0.25), percentile(paired, 0.75)
+
+
+def interval(mine: Outcome, base: Outcome) -> tuple[float, float]:
+    """Where the median ratio lies, with 95 % confidence: order statistics, whatever the distribution is."""
+    paired = sorted(one / other for one, other in zip(mine.medians, base.medians, strict=True))
+    rank = max(0, math.floor((len(paired) - 1.96 * math.sqrt(len(paired))) / 2))
+    return paired[rank], paired[-1 - rank]
 
 
 def compare(contestants: Sequence[Contestant], rounds: int, *, warm_up: int = 1, pause_s: float = 0.0) -> list[Outcome]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final
+
+from ray_guard.named import NamedTuple
 
 AttributeValue = str | bool | int | float | tuple[str, ...]
 Attributes = Mapping[str, AttributeValue]
@@ -57,7 +59,16 @@ class SpanEvent(NamedTuple):
     attributes: Attributes = _NONE
 
 
+LINK: Final = "ray_guard.link"
+"""The attribute of a link that says what it leads to: ``parent``, ``rollout`` or ``previous_segment``."""
+PARENT: Final = "parent"
+ROOT_TRACE: Final = "ray_guard.root_trace_id"
+"""On every span of a rollout's later segments: the rollout's first trace."""
+
+
 class SpanLink(NamedTuple):
+    """``attributes`` may say what it leads to (:data:`LINK`); an iteration, where they do not."""
+
     trace_id: str
     span_id: str
     attributes: Attributes = _NONE
@@ -82,6 +93,14 @@ class SpanRecord(NamedTuple):
     status_message: str = ""
     events: tuple[SpanEvent, ...] = ()
     links: tuple[SpanLink, ...] = ()
+
+    @property
+    def above(self) -> tuple[str, str] | None:
+        """Trace and span of what encloses it: its parent, but for one that lies in an earlier segment."""
+        for link in self.links:
+            if link.attributes.get(LINK) == PARENT:
+                return link.trace_id, link.span_id
+        return None if self.parent_id is None else (self.trace_id, self.parent_id)
 
 
 class Resource(NamedTuple):

@@ -41,16 +41,21 @@ class RecordingChannel:
             self.messages.append(json.loads(packet))
 
     def request(
+        self, message: dict[str, Any], descriptors: Sequence[int] = (), timeout: float | None = None
+    ) -> dict[str, Any]:
+        return self.exchange(message, descriptors, timeout)[0]
+
+    def exchange(
         self,
         message: dict[str, Any],
         descriptors: Sequence[int] = (),  # noqa: ARG002 - the real channel's signature
         timeout: float | None = None,  # noqa: ARG002
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], list[int]]:
         self.send(message)
         answer = self.answers.get(str(message.get("op")))
         if answer is None:
             raise SupervisorLost(f"no answer was prepared for {message!r}")
-        return answer(message) if callable(answer) else answer
+        return answer(message) if callable(answer) else answer, []
 
     def warnings(self) -> list[str]:
         return []

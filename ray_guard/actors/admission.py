@@ -198,14 +198,14 @@ def guard_function(function: Callable[..., Any], document: str) -> Callable[...,
     name = getattr(function, "__qualname__", repr(function))
     wrapper: Callable[..., Any]
 
-    def enter(kwargs: dict[str, Any]) -> Any:
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         admit_function(wrapper, name)
-        return _arrive(kwargs.pop(CONTEXT, None))
+        return _arrive(kwargs.pop(CONTEXT, None), args, kwargs)
 
     if inspect.isgeneratorfunction(function):
 
         def call_generator(*args: Any, **kwargs: Any) -> Any:
-            scope = enter(kwargs)
+            scope = enter(args, kwargs)
             return (yield from carry.run_generator(scope, functools.partial(function, *args, **kwargs)))
 
         wrapper = call_generator
@@ -214,7 +214,7 @@ def guard_function(function: Callable[..., Any], document: str) -> Callable[...,
     else:
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with enter(kwargs):
+            with enter(args, kwargs):
                 return function(*args, **kwargs)
 
         wrapper = call
@@ -224,10 +224,9 @@ def guard_function(function: Callable[..., Any], document: str) -> Callable[...,
     return wrapper
 
 
-def _arrive(given: bytes | None) -> Any:
+def _arrive(given: bytes | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The scope that a task runs in: its caller's, or none."""
-    if given is None:
-        return contextlib.nullcontext()
-    from ray_guard.actors import calls  # there is a Ray to speak of: a caller was
+    from ray_guard.actors import calls  # there is a Ray to speak of: it is being run by one
 
-    return calls.arrive(given)
+    scope = calls.arrive(given) if given is not None else calls.arrive_from_elsewhere(args, kwargs)
+    return contextlib.nullcontext() if scope is None else scope

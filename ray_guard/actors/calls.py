@@ -3,7 +3,8 @@
 The caller's side is Ray's own hook for it: a decorator around an actor method's invocation, which is part of the
 metadata from which handles are made, wherever they are made. It adds one keyword argument, ``_ray_guard_context``, when
 there is a scope to speak of. The callee's side takes it off again where Ray executes a method, so that the methods
-themselves, their signatures and their ``__dict__`` stay the user's.
+themselves, their signatures and their ``__dict__`` stay the user's. A call that brings none may bring ROLL's
+``_otel_ctx`` among its arguments, which then says where it comes from.
 
 What does not work: wrapping methods (generators, coroutine checks and frameworks' flags on them all need care, and
 inherited ones must not be pinned), Ray's tracing hook (generator methods raise TypeError), runtime environments (one
@@ -21,7 +22,7 @@ from typing import Any
 from ray_guard.actors import documents, internals
 from ray_guard.actors.admission import CONTEXT
 from ray_guard.actors.process import confinement
-from ray_guard.client import carry
+from ray_guard.client import carry, foreign
 from ray_guard.client.scope import attach, context
 from ray_guard.errors import PolicyError
 
@@ -161,9 +162,14 @@ def _around_executor(original: Callable[..., Any]) -> Callable[..., Any]:
             if is_constructor:
                 confinement.identify(type(actor).__name__)  # confined with its whole job, its class is not marked
             given = kwargs.pop(CONTEXT, None)
-            if given is None:
+            scope = None
+            if given is not None:
+                scope = arrive(given)
+            elif not is_constructor:  # its arguments are kept for restarts
+                scope = arrive_from_elsewhere(args, kwargs)
+            if scope is None:
                 return executor(actor, *args, **kwargs)
-            return run_under(arrive(given), functools.partial(executor, actor, *args, **kwargs))
+            return run_under(scope, functools.partial(executor, actor, *args, **kwargs))
 
         # Ray looks at these to see whether to run a method in the event loop.
         vars(run).update(vars(executor))
@@ -179,6 +185,12 @@ def arrive(given: bytes) -> attach:
         PolicyError: it is no context.
     """
     return attach(_read(given))
+
+
+def arrive_from_elsewhere(args: Collection[Any], kwargs: Mapping[str, Any]) -> attach | None:
+    """The scope in which a call from no scope of ours runs, where its arguments name one; None: nothing does."""
+    origin = foreign.find((*args, *kwargs.values()))
+    return None if origin is None or origin.place is None else attach(origin)
 
 
 @functools.lru_cache(maxsize=256)

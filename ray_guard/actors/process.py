@@ -12,7 +12,7 @@ import psutil
 from ray_guard.actors import environment, internals
 from ray_guard.actors.documents import Wired
 from ray_guard.client import channel, confine
-from ray_guard.client.identity import Identity
+from ray_guard.client.identity import Identity, named_service
 
 _HELPERS_ENVIRONMENT = ("RAY_", "PATH", "PYTHONPATH", "HOME", "LANG", "LC_", "LD_LIBRARY_PATH", "SSL_CERT_")
 
@@ -82,7 +82,7 @@ def identity() -> Identity:
         node_id=internals.node(),
         actor_id=internals.actor_id() or os.environ.get(environment.SUBMITTER, ""),
         actor_name=internals.actor_name(),
-        service_name=os.environ.get("OTEL_SERVICE_NAME", "ray_guard"),
+        service_name=named_service("ray_guard"),
         evidence=evidence_folder(),
     )
 
@@ -126,7 +126,8 @@ def announce_driver() -> None:
     """Lets an unguarded driver's own spans go where its actors' go, under the same run."""
     if not internals.connected() or internals.in_worker():
         return
-    channel.observe(os.path.join(internals.logs_folder(), "ray_guard"))
+    folder = os.path.join(internals.logs_folder(), "ray_guard")
+    channel.observe(folder, job_id=internals.job(), node_id=internals.node())
     if os.environ.get("RAY_GUARD_RUN_ID") in (None, *_announced):
         os.environ.pop("RAY_GUARD_RUN_ID", None)  # of an earlier job of this process
         os.environ["RAY_GUARD_RUN_ID"] = run_id()

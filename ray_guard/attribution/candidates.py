@@ -32,6 +32,9 @@ def _overlap(left: str, right: str, slack: str) -> str:
     return f"{left}.end_ns + {slack} > {right}.start_ns AND {left}.start_ns - {slack} < {right}.end_ns"
 
 
+_APART: Final = "greatest(0, o.start_ns - w.end_ns, w.start_ns - o.end_ns)"
+_MEET: Final = """w.bucket = greatest(w.first, o.first)
+             AND w.end_ns + w.slack_ns > o.start_ns AND w.start_ns - w.slack_ns < o.end_ns"""
 _GAP: Final = "greatest(0, f.start_ns - s.end_ns, s.start_ns - f.end_ns)"
 
 _JOIN: Final = (
@@ -46,23 +49,27 @@ _JOIN: Final = (
          SELECT n.* EXCLUDE (start_ns, end_ns), n.start_ns - k.skew_ns AS start_ns, n.end_ns - k.skew_ns AS end_ns
          FROM nat n JOIN clock k USING (source)""",
     # Either end may be ours: a sensor that saw an answer first exchanges them. A map adds who stood behind an address.
+    # A side may come twice: what is made of them takes each pair once.
     """CREATE OR REPLACE TABLE side AS
          WITH plain AS (
-           SELECT alert, inside_ip AS local_ip, inside_port AS local_port, dst_ip AS peer_ip, dst_port AS peer_port
+           SELECT alert, inside_ip AS local_ip, inside_port AS local_port, dst_ip AS peer_ip, dst_port AS peer_port,
+               start_ns, end_ns, slack_ns, proto, host
              FROM timed WHERE inside_ip IS NOT NULL
-           UNION ALL SELECT alert, src_ip, src_port, dst_ip, dst_port FROM timed WHERE src_ip IS NOT NULL
-           UNION ALL SELECT alert, dst_ip, dst_port, src_ip, src_port FROM timed WHERE dst_ip IS NOT NULL)
-         SELECT DISTINCT p.*, false AS mapped, t.start_ns, t.end_ns, t.slack_ns, t.proto, t.host
-           FROM plain p JOIN timed t USING (alert)
-         UNION
+           UNION ALL SELECT alert, src_ip, src_port, dst_ip, dst_port, start_ns, end_ns, slack_ns, proto, host
+             FROM timed WHERE src_ip IS NOT NULL
+           UNION ALL SELECT alert, dst_ip, dst_port, src_ip, src_port, start_ns, end_ns, slack_ns, proto, host
+             FROM timed WHERE dst_ip IS NOT NULL)
+         SELECT alert, local_ip, local_port, peer_ip, peer_port, false AS mapped, start_ns, end_ns, slack_ns, proto,
+             host FROM plain
+         UNION ALL
          SELECT p.alert, m.inside_ip, m.inside_port, p.peer_ip, p.peer_port, true,
-             greatest(t.start_ns, m.start_ns - t.slack_ns), least(t.end_ns, m.end_ns + t.slack_ns), t.slack_ns,
-             t.proto, t.host
-           FROM plain p JOIN timed t USING (alert)
+             greatest(p.start_ns, m.start_ns - p.slack_ns), least(p.end_ns, m.end_ns + p.slack_ns), p.slack_ns,
+             p.proto, p.host
+           FROM plain p
            JOIN mapping m ON m.outside_ip = p.local_ip AND m.outside_port = p.local_port
-             AND (t.proto = '' OR m.proto = '' OR m.proto = t.proto)
+             AND (p.proto = '' OR m.proto = '' OR m.proto = p.proto)
              AND (m.peer_ip IS NULL OR p.peer_ip IS NULL OR m.peer_ip = p.peer_ip)
-             AND t.end_ns + t.slack_ns > m.start_ns AND t.start_ns - t.slack_ns < m.end_ns""",
+             AND p.end_ns + p.slack_ns > m.start_ns AND p.start_ns - p.slack_ns < m.end_ns""",
     f"""CREATE OR REPLACE TABLE by_socket AS
           SELECT s.alert,
             unnest(CASE WHEN f.ambiguous AND len(f.candidates) > 0 THEN f.candidates ELSE [NULL] END) AS one_of,
@@ -72,58 +79,73 @@ _JOIN: Final = (
             AND (s.proto = '' OR f.proto = s.proto)
             AND {_overlap("s", "f", "s.slack_ns")}""",
     # Where a machine is meant: by its address, by its name, or (behind a map that nobody has) any.
+    # Names are few: they are compared with each other, not alert by alert.
     """CREATE OR REPLACE TABLE place AS
-         WITH known AS (
-           SELECT DISTINCT s.alert, i.node FROM side s JOIN node_ip i ON i.ip = s.local_ip
+         WITH meant AS (
+           SELECT w.node AS said, n.node FROM (SELECT DISTINCT node FROM timed WHERE node IS NOT NULL) w JOIN node n
+             ON lower(w.node) = lower(n.host) OR w.node = n.node_id
+               OR split_part(lower(w.node), '.', 1) = split_part(lower(n.host), '.', 1)),
+         known AS (
+           SELECT s.alert, i.node FROM side s JOIN node_ip i ON i.ip = s.local_ip
            UNION
-           SELECT t.alert, n.node FROM timed t JOIN node n
-             ON t.node IS NOT NULL AND (lower(t.node) = lower(n.host) OR t.node = n.node_id
-               OR split_part(lower(t.node), '.', 1) = split_part(lower(n.host), '.', 1)))
+           SELECT t.alert, m.node FROM timed t JOIN meant m ON m.said = t.node)
          SELECT alert, node, true AS known FROM known WHERE node IS NOT NULL
          UNION ALL
-         SELECT t.alert, NULL, false FROM timed t WHERE t.alert NOT IN (SELECT alert FROM known)""",
-    """CREATE OR REPLACE TABLE by_process AS
-         SELECT t.alert, f.call, 2 AS tier, greatest(0, f.start_ns - t.end_ns, t.start_ns - f.end_ns) AS gap_ns
-         FROM timed t JOIN place p USING (alert) JOIN process f
-           ON (p.node IS NULL OR f.node = p.node) AND f.call IS NOT NULL
-           AND (f.pid = t.pid OR (t.command <> '' AND f.command = t.command))
-           AND t.end_ns + t.slack_ns > f.start_ns AND t.start_ns - t.slack_ns < f.end_ns
-         WHERE t.pid IS NOT NULL OR t.command IS NOT NULL""",
+         SELECT t.alert, NULL, false FROM timed t ANTI JOIN known USING (alert)""",
+    *(
+        f"""{verb} SELECT t.alert, f.call, 2 AS tier,
+              greatest(0, f.start_ns - t.end_ns, t.start_ns - f.end_ns) AS gap_ns
+            FROM timed t JOIN place p USING (alert) JOIN process f
+              ON {same} AND {where} AND f.call IS NOT NULL
+              AND t.end_ns + t.slack_ns > f.start_ns AND t.start_ns - t.slack_ns < f.end_ns"""
+        for verb, same, where in (
+            ("CREATE OR REPLACE TABLE by_process AS", "f.pid = t.pid", "f.node = p.node"),
+            ("INSERT INTO by_process", "f.pid = t.pid", "p.node IS NULL"),
+            ("INSERT INTO by_process", "f.command = t.command AND t.command <> ''", "f.node = p.node"),
+            ("INSERT INTO by_process", "f.command = t.command AND t.command <> ''", "p.node IS NULL"),
+        )
+    ),
     f"""CREATE OR REPLACE TABLE open_calls AS
-          SELECT *, unnest(generate_series(start_ns // {BUCKET_NS}, end_ns // {BUCKET_NS})) AS bucket FROM alive""",
+          SELECT *, start_ns // {BUCKET_NS} AS first,
+            unnest(generate_series(start_ns // {BUCKET_NS}, end_ns // {BUCKET_NS})) AS bucket FROM alive""",
     f"""CREATE OR REPLACE TABLE wanted AS
-          SELECT t.alert, p.node, t.start_ns, t.end_ns, t.slack_ns, unnest(generate_series(
-            (t.start_ns - t.slack_ns) // {BUCKET_NS}, (t.end_ns + t.slack_ns) // {BUCKET_NS})) AS bucket
+          SELECT t.alert, p.node, t.start_ns, t.end_ns, t.slack_ns, (t.start_ns - t.slack_ns) // {BUCKET_NS} AS first,
+            unnest(generate_series(
+              (t.start_ns - t.slack_ns) // {BUCKET_NS}, (t.end_ns + t.slack_ns) // {BUCKET_NS})) AS bucket
           FROM timed t JOIN place p USING (alert)""",
     # A pair may meet in several buckets: it counts in the first that both have.
-    """CREATE OR REPLACE TABLE by_interval AS
-         SELECT w.alert, o.call, 4 AS tier, greatest(0, o.start_ns - w.end_ns, w.start_ns - o.end_ns) AS gap_ns
-         FROM wanted w JOIN open_calls o ON o.node = w.node AND o.bucket = w.bucket
-           AND w.end_ns + w.slack_ns > o.start_ns AND w.start_ns - w.slack_ns < o.end_ns
+    f"""CREATE OR REPLACE TABLE by_interval AS
+         SELECT w.alert, o.call, 4 AS tier, {_APART} AS gap_ns
+         FROM wanted w JOIN open_calls o ON o.node = w.node AND o.bucket = w.bucket AND {_MEET}
          WHERE w.node IS NOT NULL
-         UNION
-         SELECT w.alert, o.call, 4, greatest(0, o.start_ns - w.end_ns, w.start_ns - o.end_ns)
-         FROM wanted w JOIN open_calls o ON o.bucket = w.bucket
-           AND w.end_ns + w.slack_ns > o.start_ns AND w.start_ns - w.slack_ns < o.end_ns
+         UNION ALL
+         SELECT w.alert, o.call, 4, {_APART}
+         FROM wanted w JOIN open_calls o ON o.bucket = w.bucket AND {_MEET}
          WHERE w.node IS NULL""",
-    # What a call's recorded sockets say of an alert's destination.
-    """CREATE OR REPLACE TABLE used AS
-         SELECT DISTINCT s.alert, f.call FROM side s JOIN flow f ON f.peer_ip = s.peer_ip
-           AND (s.peer_port IS NULL OR f.peer_port = s.peer_port)
-         WHERE f.call IS NOT NULL AND f.decision <> 'deny'
-         UNION
-         SELECT DISTINCT t.alert, f.call FROM timed t JOIN flow f ON f.host = t.host
-         WHERE f.call IS NOT NULL AND f.decision <> 'deny'""",
     """CREATE OR REPLACE TABLE watched AS SELECT DISTINCT call FROM flow WHERE call IS NOT NULL""",
-    """CREATE OR REPLACE TABLE candidate AS
+    """CREATE OR REPLACE TABLE best AS
          WITH met AS (
            SELECT alert, coalesce(c.call, b.call) AS call, tier, gap_ns FROM by_socket b
              LEFT JOIN call c ON b.one_of IS NOT NULL AND c.trace_id = b.trace_id AND c.span_id = b.one_of
            UNION ALL SELECT * FROM by_process
-           UNION ALL SELECT * FROM by_interval),
-         strongest AS (
-           SELECT alert, call, min(tier) AS tier, min(gap_ns) AS gap_ns FROM met WHERE call IS NOT NULL GROUP BY ALL),
-         best AS (SELECT alert, call, min(tier) AS tier, min(gap_ns) AS gap_ns FROM strongest GROUP BY alert, call)
+           UNION ALL SELECT * FROM by_interval)
+         SELECT alert, call, min(tier) AS tier, min(gap_ns) AS gap_ns FROM met WHERE call IS NOT NULL
+         GROUP BY alert, call""",
+    # What a call's recorded sockets say of an alert's destination: asked of those who may have caused it alone, since
+    # a place that everybody talks to would make a pair of every alert with every call.
+    """CREATE OR REPLACE TABLE used AS
+         WITH open AS (SELECT call, peer_ip, peer_port, host FROM flow WHERE call IS NOT NULL AND decision <> 'deny'),
+         asked AS (SELECT b.alert, b.call, s.peer_ip, s.peer_port
+                   FROM best b SEMI JOIN open USING (call) JOIN side s USING (alert))
+         SELECT a.alert, a.call FROM asked a
+           SEMI JOIN open o ON o.call = a.call AND o.peer_ip = a.peer_ip AND o.peer_port = a.peer_port
+         UNION
+         SELECT a.alert, a.call FROM (SELECT * FROM asked WHERE peer_port IS NULL) a
+           SEMI JOIN open o ON o.call = a.call AND o.peer_ip = a.peer_ip
+         UNION
+         SELECT b.alert, b.call FROM best b JOIN timed t USING (alert)
+           SEMI JOIN open o ON o.call = b.call AND o.host = t.host""",
+    """CREATE OR REPLACE TABLE candidate AS
          SELECT b.*, coalesce(l.end_ns - l.start_ns, 0) AS span_ns, t.source,
            coalesce(w.reach, 1) AS reach,
            coalesce(contains(w.text, t.dst_ip), false) OR coalesce(contains(w.text, t.src_ip), false)
@@ -131,4 +153,9 @@ _JOIN: Final = (
            u.call IS NOT NULL AS used, v.call IS NOT NULL AS watched
          FROM best b JOIN timed t USING (alert) LEFT JOIN alive l USING (call) LEFT JOIN words w USING (call)
          LEFT JOIN used u USING (alert, call) LEFT JOIN watched v USING (call)""",
+    "DROP TABLE open_calls",
+    "DROP TABLE wanted",
+    "DROP TABLE by_interval",
+    "DROP TABLE best",
+    "DROP TABLE used",
 )

@@ -167,7 +167,12 @@ def protocol(value: object) -> str:
     """``tcp``, ``udp`` …, from a name in any case or an IANA number; an unknown number stays a number."""
     if value is None or value == "-":
         return ""
-    text = str(value).strip().lower().removesuffix(".0")
+    return _protocol(str(value))
+
+
+@lru_cache(maxsize=1024)
+def _protocol(written: str) -> str:
+    text = written.strip().lower().removesuffix(".0")
     return {"ipv6-icmp": "icmp6", "icmpv6": "icmp6"}.get(text) or _PROTOCOLS.get(text, text)
 
 

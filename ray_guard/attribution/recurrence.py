@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from math import lgamma
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-_FEWEST: Final = 2
+FEWEST: Final = 2
 """A pattern that alerted once has not recurred."""
-_FLOATS = npt.NDArray[np.float64]
+_FLOATS = npt.NDArray[np.floating]
+_Chances = tuple[int, _FLOATS]
+"""The least number, and the chances of it and of those that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +53,51 @@ class Recurrence:
     q_value: float
 
 
+Pattern = tuple[str, str, str]
+"""Dimension, pattern, tool."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Calls, counted.
+
+    Attributes:
+        size, alerting: of each stratum, its calls, and those that alerted.
+        members: of each pattern, its calls by stratum.
+        hits, alerts: of each pattern, its calls that alerted, and their alerts.
+    """
+
+    size: Counter[Hashable] = field(default_factory=Counter)
+    alerting: Counter[Hashable] = field(default_factory=Counter)
+    members: dict[Pattern, Counter[Hashable]] = field(default_factory=lambda: defaultdict(Counter))
+    hits: Counter[Pattern] = field(default_factory=Counter)
+    alerts: Counter[Pattern] = field(default_factory=Counter)
+
+
 def enriched(calls: Iterable[Call]) -> list[Recurrence]:
     """Patterns that alerted at least twice, the least likely first."""
-    size: Counter[Hashable] = Counter()
-    alerting: Counter[Hashable] = Counter()
-    members: dict[tuple[str, str, str], Counter[Hashable]] = defaultdict(Counter)
-    hits: Counter[tuple[str, str, str]] = Counter()
-    alerts: Counter[tuple[str, str, str]] = Counter()
+    counts = Counts()
     for call in calls:
-        size[call.stratum] += 1
-        alerting[call.stratum] += call.alerts > 0
+        counts.size[call.stratum] += 1
+        counts.alerting[call.stratum] += call.alerts > 0
         for pattern in call.patterns:
-            members[pattern][call.stratum] += 1
-            hits[pattern] += call.alerts > 0
-            alerts[pattern] += call.alerts
+            counts.members[pattern][call.stratum] += 1
+            counts.hits[pattern] += call.alerts > 0
+            counts.alerts[pattern] += call.alerts
+    return of_counts(counts)
+
+
+def of_counts(counts: Counts) -> list[Recurrence]:
+    """:func:`enriched`, of calls that are counted already; patterns with fewer than two hits may be left out."""
     found = [  # ties go by name
-        (pattern, p_value(hits[pattern], strata, size, alerting))
-        for pattern, strata in members.items()
-        if hits[pattern] >= _FEWEST
+        (pattern, p_value(counts.hits[pattern], strata, counts.size, counts.alerting))
+        for pattern, strata in counts.members.items()
+        if counts.hits[pattern] >= FEWEST
     ]
     found.sort(key=lambda each: (each[1], each[0]))
     adjusted = benjamini_hochberg([p for _, p in found])
     return [
-        Recurrence(*pattern, alerts[pattern], members[pattern].total(), p, q)
+        Recurrence(*pattern, counts.alerts[pattern], counts.members[pattern].total(), p, q)
         for (pattern, p), q in zip(found, adjusted, strict=True)
     ]
 
@@ -81,21 +106,42 @@ def p_value(
     hits: int, members: Mapping[Hashable, int], size: Mapping[Hashable, int], alerting: Mapping[Hashable, int]
 ) -> float:
     """Chance of at least ``hits`` alerting calls among a pattern's, alerts drawn at random within each stratum."""
-    distribution: npt.NDArray[np.floating] = np.ones(1)
-    for stratum, count in members.items():
-        drawn = alerting.get(stratum, 0)
-        if drawn:
-            distribution = np.convolve(distribution, _hypergeometric(size[stratum], count, drawn))
-    return float(min(1.0, distribution[hits:].sum()))
+    parts = [
+        _hypergeometric(size[stratum], members[stratum], drawn)
+        for stratum in sorted(members, key=repr)
+        if (drawn := alerting.get(stratum, 0))
+    ]
+    # In pairs, then pairs of pairs: one after the other, long rows would be gone through for every short one.
+    while len(parts) > 1:
+        odd = parts[len(parts) & ~1 :]
+        parts = [_sum(*two) for two in zip(parts[::2], parts[1::2], strict=False)] + odd
+    if not parts:
+        return float(hits <= 0)
+    least, chance = parts[0]
+    return float(min(1.0, chance[max(hits - least, 0) :].sum()))
 
 
-def _hypergeometric(size: int, marked: int, drawn: int) -> _FLOATS:
-    """Probabilities of 0, 1, … marked ones among ``drawn`` out of ``size``."""
+_NOTHING: Final = 1e-300
+"""Chances below are left out: they add nothing, and numbers below 2e-308 take a hundred times as long."""
+
+
+def _sum(one: _Chances, other: _Chances) -> _Chances:
+    return _trimmed(one[0] + other[0], np.convolve(one[1], other[1]))
+
+
+def _trimmed(least: int, chance: _FLOATS) -> _Chances:
+    some = np.flatnonzero(chance > _NOTHING)
+    return (least + int(some[0]), chance[some[0] : some[-1] + 1]) if len(some) else (least, chance[:1])
+
+
+@lru_cache(maxsize=65536)
+def _hypergeometric(size: int, marked: int, drawn: int) -> _Chances:
+    """Of how many marked ones there are among ``drawn`` out of ``size``."""
     least, most = max(0, drawn - (size - marked)), min(drawn, marked)
-    chance = np.zeros(most + 1)
+    chance = np.zeros(most + 1 - least)
     for k in range(least, most + 1):
-        chance[k] = np.exp(_choose(marked, k) + _choose(size - marked, drawn - k) - _choose(size, drawn))
-    return chance
+        chance[k - least] = np.exp(_choose(marked, k) + _choose(size - marked, drawn - k) - _choose(size, drawn))
+    return _trimmed(least, chance)
 
 
 def _choose(n: int, k: int) -> float:

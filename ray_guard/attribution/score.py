@@ -128,8 +128,10 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS) -> tuple[
 
     # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
     met = np.zeros(2 * CLASSES)
-    distinct = np.unique(np.stack([of_class, rows.call]), axis=1)[0] if len(of_class) else of_class
-    np.add.at(met, distinct, 1.0)
+    if len(of_class):
+        least = rows.call.min()
+        calls_wide = int(rows.call.max() - least) + 1
+        met += np.bincount(np.unique(of_class * calls_wide + rows.call - least) // calls_wide, minlength=2 * CLASSES)
     exposed = np.where(np.arange(2 * CLASSES) % CLASSES < 4, np.tile(calls, 6), met)
 
     learned = _learn(rows.alert, of_class, density, groups, exposed)
@@ -154,10 +156,20 @@ class _Fit(NamedTuple):
 def _learn(  # noqa: PLR0917 - the arrays of one computation
     alert: _INTS, of_class: _INTS, density: _FLOATS, groups: Groups, exposed: _FLOATS, frozen: _BOOLS | None = None
 ) -> _Fit:
-    """Expectation-maximisation; classes in ``frozen`` keep the rate that was expected of them."""
+    """Expectation-maximisation; classes in ``frozen`` keep the rate that was expected of them.
+
+    Calls of one class that may have caused the same alert share its rate: they count as one until the end. Alerts that
+    no call may have caused are nobody's whatever the rates are.
+    """
     alerts, count = len(groups.of), len(groups.room)
-    group = groups.of[alert]
+    some = np.flatnonzero(density)
+    pair, back = np.unique(alert[some] * (2 * CLASSES) + of_class[some], return_inverse=True)
+    open_, of_open = np.unique(pair // (2 * CLASSES), return_inverse=True)
+    pair_class, pair_density = pair % (2 * CLASSES), np.bincount(back, density[some], len(pair))
+    group = groups.of[open_]
+    pair_group = group[of_open]
     size = np.bincount(groups.of, minlength=count).astype(np.float64)
+    idle = size - np.bincount(group, minlength=count)
     expected = np.tile(_EXPECTED, 2)
     # From where half of the alerts are the calls' doing: from "nobody" it would not find back.
     promised = np.bincount(np.arange(2 * CLASSES) // CLASSES, exposed * expected, 2)
@@ -165,22 +177,30 @@ def _learn(  # noqa: PLR0917 - the arrays of one computation
     per_call = expected * np.repeat(scale, CLASSES)
     stray = size / 2
     room = np.maximum(groups.room, 1.0)
-    probability, nobody, likelihood = np.zeros(len(alert)), np.ones(alerts), np.zeros(2)
+    full = size > 0
+    nobody, likelihood = np.ones(len(open_)), np.zeros(2)
+    total, rate = np.ones(len(open_)), np.zeros((2 * CLASSES, count))
     for _ in range(_ROUNDS):
         if frozen is not None:
             per_call = np.where(frozen, expected, per_call)
         caused = np.maximum(size - stray, 0) + 0.5
         share = caused / np.maximum(np.bincount(groups.kind, caused, 2)[groups.kind], 1e-9)
-        weight = density * per_call[of_class] * share[group]
-        background = ((stray + 0.5) / room)[groups.of]
-        total = np.bincount(alert, weight, alerts) + background
-        probability, before = weight / total[alert], nobody
-        nobody = background / total
-        gained = np.log(total * room[groups.of] / size[groups.of])
-        likelihood = np.bincount(groups.kind[groups.of], gained, 2).astype(np.float64)
-        stray = np.bincount(groups.of, nobody, count).astype(np.float64)
-        responsible = np.bincount(of_class, probability, 2 * CLASSES)
+        rate = per_call[:, None] * share
+        weight = pair_density * rate[pair_class, pair_group]
+        background = (stray + 0.5) / room
+        here = background[group]
+        total = np.bincount(of_open, weight, len(open_)) + here
+        before, nobody = nobody, here / total
+        gained = np.bincount(group, np.log(total * (room / np.maximum(size, 1))[group]), count)
+        gained[full] += idle[full] * np.log(background[full] * room[full] / size[full])
+        likelihood = np.bincount(groups.kind, gained, 2).astype(np.float64)
+        stray = np.bincount(group, nobody, count) + idle
+        responsible = np.bincount(pair_class, weight / total[of_open], 2 * CLASSES)
         per_call = (responsible + expected * _PSEUDO_CALLS) / (exposed + _PSEUDO_CALLS)
         if np.abs(nobody - before).max(initial=0.0) < _SETTLED:
             break
-    return _Fit(probability, nobody, likelihood)
+    probability, everybody = np.zeros(len(alert)), np.ones(alerts)
+    whole = np.ones(alerts)
+    whole[open_], everybody[open_] = total, nobody
+    probability[some] = (density * rate[of_class, groups.of[alert]] / whole[alert])[some]
+    return _Fit(probability, everybody, likelihood)

@@ -11,46 +11,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import duckdb
 import pyarrow as pa
 
 from ray_guard.attribution import prior
+from ray_guard.attribution.intake import ALERT_SCHEMA
 from ray_guard.attribution.nat import Mapping
-from ray_guard.attribution.sources.reader import Record
 from ray_guard.evidence import columns
-from ray_guard.evidence.reader import Quarantine, read
+from ray_guard.evidence.reader import NotEvidence, Quarantine, read
+from ray_guard.records import LINK, PARENT, ROOT_TRACE
 
 _DEPTH: Final = 64
 """How many processes may stand between a socket and its call."""
-_BATCH: Final = 20_000
+_PARENT_LINK: Final = rf'"([0-9a-f]{{16}})",\s*\{{"{re.escape(LINK)}":\s*"{PARENT}"\}}'
+"""In the column ``links``: the span that encloses one of a rollout's later segments."""
 
-ALERT_SCHEMA: Final = pa.schema(
-    [
-        ("alert", pa.int64()),
-        ("source", pa.int32()),
-        ("start_ns", pa.int64()),
-        ("end_ns", pa.int64()),
-        ("semantics", pa.string()),
-        ("dated", pa.bool_()),
-        ("src_ip", pa.string()),
-        ("src_port", pa.int32()),
-        ("dst_ip", pa.string()),
-        ("dst_port", pa.int32()),
-        ("inside_ip", pa.string()),
-        ("inside_port", pa.int32()),
-        ("proto", pa.string()),
-        ("denied", pa.bool_()),
-        ("rule", pa.string()),
-        ("host", pa.string()),
-        ("node", pa.string()),
-        ("pid", pa.int64()),
-        ("command", pa.string()),
-        ("informational", pa.bool_()),
-    ]
-)
 NAT_SCHEMA: Final = pa.schema(
     [
         ("source", pa.int32()),
@@ -67,14 +47,23 @@ NAT_SCHEMA: Final = pa.schema(
 )
 
 
-def connect(memory: str = "3GB") -> duckdb.DuckDBPyConnection:
-    """An empty store in memory; what does not fit goes to DuckDB's temporary folder."""
-    db = duckdb.connect(config={"memory_limit": memory, "preserve_insertion_order": False})
+def connect(memory: str = "2GB", threads: int | None = None) -> duckdb.DuckDBPyConnection:
+    """An empty store in memory; what does not fit goes to a temporary folder (``TMPDIR``), which dies with the store.
+
+    Args:
+        memory: what DuckDB may hold, as it writes sizes.
+        threads: of DuckDB; None: one for each CPU this process may use.
+    """
+    db = duckdb.connect(
+        config={
+            "memory_limit": memory,
+            "threads": threads or len(os.sched_getaffinity(0)),
+            "temp_directory": os.path.join(tempfile.gettempdir(), f"ray-guard-attribute-{os.getpid()}"),
+            "preserve_insertion_order": False,
+        }
+    )
     db.execute("SET enable_progress_bar = false")
-    db.register("nothing", pa.Table.from_batches([], schema=columns.SCHEMA))
-    db.execute("CREATE TABLE span AS SELECT * FROM nothing")
-    db.unregister("nothing")
-    for name, schema in (("alert", ALERT_SCHEMA), ("nat", NAT_SCHEMA)):
+    for name, schema in (("span", columns.SCHEMA), ("alert", ALERT_SCHEMA), ("nat", NAT_SCHEMA)):
         db.register("nothing", pa.Table.from_batches([], schema=schema))
         db.execute(f"CREATE TABLE {name} AS SELECT * FROM nothing")
         db.unregister("nothing")
@@ -82,30 +71,50 @@ def connect(memory: str = "3GB") -> duckdb.DuckDBPyConnection:
 
 
 def add_spans(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[str]], quarantine: Quarantine) -> None:
-    """Reads traces into ``span``: ``*.parquet`` as it is, all else as OTLP JSON lines."""
-    parquet = [os.fspath(path) for path in paths if os.fspath(path).endswith(".parquet")]
-    others = [path for path in paths if os.fspath(path) not in parquet]
-    for path in parquet:
-        named = ", ".join(columns.SCHEMA.names)
-        db.execute(f"INSERT INTO span SELECT {named} FROM read_parquet(?)", [path])
+    """Reads traces into ``span``: ``*.parquet`` is read where it lies whenever it is asked for, all else is OTLP.
+
+    Raises:
+        NotEvidence: a path holds nothing to read.
+    """
+    lying = parquet(db, paths)
+    others = [path for path in paths if os.fspath(path) not in lying]
     for batch in columns.batches(read(others, quarantine)) if others else ():
-        _insert(db, "span", pa.Table.from_batches([batch]))
+        insert(db, "span", pa.Table.from_batches([batch]))
+    db.execute("ALTER TABLE span RENAME TO told")
+    named = ", ".join(f'"{name}"' for name in columns.SCHEMA.names)
+    more = "".join(f" UNION ALL SELECT {named} FROM read_parquet({_quoted(path)})" for path in lying)
+    db.execute(f"CREATE VIEW span AS SELECT {named} FROM told{more}")
 
 
-def add_alerts(db: duckdb.DuckDBPyConnection, records: Iterable[tuple[int, int, Record]]) -> Iterator[int]:
-    """Reads (alert number, source number, record) into ``alert``; yields how many are in, now and then."""
-    rows: list[dict[str, Any]] = []
-    done = 0
-    for number, source, record in records:
-        rows.append(_alert(number, source, record))
-        if len(rows) == _BATCH:
-            _insert(db, "alert", pa.Table.from_pylist(rows, schema=ALERT_SCHEMA))
-            done += len(rows)
-            rows = []
-            yield done
-    if rows:
-        _insert(db, "alert", pa.Table.from_pylist(rows, schema=ALERT_SCHEMA))
-    yield done + len(rows)
+def parquet(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The Parquet files among some paths. Raises NotEvidence where one cannot be read, or holds no spans."""
+    found = [os.fspath(path) for path in paths if os.fspath(path).endswith(".parquet")]
+    for path in found:
+        _check_parquet(db, path)
+    return found
+
+
+def _check_parquet(db: duckdb.DuckDBPyConnection, path: str) -> None:
+    """Raises NotEvidence unless the file has the columns of :mod:`ray_guard.evidence.columns`."""
+    try:
+        found = db.execute("SELECT * FROM read_parquet(?) LIMIT 0", [path]).description or ()
+    except duckdb.Error as error:
+        raise NotEvidence(path, f"cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    missing = [name for name in columns.SCHEMA.names if name not in {column[0] for column in found}]
+    if missing:
+        raise NotEvidence(
+            path, f"has no column {missing[0]}; `ray-guard export --format parquet` writes what is read here"
+        )
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def add_alerts(db: duckdb.DuckDBPyConnection, batches: Sequence[pa.RecordBatch]) -> None:
+    """Puts the records of :class:`~ray_guard.attribution.intake.Intake` into ``alert``."""
+    if batches:
+        insert(db, "alert", pa.Table.from_batches(batches))
 
 
 def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[tuple[int, Mapping]]) -> None:
@@ -126,97 +135,120 @@ def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[tuple[int, Mapping
         for source, each in mappings
     ]
     if rows:
-        _insert(db, "nat", pa.Table.from_pylist(rows, schema=NAT_SCHEMA))
+        insert(db, "nat", pa.Table.from_pylist(rows, schema=NAT_SCHEMA))
 
 
-def _insert(db: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+def insert(db: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+    """Appends to a table of the same columns."""
     db.register("incoming", rows)
     db.execute(f"INSERT INTO {table} SELECT * FROM incoming")
     db.unregister("incoming")
 
 
-def _alert(number: int, source: int, record: Record) -> dict[str, Any]:
-    seen = record.seen
-    return {
-        "alert": number,
-        "source": source,
-        "start_ns": seen.time.start_ns,
-        "end_ns": seen.time.end_ns,
-        "semantics": seen.time.semantics.value,
-        "dated": seen.time.dated,
-        "src_ip": seen.src.ip,
-        "src_port": seen.src.port,
-        "dst_ip": seen.dst.ip,
-        "dst_port": seen.dst.port,
-        "proto": seen.proto,
-        "denied": seen.action.value == "denied",
-        "rule": " ".join(dict.fromkeys(said for said in (seen.rule, seen.signature) if said)) or None,
-        "host": seen.host.lower().rstrip(".") or None,
-        "node": seen.node or None,
-        "pid": seen.process.pid,
-        "command": seen.process.command or None,
-        "informational": seen.informational,
-    }
+def settle(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    """One row for each span, and no facts but the supervisor's. The first and the last nanosecond of the traces.
+
+    Only what comes more than once is looked at in full: by a hash first, so that it costs two columns of the rest.
+    """
+    ((kind,),) = db.execute("SELECT table_type FROM information_schema.tables WHERE table_name = 'span'").fetchall()
+    db.execute(f"ALTER {'VIEW' if kind == 'VIEW' else 'TABLE'} span RENAME TO line")
+    db.execute(
+        """CREATE TEMP TABLE twice AS SELECT trace_id, span_id FROM line
+           WHERE hash(trace_id, span_id) IN (
+             SELECT each FROM (SELECT hash(trace_id, span_id) AS each FROM line) GROUP BY each HAVING count(*) > 1)
+           GROUP BY trace_id, span_id HAVING count(*) > 1"""
+    )
+    # Of several lines about one span the supervisor's word counts before the target's, then the ended one.
+    db.execute(
+        """CREATE TEMP TABLE settled AS SELECT * FROM line SEMI JOIN twice USING (trace_id, span_id)
+           QUALIFY row_number() OVER (PARTITION BY trace_id, span_id
+             ORDER BY coalesce(source, '') <> 'target' DESC, end_ns IS NOT NULL DESC,
+                      coalesce(end_ns, start_ns) DESC) = 1"""
+    )
+    ((count,),) = db.execute("SELECT count(*) FROM twice").fetchall()
+    once = "SELECT * FROM line" + (" ANTI JOIN twice USING (trace_id, span_id)" if count else "")
+    # What only a supervisor can know is no fact where a target says it.
+    db.execute(
+        f"""CREATE TEMP VIEW span AS {_put_together(db, f"({once} UNION ALL SELECT * FROM settled)")}
+            WHERE NOT (coalesce(source, '') = 'target'
+              AND (name = 'egress connect' OR name LIKE 'process %' OR name = 'ray_guard.violation'))"""
+    )
+    ((first, last),) = db.execute("SELECT min(start_ns), max(coalesce(end_ns, start_ns)) FROM span").fetchall()
+    return (first or 0, last or 0)
 
 
-def prepare(db: duckdb.DuckDBPyConnection) -> None:
-    """Makes the tables of the job out of ``span``."""
+def _put_together(db: duckdb.DuckDBPyConnection, spans: str) -> str:
+    """A rollout of many spans is spread over several traces: here it is one, and each span hangs where it belongs."""
+    db.execute(
+        f"""CREATE TEMP TABLE segment AS SELECT trace_id AS shown, min(attributes['{ROOT_TRACE}']) AS root FROM line
+            WHERE name = 'ray_guard.segment' GROUP BY trace_id HAVING root IS NOT NULL"""
+    )
+    ((count,),) = db.execute("SELECT count(*) FROM segment").fetchall()
+    if not count:  # most jobs: then two columns less are read
+        return f"SELECT *, trace_id AS shown_trace_id FROM {spans}"
+    return f"""SELECT one.* REPLACE (
+                 coalesce(g.root, one.trace_id) AS trace_id,
+                 CASE WHEN g.root IS NULL THEN parent_id
+                      ELSE coalesce(nullif(regexp_extract(links, {_quoted(_PARENT_LINK)}, 1), ''), parent_id) END
+                   AS parent_id),
+                 one.trace_id AS shown_trace_id
+               FROM {spans} one LEFT JOIN segment g ON g.shown = one.trace_id"""
+
+
+def derive(db: duckdb.DuckDBPyConnection) -> None:
+    """Makes the tables of the job out of ``span``: narrow ones, and ``span`` itself is not copied."""
     for name, pattern in (("suspect", prior.SUSPECT), ("network", prior.NETWORK), ("silent", prior.SILENT)):
         db.execute(f"SET VARIABLE {name} = ?", [pattern])
     for statement in _PREPARE:
         db.execute(statement)
-    for table, kind in (("flow", "egress connect"), ("process", "process %")):
-        _own(db, table, kind)
+    for table in ("flow", "process"):
+        _own(db, table)
     for statement in _DERIVE:
         db.execute(statement)
 
 
-def _own(db: duckdb.DuckDBPyConnection, table: str, kind: str) -> None:
+def _own(db: duckdb.DuckDBPyConnection, table: str) -> None:
     """Walks from each span of a kind up to its tool call, or to where its trace ends."""
+    db.execute(f"CREATE OR REPLACE TEMP TABLE {table}_owner (trace_id VARCHAR, span_id VARCHAR, call BIGINT)")
     db.execute(
-        f"""CREATE OR REPLACE TEMP TABLE climbing AS
-            SELECT rowid AS n, trace_id, parent_id AS above, CAST(NULL AS BIGINT) AS call FROM span
-            WHERE name {"LIKE" if "%" in kind else "="} ?""",
-        [kind],
+        f"CREATE OR REPLACE TEMP TABLE climbing AS SELECT trace_id, span_id, parent_id AS above FROM {table}_span"
     )
     for _ in range(_DEPTH + 1):
         db.execute(
-            """UPDATE climbing SET call = c.call FROM call c
-               WHERE climbing.call IS NULL AND climbing.trace_id = c.trace_id AND climbing.above = c.span_id"""
+            """CREATE OR REPLACE TEMP TABLE reached AS SELECT k.trace_id, k.span_id, s.parent_id AS above, s.call
+               FROM climbing k JOIN step s ON k.trace_id = s.trace_id AND k.above = s.span_id"""
         )
+        db.execute(f"INSERT INTO {table}_owner SELECT trace_id, span_id, call FROM reached WHERE call IS NOT NULL")
         db.execute(
-            """UPDATE climbing SET above = s.parent_id FROM span s
-               WHERE climbing.call IS NULL AND climbing.trace_id = s.trace_id AND climbing.above = s.span_id
-                 AND s.name LIKE 'process %'"""
+            """CREATE OR REPLACE TEMP TABLE climbing AS SELECT trace_id, span_id, above FROM reached
+               WHERE call IS NULL AND above IS NOT NULL"""
         )
-        ((left,),) = db.execute(
-            """SELECT count(*) FROM climbing k JOIN span s ON k.trace_id = s.trace_id AND k.above = s.span_id
-               WHERE k.call IS NULL AND (s.name LIKE 'process %' OR s.name LIKE 'execute_tool%')"""
-        ).fetchall()
+        ((left,),) = db.execute("SELECT count(*) FROM climbing").fetchall()
         if not left:
             break
-    db.execute(f"CREATE OR REPLACE TEMP TABLE {table}_owner AS SELECT n, call FROM climbing")
 
 
+NODE_IP: Final = """CREATE OR REPLACE TABLE node_ip AS
+         SELECT DISTINCT node, unnest(string_split(ips, ',')) AS ip FROM node WHERE ips <> ''"""
+_NODE: Final = """JOIN named_node n ON n.host IS NOT DISTINCT FROM s.host AND n.node_id IS NOT DISTINCT FROM s.node_id
+           AND n.host_ips IS NOT DISTINCT FROM s.host_ips"""
 _PREPARE: Final = (
-    # Of several lines about one span the supervisor's word counts before the target's, then the ended one.
-    """CREATE OR REPLACE TABLE span AS SELECT * FROM span QUALIFY row_number() OVER (
-         PARTITION BY trace_id, span_id
-         ORDER BY coalesce(source, '') <> 'target' DESC, end_ns IS NOT NULL DESC,
-                  coalesce(end_ns, start_ns) DESC) = 1""",
-    # What only a supervisor can know is no fact where a target says it.
-    """DELETE FROM span WHERE source = 'target'
-         AND (name = 'egress connect' OR name LIKE 'process %' OR name = 'ray_guard.violation')""",
+    """CREATE TEMP TABLE said_node AS SELECT *, coalesce(array_to_string(list_sort(host_ips), ','), '') AS ips
+         FROM (SELECT DISTINCT host, node_id, host_ips FROM span)""",
     """CREATE OR REPLACE TABLE node AS SELECT row_number() OVER (ORDER BY host, node_id, ips) AS node, * FROM (
-         SELECT DISTINCT coalesce(host, '') AS host, coalesce(node_id, '') AS node_id,
-                coalesce(array_to_string(list_sort(host_ips), ','), '') AS ips FROM span)""",
-    """CREATE OR REPLACE TABLE node_ip AS SELECT DISTINCT node, unnest(string_split(ips, ',')) AS ip FROM node
-         WHERE ips <> ''""",
-    """CREATE OR REPLACE TEMP TABLE about AS SELECT trace_id, any_value(run) AS run, any_value(iteration) AS iteration,
-         any_value("group") AS "group", any_value(rollout) AS rollout, any_value(policy_version) AS policy_version,
-         max(coalesce(end_ns, start_ns)) AS last_ns FROM span GROUP BY trace_id""",
-    """CREATE OR REPLACE TABLE call AS
-         SELECT row_number() OVER (ORDER BY s.start_ns, s.span_id) AS call, s.trace_id, s.span_id, n.node,
+         SELECT DISTINCT coalesce(host, '') AS host, coalesce(node_id, '') AS node_id, ips FROM said_node)""",
+    """CREATE TEMP TABLE named_node AS SELECT n.node, s.host, s.node_id, s.host_ips FROM said_node s
+         JOIN node n ON n.host = coalesce(s.host, '') AND n.node_id = coalesce(s.node_id, '') AND n.ips = s.ips""",
+    NODE_IP,
+    """CREATE OR REPLACE TEMP TABLE about AS SELECT trace_id, min(run) AS run, min(iteration) AS iteration,
+         min("group") AS "group", min(rollout) AS rollout, min(policy_version) AS policy_version,
+         min(start_ns) AS first_ns, max(coalesce(end_ns, start_ns)) AS last_ns FROM span GROUP BY trace_id""",
+    # What is numbered is sorted: as little as tells the order.
+    """CREATE OR REPLACE TEMP TABLE numbered AS
+         SELECT trace_id, span_id, row_number() OVER (ORDER BY start_ns, span_id, trace_id) AS call FROM span
+         WHERE name LIKE 'execute_tool%'""",
+    f"""CREATE OR REPLACE TABLE call AS
+         SELECT m.call, s.trace_id, s.shown_trace_id, s.span_id, n.node,
            coalesce(s.run, a.run) AS run, coalesce(s.iteration, a.iteration) AS iteration,
            coalesce(s."group", a."group") AS "group", coalesce(s.rollout, a.rollout) AS rollout,
            coalesce(s.turn, t.turn) AS turn, coalesce(s.policy_version, a.policy_version) AS policy_version,
@@ -224,29 +256,20 @@ _PREPARE: Final = (
            s.attributes['gen_ai.tool.call.id'] AS call_id,
            s.start_ns, greatest(coalesce(s.end_ns, a.last_ns), s.start_ns + 1) AS end_ns,
            coalesce(s.attributes['gen_ai.tool.call.arguments'], s.attributes['input.value'], '') AS arguments
-         FROM span s JOIN about a USING (trace_id)
-         JOIN node n ON n.host = coalesce(s.host, '') AND n.node_id = coalesce(s.node_id, '')
-           AND n.ips = coalesce(array_to_string(list_sort(s.host_ips), ','), '')
-         LEFT JOIN span t ON t.trace_id = s.trace_id AND t.span_id = s.parent_id AND t.name = 'rl.turn'
+         FROM span s JOIN numbered m USING (trace_id, span_id) JOIN about a USING (trace_id)
+         {_NODE}
+         LEFT JOIN (SELECT trace_id, span_id, turn FROM span WHERE name = 'rl.turn') t
+           ON s.turn IS NULL AND t.trace_id = s.trace_id AND t.span_id = s.parent_id
          WHERE s.name LIKE 'execute_tool%'""",
-)
-_DERIVE: Final = (
-    # Below zero: a rollout, where a socket belongs to none of its calls.
-    """CREATE OR REPLACE TABLE rollout AS SELECT -row_number() OVER (ORDER BY trace_id) AS call, trace_id, run,
-         iteration, "group", rollout, policy_version FROM about WHERE rollout IS NOT NULL""",
-    """CREATE OR REPLACE TABLE process AS
-         SELECT o.call, n.node, TRY_CAST(s.attributes['process.pid'] AS BIGINT) AS pid, s.start_ns,
-           coalesce(s.end_ns, a.last_ns) AS end_ns,
+    f"""CREATE TEMP TABLE process_span AS
+         SELECT s.trace_id, s.span_id, s.parent_id, n.node, TRY_CAST(s.attributes['process.pid'] AS BIGINT) AS pid,
+           s.start_ns, s.end_ns,
            coalesce(array_to_string(TRY_CAST(s.attributes['process.command_args'] AS VARCHAR[]), ' '),
                     s.attributes['process.command_line'], s.attributes['process.command_args'],
                     s.attributes['process.executable.path'], '') AS command
-         FROM span s JOIN process_owner o ON o.n = s.rowid JOIN about a USING (trace_id)
-         JOIN node n ON n.host = coalesce(s.host, '') AND n.node_id = coalesce(s.node_id, '')
-           AND n.ips = coalesce(array_to_string(list_sort(s.host_ips), ','), '')""",
-    """CREATE OR REPLACE TABLE flow AS
-         SELECT row_number() OVER (ORDER BY s.start_ns, s.span_id) AS flow, coalesce(o.call, r.call) AS call, n.node,
-           s.trace_id, s.span_id,
-           coalesce(s.rollout, a.rollout) AS rollout, s.start_ns, coalesce(s.end_ns, a.last_ns) AS end_ns,
+         FROM span s {_NODE} WHERE s.name LIKE 'process %'""",
+    f"""CREATE TEMP TABLE flow_span AS
+         SELECT s.trace_id, s.span_id, s.parent_id, n.node, s.rollout, s.start_ns, s.end_ns,
            s.attributes['network.local.address'] AS local_ip,
            TRY_CAST(s.attributes['network.local.port'] AS INTEGER) AS local_port,
            s.attributes['network.peer.address'] AS peer_ip,
@@ -256,10 +279,27 @@ _DERIVE: Final = (
            coalesce(s.attributes['ray_guard.egress.decision'], 'allow') AS decision,
            s.attributes['ray_guard.egress.scope'] = 'ambiguous' AS ambiguous,
            TRY_CAST(s.attributes['ray_guard.egress.candidates'] AS VARCHAR[]) AS candidates
-         FROM span s JOIN flow_owner o ON o.n = s.rowid JOIN about a USING (trace_id)
-         LEFT JOIN rollout r USING (trace_id)
-         JOIN node n ON n.host = coalesce(s.host, '') AND n.node_id = coalesce(s.node_id, '')
-           AND n.ips = coalesce(array_to_string(list_sort(s.host_ips), ','), '')""",
+         FROM span s {_NODE} WHERE s.name = 'egress connect'""",
+    # What stands between a socket and its call: other processes, then the call.
+    """CREATE OR REPLACE TEMP VIEW step AS SELECT trace_id, span_id, CAST(NULL AS VARCHAR) AS parent_id, call FROM call
+         UNION ALL SELECT trace_id, span_id, parent_id, NULL FROM process_span""",
+)
+_DERIVE: Final = (
+    # Below zero: a rollout, where a socket belongs to none of its calls.
+    """CREATE OR REPLACE TABLE rollout AS SELECT -row_number() OVER (ORDER BY trace_id) AS call, trace_id, run,
+         iteration, "group", rollout, policy_version FROM about WHERE rollout IS NOT NULL""",
+    """CREATE OR REPLACE TABLE process AS
+         SELECT o.call, s.node, s.pid, s.start_ns, coalesce(s.end_ns, a.last_ns) AS end_ns, s.command
+         FROM process_span s LEFT JOIN process_owner o USING (trace_id, span_id) JOIN about a USING (trace_id)""",
+    """DROP TABLE process_span CASCADE""",
+    """CREATE OR REPLACE TABLE flow AS
+         SELECT row_number() OVER (ORDER BY s.start_ns, s.span_id, s.trace_id) AS flow,
+           coalesce(o.call, r.call) AS call, s.node, s.trace_id, s.span_id, coalesce(s.rollout, a.rollout) AS rollout,
+           s.start_ns, coalesce(s.end_ns, a.last_ns) AS end_ns, s.local_ip, s.local_port, s.peer_ip, s.peer_port,
+           s.proto, s.host, s.decision, s.ambiguous, s.candidates
+         FROM flow_span s LEFT JOIN flow_owner o USING (trace_id, span_id) JOIN about a USING (trace_id)
+         LEFT JOIN rollout r USING (trace_id)""",
+    """DROP TABLE flow_span CASCADE""",
     # A call is alive as long as anything it started: a background process belongs to the call that spawned it.
     """CREATE OR REPLACE TABLE alive AS
          SELECT c.call, c.node, c.start_ns, greatest(c.end_ns, coalesce(l.end_ns, c.end_ns)) AS end_ns,

@@ -6,21 +6,26 @@ Runs later, on any machine: needs nothing but traces and logs.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TextIO
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+import numpy as np
+
 from ray_guard import __version__
-from ray_guard.attribution.attribute import Attribution, Options, Result, attribute
-from ray_guard.attribution.document import document
+from ray_guard.attribution import document
+from ray_guard.attribution.answers import Attribution
+from ray_guard.attribution.attribute import Result, Spread, attribute
+from ray_guard.attribution.intake import Options
 from ray_guard.attribution.sources import FORMATS
 from ray_guard.attribution.sources.reader import NotAlerts
 from ray_guard.cli.output import failed, say
@@ -29,6 +34,9 @@ from ray_guard.evidence.reader import NotEvidence
 if TYPE_CHECKING:
     # What add_subparsers() returns has no public name.
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+_EVERY_S: Final = 10.0
+_BLOCK: Final = 1000
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -49,6 +57,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--nat", metavar="PATH", nargs="+", default=[], help="conntrack, FortiGate, PAN-OS or CSV")
     parser.add_argument("--tz", metavar="ZONE", help="time zone of times that say none, such as Asia/Shanghai")
     parser.add_argument("--year", metavar="YYYY", type=int, help="year of dates that say none")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="auto",
+        help="arrange the traces on this Ray cluster (auto: the one at hand); every node must see the paths",
+    )
     parser.add_argument("--json", metavar="OUT", type=Path, help="write the answer to this file")
     parser.add_argument("--html", metavar="OUT", type=Path, help="write a report to hand on to this file")
     return parser
@@ -61,33 +76,98 @@ def run(args: argparse.Namespace) -> int:
     except (ZoneInfoNotFoundError, ValueError):
         return failed("attribute", f"--tz {args.tz}: no such time zone; give a name such as Europe/Berlin, or UTC")
     options = Options(None if args.format == "auto" else args.format, zone, args.year)
-    begun = time.monotonic()
-
-    def progress(what: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{time.monotonic() - begun:6.1f} s  {what}", end="", file=sys.stderr, flush=True)
-
+    if args.ray is not None and args.html is not None:
+        return failed(
+            "attribute", "--html needs all spans on this machine; with --ray there is --json, or leave it out"
+        )
+    progress = _Progress()
     try:
-        result = attribute(args.traces, args.alerts, maps=args.nat, options=options, progress=progress)
-    except (NotEvidence, NotAlerts) as error:
+        spread = None if args.ray is None else _ray(args.ray)
+        result = attribute(args.traces, args.alerts, maps=args.nat, options=options, progress=progress, spread=spread)
+        if args.json is not None or args.html is not None:
+            progress("writing")
+            _write(args, result)
+    except (NotEvidence, NotAlerts, _NotWritten, _NoRay) as error:
         return failed("attribute", str(error))
     finally:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-    answer = document(result) if args.json is not None or args.html is not None else {}
-    whole = json.dumps(answer, indent=1) + "\n"
-    page = "" if args.html is None else _page(args, result, answer, whole)
-    for path, content in ((args.json, whole), (args.html, page)):
-        if path is not None:
-            try:
-                path.write_text(content, encoding="utf-8", newline="\n")
-            except OSError as error:
-                return failed("attribute", f"{path} cannot be written: {error.strerror}")
-    say(_summary(result))
+        progress.end()
+    for part in _summary(result):
+        say(part)
     return 0
 
 
-def _page(args: argparse.Namespace, result: Result, answer: dict[str, Any], whole: str) -> str:
+class _Progress:
+    """What is being done, on stderr: rewritten in place on a terminal, elsewhere a line now and then."""
+
+    def __init__(self) -> None:
+        self._begun = self._said = time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        now = time.monotonic()
+        if sys.stderr.isatty():
+            print(f"\r\033[K{now - self._begun:6.1f} s  {what}", end="", file=sys.stderr, flush=True)
+        elif now - self._said >= _EVERY_S:
+            self._said = now
+            print(f"ray-guard attribute: {now - self._begun:.0f} s: {what}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+
+
+class _NotWritten(Exception):
+    pass
+
+
+class _NoRay(Exception):
+    pass
+
+
+def _ray(address: str) -> Spread:
+    try:
+        from ray_guard.integrations import ray_tasks
+
+        ray_tasks.join(address)
+    except ImportError as error:
+        raise _NoRay(f"--ray needs ray-guard[ray]: {error}") from error
+    except ConnectionError as error:
+        raise _NoRay(f"--ray {address}: no such cluster ({error}); `ray start --head` starts one") from error
+    return ray_tasks.spread
+
+
+class _Hashed:
+    """Text that is hashed as it goes into a file, or nowhere."""
+
+    def __init__(self, file: TextIO | None) -> None:
+        self._file = file
+        self._hash = sha256()
+
+    def write(self, text: str) -> None:
+        self._hash.update(text.encode())
+        if self._file is not None:
+            self._file.write(text)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _write(args: argparse.Namespace, result: Result) -> None:
+    found = document.found(result)
+    try:
+        with args.json.open("w", encoding="utf-8", newline="\n") if args.json is not None else nullcontext() as file:
+            out = _Hashed(file)
+            document.write(result, out, found)
+    except OSError as error:
+        raise _NotWritten(f"{args.json} cannot be written: {error.strerror}") from error
+    if args.html is not None:
+        page = _page(args, result, found, out.hexdigest())
+        try:
+            args.html.write_text(page, encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise _NotWritten(f"{args.html} cannot be written: {error.strerror}") from error
+
+
+def _page(args: argparse.Namespace, result: Result, found: dict[str, Any], digest: str) -> str:
     # Only here: who does not ask for a page need not wait for what draws it.
     from ray_guard.report import attribution, causes
 
@@ -99,10 +179,10 @@ def _page(args: argparse.Namespace, result: Result, answer: dict[str, Any], whol
     bundle = attribution.Bundle(
         shlex.join(_command(args)),
         causes.inputs(result, args.traces, args.nat),
-        sha256(whole.encode()).hexdigest(),
+        digest,
         versions,
     )
-    return attribution.render(causes.gather(result, answer), bundle)
+    return attribution.render(causes.gather(result, found), bundle)
 
 
 def _command(args: argparse.Namespace) -> list[str]:
@@ -117,19 +197,23 @@ def _command(args: argparse.Namespace) -> list[str]:
     return words
 
 
-def _summary(result: Result) -> str:
+def _summary(result: Result) -> Iterator[str]:
     lines = []
     for source in result.sources:
         clock = source.clock
         skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
         left = source.report.quarantined.total()
         lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
-    alerts = [alert for alert in result.alerts if not alert.informational]
-    counts = Counter(alert.verdict for alert in alerts)
+    quiet = result.alerts.informational
+    counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
-    lines.append(f"{named}; {len(result.alerts) - len(alerts)} informational records")
-    lines += [f"{alert.source.path}:{alert.record}  {_answer(alert)}" for alert in alerts]
-    return "\n".join(lines) + "\n"
+    lines.append(f"{named}; {quiet.sum()} informational records")
+    for alert in result.alerts.of(np.flatnonzero(~quiet)):
+        lines.append(f"{alert.source.path}:{alert.record}  {_answer(alert)}")
+        if len(lines) >= _BLOCK:
+            yield "\n".join(lines) + "\n"
+            lines = []
+    yield "".join(f"{line}\n" for line in lines)
 
 
 def _answer(alert: Attribution) -> str:

@@ -7,7 +7,8 @@ Only what is right at first sight is read here. Anything else, ``--help`` among 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from ray_guard.named import NamedTuple
 
 
 class Order(NamedTuple):

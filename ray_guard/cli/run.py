@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ray_guard.cli.order import Order
 from ray_guard.client import channel as channels
 from ray_guard.errors import RayGuardError
-from ray_guard.policy.plain import wire_of
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from ray_guard.cli.terminal import Terminal
-    from ray_guard.client.channel import Channel
     from ray_guard.client.start import Control
 
 NOTHING_STARTED = 125
@@ -54,10 +53,14 @@ def carry_out(order: Order) -> int:
         return _nothing("no command: ray-guard run --policy FILE -- CMD …")
     try:
         summons = channels.Summons(starts=1, supervise=_supervise)
-        channel = _introduce(summons, wire_of(order.policy), order.evidence)
+        # A supervisor that was just started has much to load: what it will be told is put together meanwhile.
+        hello = _hello(order)
         terminal = _terminal()
+        start = _prepared(command, order.pass_fd, terminal)
+        channel = summons.connect()
+        channel.request(hello)
         forward = _Forwarding()
-        control = _start(channel, command, order.pass_fd, terminal)
+        control = start(channel)
     except OSError as error:
         if isinstance(error, RayGuardError):
             return _nothing(str(error))
@@ -106,25 +109,24 @@ class _Forwarding:
             control.signal(self._kept.pop(0))
 
 
-def _introduce(summons: channels.Summons, policy: dict[str, Any], evidence: str | None) -> Channel:
+def _hello(order: Order) -> dict[str, Any]:
+    """Who asks, and the policy that shall hold."""
     from ray_guard.client import places
     from ray_guard.client.identity import from_environment
+    from ray_guard.policy.plain import wire_of
 
-    identity = from_environment("ray-guard run", evidence)
-    channel = summons.connect()
-    channel.request(
-        {
-            "op": "hello",
-            "kind": "run",
-            "pid": os.getpid(),
-            "policy": policy,
-            "identity": identity.as_message(),
-            "evidence": os.path.abspath(identity.evidence),
-            "export": channels.export_environment(),
-            "places": places.told(),
-        }
-    )
-    return channel
+    policy = wire_of(order.policy)
+    identity = from_environment("ray-guard run", order.evidence)
+    return {
+        "op": "hello",
+        "kind": "run",
+        "pid": os.getpid(),
+        "policy": policy,
+        "identity": identity.as_message(),
+        "evidence": os.path.abspath(identity.evidence),
+        "export": channels.export_environment(),
+        "places": places.told(),
+    }
 
 
 def _terminal() -> Terminal | None:
@@ -135,7 +137,10 @@ def _terminal() -> Terminal | None:
     return Terminal.of_this_process()
 
 
-def _start(channel: Channel, command: list[str], passed: list[int], terminal: Terminal | None) -> Control:
+def _prepared(
+    command: list[str], passed: list[int], terminal: Terminal | None
+) -> Callable[[channels.Channel], Control]:
+    """What starts the command, once there is a channel."""
     from ray_guard.client import environment, start
 
     for number in passed:
@@ -160,7 +165,17 @@ def _start(channel: Channel, command: list[str], passed: list[int], terminal: Te
     ]  # fmt: skip
     more = [start.checked_descriptor(number) for number in numbers[3:]]
     working_folder = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    return start.Control(channel, payload, working_folder, [*standard, *more], {})
+    return lambda channel: start.Control(channel, payload, working_folder, [*standard, *more], _place())
+
+
+def _place() -> dict[str, Any]:
+    """Where the call belongs in the traces: below the span that started this command."""
+    if not os.environ.get("TRACEPARENT"):
+        return {}
+    from ray_guard.client import foreign  # few are started below one, and it takes longer to load than most tools
+
+    found = foreign.named(os.environ["TRACEPARENT"], "TRACEPARENT")
+    return {} if found is None else {"trace": found[0], "parent": found[1]}
 
 
 def _is_open(number: int) -> bool:

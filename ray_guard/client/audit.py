@@ -43,6 +43,7 @@ def _intent(event: str, args: tuple[Any, ...]) -> None:
     where = outlet()
     if where is None or not where.binding:
         return
+    node.segments.count += 1  # the supervisor will write a span for it
     span = node.call or node.span
     where.post(
         f'{{"op":"intent","tid":{threading.get_native_id()},"span":"{span}","event":"{event}","fd":{descriptor}}}'.encode()

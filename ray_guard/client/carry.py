@@ -23,6 +23,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from ray_guard.client.segments import Segments
+
 _Y = TypeVar("_Y")
 _S = TypeVar("_S")
 _R = TypeVar("_R")
@@ -44,6 +46,7 @@ class Node:
     call. ``capture``: content of tool calls is recorded. ``sampled``: what the user's OpenTelemetry sampler said.
     ``attachment``: what we have at the user's OpenTelemetry provider (see :mod:`ray_guard.client.mirror`).
     ``quotas``: the limits of tokens and FLOPs around, from the actor inwards, for whoever computes on another node.
+    ``segments``: the traces that its rollout is spread over.
     """
 
     __slots__ = (
@@ -56,6 +59,7 @@ class Node:
         "kind",
         "quotas",
         "sampled",
+        "segments",
         "span",
         "trace",
     )
@@ -71,6 +75,7 @@ class Node:
     sampled: bool
     quotas: Quotas
     attachment: Any
+    segments: Segments
 
 
 _current: ContextVar[Node | None] = ContextVar("ray_guard", default=None)

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from ray_guard import errors
 from ray_guard.client import boot
+from ray_guard.client.identity import named_service
 from ray_guard.errors import NotEnforced, SupervisorLost
 from ray_guard.kernel import rendezvous, seqpacket
 
@@ -240,6 +241,7 @@ class _Lines:
         self.observed: tuple[str, str | None] | None = None
         """Where the observer's spans go, and of which run they are."""
         self.evidence: str | None = None
+        self.about: dict[str, str] = {}
 
     def forked(self) -> None:
         # The child shares its parent's sockets. As an observer it is somebody else, and must say so on its own line.
@@ -264,9 +266,13 @@ def adopt(channel: Channel) -> None:
     os.set_inheritable(os.dup(channel.fileno()), True)
 
 
-def observe(evidence: str) -> None:
-    """Says where the spans of this unguarded process (a driver) are journaled; ``RAY_GUARD_EVIDENCE`` comes first."""
+def observe(evidence: str, *, job_id: str, node_id: str) -> None:
+    """Says where the spans of this unguarded process (a driver) are journaled; ``RAY_GUARD_EVIDENCE`` comes first.
+
+    ``job_id`` and ``node_id`` are Ray's, for its spans' resource.
+    """
     _lines.evidence = evidence
+    _lines.about = {"job_id": job_id, "node_id": node_id}
 
 
 def observer() -> Channel | None:
@@ -284,7 +290,7 @@ def observer() -> Channel | None:
                 _lines.observer.close()  # what of the job before is still open is ended by the supervisor
                 _lines.observer = None
             run = job[1] or f"run-{os.urandom(4).hex()}"
-            identity = {"run_id": run, "service_name": os.environ.get("OTEL_SERVICE_NAME", "driver")}
+            identity = {"run_id": run, "service_name": named_service("driver"), **_lines.about}
             channel = _observe(
                 {
                     "op": "hello",

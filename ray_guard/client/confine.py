@@ -80,7 +80,7 @@ class Wired(Protocol):
     def to_wire(self) -> dict[str, Any]: ...
 
 
-_INTEGRATIONS: Final = ("ray_guard.integrations.vllm.watch",)
+_INTEGRATIONS: Final = ("ray_guard.integrations.vllm.watch", "ray_guard.integrations.rock")
 """What waits in every confined process for a library that it hooks. By name: they stand above this layer."""
 
 _lock = threading.Lock()

@@ -8,30 +8,21 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from ray_guard.client import carry
+from ray_guard.client import carry, foreign, segments
 from ray_guard.client.carry import Node
 from ray_guard.client.otel import attempt, mirror
 from ray_guard.client.outlet import base_identity, outlet
-from ray_guard.client.spans import IDENTITY, clean, clean_text, to_json
+from ray_guard.client.spans import EAGLEEYE_TRACE, IDENTITY, clean, clean_text, to_json
 from ray_guard.errors import PolicyError
+from ray_guard.records import ROOT_TRACE
 
 _TRACE = re.compile(r"(?!0{32})[0-9a-f]{32}")
 _SPAN = re.compile(r"(?!0{16})[0-9a-f]{16}")
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-((?!0{16})[0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-
-Place = tuple[str, str, bool]
-"""Trace, span and sampled flag of somebody else's span."""
 
 
-def environment() -> Place | None:
+def environment() -> foreign.Place | None:
     """The span under which this process was started, by the W3C variable ``TRACEPARENT``."""
-    return parse_traceparent(os.environ.get("TRACEPARENT"))
-
-
-def parse_traceparent(text: str | None) -> Place | None:
-    """The span that a W3C ``traceparent`` names; None for none and for what is no such text."""
-    found = _TRACEPARENT.fullmatch(text) if text else None
-    return (found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
+    return foreign.named(os.environ.get("TRACEPARENT"), "TRACEPARENT")
 
 
 def context() -> dict[str, Any]:
@@ -58,14 +49,20 @@ def context() -> dict[str, Any]:
     }
 
 
-def read_context(given: Mapping[str, Any]) -> Node | None:
-    """The node that :func:`context` described; None for a place outside of any scope.
+def read_context(given: Mapping[str, Any] | Any) -> Node | None:
+    """The node that :func:`context` described, or others (:mod:`ray_guard.client.foreign`).
+
+    Returns:
+        None for a place outside of any scope.
 
     Raises:
         PolicyError: names the key, the value and what would be right. Contexts cross actor borders.
     """
+    elsewhere = foreign.read(given)
+    if elsewhere is not None:
+        return _placed(elsewhere)
     if not isinstance(given, Mapping):
-        raise PolicyError("context", given, "give what ray_guard.context() returned")
+        raise PolicyError("context", given, "give what ray_guard.context() returned, headers, or ROLL's meta_info")
     node = Node()
     identity = given.get("identity", {})
     if not isinstance(identity, Mapping):
@@ -94,6 +91,39 @@ def read_context(given: Mapping[str, Any]) -> Node | None:
     node.quotas = _quotas(given.get("quotas", ()))
     node.identity = dict(identity)
     node.identity_json = to_json(node.identity)
+    node.segments = segments.known(node.trace, node.span)
+    node.segments.root = str(node.identity.get(ROOT_TRACE, node.trace))
+    return node
+
+
+def _placed(origin: foreign.Origin) -> Node | None:
+    """Where others say that a call comes from; apart from that it is where the caller of this is.
+
+    None: they name no span, and the caller is in no scope.
+    """
+    above = carry.current()
+    if origin.place is None and above is None:
+        return None
+    node = Node()
+    if above is None:
+        where = outlet()
+        node.identity = base_identity(None) if where is None else where.identity
+        node.quotas = () if where is None else where.quota("actor", "", where.limits("actor"))
+        node.episode = node.call = None
+        node.kind = ""
+        node.capture = os.environ.get("RAY_GUARD_CAPTURE_CONTENT") == "1"
+        node.attachment = carry.UNASKED
+    else:
+        for name in ("identity", "quotas", "episode", "call", "kind", "capture", "attachment"):
+            setattr(node, name, getattr(above, name))
+        node.trace, node.span, node.sampled, node.segments = above.trace, above.span, above.sampled, above.segments
+    if origin.eagleeye is not None:
+        node.identity = {**node.identity, EAGLEEYE_TRACE: origin.eagleeye}
+    if origin.place is not None:
+        node.trace, node.span, node.sampled = origin.place
+        node.segments = segments.known(node.trace, node.span)
+        node.identity = {key: value for key, value in node.identity.items() if key != ROOT_TRACE}
+    node.identity_json = to_json(node.identity)
     return node
 
 
@@ -112,18 +142,27 @@ class attach:  # noqa: N801 - used as a function
     ``with attach(context):`` or ``async with attach(context):``. Opens no span; scopes inside become children of the
     one attached to. A context from outside of any scope leaves everything as it is.
 
+    What others say of where a call comes from will do as well: headers (``traceparent``, ROCK's ``eagleeye-traceid``),
+    a carrier that OpenTelemetry's ``inject`` filled, ROLL's ``meta_info`` with such a carrier under ``_otel_ctx``, or
+    the ``DataProto`` that has one. What is malformed in them is ignored, with a warning.
+
     Raises:
         PolicyError: `context` is not one.
     """
 
-    __slots__ = ("_before", "_begun", "_node")
+    __slots__ = ("_before", "_begun", "_eagleeye", "_node")
 
-    def __init__(self, context: Mapping[str, Any]) -> None:
-        self._node = read_context(context)
+    def __init__(self, context: Mapping[str, Any] | Any) -> None:
+        elsewhere = foreign.read(context)
+        self._node = read_context(context if elsewhere is None else elsewhere)
+        self._eagleeye = elsewhere.eagleeye if elsewhere is not None and self._node is None else None
 
     def __enter__(self) -> Self:
-        self._before = carry.current()
+        self._before: Any = carry.current()
         self._begun: Any = None
+        if self._eagleeye is not None:
+            self._before = foreign.told.get()
+            foreign.told.set(self._eagleeye)
         if self._node is not None:
             otel = mirror()
             if otel is not None:
@@ -134,6 +173,8 @@ class attach:  # noqa: N801 - used as a function
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
+        if self._eagleeye is not None:
+            foreign.told.set(self._before)
         if self._node is None:
             return
         if carry.current() is self._node:

@@ -14,6 +14,7 @@ from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, TypeVar, overload
 
 from ray_guard.client import carry
+from ray_guard.client.foreign import OTEL_CONTEXT
 from ray_guard.client.scope import ToolCall
 from ray_guard.client.spans import NAME_LIMIT, clean_text
 
@@ -46,6 +47,10 @@ class Tool:
         if kwargs:
             arguments.update(kwargs)
             arguments.pop("_ray_trace_ctx", None)  # Ray's own, when somebody has turned its tracing on
+            if OTEL_CONTEXT in arguments:
+                call = ToolCall(self.name, arguments)
+                call.carrier = {OTEL_CONTEXT: arguments.pop(OTEL_CONTEXT)}
+                return call
         return ToolCall(self.name, arguments)
 
 

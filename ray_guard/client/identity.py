@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+import re
+
+from ray_guard.named import NamedTuple
 
 
 class Identity(NamedTuple):
@@ -28,8 +30,23 @@ def from_environment(service_name: str, evidence: str | None = None) -> Identity
     return Identity(
         evidence=evidence or os.environ.get("RAY_GUARD_EVIDENCE") or _default_evidence(),
         run_id=os.environ.get("RAY_GUARD_RUN_ID") or f"run-{os.urandom(4).hex()}",
-        service_name=os.environ.get("OTEL_SERVICE_NAME", service_name),
+        service_name=named_service(service_name),
     )
+
+
+def named_service(default: str) -> str:
+    """``service.name`` as the standard variables say it: ``OTEL_SERVICE_NAME``, else ``OTEL_RESOURCE_ATTRIBUTES``."""
+    named = os.environ.get("OTEL_SERVICE_NAME", "").strip()
+    if not named:
+        pairs = (item.partition("=") for item in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "").split(","))
+        named = next((_decoded(value.strip()) for key, _, value in pairs if key.strip() == "service.name"), "")
+    return named or default
+
+
+def _decoded(text: str) -> str:
+    # Not urllib's: that loads longer than all else here, and ``ray-guard run`` waits for it.
+    raw = re.sub(rb"%([0-9a-fA-F]{2})", lambda found: bytes((int(found[1], 16),)), text.encode())
+    return raw.decode("utf-8", "replace")
 
 
 def _default_evidence() -> str:

@@ -21,7 +21,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from opentelemetry.trace.propagation import set_span_in_context
 
 from ray_guard.client.carry import UNASKED, Node
-from ray_guard.client.spans import Event, Link, Value, warn_once
+from ray_guard.client.spans import Event, Ids, Value, warn_once
 
 if TYPE_CHECKING:
     from ray_guard.client.mirror_sdk import Attachment
@@ -35,13 +35,18 @@ _UNSAMPLED = TraceFlags(TraceFlags.DEFAULT)
 
 
 class Begun:
-    """One scope's span in OpenTelemetry, and the contexts inside and before it."""
+    """One scope's span in OpenTelemetry, the contexts inside and before it, and whose inside that was.
 
-    __slots__ = ("before", "inside", "span")
+    ``over``: the scope has ended, so nothing may lead back into it.
+    """
 
-    def __init__(self, span: api.Span, before: Context) -> None:
+    __slots__ = ("around", "before", "inside", "over", "span")
+
+    def __init__(self, span: api.Span, before: Context, around: Begun | None = None) -> None:
         self.span = span
         self.before = before
+        self.around = around
+        self.over = False
         self.inside = set_span_in_context(span, before)
         attach(self.inside)
 
@@ -66,7 +71,7 @@ class Carried(NonRecordingSpan):
         return f"Carried({self.get_span_context()!r})"
 
 
-def hex_ids(context: SpanContext) -> Link:
+def hex_ids(context: SpanContext) -> Ids:
     return f"{context.trace_id:032x}", f"{context.span_id:016x}"
 
 
@@ -104,7 +109,10 @@ def begin(scope: Scope, start_ns: int) -> Begun:
         except Exception:  # noqa: BLE001 - the user's samplers and processors run in there
             warn_once("mirror", "ray_guard: spans are not mirrored to the OpenTelemetry provider any more")
             attachment.switch_off()
-    return Begun(Carried(scope, remote=False) if span is None else span, before)
+    around: Begun | None = getattr(scope.above, "begun", None)
+    if around is not None and around.inside is not before:
+        around = None
+    return Begun(Carried(scope, remote=False) if span is None else span, before, around)
 
 
 def _parent_context(before: Context, node: Node, parent: str | None) -> Context:
@@ -126,8 +134,12 @@ def carry(node: Node) -> Begun:
 
 def leave(begun: Begun) -> None:
     """Makes current what was so before, unless somebody else has moved on already."""
-    if get_current() is begun.inside:
-        attach(begun.before)
+    if get_current() is not begun.inside:
+        return
+    before, around = begun.before, begun.around
+    while around is not None and around.over:  # scopes of interleaved generators end in any order
+        before, around = around.before, around.around
+    attach(before)
 
 
 def end(  # noqa: PLR0917 - called by position, through otel.attempt

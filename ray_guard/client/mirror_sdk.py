@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 from ray_guard import __version__
 from ray_guard.client import carry
+from ray_guard.client.content import shown
 from ray_guard.client.mirror import JOURNALED, hex_ids
 from ray_guard.client.outlet import Outlet, outlet
 from ray_guard.client.spans import (
@@ -37,6 +38,7 @@ from ray_guard.client.spans import (
     open_message,
     warn_once,
 )
+from ray_guard.records import LINK
 
 if TYPE_CHECKING:
     from ray_guard.client.scope import Scope
@@ -118,8 +120,11 @@ class Attachment:
                 kind=_BY_NUMBER[scope.span_kind],
                 attributes={**scope.identity, **scope.opening()},
                 links=[
-                    api.Link(api.SpanContext(int(trace, 16), int(span_id, 16), True, api.TraceFlags(1)))
-                    for trace, span_id in scope.links
+                    api.Link(
+                        api.SpanContext(int(link[0], 16), int(link[1], 16), True, api.TraceFlags(1)),
+                        {LINK: link[2]} if len(link) > 2 else None,
+                    )
+                    for link in scope.links
                 ],
                 start_time=start_ns,
             )
@@ -155,6 +160,7 @@ class UserSpans(SpanProcessor):
     def _begin(self, span: Span, node: carry.Node) -> None:
         given = _journalable(span.attributes, capture=node.capture)
         span.set_attributes(node.identity)
+        node.segments.count += 1
         where = outlet()
         if where is None:
             return
@@ -218,7 +224,13 @@ class UserSpans(SpanProcessor):
 
 
 def _allowed(attributes: Mapping[str, object] | None, *, capture: bool) -> dict[str, object]:
-    return {key: value for key, value in (attributes or {}).items() if capture or not key.startswith(CONTENT)}
+    found: dict[str, object] = {}
+    for key, value in (attributes or {}).items():
+        if not key.startswith(CONTENT):
+            found[key] = value
+        elif capture:
+            found[key] = shown(value).text if isinstance(value, (str, list, tuple)) else value
+    return found
 
 
 def _journalable(attributes: Mapping[str, object] | None, *, capture: bool) -> dict[str, Value]:

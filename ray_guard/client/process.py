@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 
 from ray_guard.client import carry, environment
 from ray_guard.client import channel as channels
-from ray_guard.client.scope import traceparent
+from ray_guard.client.scope import outermost, traceparent
 from ray_guard.client.start import (
     CALL_VARIABLE,
     Control,
@@ -80,7 +80,8 @@ def start(process: subprocess.Popen[Any], *positional: Any, **keywords: Any) -> 
             restore_signals=bool(given["restore_signals"]),
         )
         try:
-            control = Control(channel, payload, folder, descriptors, _place(node))
+            segments = None if node is None else node.segments
+            control = Control(channel, payload, folder, descriptors, _place(node), segments=segments)
         except OSError as error:
             if error.filename is None and error.errno is not None:
                 error.filename = os.fsdecode(argv[0] if executable is None else executable)
@@ -134,7 +135,7 @@ def _own_variables(node: carry.Node | None) -> dict[str, str]:
 def _place(node: carry.Node | None) -> dict[str, Any]:
     """Where in the traces a start belongs."""
     if node is None:
-        return {}
+        return outermost()
     return {"span": node.call, "trace": node.trace, "parent": node.span, "identity": node.identity}
 
 

@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from ray_guard.client import carry, channel
+from ray_guard.client.carry import Node
 from ray_guard.client.channel import Channel
 from ray_guard.client.context import read_context
+from ray_guard.client.purses import Place, Purse, purses
 from ray_guard.client.spans import new_span_id
 from ray_guard.client.verdicts import log_warnings
 from ray_guard.errors import SupervisorLost
@@ -32,13 +34,22 @@ class Reservation:
     context manager it sees to that at its end.
     """
 
-    __slots__ = ("_flops", "_key", "_line", "_lock", "_pid", "_tokens", "scope", "unknown")
+    __slots__ = ("_flops", "_key", "_line", "_lock", "_pid", "_purse", "_tokens", "scope", "unknown")
 
     def __init__(
-        self, line: Channel | None, key: str, tokens: int, flops: float | None, *, scope: str, unknown: bool
+        self,
+        line: Channel | None,
+        key: str,
+        tokens: int,
+        flops: float | None,
+        *,
+        scope: str,
+        unknown: bool,
+        purse: Purse | None = None,
     ) -> None:
         self._line = line
         self._key = key
+        self._purse = purse
         self._tokens = tokens
         self._flops = flops
         self._lock = threading.Lock()
@@ -63,7 +74,15 @@ class Reservation:
 
     def release(self) -> None:
         """The request was never admitted: nothing was used. Raises SupervisorLost."""
+        purse = self._purse
+        if purse is not None:
+            with self._lock:
+                if self._line is not None and self._pid == os.getpid() and purse.put_back(*self._drawn()):
+                    self._line = None
         self._settle(0, 0)
+
+    def _drawn(self) -> tuple[int, int]:
+        return self._tokens, int(self._flops or 0)
 
     def leave_unmeasured(self, *, told: bool) -> None:
         """Nobody knows what was used, nor will: it is charged as reserved. Raises SupervisorLost.
@@ -77,7 +96,11 @@ class Reservation:
         with self._lock:
             line, self._line = self._line, None
         if line is not None and self._pid == os.getpid():  # a forked child has a copy of what is its parent's
-            message = {"op": "settle", "id": self._key, "tokens": tokens, "flops": flops}
+            message: dict[str, Any] = {"op": "settle", "tokens": tokens, "flops": flops}
+            if self._purse is None:
+                message["id"] = self._key
+            else:
+                message |= {"purse": self._purse.number, "drawn": self._drawn()}
             line.send(message if measured else {**message, "measured": False})
 
     def __enter__(self) -> Self:
@@ -96,7 +119,13 @@ class Reservation:
 
 
 def reserve(
-    *, tokens: int, flops: float | None = None, context: Mapping[str, Any] | None = None, paid: str | None = None
+    *,
+    tokens: int,
+    flops: float | None = None,
+    context: Mapping[str, Any] | None = None,
+    paid: str | None = None,
+    often: bool = False,
+    chat: str | None = None,
 ) -> Reservation:
     """Reserves what one request may use at most, in every scope that pays for it.
 
@@ -106,6 +135,9 @@ def reserve(
         context: who asks, as :func:`ray_guard.context` gives it; None: the current scope.
         paid: what the request's header ``x-ray-guard-reservation`` says. The relay writes it where a tool has asked by
             HTTP (``model_endpoint``) and is charged there with all around it: these are not charged again.
+        often: more like it will follow from the same place, of a whole number of FLOPs: they need not wait for the
+            supervisor each (:mod:`ray_guard.client.purses`).
+        chat: id of the span that this is the reservation of. What an engine's hook reserves below it takes its place.
 
     Raises:
         BudgetExceeded: a scope has no room.
@@ -120,14 +152,33 @@ def reserve(
     line = channel.current()
     if line is None:
         return Reservation(None, "", 0, None, scope="", unknown=False)
-    place = None
-    if where is not None:
-        place = {name: getattr(where, name) for name in ("trace", "span", "call", "episode", "quotas")}
-    key = new_span_id()
     log_warnings()
-    message = {"op": "reserve", "id": key, "tokens": tokens, "flops": flops, "place": place}
-    answer = line.request(message if paid is None else {**message, "paid": paid})
-    return Reservation(line, key, tokens, flops, scope=str(answer.get("scope")), unknown=answer.get("unknown") is True)
+    purse, asks, at = None, False, _place(where, flops)
+    if often and paid is None and tokens:
+        purse, asks = purses.find(at)
+        if purse is not None and purse.draw(tokens, int(flops or 0)):
+            return Reservation(line, "", tokens, flops, scope=purse.scope, unknown=purse.unknown, purse=purse)
+    key = new_span_id() if chat is None else chat
+    message: dict[str, Any] = {"op": "reserve", "id": key, "tokens": tokens, "flops": flops, "place": None}
+    if where is not None:
+        message["place"] = {name: getattr(where, name) for name in ("trace", "span", "call", "episode", "quotas")}
+    if paid is not None:
+        message["paid"] = paid
+    if chat is not None:
+        message["chat"] = True
+    if asks:
+        message["purse"] = 0 if purse is None else purse.number
+    answer, passed = line.exchange(message) if asks else (line.request(message), [])
+    scope, unknown = str(answer.get("scope")), answer.get("unknown") is True
+    if passed:
+        purses.keep(at, Purse(int(answer["purse"]), passed, scope, unknown=unknown))
+    return Reservation(line, key, tokens, flops, scope=scope, unknown=unknown)
+
+
+def _place(where: Node | None, flops: float | None) -> Place:
+    """What decides who pays. Where nobody knows the FLOPs is a place of its own: a limit of them refuses there."""
+    known = "" if flops is None else "flops"
+    return (known,) if where is None else (known, where.trace, where.call, where.episode)
 
 
 def announce_price(models: Iterable[str], *, per_token: float, per_context_token: float) -> None:

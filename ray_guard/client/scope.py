@@ -18,14 +18,17 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ray_guard.client import carry
+from ray_guard.client import carry, foreign
 from ray_guard.client.carry import Node, Quotas
-from ray_guard.client.context import Place, attach, context, environment, read_context, traceparent
+from ray_guard.client.content import shown
+from ray_guard.client.context import attach, context, environment, read_context, traceparent
 from ray_guard.client.otel import attempt, mirror
 from ray_guard.client.outlet import Outlet, base_identity, outlet
 from ray_guard.client.quota import QUOTAS, reserve
+from ray_guard.client.segments import PREVIOUS, ROLLOUT, SPANS_LIMIT, Segments, known
 from ray_guard.client.spans import (
     ATTRIBUTE_LIMIT,
+    EAGLEEYE_TRACE,
     EVENT_LIMIT,
     NAME_LIMIT,
     Event,
@@ -33,12 +36,12 @@ from ray_guard.client.spans import (
     Value,
     arguments_digest,
     attributes_json,
-    canonical,
     clean,
     clean_event,
     clean_text,
     close_message,
     describe_exception,
+    is_cancelled,
     new_span_id,
     new_trace_id,
     open_message,
@@ -48,7 +51,7 @@ from ray_guard.client.spans import (
 )
 from ray_guard.client.verdicts import ask_violations, ended_for, log_warnings, record_reward, violations
 from ray_guard.errors import PolicyError, RayGuardError, SupervisorLost
-from ray_guard.records import SpanKind, StatusCode
+from ray_guard.records import PARENT, ROOT_TRACE, SpanKind, StatusCode
 
 if TYPE_CHECKING:
     from ray_guard.compute.moe import Cost
@@ -94,12 +97,13 @@ class Scope(Node):
 
     __slots__ = (
         "_attributes",
-        "_begun",
         "_events",
         "_forks",
         "_outlet",
         "_start_ns",
         "above",
+        "begun",
+        "carrier",
         "ended",
         "entered",
         "links",
@@ -124,6 +128,8 @@ class Scope(Node):
         self._attributes: dict[str, Value] = {}
         self._events: list[Event] = []
         self.links: list[Link] = []
+        self.carrier: Mapping[str, Any] | None = None
+        """What others say of where it comes from, where nothing encloses it."""
 
     # What a kind of scope adds to the place above it. -----------------------------------------------------------------
 
@@ -160,51 +166,86 @@ class Scope(Node):
     def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
         """Fills in trace, parent, identity and links from what encloses this scope."""
         self.above = above
-        self.call = None
         if above is not None and not self.is_root:
-            self.trace = above.trace
-            self.parent: str | None = above.span
-            self.episode = above.episode
-            self.call = above.call
-            self.sampled = above.sampled
-            self.attachment = above.attachment
-            if otel is not None and above.attachment:  # else none of the user's spans is in the evidence
-                self.parent = attempt(otel.between, above) or above.span
+            self._locate_inside(above, otel)
         else:
-            outside: Place | None = None
-            if above is None:
-                outside = (attempt(otel.outer) if otel is not None else None) or environment()
-            self.episode = None
-            self.sampled = True
-            self.attachment = carry.UNASKED
-            self.parent = None
-            if self.is_root:
-                self.trace = new_trace_id()
-                if above is not None:
-                    self.links.append((above.trace, above.span))
-                elif outside is not None:
-                    self.links.append(outside[:2])
-            elif outside is not None:
-                self.trace, self.parent, self.sampled = outside
-            else:
-                self.trace = new_trace_id()
+            self._locate_outermost(above, otel)
         if above is not None:
+            self.capture = above.capture
             self.identity = above.identity
             self.identity_json = above.identity_json
-            self.capture = above.capture
+            if self.trace != above.trace and not self.is_root:
+                self._identify_moved(above)
         else:
-            if where is not None:
-                self.identity = where.identity
-                self.identity_json = where.identity_json
-            else:
-                self.identity = base_identity(None)
-                self.identity_json = to_json(self.identity)
             self.capture = os.environ.get("RAY_GUARD_CAPTURE_CONTENT") == "1"
+            self.identity = base_identity(None) if where is None else where.identity
+            self.identity_json = to_json(self.identity) if where is None else where.identity_json
+            if self.trace != self.segments.root:
+                self._identify({ROOT_TRACE: self.segments.root})
+            eagleeye = self._elsewhere().eagleeye or foreign.around()
+            if eagleeye is not None:
+                self._identify({EAGLEEYE_TRACE: eagleeye})
         self.quotas = self._quotas_around(above, where)
         own = self._own_identity()
         if own is not None:
             self.identity = own
             self.identity_json = to_json(own)
+
+    def _locate_inside(self, above: Node, otel: Any) -> None:
+        segments = self.segments = above.segments
+        segments.count += 1
+        if segments.count > SPANS_LIMIT and segments.take_turn():
+            _begin_segment(segments)
+        self.episode = above.episode
+        self.call = above.call
+        self.attachment = above.attachment
+        self.trace, root, sampled = segments.newest
+        if above.trace != self.trace:
+            self.sampled = sampled
+            self.parent: str | None = root
+            self.links.append((above.trace, above.span, PARENT))
+            return
+        self.sampled = above.sampled
+        self.parent = above.span
+        if otel is not None and above.attachment:  # else none of the user's spans is in the evidence
+            self.parent = attempt(otel.between, above) or above.span
+
+    def _locate_outermost(self, above: Node | None, otel: Any) -> None:
+        outside: foreign.Place | None = None
+        if above is None:
+            outside = self._elsewhere().place or (attempt(otel.outer) if otel is not None else None) or environment()
+        self.episode = self.call = None
+        self.sampled = True
+        self.attachment = carry.UNASKED
+        self.parent = None
+        if self.is_root:
+            if above is not None:
+                self.links.append((above.trace, above.span))
+            elif outside is not None:
+                self.links.append(outside[:2])
+        elif outside is not None:
+            self.trace, self.parent, self.sampled = outside
+            _join(self, known(self.trace, self.parent))
+            return
+        self.trace = new_trace_id()
+        self.segments = Segments(self.trace, self.span)
+
+    def _elsewhere(self) -> foreign.Origin:
+        found = None if self.carrier is None else foreign.read(self.carrier)
+        return foreign.NOWHERE if found is None else found
+
+    def _identify_moved(self, above: Node) -> None:
+        """As :meth:`_identify`; a turn may have thousands of calls in later segments."""
+        last = self.segments.last
+        if last is None or last[0] is not above:
+            self._identify({ROOT_TRACE: self.segments.root})
+            self.segments.last = (above, self.identity, self.identity_json)
+        else:
+            _, self.identity, self.identity_json = last
+
+    def _identify(self, more: Mapping[str, str]) -> None:
+        self.identity = {**self.identity, **more}
+        self.identity_json = to_json(self.identity)
 
     def _quotas_around(self, above: Node | None, where: Outlet | None) -> Quotas:
         if above is not None and not self.is_root:
@@ -221,7 +262,7 @@ class Scope(Node):
         if self.is_refused_after_end and above is not None:
             ended_for((above.episode, above.call))
         self._locate(above, where, otel)
-        self._begun: Any = None
+        self.begun: Any = None
         self._forks = _forks.count
         self._start_ns = time.time_ns()
         if where is not None:
@@ -242,7 +283,7 @@ class Scope(Node):
                 )
             )
         if otel is not None:
-            self._begun = attempt(otel.begin, self, self._start_ns)
+            self.begun = attempt(otel.begin, self, self._start_ns)
         carry.move_to(self)
         return self
 
@@ -257,9 +298,10 @@ class Scope(Node):
         self.above = above
         if carry.current() is self:
             carry.move_to(above)
-        begun, self._begun = self._begun, None
+        begun, self.begun = self.begun, None
         otel = mirror() if begun is not None else None
         if otel is not None:
+            begun.over = True
             attempt(otel.leave, begun)
         where = self._outlet
         if (where is None and not self.attachment) or self._forks != _forks.count:
@@ -274,7 +316,10 @@ class Scope(Node):
         status, message = 0, ""
         if error is not None and not isinstance(error, GeneratorExit):  # a consumer that stops early is no error
             attributes, message, event = describe_exception(error, end_ns)
-            status = int(StatusCode.ERROR)
+            if is_cancelled(error):
+                attributes, message = {"ray_guard.cancelled": True}, ""  # its caller's doing, and no error of its own
+            else:
+                status = int(StatusCode.ERROR)
             self._attributes.update(attributes)
             self._events.append(event)
         if otel is not None and self.attachment:
@@ -310,9 +355,9 @@ class Scope(Node):
         """Leaves the scope's place without ending the scope; the state returned leads back (:func:`carry.swap`)."""
         inside = carry.capture()
         carry.move_to(self.above)
-        otel = mirror() if self._begun is not None else None
+        otel = mirror() if self.begun is not None else None
         if otel is not None:
-            attempt(otel.leave, self._begun)
+            attempt(otel.leave, self.begun)
         return inside
 
     async def __aenter__(self) -> Self:
@@ -322,6 +367,64 @@ class Scope(Node):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         self.__exit__(kind, error, trace)
+
+
+class Segment(Scope):
+    """The root of a later segment (:mod:`ray_guard.client.segments`): no length, and links to what it continues."""
+
+    __slots__ = ("_of",)
+    scope_kind = "segment"
+    is_root = True
+
+    def __init__(self, of: Segments) -> None:
+        Scope.__init__(self, "ray_guard.segment")
+        self._of = of
+
+    def _locate(self, above: Node | None, where: Outlet | None, otel: Any) -> None:
+        super()._locate(above, where, otel)
+        before = self._of.newest[:2]
+        self.links = [(*before, PREVIOUS)]
+        if before != self._of.first:
+            self.links.append((*self._of.first, ROLLOUT))
+        self._identify({ROOT_TRACE: self._of.root})
+
+    def opening(self) -> dict[str, Value]:
+        return {"ray_guard.segment.number": self._of.number + 1}
+
+
+def _begin_segment(segments: Segments) -> None:
+    try:
+        with Segment(segments) as segment:
+            pass
+        segments.go_on(segment.trace, segment.span, sampled=segment.sampled)
+    finally:
+        segments.give_back()
+
+
+def _join(scope: Scope, segments: Segments) -> None:
+    """Puts an outermost scope below a span of others, or into the newest segment of what they began."""
+    scope.segments = segments
+    segments.count += 1
+    if segments.count > SPANS_LIMIT and segments.take_turn():
+        _begin_segment(segments)
+    newest = segments.newest
+    if scope.trace != newest[0] and scope.parent is not None:
+        scope.links.append((scope.trace, scope.parent, PARENT))
+        scope.trace, scope.parent, scope.sampled = newest
+
+
+def outermost() -> dict[str, Any]:
+    """Where what is begun outside of any scope belongs, in the words of a ``start``; empty: nowhere yet."""
+    otel = mirror()
+    outside = (attempt(otel.outer) if otel is not None else None) or environment()
+    if outside is None:
+        return {}
+    segments = known(*outside[:2])
+    segments.count += 1
+    if segments.count > SPANS_LIMIT and segments.take_turn():
+        _begin_segment(segments)
+    trace, parent, _ = segments.newest
+    return {"trace": trace, "parent": parent, "identity": {} if trace == segments.root else {ROOT_TRACE: segments.root}}
 
 
 class ToolCall(Scope):
@@ -361,7 +464,9 @@ class ToolCall(Scope):
         try:
             self._digest = arguments_digest(arguments)
             if self.capture:
-                self._content = clean_text(canonical(arguments))
+                self._content, whole = shown(arguments)
+                if not whole:
+                    self._attributes["ray_guard.truncated"] = True
         except Exception:  # noqa: BLE001 - keys and values are the caller's; their methods may raise anything
             warn_once("arguments", "ray_guard: a tool's arguments could not be hashed")
 
@@ -392,8 +497,11 @@ class ToolCall(Scope):
         """Records what the tool returned, where content is captured (``RAY_GUARD_CAPTURE_CONTENT=1``)."""
         if self.capture:
             try:
-                text = value if isinstance(value, str) else canonical(value)
-                self._attributes["gen_ai.tool.call.result"] = clean_text(text)
+                text, whole = shown(value)
+                self._attributes["gen_ai.tool.call.result"] = text
+                self._attributes["ray_guard.result.sha256"] = arguments_digest(value)
+                if not whole:
+                    self._attributes["ray_guard.truncated"] = True
             except Exception:  # noqa: BLE001 - the tool has done its work; its result is handed on
                 warn_once("result", "ray_guard: a tool's result could not be captured")
 
@@ -401,7 +509,7 @@ class ToolCall(Scope):
 class Episode(Scope):
     """One trajectory: a trace of its own, an identity, a sub-budget and a reward."""
 
-    __slots__ = ("_budget_wire", "_given", "_iteration", "id")
+    __slots__ = ("_agent", "_budget_wire", "_given", "_iteration", "id")
     scope_kind = "episode"
     tells_its_end = True
     is_root = True
@@ -416,7 +524,8 @@ class Episode(Scope):
         policy_version: str | None,
         budget: Any,
     ) -> None:
-        Scope.__init__(self, f"invoke_agent {clean_text(str(agent), NAME_LIMIT)}")
+        self._agent = clean_text(str(agent), NAME_LIMIT)
+        Scope.__init__(self, f"invoke_agent {self._agent}")
         self.id = new_trace_id() if rollout is None else clean_text(str(rollout), NAME_LIMIT)
         """``rl.rollout.id``."""
         self._given = {
@@ -443,7 +552,7 @@ class Episode(Scope):
             self.quotas += where.quota("episode", self.span, limits)
 
     def _own_identity(self) -> dict[str, str | int]:
-        kept = ("rl.run.id", "rl.iteration", "rl.policy.version")
+        kept = ("rl.run.id", "rl.iteration", "rl.policy.version", EAGLEEYE_TRACE)
         identity: dict[str, str | int] = {key: value for key, value in self.identity.items() if key in kept}
         given = self._iteration
         if isinstance(given, Node):
@@ -459,7 +568,7 @@ class Episode(Scope):
         return identity
 
     def opening(self) -> dict[str, Value]:
-        return {"gen_ai.operation.name": "invoke_agent"}
+        return {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": self._agent}
 
     def _budget(self) -> dict[str, Any] | None:
         return self._budget_wire
@@ -494,7 +603,7 @@ class Iteration(Scope):
 
     def _own_identity(self) -> dict[str, str | int]:
         return {
-            **{k: v for k, v in self.identity.items() if k in ("rl.run.id", "rl.policy.version")},
+            **{k: v for k, v in self.identity.items() if k in ("rl.run.id", "rl.policy.version", EAGLEEYE_TRACE)},
             "rl.iteration": self.number,
         }
 
@@ -515,7 +624,10 @@ class Turn(Scope):
 
 
 class Chat(Scope):
-    """One model call; settled by :meth:`usage`. It begins only where there is room for one more token."""
+    """One model call; settled by :meth:`usage`. It begins only where there is room for one more token.
+
+    Where an engine's hook charges it, in this process or in an actor that is asked from within, it charges nothing.
+    """
 
     __slots__ = ("_cost", "_given", "_model", "_reservation", "_tokens")
     scope_kind = "chat"
@@ -547,7 +659,7 @@ class Chat(Scope):
         self._tokens = (self._tokens or 0) + int(input_tokens) + int(output_tokens)
 
     def __enter__(self) -> Self:
-        self._reservation = reserve(tokens=1, flops=self._flops(1))
+        self._reservation = reserve(tokens=1, flops=self._flops(1), chat=self.span)
         if self._reservation.unknown:  # who asked is not known on this node
             self._attributes["ray_guard.charge_scope"] = self._reservation.scope
         try:
@@ -655,7 +767,7 @@ def chat(
     attributes: Mapping[str, object] | None = None,
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Chat:
-    """One model call, as a context manager, where no engine hook applies; settle it by ``.usage(…)``.
+    """One model call, as a context manager; settle it by ``.usage(…)``. Not needed where an engine's hook applies.
 
     Entering raises ``BudgetExceeded`` where a scope around it has no room for one more token, and ``NotEnforced`` where
     one limits FLOPs and no `config` says what a token costs.

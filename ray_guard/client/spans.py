@@ -16,11 +16,15 @@ import json
 import logging
 import math
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from json.encoder import encode_basestring_ascii
 from typing import Any
+
+from ray_guard.evidence.redact import MARGIN, redact
+from ray_guard.records import ROOT_TRACE
 
 TEXT_LIMIT = 8192
 """Characters kept of one text attribute (tool content included)."""
@@ -40,7 +44,21 @@ ATTRIBUTE_LIMIT = 128
 PACKET_LIMIT = 120_000
 """Bytes of one message; the channel's packets hold 128 KiB."""
 
-IDENTITY = frozenset(("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version"))
+EAGLEEYE_TRACE = "ray_guard.eagleeye.trace_id"
+"""On every span below a request that ROCK named by ``eagleeye-traceid``."""
+
+IDENTITY = frozenset(
+    (
+        "rl.run.id",
+        "rl.iteration",
+        "rl.rollout.id",
+        "rl.group.id",
+        "rl.turn",
+        "rl.policy.version",
+        ROOT_TRACE,
+        EAGLEEYE_TRACE,
+    )
+)
 """What is on every span, where it is known (CONTRACT.md section 4)."""
 
 ATTRIBUTES_LIMIT = 96_000
@@ -53,7 +71,10 @@ _INT64 = 2**63
 
 Value = str | bool | int | float | list[str | bool | int | float]
 Event = tuple[str, int, dict[str, Value]]
-Link = tuple[str, str]
+Ids = tuple[str, str]
+"""Trace and span."""
+Link = Ids | tuple[str, str, str]
+"""Trace, span, and what the link leads to (:data:`ray_guard.records.LINK`) where that is not an iteration."""
 
 logger = logging.getLogger("ray_guard")
 _warned: set[str] = set()
@@ -67,6 +88,13 @@ def warn_once(topic: str, text: str) -> None:
     if topic not in _warned:
         _warned.add(topic)
         logger.warning(text, exc_info=True)  # noqa: LOG014 - called from handlers
+
+
+def say_once(topic: str, text: str) -> None:
+    """As :func:`warn_once`, where no exception is being handled."""
+    if topic not in _warned:
+        _warned.add(topic)
+        logger.warning(text)
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------
@@ -162,11 +190,17 @@ def type_name(kind: type) -> str:
     return name if module in (None, "builtins") else f"{module}.{name}"
 
 
+def is_cancelled(error: BaseException) -> bool:
+    """Whether `error` says that a task was cancelled."""
+    asyncio = sys.modules.get("asyncio.exceptions")  # who has not loaded it has no tasks
+    return asyncio is not None and isinstance(error, asyncio.CancelledError)
+
+
 def describe_exception(error: BaseException, time_ns: int) -> tuple[dict[str, Value], str, Event]:
     """Attributes, status message and the ``exception`` event of a span that ended by `error`."""
     name = clean_text(type_name(type(error)), NAME_LIMIT)
     try:
-        message = clean_text(str(error))
+        message = clean_text(redact(str(error)[: TEXT_LIMIT + MARGIN]))
     except Exception:  # noqa: BLE001
         message = ""  # its __str__ raises; the type still says what it was
     details: dict[str, Value] = {"exception.type": name, "exception.message": message}

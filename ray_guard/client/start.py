@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ray_guard.client.channel import Channel, receive_answer
+from ray_guard.client.segments import Segments
 from ray_guard.errors import SupervisorLost
 from ray_guard.kernel import seqpacket
 
@@ -98,8 +99,16 @@ class Control:
     """
 
     def __init__(
-        self, channel: Channel, payload: bytes, folder: int, descriptors: Sequence[int], place: Mapping[str, Any]
+        self,
+        channel: Channel,
+        payload: bytes,
+        folder: int,
+        descriptors: Sequence[int],
+        place: Mapping[str, Any],
+        *,
+        segments: Segments | None = None,
     ) -> None:
+        self._segments = segments
         self._lock = threading.Lock()
         self._channel = channel  # kept open: its end is the end of what was started over it
         self.exited: dict[str, Any] | None = None
@@ -153,6 +162,8 @@ class Control:
                     message = {"op": "exited", "status": int(signal.SIGKILL)}
                 if message.get("op") == "exited":
                     self.exited = message
+                    if self._segments is not None:
+                        self._segments.count += int(message.get("spans", 0))
             return self.exited is not None
 
     def signal(self, number: int) -> None:

@@ -30,6 +30,8 @@ _RESOLUTION: Final = 0.01 / 2
 _CLOCK_SLACK_US: Final = 2_000_000
 _SMOOTHING: Final = 0.05
 _MOST_BYTES: Final = 1 << 50
+_MOST_WATTS: Final = 10_000
+"""No GPU holds or draws as much: what says so is garbage."""
 
 HIDDEN_BYTES: Final = 512 << 20
 """Memory that nobody explains, and that is no driver's bookkeeping."""
@@ -145,6 +147,7 @@ class GpuMeter:
         """The next reading; the first one only says where counting begins, and who is there."""
         last, self._last = self._last, reading
         faults: list[str] = []
+        reading = _plausible(reading, faults)
         if isinstance(reading.processes, Missing):
             self._unexplained = 0
             return Tick(reading.device, 0.0, frozenset(), (), None, (), str(reading.processes))
@@ -221,6 +224,16 @@ class GpuMeter:
                 utilization = left if left >= _HIDDEN_PERCENT else 0
         self._unexplained = self._unexplained + 1 if memory or utilization else 0
         return Hidden(memory, utilization) if self._unexplained == HIDDEN_READINGS else None
+
+
+def _plausible(reading: Reading, faults: list[str]) -> Reading:
+    """Without an amount of memory that no GPU has: it would be a process's bound, or a hidden tenant's."""
+    used = reading.memory_used
+    if isinstance(used, Missing) or 0 <= used < _MOST_BYTES:
+        return reading
+    missing = Missing("nvmlDeviceGetMemoryInfo", f"{used} bytes, which cannot be true")
+    faults.append(str(missing))
+    return reading._replace(memory_used=missing)
 
 
 class _Load(NamedTuple):
@@ -302,11 +315,12 @@ def _share(
 
 
 def _energy(last: Reading, reading: Reading) -> float | None:
-    """Joules since the last reading; None: not measured, or the driver has begun to count anew."""
+    """Joules since the last reading; None: not measured, garbage, or the driver has begun to count anew."""
     before, now = last.energy_mj, reading.energy_mj
     if isinstance(before, Missing) or isinstance(now, Missing) or now < before:
         return None
-    return (now - before) / 1000
+    joules = (now - before) / 1000
+    return joules if joules <= _MOST_WATTS * max(reading.monotonic - last.monotonic, SAMPLE_PERIOD_S) else None
 
 
 def _apportioned(energy: float | None, pid: int, loads: Mapping[int, _Load]) -> float | None:

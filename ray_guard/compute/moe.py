@@ -18,6 +18,10 @@ from typing import Any, Final, NamedTuple
 
 from ray_guard.errors import UnknownArchitecture
 
+_MOST: Final = (1 << 31) - 1
+"""Of any field: more is a mistake, and its cost would be no number that a budget could be held to."""
+_MOST_LAYERS: Final = 10_000
+
 
 class Cost(NamedTuple):
     """Parameters are counted, FLOPs estimated from them.
@@ -109,20 +113,32 @@ class _Config:
         self._values = values
 
     def count(self, *names: str) -> int:
-        """A whole number above zero under the first of ``names`` that is there."""
-        value = self._first(names)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise UnknownArchitecture(names[0], value, "a whole number above zero")
-        return value
+        """A whole number above zero under ``names``, of which the file states one, or all of them alike."""
+        found = [(name, self._values[name]) for name in names if self._values.get(name) is not None]
+        if not found:
+            raise UnknownArchitecture(names[0], None, "the configuration must state it")
+        for name, value in found:
+            if not _is_count(value) or value == 0:
+                raise UnknownArchitecture(name, value, f"a whole number above zero, and at most {_MOST}")
+            if value != found[0][1]:
+                raise UnknownArchitecture(name, value, f"the same as {found[0][0]}, which is {found[0][1]}")
+        value = found[0][1]
+        return int(value)
 
     def maybe(self, name: str, missing: int) -> int:
         """A whole number, zero allowed; ``missing`` where the field is absent or null."""
         value = self._values.get(name)
         if value is None:
             return missing
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise UnknownArchitecture(name, value, "a whole number, not negative")
-        return value
+        if not _is_count(value):
+            raise UnknownArchitecture(name, value, f"a whole number, not negative, and at most {_MOST}")
+        return int(value)
+
+    def stated(self, name: str) -> int:
+        """A whole number that the file must state; zero and null mean that there is none."""
+        if name not in self._values:
+            raise UnknownArchitecture(name, None, "the configuration must state it, as null where there is none")
+        return self.maybe(name, 0)
 
     def flag(self, name: str, missing: bool) -> bool:  # noqa: FBT001 - the value of a missing field
         value = self._values.get(name)
@@ -132,17 +148,33 @@ class _Config:
             raise UnknownArchitecture(name, value, "true or false")
         return value
 
-    def numbers(self, name: str) -> frozenset[int]:
-        value = self._values.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(each, int) for each in value):
-            raise UnknownArchitecture(name, value, "a list of layer numbers")
+    def layers(self) -> int:
+        """How many there are."""
+        count = self.count("num_hidden_layers")
+        if count > _MOST_LAYERS:
+            raise UnknownArchitecture("num_hidden_layers", count, f"at most {_MOST_LAYERS}")
+        return count
+
+    def numbers(self, name: str, below: int) -> frozenset[int]:
+        """Different numbers from zero on."""
+        value = self._values.get(name)
+        if value is None:
+            return frozenset()
+        if not isinstance(value, list) or not all(_is_count(each) and each < below for each in value):
+            raise UnknownArchitecture(name, value, f"a list of layer numbers below {below}")
         return frozenset(value)
 
-    def _first(self, names: tuple[str, ...]) -> object:
-        for name in names:
-            if self._values.get(name) is not None:
-                return self._values[name]
-        raise UnknownArchitecture(names[0], None, "the configuration must state it")
+    def texts(self, name: str) -> list[str]:
+        value = self._values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise UnknownArchitecture(name, value, "a list of names")
+        return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
 
 
 def cost(config: Mapping[str, Any]) -> Cost:
@@ -157,27 +189,30 @@ def cost(config: Mapping[str, Any]) -> Cost:
     known = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
     if known is None:
         raise UnknownArchitecture("model_type", kind, f"one of {', '.join(sorted(ARCHITECTURES))}")
-    _check_kind(config)
-    shape = known(_Config(config))
+    fields = _Config(config)
+    _check_kind(config, fields)
+    shape = known(fields)
     if shape.chosen > shape.experts:
         raise UnknownArchitecture(
             "num_experts_per_tok", shape.chosen, f"at most the number of experts, {shape.experts}"
         )
     if not 0 <= shape.dense <= shape.layers:
-        raise UnknownArchitecture("num_hidden_layers", shape.layers, f"at least the {shape.dense} dense layers")
+        raise UnknownArchitecture("first_k_dense_replace", shape.dense, f"at most the {shape.layers} layers")
     return shape.cost()
 
 
-def _check_kind(config: Mapping[str, Any]) -> None:
+def _check_kind(config: Mapping[str, Any], fields: _Config) -> None:
     """Refuses what makes a model of a known type another one. Raises UnknownArchitecture."""
     if config.get("text_config") is not None:
         raise UnknownArchitecture("text_config", "…", "a language model alone: give the text model's own configuration")
-    classes = config.get("architectures")
-    if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
+    classes = fields.texts("architectures")
+    if classes and not any(name.endswith("ForCausalLM") for name in classes):
         raise UnknownArchitecture("architectures", classes, "a causal language model (…ForCausalLM)")
-    strange = {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention", "sliding_attention"}
-    if strange:
+    kinds = fields.texts("layer_types")
+    if strange := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UnknownArchitecture("layer_types", sorted(strange), "full_attention or sliding_attention")
+    if kinds and len(kinds) != fields.layers():
+        raise UnknownArchitecture("layer_types", len(kinds), f"one for each of the {fields.layers()} layers")
 
 
 # Parts -------------------------------------------------------------------------------------------------------------
@@ -192,10 +227,17 @@ def _gated_mlp(hidden: int, inner: int) -> Weights:
     return Weights(3 * hidden * inner)
 
 
-def _grouped_attention(config: _Config, *, bias: bool, output_bias: bool, norms: int = 0) -> tuple[Weights, int]:
-    """Grouped-query attention: its weights, and FLOPs per token of context. ``norms``: further weights, of norms."""
+def _grouped_attention(
+    config: _Config, width: int, *, bias: bool, output_bias: bool, norms: int = 0
+) -> tuple[Weights, int]:
+    """Grouped-query attention: its weights, and FLOPs per token of context.
+
+    ``width``: of a head; ``norms``: further weights, of norms.
+    """
     hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
-    groups, width = config.count("num_key_value_heads"), _head(config)
+    groups = config.count("num_key_value_heads")
+    if heads % groups:
+        raise UnknownArchitecture("num_key_value_heads", groups, f"a divisor of the {heads} attention heads")
     weights = (
         _linear(hidden, heads * width, bias=bias)
         + _linear(hidden, groups * width, bias=bias) * 2
@@ -206,8 +248,20 @@ def _grouped_attention(config: _Config, *, bias: bool, output_bias: bool, norms:
 
 
 def _head(config: _Config) -> int:
-    """Size of a head; Mixtral leaves it out (hidden / heads), Qwen3's is another than that."""
-    return config.maybe("head_dim", 0) or config.count("hidden_size") // config.count("num_attention_heads")
+    """Size of a head. Mixtral and OLMoE may leave it out (hidden / heads); others have another, and state it."""
+    return config.count("head_dim")
+
+
+def _head_or_share(config: _Config) -> int:
+    """The same, where it may be left out."""
+    if config.maybe("head_dim", -1) >= 0:
+        return config.count("head_dim")
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
+    if hidden % heads:
+        raise UnknownArchitecture(
+            "hidden_size", hidden, f"a multiple of the {heads} attention heads, or state head_dim"
+        )
+    return hidden // heads
 
 
 def _latent_attention(config: _Config) -> tuple[Weights, int]:
@@ -216,7 +270,7 @@ def _latent_attention(config: _Config) -> tuple[Weights, int]:
     rank, rotated = config.count("kv_lora_rank"), config.count("qk_rope_head_dim")
     plain, value = config.count("qk_nope_head_dim"), config.count("v_head_dim")
     bias = config.flag("attention_bias", missing=False)
-    query_rank = config.maybe("q_lora_rank", 0)
+    query_rank = config.stated("q_lora_rank")
     if query_rank:
         query = _linear(hidden, query_rank, bias=bias) + _linear(query_rank, heads * (plain + rotated))
         query += Weights(0, query_rank)
@@ -236,15 +290,14 @@ def _latent_attention(config: _Config) -> tuple[Weights, int]:
 
 
 def _qwen3(config: _Config) -> Shape:
-    hidden, layers, experts = (
-        config.count("hidden_size"),
-        config.count("num_hidden_layers"),
-        config.count("num_experts", "num_local_experts"),
-    )
+    hidden, layers = config.count("hidden_size"), config.layers()
+    experts, width = config.count("num_experts", "num_local_experts"), _head(config)
     bias = config.flag("attention_bias", missing=False)
-    attention, context = _grouped_attention(config, bias=bias, output_bias=bias, norms=2 * _head(config))
-    step, dense_layers = config.maybe("decoder_sparse_step", 1), config.numbers("mlp_only_layers")
-    sparse = [at for at in range(layers) if step and at not in dense_layers and (at + 1) % step == 0]
+    attention, context = _grouped_attention(config, width, bias=bias, output_bias=bias, norms=2 * width)
+    step, dense_layers = config.maybe("decoder_sparse_step", 1), config.numbers("mlp_only_layers", below=layers)
+    if step == 0:
+        raise UnknownArchitecture("decoder_sparse_step", step, "a whole number above zero")
+    sparse = [at for at in range(layers) if at not in dense_layers and (at + 1) % step == 0]
     dense = layers - len(sparse)
     return Shape(
         hidden=hidden,
@@ -264,15 +317,15 @@ def _qwen3(config: _Config) -> Shape:
 
 
 def _mixtral(config: _Config) -> Shape:
-    attention, context = _grouped_attention(config, bias=False, output_bias=False)
+    attention, context = _grouped_attention(config, _head_or_share(config), bias=False, output_bias=False)
     return _all_sparse(config, attention, context, config.count("num_local_experts", "num_experts"))
 
 
 def _olmoe(config: _Config) -> Shape:
-    width = _head(config)
+    width = _head_or_share(config)
     norms = width * (config.count("num_attention_heads") + config.count("num_key_value_heads"))
     bias = config.flag("attention_bias", missing=False)
-    attention, context = _grouped_attention(config, bias=bias, output_bias=bias, norms=norms)
+    attention, context = _grouped_attention(config, width, bias=bias, output_bias=bias, norms=norms)
     return _all_sparse(config, attention, context, config.count("num_experts", "num_local_experts"))
 
 
@@ -281,7 +334,7 @@ def _all_sparse(config: _Config, attention: Weights, context: int, experts: int)
     hidden = config.count("hidden_size")
     return Shape(
         hidden=hidden,
-        layers=config.count("num_hidden_layers"),
+        layers=config.layers(),
         dense=0,
         vocabulary=config.count("vocab_size"),
         tied=config.flag("tie_word_embeddings", missing=False),
@@ -301,10 +354,10 @@ def _gpt_oss(config: _Config) -> Shape:
     experts = config.count("num_local_experts", "num_experts")
     bias = config.flag("attention_bias", missing=True)
     sinks = config.count("num_attention_heads")
-    attention, context = _grouped_attention(config, bias=bias, output_bias=bias, norms=sinks)
+    attention, context = _grouped_attention(config, _head(config), bias=bias, output_bias=bias, norms=sinks)
     return Shape(
         hidden=hidden,
-        layers=config.count("num_hidden_layers"),
+        layers=config.layers(),
         dense=0,
         vocabulary=config.count("vocab_size"),
         tied=config.flag("tie_word_embeddings", missing=False),
@@ -328,9 +381,10 @@ def _deepseek_v3(config: _Config) -> Shape:
 
 
 def _glm4(config: _Config) -> Shape:
-    norms = 2 * _head(config) if config.flag("use_qk_norm", missing=False) else 0
+    width = _head(config)
+    norms = 2 * width if config.flag("use_qk_norm", missing=False) else 0
     bias = config.flag("attention_bias", missing=False)
-    attention, context = _grouped_attention(config, bias=bias, output_bias=False, norms=norms)
+    attention, context = _grouped_attention(config, width, bias=bias, output_bias=False, norms=norms)
     return _first_dense(config, attention, context, corrected=True)
 
 
@@ -341,10 +395,10 @@ def _first_dense(config: _Config, attention: Weights, context: int, *, corrected
     ``corrected``: the router has a bias per expert, which is added and not multiplied with.
     """
     hidden, inner = config.count("hidden_size"), config.count("moe_intermediate_size")
-    layers, experts = config.count("num_hidden_layers"), config.count("n_routed_experts")
+    layers, experts = config.layers(), config.count("n_routed_experts")
     if config.maybe("moe_layer_freq", 1) != 1:
         raise UnknownArchitecture("moe_layer_freq", config.maybe("moe_layer_freq", 1), "1: no other is in use")
-    dense = config.maybe("first_k_dense_replace", 0)
+    dense = config.stated("first_k_dense_replace")
     return Shape(
         hidden=hidden,
         layers=layers,
@@ -356,7 +410,7 @@ def _first_dense(config: _Config, attention: Weights, context: int, *, corrected
         expert=_gated_mlp(hidden, inner),
         experts=experts,
         chosen=config.count("num_experts_per_tok"),
-        shared=_gated_mlp(hidden, inner) * config.maybe("n_shared_experts", 0),
+        shared=_gated_mlp(hidden, inner) * config.stated("n_shared_experts"),
         router=_linear(hidden, experts) + Weights(0, experts if corrected else 0),
         mlp=_gated_mlp(hidden, config.count("intermediate_size")) if dense else Weights(0),
     )

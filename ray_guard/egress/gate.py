@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 from weakref import WeakSet
 
 from ray_guard.egress import sockaddr
@@ -42,6 +42,7 @@ from ray_guard.kernel.seqpacket import DESCRIPTOR_LIMIT
 from ray_guard.kernel.sock_diag import SO_COOKIE, unix_file
 from ray_guard.kernel.syscalls import NUMBERS
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.decide import Operation
 from ray_guard.policy.destination import Transport
 

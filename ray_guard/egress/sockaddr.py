@@ -6,8 +6,8 @@ import errno
 import os
 import struct
 from functools import lru_cache
-from typing import NamedTuple
 
+from ray_guard.named import NamedTuple
 from ray_guard.policy.destination import canonical_packed
 
 AF_UNSPEC, AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 0, 1, 2, 10, 16

@@ -12,9 +12,10 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from ray_guard.kernel import libc, procfs
+from ray_guard.named import NamedTuple
 
 _CAPACITY: Final = 32
 

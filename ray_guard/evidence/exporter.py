@@ -22,6 +22,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 
 from ray_guard import __version__, records
 from ray_guard.evidence.forwarder import ForwardError, endpoint
+from ray_guard.evidence.settings import check
 
 _SCOPE: Final = InstrumentationScope("ray_guard", __version__)
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
@@ -37,12 +38,15 @@ def open_exporter(environ: Mapping[str, str]) -> OtlpExporter:
     """The exporter that the standard variables ask for.
 
     Raises:
-        ForwardError: no endpoint, a protocol that is not known, or one whose package is not installed.
+        ForwardError: no endpoint, a protocol that is not known or whose package is not installed, or another variable
+            that cannot be meant.
     """
     if endpoint(environ) is None:
         raise ForwardError("no OTLP endpoint: set OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     exporter: SpanExporter
-    if protocol(environ, "TRACES") == "grpc":
+    spoken = protocol(environ, "TRACES")
+    check(environ, "TRACES", spoken)
+    if spoken == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 
         exporter = GrpcExporter()

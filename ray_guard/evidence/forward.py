@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ray_guard.errors import RayGuardError
 from ray_guard.evidence.forwarder import ForwardError, endpoint, metrics_endpoint
+from ray_guard.evidence.settings import batch_size, delay_s
 from ray_guard.evidence.tail import Line, Progress, Tail
 from ray_guard.records import Resource, SpanRecord
 
@@ -64,12 +65,13 @@ class Forwarder:
     while spans after it are taken is it the span and not the endpoint: it is then passed over, counted and logged.
     """
 
-    def __init__(self, folder: Path, exporter: Exporter, stopping: threading.Event) -> None:
+    def __init__(self, folder: Path, exporter: Exporter, stopping: threading.Event, batch: int = _BATCH_SPANS) -> None:
         self._progress = Progress.load(folder / STATE)
         self._tail = Tail(folder, self._progress)
         self._exporter = exporter
         self._stopping = stopping
-        self._limit = _BATCH_SPANS
+        self._most = batch
+        self._limit = batch
         self.failures = 0
         self.sent = 0
         self.passed_over = 0
@@ -89,7 +91,7 @@ class Forwarder:
         if why is None:
             self._taken(batch)
             self.sent += len(spans)
-            self._limit = min(_BATCH_SPANS, self._limit * 2)
+            self._limit = min(self._most, self._limit * 2)
             if spans and self.failures:
                 _log.warning("the endpoint takes spans again")
                 self.failures = 0
@@ -218,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="ray-guard forward: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
+        batch, delay = batch_size(os.environ), delay_s(os.environ, _POLL_S)
         exporter, metrics = _exporters(args.folder)
     except RayGuardError as error:
         sys.stderr.write(f"ray-guard forward: {error}\n")
@@ -229,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lock = _locked(args.folder, lifeline.stopping)
     if lock is None:
         return 0
-    forwarder = None if exporter is None else Forwarder(args.folder, exporter, lifeline.stopping)
+    forwarder = None if exporter is None else Forwarder(args.folder, exporter, lifeline.stopping, batch)
     meter = None if metrics is None else _metering(args, metrics, forwarder, lifeline.stopping)
-    all_sent = forwarder is None or _forward(args.folder, forwarder, lifeline.stopping, once=args.once)
+    all_sent = forwarder is None or _forward(args, forwarder, lifeline.stopping, delay)
     if meter is not None:
         meter.join()
         if forwarder is not None and meter.failing is None:
@@ -268,8 +271,9 @@ def _metering(
     return meter
 
 
-def _forward(folder: Path, forwarder: Forwarder, stopping: threading.Event, *, once: bool) -> bool:
+def _forward(args: argparse.Namespace, forwarder: Forwarder, stopping: threading.Event, delay: float) -> bool:
     """Until it is time to end and all is sent, or nothing more can be. Whether all was."""
+    folder, once = args.folder, args.once
     while True:
         # Asked before reading: what was written up to then is still sent.
         last = once or stopping.is_set()
@@ -284,7 +288,7 @@ def _forward(folder: Path, forwarder: Forwarder, stopping: threading.Event, *, o
             continue
         if last:
             return True
-        stopping.wait(_POLL_S)
+        stopping.wait(delay)
 
 
 if __name__ == "__main__":

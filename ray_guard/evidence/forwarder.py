@@ -17,7 +17,7 @@ class ForwardError(RayGuardError):
 
 
 def endpoint(environ: Mapping[str, str]) -> str | None:
-    """The traces endpoint that the standard variables name; None where none is wanted."""
+    """The traces endpoint that the standard variables name; None where none is wanted (as for metrics)."""
     return _endpoint(environ, "TRACES")
 
 
@@ -30,7 +30,7 @@ def _endpoint(environ: Mapping[str, str], signal: str) -> str | None:
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
     asked = environ.get(f"OTEL_{signal}_EXPORTER", "").lower().replace(" ", "")
-    if asked == "none" or (signal == "METRICS" and "otlp" not in (asked or "otlp").split(",")):
+    if "otlp" not in (asked or "otlp").split(","):
         return None
     for name in (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"):
         if value := environ.get(name, "").strip():

@@ -10,7 +10,6 @@ line is a leaf of one Merkle tree over the log. :meth:`Journal.cut` says what th
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import fcntl
@@ -20,16 +19,19 @@ import re
 import socket
 import stat
 import time
-from typing import Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from ray_guard.errors import NotEnforced, RayGuardError
 from ray_guard.evidence import merkle
 from ray_guard.evidence.layout import SCHEMA, SEAL_SUFFIX, SHORT, VOUCHED_SUFFIX, segment_name
 from ray_guard.evidence.merkle import Tree
-from ray_guard.evidence.note import Checkpoint, Key
 from ray_guard.evidence.otlp import LINE_LIMIT, resource_line
 from ray_guard.kernel import libc
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
+
+if TYPE_CHECKING:
+    from ray_guard.evidence.note import Checkpoint, Key
 
 _FEATURE: Final = "evidence"
 _POSTPONED_LIMIT: Final = 1024
@@ -91,6 +93,8 @@ class Journal:
         self._others = 0
         self._reserve = bounds.reserve
         self._postponed: list[bytes] = []
+        #: Ids of spans that were begun in another log and go on in this one.
+        self.continued: set[str] = set()
         #: Records that were dropped because neither disk nor memory had room for them.
         self.lost = 0
         #: Why the last record was refused that was; to be set back by whoever has told it.
@@ -358,6 +362,8 @@ class Journal:
         leaves = bytes(self._leaves)
         self._leaves.clear()
         self._cut_size = self._tree.size
+        from ray_guard.evidence.note import Checkpoint  # with the first seal, which no tool's start waits for
+
         checkpoint = Checkpoint(
             log=self.log,
             size=self._tree.size,
@@ -452,8 +458,10 @@ class Journal:
         if not self._keyed:
             self._keyed = True
             self._seal_backlog += _json({"key": str(key)})
+        from base64 import b64encode
+
         note = cut.checkpoint.signed(key, signature)
-        self._seal_backlog += _json({"checkpoint": note, "leaves": base64.b64encode(cut.leaves).decode()})
+        self._seal_backlog += _json({"checkpoint": note, "leaves": b64encode(cut.leaves).decode()})
         try:
             os.fdatasync(cut.descriptor)
             self._sync_names()

@@ -22,8 +22,10 @@ BEFORE: Final = "ray_guard.journal.before"
 """Names another log, in a line that vouches for it."""
 VOUCHES: Final = b'{"resourceSpans":[{"resource":{"attributes":[{"key":"ray_guard.journal.before",'
 """How such a line begins. No target can have a line begin so."""
+ASKS: Final = b"?"
+"""What the recoverer says before each log: which of its spans go on in the new one? Ids, in one line of JSON."""
 
-_SEGMENT: Final = re.compile(r"(?P<log>.+)-(?P<number>[0-9]{6,})" + re.escape(SUFFIX))
+_SEGMENT: Final = r"(?P<log>.+)-(?P<number>[0-9]{6,})" + re.escape(SUFFIX)
 
 
 def segment_name(log: str, number: int) -> str:
@@ -33,7 +35,7 @@ def segment_name(log: str, number: int) -> str:
 
 def log_of(name: str) -> tuple[str, int] | None:
     """Which log and which of its segments a file of that name is; None for any other file."""
-    match = _SEGMENT.fullmatch(name)
+    match = re.fullmatch(_SEGMENT, name)
     return None if match is None else (match["log"], int(match["number"]))
 
 

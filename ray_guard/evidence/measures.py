@@ -96,6 +96,8 @@ def _chat(span: SpanRecord) -> Iterator[Measurement]:
         **_copied(about, _PROVIDER, _MODEL, _SOURCE),
     }
     yield Measurement(OPERATION, _seconds(span), labels | _error(span))
+    if "ray_guard.charged_by" in about:
+        return  # counted where its engine says it
     for kind in ("input", "output"):
         tokens = _number(about.get(f"gen_ai.usage.{kind}_tokens"))
         if tokens is not None:

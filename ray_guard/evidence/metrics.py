@@ -29,6 +29,7 @@ from ray_guard import __version__
 from ray_guard.evidence.exporter import LastWord, protocol
 from ray_guard.evidence.layout import log_of
 from ray_guard.evidence.measures import INSTRUMENTS, Bounded, Instrument, Losses, Measurement, measured
+from ray_guard.evidence.settings import check
 from ray_guard.evidence.tail import Line, Progress, Tail, sizes
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ def open_metrics_exporter(environ: Mapping[str, str]) -> MetricsExporter:
     """The exporter that the standard variables ask for.
 
     Raises:
-        ForwardError: a protocol that is not known, or one whose package is not installed.
+        ForwardError: as for spans.
     """
     exporter: MetricExporter
-    if protocol(environ, "METRICS") == "grpc":
+    spoken = protocol(environ, "METRICS")
+    check(environ, "METRICS", spoken)
+    if spoken == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
 
         exporter = GrpcExporter()

@@ -18,10 +18,11 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Final, NamedTuple
+from typing import Final
 
 from ray_guard.evidence.layout import log_of
 from ray_guard.evidence.merkle import sha256
+from ray_guard.named import NamedTuple
 
 ORIGIN: Final = "ray_guard/"
 _ED25519: Final = b"\x01"

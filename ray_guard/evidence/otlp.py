@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from math import isfinite, isnan
 from sys import intern
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard import __version__
+from ray_guard.named import NamedTuple
 from ray_guard.records import (
     Attributes,
     AttributeValue,
@@ -38,7 +38,7 @@ LINE_LIMIT: Final = 16 * 1024 * 1024
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 _UINT64_MAX: Final = 2**64 - 1
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE: Final = "[\ud800-\udfff]"
 
 # Attribute keys repeat for ever, so their encoded form is kept; targets can invent keys, so not without bound.
 _KEY_LIMIT: Final = 1024
@@ -53,7 +53,7 @@ def _string(value: str) -> str:
     if len(value) > STRING_LIMIT:
         value = f"{value[:STRING_LIMIT]}… [{len(value) - STRING_LIMIT} more]"
     if not value.isascii():
-        value = _SURROGATE.sub("\ufffd", value)
+        value = re.sub(_SURROGATE, "\ufffd", value)
     return encode_basestring_ascii(value)
 
 
@@ -202,7 +202,7 @@ class EgressForm:
 
 
 class ProcessLine(NamedTuple):
-    """The two lines of one ``process`` span; :class:`ProcessForm` makes it."""
+    """The two lines of one ``process`` span; see :meth:`LineEncoder.process_line`."""
 
     before: str
     after: str
@@ -213,37 +213,6 @@ class ProcessLine(NamedTuple):
     def ended(self, end_ns: int, more: str, tail: str = "") -> bytes:
         """As :meth:`EgressForm.ended`."""
         return (f'{self.before}","endTimeUnixNano":"{end_ns}{self.after}{more}]{tail}}}]}}]}}]}}\n').encode("ascii")
-
-
-class ProcessForm:
-    """The ``process`` spans of one call: the path of every exec. What they have in common is encoded once.
-
-    Args:
-        head: up to the trace's id.
-        identity: the inside of the attributes array, encoded.
-    """
-
-    __slots__ = ("_head", "_identity")
-
-    def __init__(self, head: str, trace_id: str, identity: str) -> None:
-        self._head = f'{head}"{trace_id}","spanId":"'
-        self._identity = f'","attributes":[{identity},'
-
-    def line(
-        self, span_id: str, parent_id: str, program: str, start_ns: int, *, pid: int, parent_pid: int, path: str,
-        arguments: Sequence[str], digest: str,
-    ) -> ProcessLine:  # fmt: skip
-        """``program``: its name. ``digest``: of all its arguments; empty: it is not known."""
-        words = ",".join([f'{{"stringValue":{_string(word)}}}' for word in arguments])
-        hashed = f',{{"key":"ray_guard.arguments.sha256","value":{{"stringValue":"{digest}"}}}}' if digest else ""
-        return ProcessLine(
-            f'{self._head}{span_id}","parentSpanId":"{parent_id}","name":{_string(f"process {program}")},"kind":1,'
-            f'"startTimeUnixNano":"{start_ns}',
-            f'{self._identity}{{"key":"process.pid","value":{{"intValue":"{pid}"}}}},'
-            f'{{"key":"process.parent_pid","value":{{"intValue":"{parent_pid}"}}}},'
-            f'{{"key":"process.executable.path","value":{{"stringValue":{_string(path)}}}}},'
-            f'{{"key":"process.command_args","value":{{"arrayValue":{{"values":[{words}]}}}}}}{hashed}',
-        )
 
 
 class LineEncoder:
@@ -266,22 +235,44 @@ class LineEncoder:
             '"spans":[{"traceId":'
         )
 
-    def egress_form(self, trace_id: str, parent_id: str | None, attributes: str) -> EgressForm:
+    def egress_form(
+        self, trace_id: str, parent_id: str | None, attributes: str, links: Sequence[SpanLink] = ()
+    ) -> EgressForm:
         """The lines of ``egress connect`` spans, from parts that are known to be clean: the path of every connect.
 
         Args:
             attributes: the inside of the attributes array, encoded (:attr:`Fragment.encoded`, joined by commas).
         """
         parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
+        linked = f',"links":[{_links(links)}]' if links else ""
         return EgressForm(
             f'{self._head}"{trace_id}","spanId":"',
-            f'"{parent},"name":"egress connect","kind":3,"startTimeUnixNano":"',
+            f'"{parent},"name":"egress connect","kind":3{linked},"startTimeUnixNano":"',
             f'","attributes":[{attributes}',
         )
 
-    def process_form(self, trace_id: str, identity: str) -> ProcessForm:
-        """For the ``process`` spans of a call. ``identity``: attributes they all have, encoded."""
-        return ProcessForm(self._head, trace_id, identity)
+    def process_line(
+        self, trace_id: str, span_id: str, parent_id: str, identity: str, *,
+        program: str, start_ns: int, pid: int, parent_pid: int, path: str, arguments: Sequence[str], digest: str,
+    ) -> ProcessLine:  # fmt: skip
+        """A ``process`` span: the path of every exec, and so without a mapping and its loop.
+
+        Args:
+            identity: further attributes, encoded, as in :meth:`egress_form`.
+            program: its name.
+            digest: of all its arguments; empty: it is not known.
+        """
+        parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
+        words = ",".join([f'{{"stringValue":{_string(word)}}}' for word in arguments])
+        hashed = f',{{"key":"ray_guard.arguments.sha256","value":{{"stringValue":"{digest}"}}}}' if digest else ""
+        return ProcessLine(
+            f'{self._head}"{trace_id}","spanId":"{span_id}"{parent},"name":{_string(f"process {program}")},"kind":1,'
+            f'"startTimeUnixNano":"{start_ns}',
+            f'","attributes":[{identity},{{"key":"process.pid","value":{{"intValue":"{pid}"}}}},'
+            f'{{"key":"process.parent_pid","value":{{"intValue":"{parent_pid}"}}}},'
+            f'{{"key":"process.executable.path","value":{{"stringValue":{_string(path)}}}}},'
+            f'{{"key":"process.command_args","value":{{"arrayValue":{{"values":[{words}]}}}}}}{hashed}',
+        )
 
     def encode(self, record: SpanRecord, fixed: Fragment | None = None) -> bytes:
         """The record as one line, newline included.
@@ -352,8 +343,8 @@ class NotOtlp(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
-_SNAKE = re.compile(r"_([a-z0-9])")
-_HEX = re.compile(r"[0-9a-fA-F]+\Z")
+_SNAKE: Final = r"_([a-z0-9])"
+_HEX: Final = r"[0-9a-fA-F]+\Z"
 _KINDS: Final = {
     1: SpanKind.INTERNAL,
     3: SpanKind.CLIENT,
@@ -370,7 +361,7 @@ _STATUS: Final = {
 
 def _camel(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON objects with their keys in camelCase: both spellings are legal protobuf JSON."""
-    return {(_SNAKE.sub(lambda m: m[1].upper(), key) if "_" in key else key): value for key, value in pairs}
+    return {(re.sub(_SNAKE, lambda m: m[1].upper(), key) if "_" in key else key): value for key, value in pairs}
 
 
 def _objects(parent: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -414,7 +405,9 @@ def _identifier(value: object, size: int, what: str) -> str | None:
         return None
     if isinstance(value, str):
         text = value
-        if len(text) != 2 * size or not _HEX.match(text):
+        if len(text) != 2 * size or not re.match(_HEX, text):
+            from base64 import b64decode  # for what others write alone
+
             plain = text.rstrip("=").replace("-", "+").replace("_", "/")
             try:
                 text = b64decode(plain + "=" * (-len(plain) % 4), validate=True).hex()

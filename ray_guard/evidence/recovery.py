@@ -2,9 +2,10 @@
 
 Runs in the recoverer, a child of the zygote. For each log in the folder that nobody writes and no other vouches for it
 gives the supervisor lines for the new log: the last checkpoint of the old one, so that its removal would be noticed;
-and where its supervisor was killed, how many records are there and their root, and an end for every span left open.
-Nothing old is written to. Lines go out on a stream; each that vouches is answered with a byte once it is in the
-journal, and only then marked as done: cut short, all is done again, with the same ids.
+and where its supervisor was killed, how many records are there and their root, and an end for every span left open,
+but for those that go on under the new supervisor: it asks which. Nothing old is written to. Lines go out on a stream;
+each that vouches is answered with a byte once it is in the journal, and only then marked as done: cut short, all is
+done again, with the same ids.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, Self
 
-from ray_guard.evidence.layout import BEFORE, SEAL_SUFFIX, VOUCHED_SUFFIX, unvouched
+from ray_guard.evidence.layout import ASKS, BEFORE, SEAL_SUFFIX, VOUCHED_SUFFIX, unvouched
 from ray_guard.evidence.merkle import Tree
 from ray_guard.evidence.otlp import LineEncoder, NotOtlp, decode, resource_line
 from ray_guard.evidence.reader import open_segment, scan, segments_of
@@ -29,7 +30,8 @@ from ray_guard.records import AttributeValue, Resource, SpanRecord, StatusCode
 
 _IDS: Final = re.compile(rb'"spans":\[\{"traceId":"([0-9a-f]{32})","spanId":"([0-9a-f]{16})"')
 _TAIL: Final = 4 << 20
-_PATIENCE_S: Final = 2.0
+_PATIENCE_S: Final = 7.0
+"""Longer than policy actors are handed over in, which holds the log (``supervisor.handover``)."""
 _GROUP: Final = 4096
 
 
@@ -39,8 +41,11 @@ def run(line: socket.socket) -> None:
         asked = json.loads(told.readline())
         folder = Path(str(asked["folder"]))
         try:
-            for log in unvouched(folder, str(asked["log"])):
-                with contextlib.suppress(OSError), _Abandoned(folder, log) as old:
+            logs = unvouched(folder, str(asked["log"]))
+            for number, log in enumerate(logs):
+                with contextlib.suppress(OSError), _Abandoned(folder, log, logs[number + 1 :]) as old:
+                    line.sendall(ASKS + b"\n")  # only now: whoever held the log until now may have handed spans on
+                    old.found.leave(json.loads(told.readline()))
                     for each in old.lines():
                         line.sendall(each)
                     if told.read(1) != b"\1":
@@ -51,11 +56,17 @@ def run(line: socket.socket) -> None:
 
 
 class _Abandoned:
-    """A log that nobody writes any more, held so that no other recoverer takes it. Raises OSError where one does."""
+    """A log that nobody writes any more, held so that no other recoverer takes it. Raises OSError where one does.
 
-    def __init__(self, folder: Path, log: str) -> None:
+    Args:
+        later: logs that were begun after it, and are abandoned likewise.
+    """
+
+    def __init__(self, folder: Path, log: str, later: Sequence[str] = ()) -> None:
         self._folder = folder
         self._log = log
+        self._later = later
+        self.found = Found()
         self._seal = open_segment(folder / f"{log}{SEAL_SUFFIX}")
 
     def __enter__(self) -> Self:
@@ -83,9 +94,11 @@ class _Abandoned:
         if note is not None:
             about[f"{BEFORE}.checkpoint"] = note
         if note is None or "\nend\n" not in note:
-            found = Found()
+            found = self.found
             for path in segments_of(self._folder, self._log):
                 found.take(path)
+            for path in (path for log in self._later for path in segments_of(self._folder, log)):
+                found.leave_those_in(path)
             yield from found.ends(self._log)
             about[f"{BEFORE}.records"] = found.tree.size
             about[f"{BEFORE}.root"] = found.tree.root().hex()
@@ -119,6 +132,7 @@ class Found:
         self.open: dict[tuple[bytes, bytes], bytes] = {}
         self.torn = 0
         self._last_ns = 0
+        self._left: frozenset[bytes] = frozenset()
 
     def take(self, path: Path) -> None:
         hashes: list[bytes] = []
@@ -134,7 +148,7 @@ class Found:
                 if ids is not None:
                     if b'"endTimeUnixNano":' in content:
                         self.open.pop((ids[1], ids[2]), None)
-                    else:
+                    elif ids[2] not in self._left:
                         self.open[ids[1], ids[2]] = content
                 if len(hashes) >= _GROUP:
                     self.tree.extend(hashes)
@@ -142,6 +156,19 @@ class Found:
         self.tree.extend(hashes)
         with contextlib.suppress(OSError):
             os.truncate(path, os.path.getsize(path))  # gives back what had been set aside behind its end
+
+    def leave(self, spans: Iterable[str]) -> None:
+        """These spans go on in another log."""
+        self._left = frozenset(span.encode() for span in spans)
+
+    def leave_those_in(self, path: Path) -> None:
+        """Spans that went on in a later log, whose supervisor is gone as well, are ended there."""
+        if self.open:
+            with open_segment(path) as file:
+                for line in scan(file):
+                    ids = _IDS.search(line.content or b"")
+                    if ids is not None:
+                        self.open.pop((ids[1], ids[2]), None)
 
     def begun(self) -> Iterator[tuple[Resource, SpanRecord]]:
         """The spans that have no end."""

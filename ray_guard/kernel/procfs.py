@@ -7,7 +7,9 @@ import functools
 import os
 import time
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
+
+from ray_guard.named import NamedTuple
 
 _SHARES: Final = (b"\nPss:", b"\nPss_Shmem:")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")

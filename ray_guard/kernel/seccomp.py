@@ -14,10 +14,11 @@ import struct
 import sys
 from collections.abc import Sequence
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final
 
 from ray_guard.kernel import libc
 from ray_guard.kernel.syscalls import AUDIT_ARCH, LAST_KNOWN, TABLES
+from ray_guard.named import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------------------
 # filters
@@ -227,6 +228,10 @@ _O_CLOEXEC = 0o2000000
 _ZERO = bytes(80)
 _TICK = frozenset({signal.SIGALRM})
 _CROWD: Final = 16
+_ERESTARTNOINTR: Final = 513
+"""The kernel's own: on the way back to a process that has a signal to see to it begins the call anew."""
+_OLDEST, _LATER = 1 << 14, 1 << 12
+"""How far back a call may wait for its answer, and how many notifications one round of the loop may receive."""
 _ioctl = fcntl.ioctl
 
 
@@ -253,7 +258,7 @@ class Listener:
     Its buffers are kept: fcntl.ioctl takes a bytearray in half the time of bytes.
     """
 
-    __slots__ = ("_buffer", "_caller", "_crowd", "_here", "_id", "_response", "_whole", "fd", "sync_wake_up")
+    __slots__ = ("_buffer", "_caller", "_crowd", "_here", "_id", "_response", "_whole", "fd", "last", "sync_wake_up")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -264,6 +269,8 @@ class Listener:
         self._caller = 0
         self._crowd = 0
         self._here = False
+        self.last = 0
+        """Id of the notification that was received last."""
         self.sync_wake_up = self._wake_up_here(here=True)
         """Whether the kernel has the flag (Linux 6.6)."""
 
@@ -304,7 +311,7 @@ class Listener:
                 return None
             raise
         notification = Notification._make(_NOTIFICATION.unpack(buffer))
-        tid = notification[1]
+        self.last, tid = notification[:2]
         if (tid != self._caller or self._crowd) and self.sync_wake_up:
             self._met(tid)
         return notification
@@ -328,6 +335,21 @@ class Listener:
         Only for calls whose decisive arguments are in registers: memory can change after it was checked.
         """
         return self._send(notification_id, 0, 0, _FLAG_CONTINUE)
+
+    def stale(self, about: int) -> list[int]:
+        """Notifications that a process which is gone has received and not answered: nobody is told of them again.
+
+        To be asked before anything is received here. Ids count upwards, and one is valid only from when it was received
+        until it was answered.
+
+        Args:
+            about: the last that it had received, or one shortly before.
+        """
+        return [id for id in range(max(1, about - _OLDEST), about + _LATER) if self.is_valid(id)]
+
+    def restart(self, notification_id: int) -> bool:
+        """Has the caller make its call once more, to be notified anew. It must have a signal pending."""
+        return self._send(notification_id, 0, -_ERESTARTNOINTR, 0)
 
     def _send(self, notification_id: int, value: int, negated: int, flags: int) -> bool:
         _RESPONSE.pack_into(self._response, 0, notification_id, value, negated, flags)

@@ -47,6 +47,18 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[i
         BadPacket: the packet was no JSON object; its descriptors are closed.
     """
     packet, control, message_flags, _ = sock.recvmsg(PACKET_LIMIT, _ROOM, int(flags) | _CLOEXEC)
+    return _taken(packet, control, message_flags)
+
+
+def receive_into(sock: socket.socket, buffer: memoryview, flags: int = 0) -> tuple[dict[str, Any], list[int]] | None:
+    """:func:`receive`, with the packet left in ``buffer``."""
+    size, control, message_flags, _ = sock.recvmsg_into([buffer], _ROOM, int(flags) | _CLOEXEC)
+    return _taken(buffer[:size], control, message_flags)
+
+
+def _taken(
+    packet: bytes | memoryview, control: list[tuple[int, int, bytes]], message_flags: int
+) -> tuple[dict[str, Any], list[int]] | None:
     descriptors = _descriptors(control) if control else []
     try:
         if message_flags & _CUT:
@@ -59,14 +71,14 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[i
         raise
 
 
-def decode(packet: bytes) -> dict[str, Any]:
+def decode(packet: bytes | memoryview) -> dict[str, Any]:
     """The JSON object in a packet. Raises :class:`BadPacket`."""
     try:
-        message = json.loads(packet.decode())
+        message = json.loads(str(packet, "utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BadPacket(f"not JSON: {packet[:60]!r}") from error
+        raise BadPacket(f"not JSON: {bytes(packet[:60])!r}") from error
     if not isinstance(message, dict):
-        raise BadPacket(f"not an object: {packet[:60]!r}")
+        raise BadPacket(f"not an object: {bytes(packet[:60])!r}")
     return message
 
 

@@ -11,9 +11,10 @@ import os
 import socket
 import struct
 from collections.abc import Container, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from ray_guard.kernel import libc
+from ray_guard.named import NamedTuple
 
 SO_COOKIE: Final = 57
 NETLINK_SOCK_DIAG: Final = 4

@@ -11,6 +11,8 @@ and episode that asked. They meet in the job at the latest, which pays once:
     bill.settle({"tokens": 312})
 
 A scope that ends before its bill is settled gives back what the bill holds there; the others go on holding.
+
+A bill may also stand for many requests, whose sum is not known before: it is raised and lowered, and settled in parts.
 """
 
 # ruff: noqa: SLF001 - a bill is a reservation in accounts: one data structure
@@ -18,8 +20,9 @@ A scope that ends before its bill is settled gives back what the bill holds ther
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Literal
 
-from ray_guard.policy.budgets import Account, Amount, Exceeded, Limits, charged_amounts
+from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded, Limits, Unlimited, charged_amounts
 
 
 class Bill:
@@ -65,9 +68,49 @@ class Bill:
             self._held = dict(asked)
             for node in self.payers:
                 node._bills[self] = None
-                for kind, amount in asked.items():
-                    node._held[kind] = node._held.get(kind, 0) + amount
+                node._hold(asked)
         return exceeded
+
+    def lacks(self, amounts: Limits) -> bool:
+        """Whether :meth:`reserve` would find a limit without room."""
+        return self._find(charged_amounts(amounts)) is not None
+
+    def room(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
+        """How much more may be reserved before a limit is passed, be it one that is only watched."""
+        rooms = [
+            max(0, limits[kind] - node._taken(kind))
+            for node in self.payers
+            for limits in (node._limits, node._watched)
+            if kind in limits
+        ]
+        return min(rooms, default=UNLIMITED)
+
+    def grow(self, amounts: Limits) -> bool:
+        """Takes that much more from every payer; not where a limit would be passed."""
+        asked = charged_amounts(amounts)
+        if self._find(asked) is not None:
+            return False
+        for kind, amount in asked.items():
+            self._held[kind] = self._held.get(kind, 0) + amount
+        for node in self.payers:
+            if not node.closed:
+                node._bills[self] = None
+                node._hold(asked)
+        return True
+
+    def shrink(self, amounts: Limits) -> None:
+        """Gives back a part of what is held."""
+        part = {kind: min(amount, self._held.get(kind, 0)) for kind, amount in charged_amounts(amounts).items()}
+        for kind, amount in part.items():
+            self._held[kind] -= amount
+        for node in self.payers:
+            if self in node._bills:
+                node._let_go(part)
+
+    def settle_part(self, reserved: Limits, actual: Limits) -> Exceeded | None:
+        """:meth:`settle` for one of many requests, that held ``reserved``."""
+        self.shrink(reserved)
+        return self._book(charged_amounts(actual))
 
     def settle(self, actual: Limits) -> Exceeded | None:
         """Gives back what is held and books ``actual`` instead, more than that too: it happened.
@@ -78,11 +121,8 @@ class Bill:
         for node in self.payers:
             if self in node._bills:
                 self.leave(node)
-            for kind, amount in booked.items():
-                node._used[kind] = node._used.get(kind, 0) + amount
-                node._warn(kind, node._used[kind])
         self._held = {}
-        return self._find(dict.fromkeys(booked, 0))
+        return self._book(booked)
 
     def release(self) -> None:
         """What it was for did not happen."""
@@ -91,8 +131,14 @@ class Bill:
     def leave(self, node: Account) -> None:
         """Gives back what is held in one payer, which ends."""
         del node._bills[self]
-        for kind, amount in self._held.items():
-            node._held[kind] = max(0, node._held[kind] - amount)
+        node._let_go(self._held)
+
+    def _book(self, booked: Limits) -> Exceeded | None:
+        for node in self.payers:
+            for kind, amount in booked.items():
+                node._used[kind] = node._used.get(kind, 0) + amount
+                node._warn(kind, node._used[kind])
+        return self._find(dict.fromkeys(booked, 0))
 
     def _find(self, asked: Limits) -> Exceeded | None:
         noticed: Exceeded | None = None

@@ -24,9 +24,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal
 
 from ray_guard.errors import BudgetExceeded, PolicyError
+from ray_guard.named import NamedTuple
 
 if TYPE_CHECKING:
     from ray_guard.policy.bill import Bill
@@ -376,6 +377,21 @@ class Account:
         for child in self._children:
             child._watch_network()
 
+    def spent(self) -> dict[str, Amount]:
+        """What counts as used should whoever owns this tree die now: what is reserved may have been used by then."""
+        spent = dict(self._used)
+        for kind, amount in self._held.items():
+            if amount and kind not in _LEVELS:
+                spent[kind] = spent.get(kind, 0) + amount
+        return spent
+
+    def inherit(self, spent: Limits) -> None:
+        """Books what this scope had used under an owner that is gone: here alone, the scopes around have theirs."""
+        for kind, amount in spent.items():
+            if kind not in _LEVELS:
+                self._used[_known(kind)] = self._used.get(kind, 0) + _amount(amount)
+        self._notice(spent)
+
     def spread(self, kind: str, *, elsewhere: Amount, others: Amount) -> None:
         """This scope is on several nodes, and only a part of its limit may be used here.
 
@@ -444,6 +460,15 @@ class Account:
 
     def _taken(self, kind: str) -> Amount:
         return self._used.get(kind, 0) + self._held.get(kind, 0) + self._elsewhere.get(kind, 0)
+
+    def _hold(self, amounts: Limits) -> None:
+        """Reserves, in this scope alone: for a :class:`~ray_guard.policy.bill.Bill`."""
+        for kind, amount in amounts.items():
+            self._held[kind] = self._held.get(kind, 0) + amount
+
+    def _let_go(self, amounts: Limits) -> None:
+        for kind, amount in amounts.items():
+            self._held[kind] = max(0, self._held.get(kind, 0) - amount)
 
     def _notice(self, kinds: Iterable[str]) -> None:
         """Warns of what is almost used up, here and in the scopes around."""

@@ -46,9 +46,10 @@ from collections.abc import Collection, Mapping
 from enum import IntEnum, StrEnum
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from ray_guard.errors import PolicyError
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import (
     CONNECTIONS,
     EGRESS,

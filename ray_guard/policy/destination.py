@@ -20,13 +20,16 @@ service; only a rule whose own network lies within that range does.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from ray_guard.errors import PolicyError
+from ray_guard.named import NamedTuple
+
+if TYPE_CHECKING:
+    import ipaddress
 
 
 class Transport(StrEnum):
@@ -94,8 +97,16 @@ class SpecialRange(NamedTuple):
     range: AddressRange
 
 
+def _range(network: str) -> AddressRange:
+    """What a network of this module's own spans. What others write is read by ipaddress, which takes long to load."""
+    address, _, length = network.partition("/")
+    packed = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    low = int.from_bytes(packed, "big")
+    return AddressRange(4 if len(packed) == 4 else 6, low, low | ((1 << 8 * len(packed) - int(length)) - 1))
+
+
 def _special(kind: SpecialKind, *networks: str) -> tuple[SpecialRange, ...]:
-    return tuple(SpecialRange(kind, AddressRange.of(ipaddress.ip_network(network))) for network in networks)
+    return tuple(SpecialRange(kind, _range(network)) for network in networks)
 
 
 SPECIAL_RANGES: Final[tuple[SpecialRange, ...]] = (
@@ -122,22 +133,17 @@ SPECIAL_RANGES: Final[tuple[SpecialRange, ...]] = (
     *_special(SpecialKind.BROADCAST, "255.255.255.255/32"),
 )
 
-_LOOPBACK_4: Final = AddressRange.of(ipaddress.ip_network("127.0.0.0/8"))
+_LOOPBACK_4: Final = _range("127.0.0.0/8")
 _LOOPBACK_6: Final = Address(6, 1)
 _MAPPED_PREFIX: Final = bytes(10) + b"\xff\xff"
-_MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
+_MAPPED: Final = _range("::ffff:0:0/96")
 
-
-def _transition(network: str) -> AddressRange:
-    return AddressRange.of(ipaddress.ip_network(network))
-
-
-_COMPATIBLE: Final = _transition("::/96")  # ::a.b.c.d
-_TRANSLATED: Final = _transition("::ffff:0:0:0/96")  # SIIT, RFC 2765
-_NAT64: Final = _transition("64:ff9b::/96")
-_NAT64_LOCAL: Final = _transition("64:ff9b:1::/48")
-_SIX_TO_FOUR: Final = _transition("2002::/16")
-_TEREDO: Final = _transition("2001::/32")
+_COMPATIBLE: Final = _range("::/96")  # ::a.b.c.d
+_TRANSLATED: Final = _range("::ffff:0:0:0/96")  # SIIT, RFC 2765
+_NAT64: Final = _range("64:ff9b::/96")
+_NAT64_LOCAL: Final = _range("64:ff9b:1::/48")
+_SIX_TO_FOUR: Final = _range("2002::/16")
+_TEREDO: Final = _range("2001::/32")
 _ISATAP_MARK: Final = frozenset({0x00005EFE, 0x02005EFE})  # bits 32-63 of the interface identifier
 
 
@@ -199,17 +205,23 @@ def canonical_packed(packed: bytes) -> str:
     raise ValueError(f"an address has 4 or 16 bytes, not {len(packed)}")
 
 
+def _packed(text: str) -> bytes:
+    import ipaddress  # with the first address that is written out: most tools are granted none
+
+    return ipaddress.ip_address(text).packed
+
+
 def canonical_address(text: str) -> str:
     """The canonical text of an address; an IPv6 zone (``%eth0``) is dropped: rules do not speak of interfaces.
 
     Idempotent. Raises ValueError for anything that is not an address in ordinary notation (``127.1`` is not).
     """
-    return canonical_packed(ipaddress.ip_address(text).packed)
+    return canonical_packed(_packed(text))
 
 
 def parse_address(text: str) -> Address:
     """The canonical address as an integer. Raises ValueError as :func:`canonical_address` does."""
-    packed = ipaddress.ip_address(canonical_address(text)).packed
+    packed = _packed(canonical_address(text))
     return Address(4 if len(packed) == 4 else 6, int.from_bytes(packed, "big"))
 
 
@@ -302,10 +314,10 @@ class _RefusedError(Exception):
 _GROUPS: Final = {group.value: group for group in Group}
 _SCHEMES: Final = ("tls", "http", "ssh", "tcp", "udp", "unix")
 _PROTOCOL_OF_PORT: Final = {443: Protocol.TLS, 80: Protocol.HTTP, 22: Protocol.SSH}
-_PORT: Final = re.compile(r"[1-9][0-9]{0,4}\Z")
-_LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\Z")
-_NUMBER_LABEL: Final = re.compile(r"(?:[0-9]+|0[xX][0-9a-fA-F]*)\Z")
-_PREFIX_LENGTH: Final = re.compile(r"(?:0|[1-9][0-9]{0,2})\Z")
+_PORT: Final = r"[1-9][0-9]{0,4}\Z"
+_LABEL: Final = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\Z"
+_NUMBER_LABEL: Final = r"(?:[0-9]+|0[xX][0-9a-fA-F]*)\Z"
+_PREFIX_LENGTH: Final = r"(?:0|[1-9][0-9]{0,2})\Z"
 _UNIX_PATH_BYTES: Final = 107  # sun_path less its NUL
 # Second-level labels below which country registries sell names: *.co.uk is as wide as *.com.
 _REGISTRY_LABELS: Final = frozenset(
@@ -418,7 +430,7 @@ def _ports(text: str, *, any_port: bool = False) -> PortRange:
     bounds = (first, last) if dash else (first, first)
     if "/" in text:
         raise _RefusedError("a rule ends with the port: it speaks of hosts, not paths; a prefix length comes before it")
-    if not all(_PORT.match(bound) and int(bound) <= 65535 for bound in bounds):
+    if not all(re.match(_PORT, bound) and int(bound) <= 65535 for bound in bounds):
         raise _RefusedError("a port is a number from 1 to 65535, a range is 6000-6010")
     ports = PortRange(int(bounds[0]), int(bounds[1]))
     if ports.first > ports.last:
@@ -428,6 +440,8 @@ def _ports(text: str, *, any_port: bool = False) -> PortRange:
 
 def _network(host: str, ports: PortRange) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
     """The network that ``host`` states; None when it is a name."""
+    import ipaddress
+
     bracketed = host.startswith("[")
     text = host[1:-1] if bracketed else host
     address, slash, length = text.partition("/")
@@ -444,14 +458,14 @@ def _network(host: str, ports: PortRange) -> ipaddress.IPv4Network | ipaddress.I
     if bracketed and network.version == 4:
         raise _RefusedError(f"an IPv4 address has no brackets: write {text}:{ports}")
     if slash:
-        if not _PREFIX_LENGTH.match(length) or int(length) > network.max_prefixlen:
+        if not re.match(_PREFIX_LENGTH, length) or int(length) > network.max_prefixlen:
             raise _RefusedError(f"the prefix length is a number from 0 to {network.max_prefixlen}")
         try:
             network = ipaddress.ip_network(text)
         except ValueError:
             wide = ipaddress.ip_network(text, strict=False)
             raise _RefusedError(f"the address has bits beyond its prefix: write {wide} or {address} alone") from None
-    if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_MAPPED):
+    if network.version == 6 and AddressRange.of(network).within(_MAPPED):
         inner = int(network.network_address) & 0xFFFFFFFF
         network = ipaddress.IPv4Network((inner, network.prefixlen - 96))
     if network.num_addresses == 1 and int(network.network_address) == 0:
@@ -502,9 +516,9 @@ def _name(text: str) -> str:
     if len(name) > 253 or any(len(label) > 63 for label in labels):
         raise _RefusedError("a name has at most 253 characters, and 63 between two dots")
     # What every resolver reads as an address must not pass as a name: inet_aton knows 127.1, 0x7f.1 and 2130706433.
-    if _NUMBER_LABEL.match(labels[-1]):
+    if re.match(_NUMBER_LABEL, labels[-1]):
         raise _RefusedError(_plain_spelling(name))
-    if not all(_LABEL.match(label) for label in labels):
+    if not all(re.match(_LABEL, label) for label in labels):
         raise _RefusedError("a name is letters, digits and hyphens between dots, such as index.example.org")
     return name
 

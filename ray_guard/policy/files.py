@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard.errors import NotEnforced, PolicyError
+from ray_guard.named import NamedTuple
 
 READ: Final = "r"
 """Reading, listing and executing, of this and all below it."""

@@ -65,7 +65,7 @@ def _parse(text: str) -> object:
             return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             pass  # a YAML flow mapping, or broken: YAML's message says where
-    from ray_guard.policy import strict_yaml  # not for JSON: the parser takes longer to load than the policy to read
+    from ray_guard.policy import strict_yaml  # the parser takes longer to load than the policy to read
 
     try:
         return strict_yaml.load(text)

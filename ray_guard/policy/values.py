@@ -15,8 +15,8 @@ from ray_guard.errors import PolicyError
 from ray_guard.policy.destination import parse_endpoint, parse_ports, parse_rule
 
 _UNITS: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)[ ]?([A-Za-z]*)\Z")
-_NUMBER: Final = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?\Z")
+_SIZE: Final = r"([0-9]+(?:\.[0-9]+)?)[ ]?([A-Za-z]*)\Z"
+_NUMBER: Final = r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?\Z"
 _MOST_BYTES: Final = 1 << 60
 _MOST_COUNT: Final = 1 << 53
 _MOST_SECONDS: Final = 1e12
@@ -28,7 +28,7 @@ def parse_size(value: object) -> int:
     """A number of bytes: ``5MiB``, ``0.5 GiB``, ``1048576``. Raises PolicyError for what is none."""
     size = value
     if isinstance(value, str):
-        match = _SIZE.match(value) if len(value) <= _LONGEST_NUMBER else None
+        match = re.match(_SIZE, value) if len(value) <= _LONGEST_NUMBER else None
         if match is None:
             raise _problem(value, "a size is a number of bytes, plain or with KiB, MiB or GiB: 5MiB")
         number, unit = match.groups()
@@ -51,7 +51,7 @@ def parse_count(value: object) -> int:
 
 def parse_seconds(value: object) -> float:
     """A number of seconds. Raises PolicyError."""
-    if isinstance(value, str) and not _NUMBER.match(value):
+    if isinstance(value, str) and not re.match(_NUMBER, value):
         raise _problem(value, "a plain number of seconds: write 600 for ten minutes")
     return _real(value, _MOST_SECONDS, "a number of seconds")
 
@@ -67,7 +67,7 @@ def _problem(value: object, remedy: str) -> PolicyError:
 
 def _from_text(value: object) -> object:
     # YAML 1.1 reads 1e18, which has no dot, as text; so numbers may be text.
-    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and _NUMBER.match(value):
+    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and re.match(_NUMBER, value):
         return int(value) if value.isdigit() else float(value)
     return value
 

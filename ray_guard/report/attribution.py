@@ -15,7 +15,7 @@ from html import escape
 from math import log10
 from typing import Any, Final
 
-from ray_guard.attribution.attribute import Candidate
+from ray_guard.attribution.answers import Candidate
 from ray_guard.report import html, text
 from ray_guard.report.causes import Chain, Findings, Input, Row, Step
 from ray_guard.report.tables import Cell, Column, Table, Tone

@@ -17,10 +17,12 @@ from statistics import fmean
 from typing import Any, Final
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from ray_guard.attribution import findings
-from ray_guard.attribution.attribute import Attribution, Candidate, Result
+from ray_guard.attribution.answers import Attribution, Candidate
+from ray_guard.attribution.attribute import Result
 from ray_guard.attribution.candidates import TIERS
 from ray_guard.evidence.reader import segments
 from ray_guard.report import text
@@ -121,15 +123,17 @@ def gather(result: Result, answer: Mapping[str, Any]) -> Findings:
 
     Args:
         result: of the attribution.
-        answer: what :func:`ray_guard.attribution.document.document` made of it.
+        answer: what :func:`ray_guard.attribution.document.found` made of it.
     """
-    numbered = list(enumerate(result.alerts))
-    objections = [each for each in numbered if not each[1].informational]
-    ordinary = [each for each in numbered if each[1].informational]
+    answers = result.alerts
+    verdicts, at = answers.verdicts(), answers.middles()
+    objections = np.flatnonzero(~answers.informational)
+    ordinary = np.flatnonzero(answers.informational)
     # What is known to be the job's doing stays where not all of it can be shown.
-    objections.sort(key=lambda each: (_URGENCY.index(each[1].verdict), _at(each[1]), each[0]))
-    ordinary.sort(key=lambda each: (_at(each[1]), each[0]))
-    alerts = _rows(result.db, objections[:ALERT_LIMIT])
+    urgency = np.select([verdicts == each for each in _URGENCY], range(len(_URGENCY)))
+    shown = objections[np.lexsort((objections, at[objections], urgency[objections]))][:ALERT_LIMIT]
+    quiet = ordinary[np.lexsort((ordinary, at[ordinary]))][:INFORMATIONAL_LIMIT]
+    alerts = _rows(result, shown)
     chains = _chains(result, alerts[:CHAIN_LIMIT])
 
     def by_time(row: Row) -> tuple[int, int]:
@@ -139,11 +143,11 @@ def gather(result: Result, answer: Mapping[str, Any]) -> Findings:
         result,
         answer,
         sorted(alerts, key=by_time),
-        _rows(result.db, ordinary[:INFORMATIONAL_LIMIT]),
+        _rows(result, quiet),
         sorted(chains, key=lambda chain: by_time(chain.row)),
-        Counter(alert.verdict for _, alert in objections),
+        Counter(verdicts[objections].tolist()),
         len(ordinary),
-        sorted((_at(alert), alert.verdict) for _, alert in objections),
+        sorted(zip(at[objections].tolist(), verdicts[objections].tolist(), strict=True)),
         result.db.execute(
             """SELECT iteration, min(start_ns), max(coalesce(end_ns, start_ns)) FROM span
                WHERE iteration IS NOT NULL GROUP BY iteration ORDER BY iteration"""
@@ -192,14 +196,15 @@ def _size(path: str) -> int | None:
 
 def _at(alert: Attribution) -> int:
     # Its end, less half of what the log leaves open: a record of an end looks far back for its begin.
-    return alert.end_ns - (alert.time.end_ns - alert.time.start_ns) // 2
+    return alert.end_ns - alert.width_ns // 2
 
 
-def _rows(db: duckdb.DuckDBPyConnection, wanted: Sequence[tuple[int, Attribution]]) -> list[Row]:
+def _rows(result: Result, numbers: Any) -> list[Row]:
+    wanted = list(zip(numbers.tolist(), result.alerts.of(numbers), strict=True))
     said = {
         number: rest
         for number, *rest in _looked_up(
-            db,
+            result.db,
             {"alert": [number for number, _ in wanted]},
             """SELECT t.alert, src_ip, src_port, dst_ip, dst_port, proto, host, node, rule, denied, pid, command
                FROM timed t JOIN wanted w USING (alert)""",
@@ -214,7 +219,7 @@ def _rows(db: duckdb.DuckDBPyConnection, wanted: Sequence[tuple[int, Attribution
         near = _endpoint(src, src_port, "") or node or ""
         if pid is not None or command:
             near = " ".join(part for part in (near, f"pid {pid}" if pid is not None else "", command or "") if part)
-        whole = alert.raw.decode("utf-8", "replace").rstrip("\r\n")
+        whole = result.alerts.line(number).decode("utf-8", "replace").rstrip("\r\n")
         where = f"{alert.source.path}:{alert.record}"
         rows.append(Row(number, alert, _at(alert), where, near, far, rule or ("denied" if denied else ""), whole))
     return rows

@@ -104,14 +104,14 @@ class Index:
         return self._spans.get((trace_id, span_id))
 
     def lineage(self, entry: Entry) -> Iterator[Entry]:
-        """The span, its parent, and so on up to the last one known. A circle in hostile evidence ends it."""
+        """The span, what encloses it, and so on up to the last one known. A circle in hostile evidence ends it."""
         seen: set[str] = set()
         current: Entry | None = entry
         while current is not None and current.span.span_id not in seen:
             yield current
             seen.add(current.span.span_id)
-            above = current.span.parent_id
-            current = self._spans.get((current.span.trace_id, above)) if above is not None else None
+            above = current.span.above
+            current = self._spans.get(above) if above is not None else None
 
     def above(self, entry: Entry, kind: Kind) -> Entry | None:
         """The next span of that kind above."""

@@ -215,8 +215,11 @@ def summarise(index: Index) -> Summary:
             above = index.above(entry, Kind.CHAT) if kind is Kind.CHAT else None
             if above is None:
                 count(summary, entry, place)
-            elif index.place(above).actor != place.actor:
-                _served(summary, entry, place)
+            else:
+                if not _told_usage(above):
+                    _count_tokens(entry, _usages(summary, index.place(above)))
+                if index.place(above).actor != place.actor:
+                    _served(summary, entry, place)
             _state(summary, entry, place, kind)
     _rewards(summary, index)
     summary.unfinished.sort(key=lambda item: (item.start_ns, item.what))
@@ -330,6 +333,10 @@ def _chat(summary: Summary, entry: Entry, place: Place) -> None:
 def _served(summary: Summary, entry: Entry, place: Place) -> None:
     """The model call of the chat above it, as its engine saw it: counted there, but for the actor that computed it."""
     _count_tokens(entry, [summary.actors.setdefault(place.actor, Usage())])
+
+
+def _told_usage(entry: Entry) -> bool:
+    return any(f"gen_ai.usage.{kind}_tokens" in entry.span.attributes for kind in ("input", "output"))
 
 
 def _count_tokens(entry: Entry, usages: Sequence[Usage]) -> None:

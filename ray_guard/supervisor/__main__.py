@@ -1,7 +1,8 @@
 """Entry point of the supervisor: one small process per node, user and set of namespaces. Runs in the supervisor.
 
 Started by the first target (:mod:`ray_guard.client.channel`), which hands over the listening socket; it ends after the
-last. The zygote is forked before anything else is imported: what it starts is forked the faster the smaller it is.
+last. The zygote is forked before anything else is imported: what it starts is forked the faster the smaller it is, and
+both load what they are at the same time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 
 from ray_guard import log
 from ray_guard.kernel import borrowing, ipc, mounting, trial
+from ray_guard.supervisor import to_zygote
 
 
 def main(descriptor: int, prepared: int = 0) -> None:
@@ -26,11 +28,8 @@ def main(descriptor: int, prepared: int = 0) -> None:
     os.umask(0o077)
     # Begun here, so that the zygote goes by the same answers; nobody waits for them yet.
     trial.begin([borrowing.TRIAL, ipc.TRIAL, mounting.TRIAL])
-    from ray_guard.supervisor import leaf, zygote
-
-    leaf.place()  # asked here too
-    starts, zygote_pid = zygote.fork(close=[descriptor])
-    leaders = [zygote.ask_for_leader(starts) for _ in range(prepared)]
+    starts, zygote_pid = to_zygote.fork(close=[descriptor])
+    leaders = [to_zygote.ask_for_leader(starts) for _ in range(prepared)]
     log.to_stderr()
     from ray_guard.supervisor.service import serve
 

@@ -11,7 +11,10 @@ import stat
 import struct
 import sys
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
+
+from ray_guard.evidence.redact import MARGIN, redact_arguments
+from ray_guard.named import NamedTuple
 
 try:  # as ``random`` does with its own: hashlib loads OpenSSL, which takes longer than a tool to start
     from _sha256 import sha256  # type: ignore[import-not-found]
@@ -36,8 +39,9 @@ class Arguments(NamedTuple):
 
 
 def shown(argv: Sequence[str]) -> tuple[str, ...]:
-    """The arguments as they are recorded: the first ones, long ones cut."""
-    return tuple([word if len(word) <= SHOWN_LENGTH else word[:SHOWN_LENGTH] + "…" for word in argv[:SHOWN]])
+    """The arguments as they are recorded: the first ones, long ones cut, and no secrets in them."""
+    known = redact_arguments(tuple([word[: SHOWN_LENGTH + MARGIN] for word in argv[:SHOWN]]))
+    return tuple([word if len(word) <= SHOWN_LENGTH else word[:SHOWN_LENGTH] + "…" for word in known])
 
 
 def digest(argv: tuple[str, ...]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from ray_guard.kernel import cgroup
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import PREFIX, Leaf, OwnLeaf, place
 

@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ray_guard.kernel.seqpacket import BadPacket
-from ray_guard.records import AttributeValue, SpanEvent, SpanKind, SpanLink, SpanRecord, StatusCode
+from ray_guard.records import LINK, AttributeValue, SpanEvent, SpanKind, SpanLink, SpanRecord, StatusCode
 
-IDENTITY: Final = ("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version")
+IDENTITY: Final = (
+    "rl.run.id",
+    "rl.iteration",
+    "rl.rollout.id",
+    "rl.group.id",
+    "rl.turn",
+    "rl.policy.version",
+    "ray_guard.root_trace_id",
+    "ray_guard.eagleeye.trace_id",
+)
 _HEX: Final = frozenset("0123456789abcdef")
 
 
@@ -59,7 +68,11 @@ def links(value: object) -> tuple[SpanLink, ...]:
     if not isinstance(value, list):
         return ()
     return tuple(
-        SpanLink(identifier(link[0], 32), identifier(link[1], 16))
+        SpanLink(
+            identifier(link[0], 32),
+            identifier(link[1], 16),
+            {LINK: text(link[2], 32)} if len(link) > 2 else {},
+        )
         for link in value[:128]
         if isinstance(link, list) and len(link) >= 2
     )

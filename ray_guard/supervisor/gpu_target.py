@@ -16,8 +16,9 @@ from ray_guard.log import logger
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded, Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Mode, SpanKind, SpanRecord
+from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.orphans import Mark
-from ray_guard.supervisor.target import Origin, Target, new_span_id
+from ray_guard.supervisor.target import Origin, Target
 
 log = logger("ray_guard.gpu")
 

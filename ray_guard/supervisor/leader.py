@@ -21,9 +21,8 @@ from ray_guard.policy.files import Grant
 from ray_guard.supervisor import mounts
 from ray_guard.supervisor.embryo import Embryo
 from ray_guard.supervisor.groups import Everybody, Groups, Scope
+from ray_guard.supervisor.leaf import KILL_PATIENCE_S
 
-KILL_PATIENCE_S: Final = 1.0
-"""Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
 TERM_PATIENCE_S: Final = 1.0
 _REAPED_AT_ONCE: Final = 256
 
@@ -149,7 +148,7 @@ class _Call:
         self._deadline = None if self._wall is None else time.monotonic() + self._wall
         started = {"op": "started", "pid": self._pid}
         self._tell(started)
-        goes = not self._held or self._obey()
+        goes = self._may_go()
         if goes:
             os.kill(self._pid, signal.SIGCONT)  # the supervisor has stopped it: see embryo
         for descriptor in asking:
@@ -209,6 +208,13 @@ class _Call:
                 self._everybody.signal(signal.SIGTERM)
         return timed_out
 
+    def _may_go(self) -> bool:
+        """Waits until the tool may take its first step; False: it shall not."""
+        while self._held:  # before that the supervisor may tell of the group it leads
+            if not self._obey():
+                return False
+        return True
+
     def _obey(self) -> bool:
         """One message from the supervisor; False: end everything."""
         try:
@@ -219,9 +225,12 @@ class _Call:
         if received is not None and operation == "group":
             self._everybody.add(int(received[0]["number"]))
             return True
+        if operation == "go":
+            self._held = False
+            return True
         if received is None or operation != "signal":
             self._released = operation == "again"
-            return operation == "go"
+            return False
         try:
             if self._status is None:  # not reaped yet, so the pid is still the tool's
                 os.kill(self._pid, int(received[0]["number"]))

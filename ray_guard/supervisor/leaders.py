@@ -11,9 +11,10 @@ import select
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard.kernel import seqpacket
+from ray_guard.named import NamedTuple
 from ray_guard.supervisor.loop import Loop
 
 SPARE: Final = 8

@@ -24,6 +24,8 @@ from typing import Final, NoReturn
 
 from ray_guard.kernel import cgroup, pidfd
 
+KILL_PATIENCE_S: Final = 1.0
+"""Contract: what a call leaves running is dead within one second; what is not by then is reported as unkillable."""
 PREFIX: Final = "ray_guard-"
 _PATIENCE_S: Final = 5
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

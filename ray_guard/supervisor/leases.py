@@ -248,6 +248,10 @@ class Leases:
             self._loop.later(LOOK_S, self._look)
         return [(lease, 0) for lease in leases.values() if not lease.known]
 
+    def covers(self, account: Account, kind: str) -> bool:
+        """Whether that limit of this scope alone is under a lease."""
+        return kind in self._leases.get(account, {})
+
     def lacking(self, account: Account, amounts: Limits) -> list[tuple[Lease, Amount]]:
         """Leases of this scope alone that are too small for ``amounts`` and may grow."""
         leases = self._leases.get(account, {})

@@ -31,6 +31,8 @@ class Loop:
         self._running = False
         self._new: set[int] = set()
         """Watched since this round began: what it has to tell of such a number is of a descriptor closed since."""
+        self.each_round: list[Callable[[], None]] = []
+        """Called when all that was ready has been seen to. None may raise."""
 
     def watch(self, descriptor: int, events: int, callback: Callable[[int], None]) -> None:
         """Calls ``callback(events)`` whenever ``descriptor`` is ready (level-triggered), until :meth:`forget`."""
@@ -69,6 +71,8 @@ class Loop:
                         callback(events)
                     except Exception:
                         log.exception("descriptor %d", descriptor)
+            for each in self.each_round:
+                each()
 
     def _fire(self) -> None:
         """Calls what is due."""

@@ -13,19 +13,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ray_guard.egress.relay.model.admission import RELEASED, Plan, Price, plan
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Exceeded, Unlimited
 from ray_guard.policy.decide import Endpoint
 from ray_guard.policy.destination import canonical_address, is_address, is_loopback, parse_address
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
-from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
+from ray_guard.supervisor.ids import new_span_id, new_trace_id
+from ray_guard.supervisor.segments import links_of
+from ray_guard.supervisor.target import Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.ring import Ring
@@ -141,6 +144,8 @@ class ModelCalls:
         amounts: dict[str, Amount] = {TOKENS: most, FLOPS: 0 if price is None else price.flops(most)}
         account = self._origin.account
         payers = () if account.closed else Bill([account]).payers
+        if account.limits_any((TOKENS, FLOPS)):
+            self._ring.node.quotas.collect(payers)  # what is left for this request is what nobody uses
         lacking = [each for payer in payers for each in leases.lacking(payer, amounts)]
         if lacking:
             leases.wait(lacking, admit)
@@ -168,15 +173,15 @@ class ModelCalls:
         record = self._opened(message, reserved, planned.fill)
         if price is None and (limiting := bill.limiting(FLOPS)) is not None:
             text = f"the {limiting.scope.value} has a limit of {FLOPS}, and what this model costs is not known"
-            self._target.write(_failed(record, FLOPS, text), self._origin.identity)
             self._target.violation(self._origin, record.span_id, FLOPS, reason="unmeasured", destination=self._where)
+            self._target.write(_failed(record, FLOPS, text), self._origin.identity)
             return _error(429, "insufficient_quota", text)
         exceeded = bill.reserve({TOKENS: reserved, FLOPS: 0 if price is None else price.flops(reserved)})
         if exceeded is not None:
             if not exceeded.report_only:
                 text = str(exceeded.error())
-                self._target.write(_failed(record, exceeded.kind, text), self._origin.identity)
                 self._exceeded(record.span_id, exceeded)
+                self._target.write(_failed(record, exceeded.kind, text), self._origin.identity)
                 return _error(429, "insufficient_quota", text)
             self._exceeded(record.span_id, exceeded)
         word = new_trace_id()
@@ -221,6 +226,7 @@ class ModelCalls:
             start_ns=time.time_ns(),
             end_ns=None,
             attributes=attributes,
+            links=links_of(self._origin.link),
         )
 
     # -- after ---------------------------------------------------------------------------------------------------------
@@ -274,9 +280,11 @@ class ModelCalls:
             status=StatusCode.ERROR if text else StatusCode.UNSET,
             status_message=text,
         )
-        self._target.write(ended, self._origin.identity)
-        if exceeded is not None:
-            self._exceeded(call.record.span_id, exceeded)
+        try:
+            if exceeded is not None:
+                self._exceeded(call.record.span_id, exceeded)
+        finally:
+            self._target.write(ended, self._origin.identity)
 
     def _refused(self, message: Message) -> None:
         where = f"{self._where} ({message['text']})"

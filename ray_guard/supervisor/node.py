@@ -6,7 +6,7 @@ import functools
 import os
 import select
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.errors import NotEnforced, PolicyError
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from ray_guard.egress.meter import Meter
     from ray_guard.egress.relay.front import Relay
     from ray_guard.egress.relay.model.admission import Price
+    from ray_guard.supervisor.care import Care
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
     from ray_guard.supervisor.leaf import Leaf
     from ray_guard.supervisor.model_calls import Paid
+    from ray_guard.supervisor.session import Session
     from ray_guard.supervisor.target import Target
 
 log = logger("ray_guard.node")
@@ -81,8 +83,10 @@ class Node:
         self.surroundings_changed: list[Callable[[], None]] = []
         self.zygote = os.getpid()
         """Its pid; set by whoever has one."""
-        self.ward: Callable[[int], None] = lambda _pid: None
-        """Puts a process's tree into the zygote's care; set by whoever has a zygote."""
+        self.care: Care
+        """Takes care of targets should this process die; set by whoever has a zygote."""
+        self.admit: Callable[[socket.socket], Session]
+        """Begins a session on a target's line that a former supervisor had; set by whoever accepts targets."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
         self.end_adopted: Callable[[int], None] = lambda _leader: None
@@ -93,7 +97,7 @@ class Node:
         """Tells this supervisor from all others."""
         self.gpus = Presence(loop)
         self.leases = Leases(loop)
-        self.quotas = Quotas(self.leases, self.directory, self.paid)
+        self.quotas = Quotas(self.leases, self.directory, self.paid, loop.later)
         self.census = Census(loop)
         self._own_folders = own_folders
         self._journals: dict[str, Journal] = {}
@@ -102,6 +106,8 @@ class Node:
         self.sealer = Sealer(loop)
         self._forwarders: list[subprocess.Popen[bytes]] = []
         self._jobs: dict[str, Account] = {}
+        self._inherited: dict[str, dict[str, Amount]] = {}
+        """By job, what it has been charged for what it used under former supervisors."""
         self._actors: dict[str, Account] = {}
         self._directories: dict[str, Directory] = {}
         self._memberships: dict[int, Membership] = {}
@@ -241,6 +247,13 @@ class Node:
         account.tighten(policy.limits(Scope.JOB), policy.watched(Scope.JOB))
         return account
 
+    def inherit_job(self, run_id: str, spent: Mapping[str, Amount]) -> None:
+        """Books what a job had used here under a former supervisor; each of its targets that is taken over says so."""
+        known = self._inherited.setdefault(run_id, {})
+        more = {kind: amount - known.get(kind, 0) for kind, amount in spent.items() if amount > known.get(kind, 0)}
+        known.update({kind: spent[kind] for kind in more})
+        inherit(self._jobs[run_id], more, self.leases)
+
     def _job_is_near(self, near: Near) -> None:
         """A limit of a job is almost reached: journaled once, logged by all its targets."""
         targets = self.quotas.of_job(near.source)
@@ -350,6 +363,14 @@ class Node:
             callback()
 
 
+def inherit(account: Account, spent: Mapping[str, Amount], leases: Leases) -> None:
+    """Books what ``account`` had used under a former supervisor.
+
+    But of limits under leases: parts that were claimed by one that has died stay claimed, and so count already.
+    """
+    account.inherit({kind: amount for kind, amount in spent.items() if not leases.covers(account, kind)})
+
+
 def _bounds(environment: Mapping[str, str]) -> Bounds:
     said = environment.get("RAY_GUARD_EVIDENCE_LIMIT", "").strip()
     try:
@@ -362,12 +383,18 @@ def _bounds(environment: Mapping[str, str]) -> Bounds:
     return bounds
 
 
+def _of_the_host(addresses: Collection[str]) -> tuple[str, ...]:
+    """Without loopback, which every host has: it tells none from another. Alone, it is all that this one has."""
+    own = [address for address in addresses if not address.startswith("127.") and address != "::1"]
+    return tuple(sorted(own or addresses))
+
+
 def resource_attributes(node: Node, identity: dict[str, Any]) -> dict[str, Any]:
     """The OTLP resource of a target, from what it told about itself and what this node knows."""
     attributes: dict[str, Any] = {
         "service.name": str(identity.get("service_name") or "ray_guard"),
         "host.name": node.hostname,
-        "host.ip": tuple(sorted(node.addresses)),
+        "host.ip": _of_the_host(node.addresses),
         "rl.run.id": str(identity.get("run_id") or ""),
     }
     for name in ("job_id", "node_id", "actor_id", "actor_name"):

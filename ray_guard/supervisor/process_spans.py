@@ -6,11 +6,12 @@ A call can execute as many as it likes: after :data:`SPANS_LIMIT` further ones a
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import ProcessLine, fragment, tail
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.records import AttributeValue, StatusCode
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class ProcessSpans:
 
     def __init__(self, target: Target, origin: Origin) -> None:
         self._target = target
-        self._form = target.process_form(origin)
+        self._origin = origin
         self._begun = 0
         self.left_out = 0
 
@@ -86,10 +87,11 @@ class ProcessSpans:
             self.left_out += 1
             return None
         self._begun += 1
+        self._origin.tally.another(self._origin)
         shown, digest = image.arguments
-        line = self._form.line(
-            image.span, image.parent, image.path.rpartition("/")[2][:_NAME_SHOWN], image.began,
-            pid=image.pid, parent_pid=image.parent_pid, path=image.path, arguments=shown, digest=digest,
+        line = self._target.encoder.process_line(
+            self._origin.trace_id, image.span, image.parent, self._origin.identity.encoded,
+            program=image.path.rpartition("/")[2][:_NAME_SHOWN], start_ns=image.began, pid=image.pid, parent_pid=image.parent_pid, path=image.path, arguments=shown, digest=digest,
         )  # fmt: skip
         return OpenImage(image, line)
 
@@ -121,7 +123,12 @@ class ProcessSpans:
             more += _EXITED if status == 0 else f",{fragment(exit_attributes(status)).encoded}"
         if lost:
             more += _LOST
-        said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
+        events, told = self._target.offences(image.span)
+        if events:
+            more += f",{fragment(told).encoded}"
+            said = tail(events, StatusCode.ERROR, lost)
+        else:
+            said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         try:
             self._keep(begun.line.ended(max(at, image.began), more, said))
         except JournalError:

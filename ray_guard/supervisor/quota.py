@@ -13,35 +13,45 @@ such limits are leased on their own node too, and a request waits until what it 
 What was reserved and never settled, because its process is gone, is charged as reserved: the tokens may have been
 computed, and a crash must not be a way to compute for nothing. It is charged once and held no longer, so one crash
 costs an episode no more than the one request.
+
+Who calls a hooked engine within ``ray_guard.chat`` would be charged twice: by the engine, and by what the chat's
+``usage`` says. A chat's reservation bears the id of its span; where a request is reserved below such a span, the chat
+lets its own go, settles for nothing, and its span says who charges.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced, RayGuardError
 from ray_guard.evidence.journal import JournalError
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.bill import Bill
 from ray_guard.policy.budgets import Account, Amount, Exceeded, Limits, Scope, limits_from_wire
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
+from ray_guard.supervisor.consequences import acts
+from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.leases import PARTS, Desk, Lease, Leases
-from ray_guard.supervisor.target import OpenSpan, Origin, Target, new_span_id
+from ray_guard.supervisor.target import OpenSpan, Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.model_calls import Paid
+    from ray_guard.supervisor.purses import Purse, Purses
 
 log = logger("ray_guard.quota")
 
 TOKENS: Final = "tokens"
 FLOPS: Final = "flops"
+ENGINE: Final = "engine"
+"""Who charges a ``chat`` where an engine's hook does."""
 _OPEN_LIMIT: Final = 100_000
 AWAY_S: Final = 60.0
 """After so long without a request what stands for a scope of another node is forgotten."""
@@ -100,9 +110,18 @@ class Quotas:
         leases: this node's.
         desk: where a target's are claimed; None: it is in no cluster.
         paid: model calls that are charged elsewhere, by their word.
+        later: calls back after so many seconds.
     """
 
-    def __init__(self, leases: Leases, desk: Callable[[Target], Desk | None], paid: Mapping[str, Paid]) -> None:
+    def __init__(
+        self,
+        leases: Leases,
+        desk: Callable[[Target], Desk | None],
+        paid: Mapping[str, Paid],
+        later: Callable[[float, Callable[[], None]], None],
+    ) -> None:
+        self._later = later
+        self._purses: Purses | None = None
         self._leases = leases
         self._desk = desk
         self._paid = paid
@@ -131,14 +150,17 @@ class Quotas:
         """A target is gone. What it has not settled is charged: see the module."""
         spender = self._spenders.pop(id(target), None)
         self._leases.forget(target.account)
-        if spender is None or not spender.open:
+        if spender is None:
             return
+        purses = [] if self._purses is None else self._purses.leave(id(target))
+        unsettled = [*spender.open.values(), *(_Reserved(purse.bill, purse.asking) for purse in purses)]
         charged: dict[str, Amount] = {}
-        for reserved in spender.open.values():
+        for reserved in unsettled:
             for kind, amount in reserved.bill.reserved.items():
                 charged[kind] = charged.get(kind, 0) + amount
-            self._book(target, reserved, reserved.bill.reserved)
-        _record_unsettled(target, charged)
+            _book(target, reserved.asking, reserved.bill.settle(reserved.bill.reserved))
+        if any(charged.values()):
+            _record_unsettled(target, charged)
 
     def of_job(self, run_id: str) -> list[Target]:
         """The targets of a job that are here."""
@@ -153,46 +175,98 @@ class Quotas:
         bill, _ = self._bill(target, message)
         return [each for account in bill.payers for each in self._leases.lacking(account, amounts)]
 
+    def must_wait(self, target: Target, message: Mapping[str, Any]) -> bool:
+        """Whether a reservation cannot be answered at this moment (:meth:`collect`). Raises BadPacket, NotEnforced."""
+        if self._purses is None:
+            return False
+        bill, _ = self._bill(target, message)
+        amounts = {TOKENS: _count(message.get("tokens")), FLOPS: _flops(message.get("flops")) or 0}
+        return bill.lacks(amounts) and not self.collect(bill.payers)
+
+    def collect(self, payers: Collection[Account]) -> bool:
+        """Takes back what lies in purses that one of ``payers`` has filled.
+
+        False: somebody is drawing from one at this moment, which takes microseconds.
+        """
+        return self._purses is None or self._purses.collect(payers)
+
     def _bill(self, target: Target, message: Mapping[str, Any]) -> tuple[Bill, Asking]:
         asking = self._asking(target, message.get("place"))
         here = [span.account for _, span in asking.scopes if span.account is not None]
         paid = self._paid.get(str(message.get("paid")))  # by the relay, for a tool that called the engine by HTTP
         return Bill([target.account, *here, *asking.away], besides=() if paid is None else paid.payers), asking
 
-    def reserve(self, target: Target, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a request's reservation. Raises BadPacket for what is none, NotEnforced, JournalError."""
+    def reserve(self, target: Target, message: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """The answer to a request's reservation, and descriptors that go with it.
+
+        Raises BadPacket for what is none, NotEnforced, JournalError.
+        """
         opened = self._spenders[id(target)].open
         key = fields.identifier(message.get("id"), 16)
         if key in opened or len(opened) >= _OPEN_LIMIT:
             raise BadPacket("reserved already" if key in opened else "too many open reservations")
         tokens, flops = _count(message.get("tokens")), _flops(message.get("flops"))
         bill, asking = self._bill(target, message)
+        chats = [] if message.get("chat") else self._chats_around(target, message.get("place"))
+        held = [(chat, chat.reserved) for _, chat in chats]
+        for chat, amounts in held:
+            chat.shrink(amounts)
         refusal = _refusal(target, bill, asking, tokens, flops)
         if refusal is not None:
-            return errors.to_wire(refusal)
+            for chat, amounts in held:
+                chat.grow(amounts)
+            return errors.to_wire(refusal), ()
+        for span, _ in chats:
+            span.charged_by = ENGINE
         opened[key] = _Reserved(bill, asking)
-        return {"ok": True, "scope": asking.scope.value, "unknown": asking.unknown}
+        answer = {"ok": True, "scope": asking.scope.value, "unknown": asking.unknown}
+        have = message.get("purse")
+        if have is None or not _may_have_purse(target, asking, message):
+            return answer, ()
+        purse = self._purses_here().give(id(target), have, bill, asking, {TOKENS: tokens, FLOPS: flops or 0})
+        if purse is None:
+            return answer, ()
+        return {**answer, "purse": purse.number}, () if purse.number == have else purse.descriptors
+
+    def _purses_here(self) -> Purses:
+        if self._purses is None:
+            from ray_guard.supervisor.purses import Purses  # most targets ask no model
+
+            self._purses = Purses(self._later)
+        return self._purses
 
     def settle(self, target: Target, message: Mapping[str, Any]) -> None:
         """What a request has really used; nothing: it was never admitted."""
-        reserved = self._spenders[id(target)].open.pop(fields.identifier(message.get("id"), 16), None)
-        if reserved is None:
-            raise BadPacket("settled without having been reserved")
         tokens, flops = _count(message.get("tokens")), _flops(message.get("flops"))
+        drawn = self._drawn(target, message)
+        if drawn is None:
+            reserved = self._spenders[id(target)].open.pop(fields.identifier(message.get("id"), 16), None)
+            if reserved is None:
+                raise BadPacket("settled without having been reserved")
+            (bill, asking), held = reserved, reserved.bill.reserved
+            span = target.open.get(str(message["id"]))
+            if span is not None and span.charged_by:
+                bill.release()
+                return
+        else:
+            purse, held = drawn
+            bill, asking = purse.bill, purse.asking
         if flops is None:
-            flops = reserved.bill.reserved.get(FLOPS, 0) if tokens else 0
-        if message.get("measured") is False and reserved.bill.limiting(TOKENS) is not None:
-            _tell_unmeasured(target, reserved.asking, TOKENS)
-        self._book(target, reserved, {TOKENS: tokens, FLOPS: flops})
+            flops = held.get(FLOPS, 0) if tokens else 0
+        if message.get("measured") is False and bill.limiting(TOKENS) is not None:
+            _tell_unmeasured(target, asking, TOKENS)
+        actual: dict[str, Amount] = {TOKENS: tokens, FLOPS: flops}
+        _book(target, asking, bill.settle(actual) if drawn is None else drawn[0].settle(held, actual))
 
-    @staticmethod
-    def _book(target: Target, reserved: _Reserved, actual: Mapping[str, Amount]) -> None:
-        exceeded = reserved.bill.settle(actual)
-        if exceeded is not None:
-            try:
-                _tell(target, reserved.asking, exceeded)
-            except JournalError:
-                log.exception("a violation could not be journaled")
+    def _drawn(self, target: Target, message: Mapping[str, Any]) -> tuple[Purse, dict[str, Amount]] | None:
+        """The purse that what is settled was drawn from, and how much; None: it was reserved here. Raises BadPacket."""
+        number, amounts = message.get("purse"), message.get("drawn")
+        if number is None:
+            return None
+        purse = None if self._purses is None else self._purses.find(id(target), number)
+        if purse is None or not isinstance(amounts, list) or len(amounts) != 2:
+            raise BadPacket(f"drawn from no purse of this process: {number!r:.40}, {amounts!r:.80}")
+        return purse, {TOKENS: _count(amounts[0]), FLOPS: _flops(amounts[1]) or 0}
 
     # -- who pays ------------------------------------------------------------------------------------------------------
 
@@ -260,6 +334,21 @@ class Quotas:
                 self._leases.drop(away.account)
                 away.account.close()
 
+    def _chats_around(self, target: Target, place: object) -> list[tuple[OpenSpan, Bill]]:
+        """The ``chat`` spans that ask, with what they have reserved themselves; not those around a call that asks."""
+        found: list[tuple[OpenSpan, Bill]] = []
+        at = place.get("span") if isinstance(place, dict) else None
+        for _ in range(_DEPTH):
+            hit = self._find(target, str(place["trace"]), at) if isinstance(place, dict) and at is not None else None
+            if hit is None or hit[1].account is not None:
+                break
+            owner, span = hit
+            spender = self._spenders.get(id(owner))
+            if spender is not None and at in spender.open:
+                found.append((span, spender.open[at].bill))
+            at = span.record.parent_id
+        return found
+
     def _open_scopes(self, target: Target, trace: str, ids: list[str]) -> dict[str, tuple[Target, OpenSpan]]:
         """The open spans with these ids and those around them, by id."""
         found: dict[str, tuple[Target, OpenSpan]] = {}
@@ -285,6 +374,22 @@ class Quotas:
     def _neighbours(self, target: Target) -> list[Target]:
         """The other targets of this job."""
         return [each for each in self.of_job(target.run_id) if each is not target]
+
+
+def _may_have_purse(target: Target, asking: Asking, message: Mapping[str, Any]) -> bool:
+    """Not where a violation ends scopes, which a purse would outlive, nor for what others pay."""
+    if asking.away or message.get("paid") is not None:
+        return False
+    return not any(acts(owner.policy) for owner in (target, *(owner for owner, _ in asking.scopes)))
+
+
+def _book(target: Target, asking: Asking, exceeded: Exceeded | None) -> None:
+    """Journals what a settlement has passed."""
+    if exceeded is not None:
+        try:
+            _tell(target, asking, exceeded)
+        except JournalError:
+            log.exception("a violation could not be journaled")
 
 
 def _refusal(target: Target, bill: Bill, asking: Asking, tokens: int, flops: float | None) -> RayGuardError | None:

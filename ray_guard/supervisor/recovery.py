@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ray_guard.evidence.journal import Journal
-from ray_guard.evidence.layout import VOUCHES, unvouched
+from ray_guard.evidence.layout import ASKS, VOUCHES, unvouched
 from ray_guard.log import logger
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class Recovery:
             piece = self._line.recv(_PIECE, socket.MSG_DONTWAIT)
             *lines, self._rest = (self._rest + piece).split(b"\n")
             for line in lines:
+                if line == ASKS:
+                    self._line.sendall(json.dumps(sorted(self._journal.continued)).encode() + b"\n")
+                    continue
                 self._journal.append(line + b"\n")
                 if line.startswith(VOUCHES):
                     self._line.sendall(b"\1")

@@ -14,12 +14,13 @@ import select
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ray_guard.egress.resolver.hosts import Hosts
 from ray_guard.errors import NotEnforced
 from ray_guard.kernel import seqpacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.decide import CompiledPolicy, Layer
 from ray_guard.policy.destination import canonical_address
 

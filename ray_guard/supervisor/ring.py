@@ -34,9 +34,10 @@ from ray_guard.policy.decide import (
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
+from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.names import Names
 from ray_guard.supervisor.proxies import Standing
-from ray_guard.supervisor.target import Origin, Target, new_span_id
+from ray_guard.supervisor.target import Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.egress.relay.crossing import Crossing, End
@@ -155,6 +156,7 @@ class Ring:
                 self.target.intents[tid] = origin.call
             return None
         connection = Connection(self, origin, known.request)
+        origin = connection.origin
         form = known.form if known.origin is origin else known.form_for(self.target, origin)
         try:
             connection.granted_again(form)
@@ -331,7 +333,7 @@ class Ring:
         self._seen.add(tid)
         pid = procfs.thread_group(tid)
         if pid is not None and pid != self.root:
-            self._node.ward(pid)
+            self._node.care.ward(pid, self.root)
 
     def cut_barred(self) -> None:
         """Cuts the flows of scopes to which nothing more is granted."""
@@ -526,7 +528,7 @@ class Connection:
 
     def __init__(self, ring: Ring, origin: Origin, request: Request) -> None:
         self._ring = ring
-        self.origin = origin
+        self.origin = origin = origin.tally.placed(ring.target, origin)
         self.request = request
         self.flow: Flow | None = None
         self.sent = 0
@@ -558,13 +560,12 @@ class Connection:
         self._describe(decision)
         where = decision.name or _spelled(self.request)
         if decision.exceeded is not None:
-            event = self._ring.target.exceeded(self.origin, self._span, decision.exceeded, where)
+            self._ring.target.exceeded(self.origin, self._span, decision.exceeded, where)
         else:
-            event = self._ring.target.violation(
-                self.origin, self._span, "egress", reason=decision.reason.value, destination=where
-            )
+            reason = decision.reason.value
+            self._ring.target.violation(self.origin, self._span, "egress", reason=reason, destination=where)
         self._add({"error.type": "EACCES"})
-        self._write(StatusCode.ERROR, f"{where} is refused: {decision.reason.value}", (event,))
+        self._write(StatusCode.ERROR, f"{where} is refused: {decision.reason.value}")
 
     def noted(self, decision: Decision, *, mute: bool = False) -> None:
         """Journals a decision after which nothing is counted. ``mute``: the socket cannot send. Raises JournalError."""
@@ -581,10 +582,15 @@ class Connection:
     def _add(self, attributes: dict[str, AttributeValue]) -> None:
         self._more += "," + fragment(attributes).encoded
 
-    def _write(
-        self, status: StatusCode = StatusCode.UNSET, message: str = "", events: Sequence[SpanEvent] = ()
-    ) -> None:
-        self._ring.target.journal.keep(self._ended(tail(events, status, message)))
+    def _write(self, status: StatusCode = StatusCode.UNSET, message: str = "") -> None:
+        self._ring.target.journal.keep(self._ended(tail(self._offences(), status, message)))
+
+    def _offences(self) -> Sequence[SpanEvent]:
+        """The violations that it has to tell; their kind goes among its attributes, beside its own ``error.type``."""
+        events, attributes = self._ring.target.offences(self._span)
+        if events:
+            self._add({key: value for key, value in attributes.items() if key != "error.type"})
+        return events
 
     def _ended(self, said: str = "") -> bytes:
         return self._form.ended(self._span, self._start, time.time_ns(), self._more, said)
@@ -684,16 +690,14 @@ class Connection:
             f'{own},{{"key":"ray_guard.egress.bytes_sent","value":{{"intValue":"{sent}"}}}}'
             f',{{"key":"ray_guard.egress.bytes_received","value":{{"intValue":"{received}"}}}}'
         )
-        end = ""
         if not exact:
             self._add({"ray_guard.egress.bytes_exact": False})
-        if self._over:
-            self._add({"error.type": "budget"})
-            end = tail((), StatusCode.ERROR, "cut: a budget was reached")
-        elif why:
-            self._add({"error.type": why})
-            end = tail((), StatusCode.ERROR, f"cut: {why}")
-        return self._ended(end)
+        events, status, cut = self._offences(), StatusCode.UNSET, "a budget was reached" if self._over else why
+        if cut:
+            self._add({"error.type": "budget" if self._over else why})
+        if cut or events:
+            status = StatusCode.ERROR
+        return self._ended(tail(events, status, f"cut: {cut}" if cut else ""))
 
     @staticmethod
     def _journaled(write: Callable[[bytes], None], line: bytes) -> None:

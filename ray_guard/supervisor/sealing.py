@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Final
 
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import Cut, Journal, JournalError
-from ray_guard.evidence.note import ORIGIN, Key
 from ray_guard.evidence.otlp import LineEncoder, resource_line
 from ray_guard.kernel import seqpacket
 from ray_guard.log import logger
 from ray_guard.records import AttributeValue, Resource, Source, SpanKind, SpanRecord, StatusCode
-from ray_guard.supervisor.recovery import Recovery
 
 if TYPE_CHECKING:
     from ray_guard.egress.made import Waiting
+    from ray_guard.evidence.note import Key
     from ray_guard.supervisor.courier import Courier
 
 SEAL_S: Final = 1.0
@@ -164,6 +163,8 @@ class Sealer:
             raise NotEnforced(["evidence"], f"{_DESTINATION}: {error}") from error
 
     def _recover(self, journal: Journal) -> None:
+        from ray_guard.supervisor.recovery import Recovery
+
         Recovery(self._loop, journal, self.recover)
 
     # -- the signer ----------------------------------------------------------------------------------------------------
@@ -211,6 +212,8 @@ class Sealer:
         self._keep(journal, resource_line(said))
 
     def _key(self, journal: Journal) -> Key:
+        from ray_guard.evidence.note import ORIGIN, Key  # with the first seal, as in the journal
+
         assert self._public is not None  # noqa: S101 - asked only once it is there
         return Key(f"{ORIGIN}{journal.log}", self._public)
 

@@ -13,7 +13,8 @@ from typing import Final
 
 from ray_guard.kernel import libc, rendezvous
 from ray_guard.log import logger
-from ray_guard.supervisor import leaf, memory_group, zygote
+from ray_guard.supervisor import leaf, memory_group, to_zygote
+from ray_guard.supervisor.care import Care
 from ray_guard.supervisor.leaders import Leaders
 from ray_guard.supervisor.loop import Loop
 from ray_guard.supervisor.node import Node
@@ -41,24 +42,25 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = Loop()
-    pool = Leaders(loop, lambda fit: zygote.ask_for_leader(starts, fit.covers, gpu=fit.gpu), leaders)
+    pool = Leaders(loop, lambda fit: to_zygote.ask_for_leader(starts, fit.covers, gpu=fit.gpu), leaders)
     node = Node(loop, (rendezvous.folder(),), pool)
     listener = socket.socket(fileno=descriptor)
     loop.later(_FIRST_LINE_S, lambda: log.info("started, pid %d", os.getpid()))
     node.zygote = zygote_pid
-    node.ward = partial(zygote.ward, starts)
-    node.start_mover = partial(zygote.start_mover, starts)
-    node.sealer.start = partial(zygote.start_signer, starts)
-    node.sealer.recover = partial(zygote.start_recoverer, starts)
-    node.remove = partial(zygote.remove, starts)
-    node.end_adopted = partial(zygote.end_adopted, starts)
+    node.care = Care(loop, starts, partial(to_zygote.start_witness, starts))
+    node.start_mover = partial(to_zygote.start_mover, starts)
+    node.sealer.start = partial(to_zygote.start_signer, starts)
+    node.sealer.recover = partial(to_zygote.start_recoverer, starts)
+    node.remove = partial(to_zygote.remove, starts)
+    node.end_adopted = partial(to_zygote.end_adopted, starts)
 
     def hold(path: str) -> None:
-        zygote.hold(starts, path)
-        loop.later(SWEEP_S, lambda: zygote.sweep_place(starts, os.path.dirname(path)))
+        to_zygote.hold(starts, path)
+        loop.later(SWEEP_S, lambda: to_zygote.sweep_place(starts, os.path.dirname(path)))
 
     node.hold = hold
-    supervisor = Supervisor(listener, loop, node, starts)
+    supervisor = Supervisor(listener, loop, node)
+    node.admit = supervisor.admit
     _watch_zygote(loop, zygote_pid, supervisor)
     for place in (leaf.place, memory_group.place):
         loop.later(SWEEP_S, partial(_sweep, place))
@@ -76,11 +78,10 @@ def _sweep(place: Callable[[], str]) -> None:
 class Supervisor:
     """Accepts targets until there have been none for a while."""
 
-    def __init__(self, listener: socket.socket, loop: Loop, node: Node, starts: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, loop: Loop, node: Node) -> None:
         self._listener = listener
         self._loop = loop
         self._node = node
-        self._starts = starts
         self._sessions: set[Session] = set()
         self._visits = 0
         self.abandoned = False
@@ -97,7 +98,13 @@ class Supervisor:
             except OSError:
                 return
             self._visits += 1
-            self._sessions.add(Session(sock, self._node, self._starts, self._left))
+            self.admit(sock)
+
+    def admit(self, sock: socket.socket) -> Session:
+        """Begins a session on that line."""
+        session = Session(sock, self._node, self._left)
+        self._sessions.add(session)
+        return session
 
     def _left(self, session: Session) -> None:
         self._sessions.discard(session)
@@ -109,10 +116,11 @@ class Supervisor:
             self._linger()
 
     def abandon(self) -> None:
-        """Cuts what the targets have open: they end with this process."""
+        """Cuts what the targets have open, and ends them with all that they have started."""
         self.abandoned = True
         for session in list(self._sessions):
             session.abandon()
+        self._node.care.wards.end()
 
     def _linger(self) -> None:
         visits = self._visits

@@ -9,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import os
 import select
 import signal
 import socket
 import stat
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced, PolicyError, RayGuardError
 from ray_guard.evidence.journal import JournalError
-from ray_guard.kernel import borrowing, libc, seqpacket
+from ray_guard.kernel import borrowing, libc, procfs, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
 from ray_guard.policy.budgets import Scope
@@ -32,7 +31,6 @@ from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.consequences import Consequences, acts
-from ray_guard.supervisor.model_calls import announced
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.scratch import Scratches
@@ -41,10 +39,12 @@ from ray_guard.supervisor.target import Target
 from ray_guard.supervisor.tools import Call, Tool
 from ray_guard.supervisor.unread import About
 from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
-from ray_guard.supervisor.zygote import WardedLine
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Gate
+    from ray_guard.supervisor.bequest import Bequest
+    from ray_guard.supervisor.book import Estate
+    from ray_guard.supervisor.care import Line
     from ray_guard.supervisor.ring import Ring
 
 log = logger("ray_guard.session")
@@ -53,8 +53,11 @@ _BATCH: Final = 64
 """Packets read at one go: a chatty target must not keep others waiting."""
 _NO_BYTES: Final = bytes(4)
 _KINDS: Final = ("actor", "program", "run", "observer")
+_FILTERED: Final = ("actor", "program")
 _ENV_ROLES: Final = (Role.ENV, Role.POLICY)
-_numbers: Final = itertools.count()
+_TRIES: Final = 50
+_TRY_S: Final = 0.001
+"""How often, and how soon, a purse that its process is drawing from is tried again: it may have been stopped there."""
 
 
 class Session:
@@ -62,26 +65,25 @@ class Session:
 
     Args:
         sock: the accepted connection.
-        zygote: in whose care the process is put.
         ended: called once, when the process and all it started are gone.
     """
 
-    def __init__(
-        self, sock: socket.socket, node: Node, zygote: socket.socket, ended: Callable[[Session], None]
-    ) -> None:
+    def __init__(self, sock: socket.socket, node: Node, ended: Callable[[Session], None]) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._descriptor = sock.fileno()
         self._unread = bytearray(_NO_BYTES)  # what is waiting, in bytes, as the kernel writes it
         self._node = node
-        self._zygote = zygote
         self._ended = ended
         self._target: Target | None = None
         self._gate: Gate | None = None
         self._ring: Ring | None = None
         self._tools: list[Tool] = []
         self._lifeline: socket.socket | None = None
-        self._warded: WardedLine | None = None
+        self._hello_said: dict[str, Any] = {}
+        """Of a policy actor; empty: it ends with this process."""
+        self._bequest: Bequest | None = None
+        self._warded: Line | None = None
         self._pidfd = -1
         self._connected = True
         self._dead = False
@@ -92,6 +94,7 @@ class Session:
             "identify": self._identify,
             "reward": self._reward,
             "hello": self._hello,
+            "adopt": self._adopt,
             "armed": self._armed,
             "start": self._start,
             "violations": self._violations,
@@ -119,16 +122,18 @@ class Session:
                 self._read(1 << 16)
 
     def _read(self, count: int) -> None:
+        inbox, number = self._node.care.inbox, -1 if self._warded is None else self._warded.number
         for _ in range(count):
             if not self._connected:
                 return
             try:
-                received = seqpacket.receive(self._sock, socket.MSG_DONTWAIT)
+                received = inbox.receive(self._sock, number)
             except (BlockingIOError, InterruptedError):
                 return
             except ConnectionResetError:  # said once, before what was sent: it died and had not read all itself
                 continue
             except (OSError, seqpacket.BadPacket) as error:
+                inbox.done()
                 log.warning("a packet of %s is unusable: %s", self._name(), error)
                 if isinstance(error, OSError):
                     self._disconnected()
@@ -138,6 +143,7 @@ class Session:
                 self._disconnected()
                 return
             self._handle(*received)
+            inbox.done()
 
     def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
         handler = self._handlers.get(str(message.get("op")))
@@ -145,6 +151,8 @@ class Session:
             if handler is None:
                 raise seqpacket.BadPacket(f"unknown operation {message.get('op')!r:.80}")
             handler(message, descriptors)
+            if self._bequest is not None and handler != self._tighten:  # which says so itself, once it has been done
+                self._bequest.take(message)
         except (seqpacket.BadPacket, JournalError, RayGuardError, ValueError, KeyError, TypeError, OSError) as error:
             log.warning("%s of %s: %s: %s", message.get("op"), self._name(), type(error).__name__, error)
             if descriptors or message.get("op") == "armed":
@@ -187,37 +195,14 @@ class Session:
         kind = message.get("kind")
         if kind not in _KINDS:
             raise seqpacket.BadPacket(f"unknown kind {kind!r:.40}")
-        pid, uid = self._peer()
-        if uid != os.getuid():
-            raise NotEnforced(["supervisor"], f"it belongs to user {os.getuid()}, not to user {uid}")
+        self._require_own_user()
         identity = dict(message.get("identity") or {})
-        access = message.get("cluster")
-        membership = Membership(access) if access else None
-        policy = CompiledPolicy()
-        if kind != "observer":
-            borrows = borrowing.works()
-            policy = _policy(message["policy"], kind, clustered=membership is not None, borrows=borrows)
-            if self._waits_for_gpus(policy, message, descriptors):
-                return
-            if policy.names:
-                self._node.resolver.require()
-            self._require_proxies(policy)
-            if self._must_lease(message, descriptors, policy, membership):
-                return
-        views = Views(message.get("places"))
-        target = Target(
-            pid=pid,
-            kind=str(kind),
-            policy=policy,
-            resource=Resource(resource_attributes(self._node, identity)),
-            journal=self._node.journal(str(message["evidence"]), fields.environment(message.get("export"))),
-            around=self._node.charged(str(identity.get("actor_id") or ""), str(identity.get("run_id") or ""), policy),
-            run_id=str(identity.get("run_id") or ""),
-            actor_id=str(identity.get("actor_id") or pid),
-            views=views,
-            scratches=Scratches(views.temporary, self._node.number, self._node.hold, self._node.remove),
-        )
-        target.pump = self.pump
+        policy, membership = self._asked_of(message)
+        if self._waits_for_gpus(policy, message, descriptors):
+            return
+        if kind != "observer" and self._must_lease(identity, message, descriptors, policy, membership):
+            return
+        target = self._target_of(message, policy)
         if membership is not None:
             self._node.join(target, membership)
         told = membership.told if membership is not None else frozenset()
@@ -227,18 +212,13 @@ class Session:
             if membership is not None:
                 self._node.leave(target)
             raise NotEnforced(refused, "these sockets are open already and no rule grants them: close them first")
-        self._pidfd = os.pidfd_open(pid)
-        if kind in ("actor", "program"):
-            try:
-                self._try_to_judge(pid, int(message["descriptor"]))
-            except NotEnforced:
-                self._node.leave(target)
-                raise
-        self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
-        self._target = target
-        self._joined(target)
+        self._enter(target, message)
+        if policy.role is Role.POLICY and kind in _FILTERED:
+            self._hello_said = message
         self._lifeline, stops = socket.socketpair()
-        with stops, self._ward(target) as kills:
+        held, kills = socket.socketpair()
+        with stops, held, kills:
+            self._ward(target, held)
             welcome = {
                 "ok": True,
                 "supervisor": os.getpid(),
@@ -250,6 +230,59 @@ class Session:
                 **self._told_of(target),
             }
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
+
+    def _require_own_user(self) -> None:
+        _, uid = self._peer()
+        if uid != os.getuid():
+            raise NotEnforced(["supervisor"], f"it belongs to user {os.getuid()}, not to user {uid}")
+
+    def _asked_of(self, hello: dict[str, Any]) -> tuple[CompiledPolicy, Membership | None]:
+        """The policy that a target asks to be held to, and its cluster. Raises NotEnforced, PolicyError."""
+        access = hello.get("cluster")
+        membership = Membership(access) if access else None
+        if hello["kind"] == "observer":
+            return CompiledPolicy(), membership
+        policy = _policy(hello["policy"], hello["kind"], clustered=membership is not None, borrows=borrowing.works())
+        self._require_means(policy)
+        return policy, membership
+
+    def _require_means(self, policy: CompiledPolicy) -> None:
+        """Raises NotEnforced where what the policy needs besides is not to be had."""
+        if policy.names:
+            self._node.resolver.require()
+        self._require_proxies(policy)
+
+    def _target_of(self, hello: dict[str, Any], policy: CompiledPolicy) -> Target:
+        identity = dict(hello.get("identity") or {})
+        pid, _ = self._peer()
+        views = Views(hello.get("places"))
+        target = Target(
+            pid=pid,
+            kind=str(hello["kind"]),
+            policy=policy,
+            resource=Resource(resource_attributes(self._node, identity)),
+            journal=self._node.journal(str(hello["evidence"]), fields.environment(hello.get("export"))),
+            around=self._node.charged(str(identity.get("actor_id") or ""), str(identity.get("run_id") or ""), policy),
+            run_id=str(identity.get("run_id") or ""),
+            actor_id=str(identity.get("actor_id") or pid),
+            views=views,
+            scratches=Scratches(views.temporary, self._node.number, self._node.hold, self._node.remove),
+        )
+        target.pump = self.pump
+        return target
+
+    def _enter(self, target: Target, hello: dict[str, Any]) -> None:
+        """The target is this session's from here on. Raises NotEnforced: its calls could not be judged."""
+        self._pidfd = os.pidfd_open(target.pid)
+        if target.kind in _FILTERED:
+            try:
+                self._try_to_judge(target.pid, int(hello["descriptor"]))
+            except NotEnforced:
+                self._node.leave(target)
+                raise
+        self._node.loop.watch(self._pidfd, select.EPOLLIN, lambda _events: self._died())
+        self._target = target
+        self._joined(target)
 
     def _told_of(self, target: Target) -> dict[str, Any]:
         """What a target is told of its policy, now and whenever it is tightened."""
@@ -271,15 +304,15 @@ class Session:
 
     def _must_lease(
         self,
+        identity: dict[str, Any],
         message: dict[str, Any],
         descriptors: list[int],
         policy: CompiledPolicy,
         membership: Membership | None,
     ) -> bool:
-        """Whether this hello is handled once more when its job's first leases are there, or are not to be had."""
+        """Whether this message is handled once more when its job's first leases are there, or are not to be had."""
         if membership is None:
             return False
-        identity = message.get("identity") or {}
         run_id, job_id = str(identity.get("run_id") or ""), str(identity.get("job_id") or "")
         unknown = self._node.must_lease(run_id, job_id, policy, membership)
         if not unknown or message.get("waited"):
@@ -337,14 +370,14 @@ class Session:
         if missing:
             raise NotEnforced(missing, "without it no call of this process could be judged: CAP_SYS_PTRACE would help")
 
-    def _ward(self, target: Target) -> socket.socket:
-        """Puts the target's tree into the zygote's care, should this process die; returns the target's line to it."""
-        held, kills = socket.socketpair()
-        self._warded = WardedLine(self._zygote, next(_numbers), 0 if target.kind == "observer" else target.pid)
+    def _ward(self, target: Target, held: socket.socket) -> None:
+        """Puts the target's tree into care, should this process die.
+
+        Args:
+            held: the end of a line whose closing kills it.
+        """
         about = About(target.journal.folder, target.run_id, dict(target.resource.attributes))
-        with held:
-            self._warded.begin(self._sock, about, held)
-        return kills
+        self._warded = self._node.care.take(self._sock, about, 0 if target.kind == "observer" else target.pid, held)
 
     def _peer(self) -> tuple[int, int]:
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -379,8 +412,6 @@ class Session:
 
     def _armed(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """The filter stands: from here on the process runs only as far as this ring lets it."""
-        from ray_guard.supervisor import arming
-
         target = self._known()
         if self._gate is not None:
             raise seqpacket.BadPacket("armed already")
@@ -390,30 +421,151 @@ class Session:
             listener = libc.pidfd_getfd(self._pidfd, int(message["listener"]))
             if listener < 0:
                 raise NotEnforced(["seccomp.listener"], f"it cannot be taken: {os.strerror(-listener)}")
-        self._ring = arming.Ring(self._node, target, target.policy, target.pid)
-        self._gate = arming.Gate(
-            Listener(listener),
-            self._ring,
-            self._node.means,
-            self._unfiltered,
-        )
-        self._node.gpus.join(target)
+        armed = self._arm(target, listener)
+        if self._hello_said:
+            self._bequeath(target, armed, self._hello_said)
         self._reply(self._way_back(descriptors), {"ok": True})
+
+    def _arm(self, target: Target, descriptor: int) -> Listener:
+        from ray_guard.supervisor import arming
+
+        listener = Listener(descriptor)
+        self._ring = arming.Ring(self._node, target, target.policy, target.pid)
+        self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered)
+        self._node.gpus.join(target)
+        return listener
 
     def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """A second policy inside a confined process: what both allow."""
         target = self._known()
+        tries = int(message.get("tries") or 0)
+        if tries < _TRIES and not self._node.quotas.collect((target.account.root,)):
+            self._node.loop.later(_TRY_S, self._later({**message, "tries": tries + 1}, descriptors))
+            return
+        self._tighten_by(target, message)
+        if self._bequest is not None:
+            self._bequest.take({"op": "tighten", "policy": message["policy"]})
+        self._reply(descriptors[0], {"ok": True, **self._told_of(target)})
+
+    def _tighten_by(self, target: Target, message: dict[str, Any]) -> None:
         clustered = self._node.directory(target) is not None
         added = _policy(message["policy"], target.kind, clustered=clustered, borrows=borrowing.works())
-        if added.names:
-            self._node.resolver.require()
-        self._require_proxies(added)
+        self._require_means(added)
         target.policy = target.policy.intersect(added)
         target.account.tighten(added.limits(Scope.ACTOR), added.watched(Scope.ACTOR))
         self._node.job(target.run_id, added)
         if self._ring is not None:
             self._ring.tighten(target.policy)
-        self._reply(descriptors[0], {"ok": True, **self._told_of(target)})
+
+    # -- one supervisor after another ----------------------------------------------------------------------------------
+
+    def _bequeath(
+        self,
+        target: Target,
+        listener: Listener,
+        hello: dict[str, Any],
+        said: Sequence[dict[str, Any]] = (),
+        stopper: socket.socket | None = None,
+    ) -> None:
+        """Leaves the target to the next supervisor, should this one die."""
+        from ray_guard.supervisor.bequest import Bequest
+
+        assert self._warded is not None  # noqa: S101 - every target's is
+        self._bequest = Bequest(self._node.loop, target, listener, self._warded, hello, said=said, stopper=stopper)
+
+    def _leave_nothing(self) -> None:
+        if self._bequest is not None:
+            self._bequest.close()
+            self._bequest = None
+
+    def _adopt(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        """The zygote of a supervisor that is gone hands a target on: see :mod:`ray_guard.supervisor.handover`."""
+        from ray_guard.supervisor import book
+
+        if self._target is not None:
+            raise seqpacket.BadPacket("a target hands nobody on")
+        self._require_own_user()
+        _, line, listener, lifeline, written = descriptors
+        estate = book.read(written, message.get("last"), journaled=bool(message.get("journaled")))
+        policy, membership = self._asked_of(estate.hello)
+        identity = dict(estate.hello.get("identity") or {})
+        if self._waits_for_gpus(policy, message, descriptors):
+            return
+        if self._must_lease(identity, message, descriptors, policy, membership):
+            return
+        heir = self._node.admit(_line(line))
+        try:
+            with _line(lifeline) as held:
+                heir.inherit(estate, policy, membership, int(message["start_time"]), os.dup(listener), held)
+        except BaseException:
+            heir.disown()
+            raise
+        self._reply(descriptors[0], {"ok": True})
+
+    def inherit(  # noqa: PLR0917 - what a target is, called from one place
+        self,
+        estate: Estate,
+        policy: CompiledPolicy,
+        membership: Membership | None,
+        start_time: int,
+        listener: int,
+        held: socket.socket,
+    ) -> None:
+        """Goes on with a target whose supervisor is gone: where it was armed and stopped, there it continues.
+
+        Args:
+            start_time: of the process.
+            listener: now ours.
+            held: the end of a line whose closing kills it.
+
+        Raises:
+            NotEnforced: it cannot be judged here, or not be held to its budgets.
+            OSError: it has ended.
+        """
+        from ray_guard.supervisor import rearming
+
+        try:
+            target = self._target_of(estate.hello, policy)
+            target.key = estate.key
+            if membership is not None:
+                self._node.join(target, membership)
+            self._enter(target, estate.hello)
+            if procfs.start_time(target.pid) != start_time:
+                raise ProcessLookupError(errno.ESRCH, "it has ended")
+        except BaseException:
+            os.close(listener)
+            raise
+        armed = self._arm(target, listener)
+        for said in estate.said:
+            if said["op"] == "tighten":
+                self._tighten_by(target, said)
+            else:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # who asked has its answer
+                with ours:
+                    self._handle(said, [theirs.detach()])
+        rearming.restore(self._node, target, estate)
+        rearming.require_countable(target)
+        self._ward(target, held)
+        self._lifeline, stopper = socket.socketpair()
+        with stopper:
+            rearming.tie(stopper, target.pid)
+            self._bequeath(target, armed, estate.hello, [*estate.said, *estate.opened], stopper)
+        for said in estate.pending:
+            self._handle(said, [])
+        target.journal.continued.update(target.open)
+        rearming.go_on(armed, estate.notification, target.pid)
+        log.warning("%s is taken over from a supervisor that is gone", self._name())
+
+    def disown(self) -> None:
+        """It could not be taken over: whoever offered it ends it."""
+        self._leave_nothing()
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
+        self._connected = False
+        self._node.loop.forget(self._sock.fileno())
+        self._sock.close()
+        self._died()
 
     # -- the target's reports ------------------------------------------------------------------------------------------
 
@@ -466,11 +618,16 @@ class Session:
 
     def _reserve(self, message: dict[str, Any], descriptors: list[int]) -> None:
         target = self._known()
-        lacking = [] if message.get("waited") else self._node.quotas.lacking(target, message)
+        quotas, tries = self._node.quotas, int(message.get("tries") or 0)
+        if tries < _TRIES and quotas.must_wait(target, message):
+            self._node.loop.later(_TRY_S, self._later({**message, "tries": tries + 1}, descriptors))
+            return
+        lacking = [] if message.get("waited") else quotas.lacking(target, message)
         if lacking:
             self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
             return
-        self._reply(descriptors[0], self._node.quotas.reserve(target, message))
+        answer, passed = quotas.reserve(target, message)
+        self._reply(descriptors[0], answer, passed)
 
     def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         self._node.quotas.settle(self._known(), message)
@@ -480,6 +637,8 @@ class Session:
         target = self._known()
         if target.policy.role is not Role.POLICY:
             raise seqpacket.BadPacket("no policy actor")
+        from ray_guard.supervisor.model_calls import announced  # tools alone announce nothing
+
         self._node.prices.update(announced(target.run_id, message))
 
     def _engine(self, message: dict[str, Any], descriptors: list[int]) -> None:
@@ -563,6 +722,7 @@ class Session:
         if self._dead:
             return
         self._dead = True
+        self._leave_nothing()
         self._read(1 << 16)  # what it sent before it died counts
         for tool in self._tools:
             tool.end()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from typing import NamedTuple
+
+from ray_guard.named import NamedTuple
 
 
 class Start(NamedTuple):

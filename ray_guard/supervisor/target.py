@@ -6,23 +6,25 @@ are journaled, nothing more). It holds the open spans that its process reported,
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal, JournalError
-from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, ProcessForm, fragment
+from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import Account, Exceeded, Limits, Near, Scope, limits_from_wire, tightest
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
+from ray_guard.supervisor.ids import new_span_id, new_trace_id
 from ray_guard.supervisor.scratch import Scratches
+from ray_guard.supervisor.segments import Tally, links_of
 from ray_guard.supervisor.view import Views
 
 log = logger("ray_guard.target")
@@ -31,21 +33,9 @@ BUDGET_WARNING: Final = "ray_guard.budget_warning"
 """Name of the span that says that a limit is almost reached."""
 _VIOLATIONS_KEPT: Final = 10_000
 _OPEN_LIMIT: Final = 100_000
-
-
-_ids: list[str] = []
-
-
-def new_span_id() -> str:
-    """16 hex digits from os.urandom, drawn 512 at a time."""
-    if not _ids:
-        text = os.urandom(8 * 512).hex()
-        _ids.extend(text[at : at + 16] for at in range(0, len(text), 16))
-    return _ids.pop()
-
-
-def new_trace_id() -> str:
-    return os.urandom(16).hex()
+_OFFENDERS_KEPT: Final = 4096
+_OFFENCES_TOLD: Final = 32
+_TOLD: Final = ("ray_guard.violation.kind", "ray_guard.violation.limit", "ray_guard.violation.value", "error.type")
 
 
 class OpenSpan:
@@ -55,6 +45,7 @@ class OpenSpan:
         ended: what it was ended for before its time (``on_violation``).
         origin: as :meth:`Target.origin_of_call` gives it; made when first asked for.
         told: names told to the tools of a call, whichever of them asked.
+        charged_by: who charges a model call instead of whoever reported it; empty: nobody.
     """
 
     def __init__(
@@ -76,6 +67,7 @@ class OpenSpan:
         self.ended: Violation | None = None
         self.origin: Origin | None = None
         self.told = Told()
+        self.charged_by = ""
 
 
 class Origin(NamedTuple):
@@ -87,8 +79,11 @@ class Origin(NamedTuple):
     account: Account
     episode: str | None
     call: str | None
+    tally: Tally
     candidates: tuple[str, ...] = ()
     """Calls it may as well belong to; empty: it is certain."""
+    link: tuple[str, str] | None = None
+    """Trace and span of what encloses it, where that lies in an earlier segment."""
 
 
 class Violation(NamedTuple):
@@ -112,6 +107,43 @@ class Violation(NamedTuple):
     def as_message(self) -> dict[str, Any]:
         names = ("kind", "limit", "value", "span", "reason", "destination", "source")
         return {**{name: getattr(self, name) for name in names}, "time": self.time_ns}
+
+
+class Offences:
+    """Violations of spans that have not ended: each is told there too, by an event, its kind and the status ERROR."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, list[SpanEvent]] = {}
+
+    def add(self, span_id: str, event: SpanEvent) -> None:
+        events = self._events.get(span_id)
+        if events is None:
+            if len(self._events) >= _OFFENDERS_KEPT:
+                del self._events[next(iter(self._events))]
+            events = self._events[span_id] = []
+        if len(events) < _OFFENCES_TOLD:
+            events.append(event)
+
+    def take(self, span_id: str) -> tuple[tuple[SpanEvent, ...], dict[str, AttributeValue]]:
+        """What a span that ends has to tell: events, and the attributes of the first."""
+        events = self._events.pop(span_id, None)
+        if events is None:
+            return (), {}
+        told = {key: value for key, value in events[0].attributes.items() if key in _TOLD}
+        return tuple(events), told
+
+    def told(self, record: SpanRecord) -> SpanRecord:
+        """``record``, which ends its span, with what its span has to tell."""
+        events, attributes = self.take(record.span_id)
+        if not events:
+            return record
+        return record._replace(
+            attributes={**attributes, **record.attributes},
+            events=(*record.events, *events),
+            status=StatusCode.ERROR,
+            status_message=record.status_message
+            or f"{attributes['ray_guard.violation.kind']}: {attributes['error.type']}",
+        )
 
 
 class Target:
@@ -154,11 +186,13 @@ class Target:
         self.warn: Callable[[str], None] = lambda _text: None
         """Has the target log a warning; set by its session."""
         self.account = self._scope_account(Scope.ACTOR, actor_id, around)
-        self._encoder = LineEncoder(resource)
+        self.encoder = LineEncoder(resource)
         self._own = self._own_origin()
         self._unknown: Origin | None = None
         """As :meth:`origin_unknown` gives it, until a span begins or ends."""
         self._fragments: dict[str, Fragment] = {}
+        self._offences = Offences()
+        self.offences = self._offences.take
 
     def _scope_account(self, scope: Scope, source: str, parent: Account, limits: Limits | None = None) -> Account:
         own = self.policy.limits(scope)
@@ -174,12 +208,12 @@ class Target:
 
     def _own_origin(self) -> Origin:
         identity = fragment({"rl.run.id": self.run_id, "ray_guard.source": Source.SUPERVISOR.value})
-        return Origin(self.trace_id, None, identity, self.account, None, None)
+        return Origin(self.trace_id, None, identity, self.account, None, None, Tally())
 
     def identify(self, attributes: Mapping[str, AttributeValue]) -> None:
         """Completes the resource: what a worker learns only after it was confined (its actor's id and name)."""
         self.resource = Resource({**self.resource.attributes, **attributes})
-        self._encoder = LineEncoder(self.resource)
+        self.encoder = LineEncoder(self.resource)
         self._own = self._own_origin()  # anew: what a ring keeps in its words names the old resource
         self._unknown = None
         for span in self.open.values():
@@ -193,7 +227,9 @@ class Target:
         Raises:
             JournalError: it could not be.
         """
-        line = self._encoder.encode(record, identity or self._own.identity)
+        if record.end_ns is not None:
+            record = self._offences.told(record)
+        line = self.encoder.encode(record, identity or self._own.identity)
         if grants:
             self.journal.append(line)
         else:
@@ -202,11 +238,7 @@ class Target:
     def egress_form(self, origin: Origin, attributes: str) -> EgressForm:
         """The lines of ``egress connect`` spans of ``origin`` with these attributes (encoded)."""
         whole = f"{origin.identity.encoded},{attributes}"
-        return self._encoder.egress_form(origin.trace_id, origin.parent_id, whole)
-
-    def process_form(self, origin: Origin) -> ProcessForm:
-        """For the ``process`` spans of a call."""
-        return self._encoder.process_form(origin.trace_id, origin.identity.encoded)
+        return self.encoder.egress_form(origin.trace_id, origin.parent_id, whole, links_of(origin.link))
 
     def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue]) -> None:
         key = repr(sorted(identity.items()))
@@ -215,7 +247,7 @@ class Target:
             self._fragments.clear()
             fixed = fragment({**identity, "ray_guard.source": Source.TARGET.value})
             self._fragments[key] = fixed
-        line = self._encoder.encode(record, fixed)
+        line = self.encoder.encode(record, fixed)
         if record.span_id in self.open:
             self.journal.keep(line)
         else:
@@ -264,6 +296,9 @@ class Target:
         if span.scope == "episode":
             counted = {**record.attributes, "ray_guard.violation_count": span.violations}
             record = record._replace(attributes=counted)
+        elif span.charged_by:
+            record = record._replace(attributes={**record.attributes, "ray_guard.charged_by": span.charged_by})
+        record = self._offences.told(record)
         # Forgotten only when it is written: were the disk full, the span would still be known as open.
         self._write_reported(record, span.identity)
         self.open.pop(record.span_id, None)
@@ -306,7 +341,7 @@ class Target:
             return self._own
         traces = {self.open[call].record.trace_id for call in calls}
         trace = traces.pop() if len(traces) == 1 else self.trace_id
-        return self._own._replace(trace_id=trace, candidates=calls[:64])
+        return self._own._replace(trace_id=trace, candidates=calls[:64], tally=Tally())
 
     def own_origin(self) -> Origin:
         """The actor itself, for what no call can have caused."""
@@ -319,7 +354,7 @@ class Target:
             around = self.open.get(span.episode) if span.episode is not None else None
             account = span.account or (around.account if around is not None else None) or self.account
             identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
-            span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call)
+            span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call, Tally())
         return span.origin if parent is None else span.origin._replace(parent_id=parent)
 
     def origin_of(self, span: OpenSpan) -> Origin:
@@ -328,7 +363,8 @@ class Target:
         if span.scope != "episode":
             return self.origin_of_call(span_id)
         identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
-        return Origin(span.record.trace_id, span_id, identity, span.account or self.account, span_id, None)
+        account = span.account or self.account
+        return Origin(span.record.trace_id, span_id, identity, account, span_id, None, Tally())
 
     def clocks(self, origin: Origin) -> list[tuple[Account, float]]:
         """The open scopes whose elapsed time counts for ``origin``, with when each began (``time.monotonic()``)."""
@@ -349,8 +385,8 @@ class Target:
         value: AttributeValue | None = None,
         source: str = "",
         report_only: bool = False,
-    ) -> SpanEvent:
-        """Journals a violation below ``span_id`` and remembers it; returns the event for the offending span."""
+    ) -> None:
+        """Journals a violation below ``span_id``, remembers it, and keeps it for the end of the offending span."""
         now = time.time_ns()
         attributes: dict[str, AttributeValue] = {"ray_guard.violation.kind": kind, "error.type": reason}
         if limit is not None:
@@ -372,17 +408,19 @@ class Target:
             status_message=f"{kind}: {reason}",
         )
         self.write(record, origin.identity)
+        origin.tally.another(origin)
         offending = span_id or origin.call or origin.episode or ""
         found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode, source)
         self.violations.append(found)
+        below = origin.parent_id if origin.link is None else origin.link[1]
+        self._offences.add(span_id or below or offending, SpanEvent("ray_guard.violation", now, attributes))
         if origin.episode is not None and (episode := self.open.get(origin.episode)) is not None:
             episode.violations += 1
         if not report_only:
             self.offended(origin, found)
-        return SpanEvent("ray_guard.violation", now, attributes)
 
-    def exceeded(self, origin: Origin, span_id: str | None, exceeded: Exceeded, destination: str = "") -> SpanEvent:
-        return self.violation(
+    def exceeded(self, origin: Origin, span_id: str | None, exceeded: Exceeded, destination: str = "") -> None:
+        self.violation(
             origin,
             span_id,
             exceeded.kind,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
 from ray_guard.errors import NotEnforced
@@ -26,19 +26,21 @@ from ray_guard.evidence.otlp import fragment
 from ray_guard.kernel import landlock, pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import arguments, cgroups, memory_group, rlimits
-from ray_guard.supervisor.leader import KILL_PATIENCE_S
+from ray_guard.supervisor.ids import new_span_id, new_trace_id
 from ray_guard.supervisor.leaders import Leader
-from ray_guard.supervisor.leaf import Leaf, OwnLeaf
+from ray_guard.supervisor.leaf import KILL_PATIENCE_S, Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
 from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.process_spans import exit_attributes
+from ray_guard.supervisor.segments import Tally
 from ray_guard.supervisor.start import Start
-from ray_guard.supervisor.target import Origin, Target, new_span_id, new_trace_id
+from ray_guard.supervisor.target import Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Gate, Handler
@@ -128,6 +130,7 @@ class Tool:
             descriptors.insert(1, self._view.descriptor())
             self._fit = self._view.fit()
             self._origin = self._find_origin(call)
+            self._origin.tally.another(self._origin)  # the process that it begins with
             self._held = self._origin.account.limits_any((CPU,))  # a clock must be there before it runs
             self._clocks = [*target.clocks(self._origin), *self._own_clock()]
             self._admit()
@@ -176,7 +179,7 @@ class Tool:
         around = self._target.open.get(call.parent) if call.parent is not None else None
         episode = None if around is None else around.episode  # its budgets hold for this call too
         self._account = self._target.call_account(span_id, episode)
-        return Origin(self._implicit.trace_id, self._span, identity, self._account, episode, span_id)
+        return Origin(self._implicit.trace_id, self._span, identity, self._account, episode, span_id, Tally())
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
@@ -332,7 +335,7 @@ class Tool:
         rlimits.impose(self._pid, self._start.limits, _least(self._origin.account, MEMORY))
         self._node.gpus.began(self._pid, self._target, self._origin)
         self._base_ns = pidfd.cpu_ns(self._pid) or 0
-        if landlock.abi() >= landlock.SIGNAL_SCOPE_ABI and gate.listener.is_valid(call.id):  # else signals are notified
+        if gate.listener.is_valid(call.id):
             signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)  # its leader lets it go: see embryo
         gate.listener.proceed(call.id)
 
@@ -499,6 +502,7 @@ class Tool:
             ended: dict[str, Any] = {key: message[key] for key in keys if key in message}
             if self._why is not None:
                 ended["why"] = self._why
+            ended["spans"] = self._origin.tally.untold()
             self._answer({"op": "exited", "pid": self._pid, **ended})
         self._hang_up()
 

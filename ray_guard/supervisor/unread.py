@@ -13,16 +13,19 @@ import fcntl
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.kernel import seqpacket
+from ray_guard.named import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
     from ray_guard.records import SpanRecord
 
 _PATIENCE_S: Final = 0.1
+_TAIL: Final = 1 << 18
+"""Of a log: the record that was written last is in there."""
 _TOLD: Final = ("open", "close")
 """All else asks for something, and nobody is left who could grant it."""
 
@@ -47,6 +50,8 @@ class Unread:
         self._lines: dict[int, tuple[socket.socket, About]] = {}
         self._logs: dict[str, tuple[str, int]] = {}
         """Of each folder the log that is to be continued, and its locked seal."""
+        self.inbox = -1
+        """The supervisor's, to be read when it is gone; negative: it has none."""
 
     def hold(self, number: int, descriptor: int, about: About) -> None:
         """``descriptor`` is ours from here on."""
@@ -64,11 +69,47 @@ class Unread:
         if number in self._lines:
             self._lines.pop(number)[0].close()
 
-    def shut(self, supervisor: int) -> None:
-        """The supervisor, which had this pid, is gone: nothing more is taken, and nobody else recovers its logs."""
-        for line, _ in self._lines.values():
+    def line(self, number: int) -> int | None:
+        """The descriptor that is held of it."""
+        return self._lines[number][0].fileno() if number in self._lines else None
+
+    def last_of(self, number: int) -> dict[str, Any] | None:
+        """The message of that line that the supervisor had read and not done with."""
+        from ray_guard.supervisor.inbox import read  # here alone: what is forked stays small
+
+        found = None if self.inbox < 0 else read(self.inbox)
+        return None if found is None or found[0] != number else found[1]
+
+    def has_ended(self, number: int, span: str) -> bool:
+        """Whether the end of that span was the last that was journaled. To be asked after :meth:`shut`."""
+        from pathlib import Path
+
+        from ray_guard.evidence.reader import segments_of
+
+        folder = self._lines[number][1].folder
+        if folder not in self._logs:
+            return False
+        *_, last = segments_of(Path(folder), self._logs[folder][0])
+        with last.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().rstrip(b"\0").split(b"\n")[:-1]
+        return any(f'"spanId":"{span}"'.encode() in line and b'"endTimeUnixNano":' in line for line in lines)
+
+    def shut_one(self, number: int) -> None:
+        """Nothing more is taken from that one."""
+        if number in self._lines:
             with contextlib.suppress(OSError):
-                line.shutdown(socket.SHUT_RD)
+                self._lines[number][0].shutdown(socket.SHUT_RD)
+
+    def shut(self, supervisor: int, but: Container[int] = ()) -> None:
+        """The supervisor, which had this pid, is gone: nothing more is taken, and nobody else recovers its logs.
+
+        Args:
+            but: lines that the next supervisor may take over.
+        """
+        for number in self._lines:
+            if number not in but:
+                self.shut_one(number)
         from ray_guard.evidence.layout import SEAL_SUFFIX, unvouched  # here alone: what is forked stays small
 
         for folder in {about.folder for _, about in self._lines.values()}:
@@ -82,11 +123,17 @@ class Unread:
     def write(self) -> None:
         """Writes what was said. To be called when the targets are dead, after :meth:`shut`. Raises OSError."""
         for folder, (log, seal) in self._logs.items():
-            said = [(about, message) for line, about in self._lines.values() if about.folder == folder
-                    for message in _rest(line)]  # fmt: skip
+            said = [(about, message) for number, (line, about) in self._lines.items() if about.folder == folder
+                    for message in self._unsaid(number, line)]  # fmt: skip
             if said:
                 _continue(folder, log, said)
             os.close(seal)
+
+    def _unsaid(self, number: int, line: socket.socket) -> Iterator[dict[str, Any]]:
+        last = self.last_of(number)
+        if last is not None and last.get("op") in _TOLD:
+            yield last
+        yield from _rest(line)
 
 
 def _locked(seal: int) -> bool:
@@ -138,19 +185,7 @@ def _continue(folder: str, log: str, said: list[tuple[About, dict[str, Any]]]) -
         found.take(path)
     last = log_of(paths[-1].name) if paths else None
     number = 1 if last is None else last[1] + 1
-    lines = [
-        resource_line(
-            {
-                "ray_guard.journal.schema": SCHEMA,
-                "ray_guard.journal.log": log,
-                "ray_guard.journal.segment": number,
-                "ray_guard.journal.first_record": found.tree.size,
-                "ray_guard.journal.unix_ns": time.time_ns(),
-                "ray_guard.journal.boot_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-                "ray_guard.journal.unread": len(said),
-            }
-        )
-    ]
+    lines: list[bytes] = []
     open_spans: dict[str, tuple[Resource, SpanRecord]] = {
         record.span_id: (resource, record) for resource, record in found.begun()
     }
@@ -160,6 +195,8 @@ def _continue(folder: str, log: str, said: list[tuple[About, dict[str, Any]]]) -
             if message["op"] == "open":
                 identity = {"rl.run.id": about.run_id, **fields.identity(message.get("identity"))}
                 record = fields.begun(message)
+                if record.span_id in open_spans:
+                    continue  # it had just been journaled
                 resource = Resource(fields.attributes(about.resource))
                 record = record._replace(attributes={**record.attributes, **identity})
                 open_spans[record.span_id] = resource, record
@@ -169,10 +206,23 @@ def _continue(folder: str, log: str, said: list[tuple[About, dict[str, Any]]]) -
                     continue
                 resource, record = known[0], fields.ended(known[1], message)
             lines.append(LineEncoder(resource).encode(record, fragment(reported)))
+    if not lines:
+        return
+    beginning = resource_line(
+        {
+            "ray_guard.journal.schema": SCHEMA,
+            "ray_guard.journal.log": log,
+            "ray_guard.journal.segment": number,
+            "ray_guard.journal.first_record": found.tree.size,
+            "ray_guard.journal.unix_ns": time.time_ns(),
+            "ray_guard.journal.boot_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            "ray_guard.journal.unread": len(lines),
+        }
+    )
     descriptor = os.open(
         f"{folder}/{segment_name(log, number)}",
         os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
         0o600,
     )
     with open(descriptor, "wb") as file:
-        file.write(b"".join(lines))
+        file.write(b"".join((beginning, *lines)))

@@ -13,9 +13,10 @@ import os
 import stat
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ray_guard.kernel import cgroup, devices, landlock, libc, mounting
+from ray_guard.named import NamedTuple
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.policy.files import (
     DEVICE,

@@ -22,16 +22,17 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, NoReturn
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn
 
 from ray_guard.egress import rings
 from ray_guard.kernel import borrowing, ipc, landlock, libc, procfs, seccomp, seqpacket, syscalls, trees
-from ray_guard.supervisor import domain, leaf, mounts
+from ray_guard.supervisor import domain, handover, leaf, mounts, witness
 from ray_guard.supervisor.embryo import bound_capabilities, close_all_but
-from ray_guard.supervisor.leader import KILL_PATIENCE_S, lead
+from ray_guard.supervisor.keeping import Keeping
+from ray_guard.supervisor.leader import lead
+from ray_guard.supervisor.leaf import KILL_PATIENCE_S
 from ray_guard.supervisor.leftovers import Held, sweep
-from ray_guard.supervisor.unread import About, Unread
 
 
 def run(requests: socket.socket) -> NoReturn:
@@ -43,43 +44,31 @@ def run(requests: socket.socket) -> NoReturn:
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)  # what has lost its leader comes here, to be ended
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a tool's descriptors may have any number
-    with contextlib.suppress(OSError):  # then each tool tries, and says so
-        bound_capabilities()
     supervisor = os.getppid()
     zygote = _Zygote(requests)
     gc.freeze()  # a collection in a child would copy every page
     gc.enable()
     while zygote.step():
         pass
-    zygote.unread.shut(supervisor)
-    zygote.end_wards()
+    too_late = time.monotonic() + handover.PATIENCE_S
+    zygote.keeping.unread.shut(supervisor, but=zygote.estates.held)
+    zygote.keeping.wards.end(but=zygote.estates.pids)
     zygote.end_adopted(zygote.leaders)
+    zygote.hand_over(supervisor, too_late)
     try:
-        zygote.unread.write()
+        zygote.keeping.unread.write()
     except OSError:
         import traceback
 
         traceback.print_exc()
+    zygote.dismiss_witness()
     zygote.held.clear()
     zygote.remove_leaves()
     os._exit(0)
 
 
-class _Ward(NamedTuple):
-    """A process whose tree is ended here when the supervisor is gone."""
-
-    pid: int
-    start_time: int
-    lifeline: int | None
-    """A target's, held open: where the zygote dies too, its closing kills the target. None: a process beside one."""
-
-    @property
-    def lives(self) -> bool:
-        return procfs.start_time(self.pid) == self.start_time
-
-
-_WARDS_SWEPT: Final = 256
-"""How often, in wards, those that have ended are forgotten."""
+_OWN_SWEPT: Final = 256
+"""How often, in children, those that have ended are forgotten."""
 
 
 class _Zygote:
@@ -100,12 +89,14 @@ class _Zygote:
         self._system = domain.prepare()
         with contextlib.suppress(OSError):  # its leaders say so
             domain.Domain(self._system).close()  # what is kept of it once they share
-        self._wards: dict[int, _Ward] = {}
+        self.keeping = Keeping()
         self._own: dict[int, int | None] = {}
         """Its own children and when they were born, to tell them from those it takes in."""
         self.leaders: set[int] = set()
+        self.estates = handover.Estates()
         self.held = Held()
-        self.unread = Unread()
+        self._supervisor = os.getppid()
+        self._witness: socket.socket | None = None
         self._leaves: list[leaf.OwnLeaf] = []
 
     def step(self) -> bool:
@@ -123,17 +114,12 @@ class _Zygote:
 
     def _obey(self, message: dict[str, Any], descriptors: list[int]) -> None:
         operation = message.get("op")
-        if "about" in message:
-            self.unread.hold(int(message["line"]), descriptors.pop(), About(*message["about"]))
-        if operation == "ward":
-            pid = int(message["pid"])
-            self._wards[pid] = _Ward(pid, int(message["start_time"]), descriptors[0] if descriptors else None)
-            if len(self._wards) % _WARDS_SWEPT == 0:
-                self._wards = {
-                    pid: ward for pid, ward in self._wards.items() if ward.lifeline is not None or ward.lives
-                }
-        elif operation == "rename":
-            self.unread.rename(int(message["line"]), message["resource"])
+        if operation == "release":
+            self.estates.release(int(message["line"]))
+        if self.keeping.obey(message, descriptors):
+            pass
+        elif operation in ("bequeath", "disinherit", "book"):
+            self.estates.obey(message, descriptors)
         elif operation == "remove":
             self._remove(str(message["path"]))
         elif operation == "hold":
@@ -141,12 +127,7 @@ class _Zygote:
                 self.held.hold(str(message["path"]))
         elif operation == "sweep":
             self._sweep(str(message["path"]))
-        elif operation == "release":
-            self.unread.release(int(message["line"]))
-            ward = self._wards.pop(int(message["pid"]), None)
-            if ward is not None and ward.lifeline is not None:
-                os.close(ward.lifeline)
-        elif operation in ("mover", "signer", "recoverer"):
+        elif operation in ("mover", "signer", "recoverer", "witness"):
             self._fork_helper(operation, descriptors)
         elif operation == "end_adopted":
             self.end_adopted({int(message["leader"])})
@@ -164,7 +145,7 @@ class _Zygote:
         """Notes a child that was just forked; False: this is it."""
         if pid:
             self._own[pid] = procfs.start_time(pid)
-            if len(self._own) % _WARDS_SWEPT == 0:
+            if len(self._own) % _OWN_SWEPT == 0:
                 self._own = {each: born for each, born in self._own.items() if procfs.start_time(each) == born}
         return pid != 0
 
@@ -209,6 +190,8 @@ class _Zygote:
         try:
             # A leader's copies would keep alive the lines of targets that are the zygote's wards.
             close_all_but((0, 1, 2, line, *(() if own is None else (own.descriptor,))))
+            with contextlib.suppress(OSError):  # then each tool tries, and says so
+                bound_capabilities()
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
             code = lead(
                 sock, self._programs[gpu], self._system, covers, own.path if own is not None and own.joined else ""
@@ -221,12 +204,18 @@ class _Zygote:
             os._exit(code)
 
     def _fork_helper(self, which: str, descriptors: list[int]) -> None:
+        if which == "witness":
+            self._witness, theirs = socket.socketpair()
+            descriptors.append(theirs.detach())
         if self._is_parent(os.fork()):
             seqpacket.close_all(descriptors)
             return
         try:
             close_all_but((0, 1, 2, *descriptors))
             line = socket.socket(fileno=descriptors[0])
+            if which == "witness":
+                witness.run(line, socket.socket(fileno=descriptors[1]), self._supervisor)
+                os._exit(0)
             # Here alone: what every tool is forked from stays small.
             if which == "mover":
                 from ray_guard.egress.relay import mover
@@ -247,6 +236,12 @@ class _Zygote:
         finally:
             os._exit(1)
 
+    def dismiss_witness(self) -> None:
+        """All is done that it would do."""
+        if self._witness is not None:
+            with contextlib.suppress(OSError):
+                self._witness.sendall(witness.ALL_DONE)
+
     def remove_leaves(self) -> None:
         """The supervisor is gone, and so are its leaders, or about to."""
         deadline = time.monotonic() + 2 * KILL_PATIENCE_S
@@ -254,20 +249,45 @@ class _Zygote:
             self._leaves = left
             time.sleep(0.002)
 
-    def end_wards(self) -> None:
-        """The supervisor is gone, and its lifelines have stopped the targets: ends all below them.
+    def hand_over(self, supervisor: int, until: float) -> None:
+        """Hands on what is kept to the next supervisor; what nobody takes is ended."""
+        if not self.estates.held:
+            return
+        taken: set[int] = set()
+        if handover.await_end(supervisor, until):
+            try:
+                taken = handover.hand_over(self._offers(), until, self._start_supervisor)
+            except OSError:
+                import traceback
 
-        Children first: a target that died before them would leave them to nobody.
-        """
-        deadline = time.monotonic() + KILL_PATIENCE_S
-        wards = [ward for ward in self._wards.values() if ward.lives]
-        while wards and time.monotonic() < deadline:
-            below = {pid for ward in wards for pid in procfs.descendants(ward.pid) if not procfs.is_zombie(pid)}
-            for pid in below or {ward.pid for ward in wards}:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-            if not below:
-                return
+                traceback.print_exc()
+        for number, estate in list(self.estates.held.items()):
+            if estate.pid in taken:
+                self.keeping.unread.release(number)
+                self.keeping.wards.release_tree(estate.pid)
+            else:
+                self.keeping.unread.shut_one(number)
+            self.estates.release(number)
+        self.keeping.wards.end()
+
+    def _offers(self) -> Iterator[handover.Offer]:
+        for number, estate in self.estates.held.items():
+            ward, line = self.keeping.wards.target(estate.pid), self.keeping.unread.line(number)
+            if ward is not None and ward.lifeline is not None and line is not None:
+                last = self.keeping.unread.last_of(number)
+                journaled = last is not None and self.keeping.unread.has_ended(number, str(last.get("span")))
+                yield handover.Offer(estate, ward.start_time, line, ward.lifeline, last, journaled)
+
+    def _start_supervisor(self, listener: socket.socket) -> None:
+        if not self._is_parent(os.fork()):
+            try:
+                handover.become_supervisor(listener)
+            except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(0)
 
     def _is_own(self, pid: int) -> bool:
         born = procfs.start_time(pid)
@@ -285,107 +305,3 @@ class _Zygote:
             if not adopted and not leading:
                 return
             time.sleep(0.002)
-
-
-def ward(starts: socket.socket, pid: int) -> None:
-    """Puts a process's tree into the zygote's care, should the supervisor die; called by the supervisor."""
-    start_time = procfs.start_time(pid)
-    if start_time is not None:  # else it has ended already
-        seqpacket.send(starts, {"op": "ward", "pid": pid, "start_time": start_time})
-
-
-class WardedLine(NamedTuple):
-    """A target's line to the supervisor, in the zygote's care too: see :mod:`ray_guard.supervisor.unread`."""
-
-    starts: socket.socket
-    number: int
-    pid: int
-    """Of the process that ends with the supervisor; 0: an observer, which nobody ends."""
-
-    def begin(self, line: socket.socket, about: About, lifeline: socket.socket) -> None:
-        """Puts it into the zygote's care, should the supervisor die; called by the supervisor.
-
-        Args:
-            lifeline: held open by the zygote, whose end kills the process.
-        """
-        message: dict[str, Any] = {"op": "line", "line": self.number, "about": about}
-        passed = [line.fileno()]
-        if self.pid:
-            born = procfs.start_time(self.pid) or 0  # 0: it has ended already, but what it said is kept
-            message |= {"op": "ward", "pid": self.pid, "start_time": born}
-            passed.insert(0, lifeline.fileno())
-        seqpacket.send(self.starts, message, passed)
-
-    def rename(self, resource: Mapping[str, Any]) -> None:
-        """It has learnt which actor it is; called by the supervisor."""
-        seqpacket.send(self.starts, {"op": "rename", "line": self.number, "resource": resource})
-
-    def end(self) -> None:
-        """It was read to its end, and its process is gone; called by the supervisor. Raises OSError."""
-        seqpacket.send(self.starts, {"op": "release", "pid": self.pid, "line": self.number})
-
-
-def end_adopted(starts: socket.socket, leader: int) -> None:
-    """A leader was lost: ends what it has led; called by the supervisor."""
-    seqpacket.send(starts, {"op": "end_adopted", "leader": leader})
-
-
-def remove(starts: socket.socket, path: str) -> None:
-    """Takes away a call's temporary folder; called by the supervisor."""
-    seqpacket.send(starts, {"op": "remove", "path": path})
-
-
-def hold(starts: socket.socket, path: str) -> None:
-    """Makes the folder of this supervisor's calls and holds it, while this process lives; called by the supervisor."""
-    seqpacket.send(starts, {"op": "hold", "path": path})
-
-
-def sweep_place(starts: socket.socket, place: str) -> None:
-    """Takes away what lost supervisors have left there; called by the supervisor."""
-    seqpacket.send(starts, {"op": "sweep", "path": place})
-
-
-def start_mover(starts: socket.socket, line: socket.socket) -> None:
-    """Starts a mover of relayed bytes at this end of its line; called by the supervisor."""
-    seqpacket.send(starts, {"op": "mover"}, [line.fileno()])
-
-
-def start_signer(starts: socket.socket, line: socket.socket) -> None:
-    """Starts the signer of the logs at this end of its line; called by the supervisor."""
-    seqpacket.send(starts, {"op": "signer"}, [line.fileno()])
-
-
-def start_recoverer(starts: socket.socket, line: socket.socket) -> None:
-    """Starts the recoverer of former logs at this end of its line; called by the supervisor."""
-    seqpacket.send(starts, {"op": "recoverer"}, [line.fileno()])
-
-
-def ask_for_leader(starts: socket.socket, covers: mounts.Covers = (), *, gpu: bool = False) -> socket.socket:
-    """The line to a new leader; called by the supervisor. Where it cannot be forked the line ends at once.
-
-    Args:
-        covers, gpu: see :class:`ray_guard.supervisor.leaders.Fit`.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        try:
-            seqpacket.send(starts, {"op": "leader", "covers": covers, "gpu": gpu}, [theirs.fileno()])
-        except OSError:
-            pass  # the zygote is gone, and the supervisor about to end
-    return ours
-
-
-def fork(close: list[int]) -> tuple[socket.socket, int]:
-    """Forks the zygote; in the supervisor returns the socket that starts are sent on, and the zygote's pid."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            for descriptor in close:
-                os.close(descriptor)
-            run(theirs)
-        finally:
-            os._exit(1)
-    theirs.close()
-    return ours, pid

@@ -45,6 +45,17 @@ class Batched:
         return {"batch_worker": os.getpid()}
 
 
+class Served:
+    """What a policy actor holds, and would lose if it were started anew."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self) -> dict[str, int]:
+        self.asked += 1
+        return {"policy": os.getpid(), "asked": self.asked}
+
+
 def begun_again(actor: Any) -> dict[str, int]:
     """Once Ray has started it anew."""
     deadline = time.monotonic() + 30
@@ -64,6 +75,7 @@ def main() -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     guarded: Any = guard(allow=[])(ray.remote(num_cpus=0, max_restarts=1, max_task_retries=0)(Guarded))
     actors = [guarded.remote(ledger), ray.remote(num_cpus=0)(Batched).remote(batch_ledger, endpoint)]  # type: ignore[attr-defined]
+    policy: Any = None
     about: dict[str, int] = {}
     for pids in ray.get([actor.begin.remote() for actor in actors]):
         about |= pids
@@ -75,6 +87,9 @@ def main() -> None:
                 ray.kill(actor)
         elif line.strip() == "shutdown":
             ray.shutdown()
+        elif line.strip() == "policy":
+            policy = policy or guard(role="policy", allow=[])(ray.remote(num_cpus=0)(Served)).remote()  # type: ignore[attr-defined]
+            print(json.dumps(ray.get(policy.ask.remote())), flush=True)
         elif line.strip() == "again":
             print(json.dumps(begun_again(actors[0])), flush=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "escapes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from faults import FAULTS

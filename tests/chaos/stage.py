@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from harness import PYTHON, Namespace, grants, wait
 from judge import Ledger, read_ledger
+from otlp import Traces, by_http
 
 from ray_guard.evidence.verify.check import check
 
@@ -45,6 +46,14 @@ def _command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def name_of(pid: int) -> str:
+    """Its command's name; empty: it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def supervisor_beside(pid: int) -> int:
@@ -108,6 +117,38 @@ class Sink:
         self._server.close()
 
 
+class FullPort:
+    """A loopback port at which a connect waits until :meth:`hear` is called."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self.port: int = self._server.getsockname()[1]
+        self._filling = socket.create_connection(("127.0.0.1", self.port))  # as many as the kernel takes in beforehand
+
+    def asked_by(self, pid: int) -> bool:
+        """Whether a connect to it is under way (SYN_SENT); ``pid`` says in whose network namespace."""
+        wanted = f":{self.port:04X} 02 "
+        return wanted in Path(f"/proc/{pid}/net/tcp").read_text()
+
+    def hear(self) -> bytes:
+        """Lets in who waits; what it says."""
+        self._server.settimeout(20)
+        self._server.accept()[0].close()
+        with self._server.accept()[0] as sock:
+            sock.settimeout(20)
+            return sock.recv(100)
+
+    def close(self) -> None:
+        self._filling.close()
+        self._server.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Job:
     """One job.py. ``evidence``: where it writes; None: it has a batch processor instead."""
 
@@ -122,6 +163,7 @@ class Job:
         environment: dict[str, str] | None = None,
         python: tuple[str, ...] = (PYTHON,),
         role: str = "env",
+        budgets: dict[str, Any] | None = None,
         observes: bool = False,
     ) -> None:
         folder.mkdir(exist_ok=True)
@@ -131,6 +173,8 @@ class Job:
             argv = ["batch", str(self._ledger), endpoint]
         else:
             policy = {"egress": {"allow": list(allow)}, "files": grants(folder), "role": role}
+            if budgets is not None:
+                policy["budgets"] = budgets
             argv = ["observe" if observes else "guard", str(self._ledger), json.dumps(policy)]
             clean["RAY_GUARD_EVIDENCE"] = str(evidence)
             if endpoint:
@@ -153,6 +197,11 @@ class Job:
         (zygote,) = (pid for pid in children(self.supervisor) if _SUPERVISOR in _command(pid))
         return zygote
 
+    def await_witness(self) -> None:
+        """Waits until three processes hold what is needed should two of them be killed."""
+        zygote = self.zygote
+        wait(lambda: "witness" in map(name_of, children(zygote)), "there is no witness")
+
     def ask(self, name: str, *arguments: Any) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({name: arguments}) + "\n")
@@ -166,6 +215,21 @@ class Job:
         assert line, f"the job has died: {self._process.wait()}"
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def kill_supervisor(self, seconds: float) -> float:
+        """SIGKILL for the supervisor alone; waits for the next, in whose hands the job is then; when that was."""
+        before, zygote = self.supervisor, self.zygote
+        began = time.monotonic()
+        os.kill(before, signal.SIGKILL)
+
+        def handed_over() -> bool:
+            if lives(before) or lives(zygote):  # it ends when it has handed the job over
+                return False
+            self.supervisor = supervisor_beside(self.pid)
+            return True
+
+        wait(handed_over, "there is no other supervisor", seconds)
+        return began
 
     def ledger(self) -> Ledger:
         return read_ledger(self._ledger)
@@ -221,10 +285,8 @@ def unproven(evidence: Path, seconds: float = 15.0) -> list[str]:
 
 def batch_lost(folder: Path, calls: int = 300) -> str:
     """A job with a batch processor that is killed right after ``calls`` calls: how many of them never arrived."""
-    from judge import Receiver
-
-    receiver = Receiver()
-    with receiver.serving() as endpoint, Job(folder, None, endpoint=endpoint) as job:
+    receiver = Traces()
+    with by_http(receiver) as endpoint, Job(folder, None, endpoint=endpoint) as job:
         job.ask("calls", calls)
         job.kill()
         finished = job.ledger().finished

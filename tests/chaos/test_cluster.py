@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from faults import FAULTS, Row
 from harness import wait
-from judge import Receiver, judge, read_ledger
+from judge import judge, read_ledger
+from otlp import Traces, by_http
 from stage import FOLDER, dead_after, lives, resident, supervisor_beside, unproven
 
 from ray_guard.evidence.verify.check import check
@@ -70,15 +71,15 @@ class Cluster:
 
 
 @pytest.fixture
-def receiver() -> Receiver:
-    return Receiver()
+def receiver() -> Traces:
+    return Traces()
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, receiver: Receiver) -> Iterator[Cluster]:
+def cluster(tmp_path: Path, receiver: Traces) -> Iterator[Cluster]:
     name = f"@{rendezvous.address()[1:]}"  # looked up, not connected to: it would stay for us
     wait(lambda: name not in Path("/proc/net/unix").read_text(), "another supervisor does not end", 20)
-    with receiver.serving() as endpoint:
+    with by_http(receiver) as endpoint:
         made = Cluster(tmp_path, endpoint)
         try:
             yield made
@@ -120,7 +121,7 @@ def _kill_raylet(cluster: Cluster) -> float:
     ],
 )
 def test_a_part_of_the_cluster_dies(
-    cluster: Cluster, receiver: Receiver, fault: str, strike: Callable[[Cluster], float], patience: float
+    cluster: Cluster, receiver: Traces, fault: str, strike: Callable[[Cluster], float], patience: float
 ) -> None:
     memory = resident(cluster.supervisor)
     began = strike(cluster)
@@ -136,11 +137,15 @@ def test_a_part_of_the_cluster_dies(
 
 
 def test_the_supervisor_below_a_cluster_is_killed(cluster: Cluster) -> None:
-    """Ray starts the actor anew, and the guard with it."""
+    """Ray starts the env actor anew; a policy actor goes on with what it holds."""
+    cluster.tell("policy")
+    served = cluster.answer(30.0)
     memory = resident(cluster.supervisor)
     began = cluster.kill("supervisor")
     took = dead_after(began, [cluster.pids["worker"], cluster.pids["tool"]])
     ledger = read_ledger(cluster.ledger)
+    cluster.tell("policy")
+    assert cluster.answer(30.0) == {**served, "asked": served["asked"] + 1}
     cluster.tell("again")
     cluster.answer(30.0)
     back = time.monotonic() - began

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from faults import FAULTS, Row
 from harness import ROOT, Namespace, wait
-from judge import Receiver, judge
+from judge import judge
+from otlp import Traces, by_http
 from stage import Job, children, resident
 
 pytestmark = [
@@ -35,10 +36,10 @@ def forwarder(supervisor: int) -> int:
     raise AssertionError("there is no forwarder")
 
 
-def outage(folder: Path, namespace: Namespace, seconds: float, receiver: Receiver, *, down: bool) -> Row:
+def outage(folder: Path, namespace: Namespace, seconds: float, receiver: Traces, *, down: bool) -> Row:
     """A job of ours and one with a batch processor before the same outage; its end is the caller's business."""
     port = free_port()
-    batch_receiver = Receiver(receiver.answer)
+    batch_receiver = Traces(receiver.answer)
     batch_port = free_port()
     evidence = folder / "evidence"
     with (
@@ -47,7 +48,7 @@ def outage(folder: Path, namespace: Namespace, seconds: float, receiver: Receive
     ):
         began = time.monotonic()
         if not down:
-            ours, theirs = receiver.serving(port), batch_receiver.serving(batch_port)
+            ours, theirs = by_http(receiver, port=port), by_http(batch_receiver, port=batch_port)
             ours.__enter__()
             theirs.__enter__()
         job.ask("spans", 100)
@@ -59,7 +60,7 @@ def outage(folder: Path, namespace: Namespace, seconds: float, receiver: Receive
         memory = resident(job.supervisor)
         sender = resident(sends)
         if down:
-            ours, theirs = receiver.serving(port), batch_receiver.serving(batch_port)
+            ours, theirs = by_http(receiver, port=port), by_http(batch_receiver, port=batch_port)
             ours.__enter__()
             theirs.__enter__()
         try:
@@ -82,7 +83,7 @@ def outage(folder: Path, namespace: Namespace, seconds: float, receiver: Receive
 
 @pytest.mark.slow
 def test_the_collector_is_down_for_a_while(namespace: Namespace, tmp_path: Path) -> None:
-    row = outage(tmp_path, namespace, 12.0, Receiver(), down=True)
+    row = outage(tmp_path, namespace, 12.0, Traces(), down=True)
     FAULTS.note(row._replace(fault="collector down for 12 s"))
 
 
@@ -90,14 +91,14 @@ def test_the_collector_is_down_for_a_while(namespace: Namespace, tmp_path: Path)
 @pytest.mark.parametrize("status", [500, 503])
 def test_the_collector_answers_errors(namespace: Namespace, tmp_path: Path, status: int) -> None:
     until = time.monotonic() + 8.0
-    receiver = Receiver(lambda: 200 if time.monotonic() > until else status)
+    receiver = Traces(lambda _: 200 if time.monotonic() > until else status)
     row = outage(tmp_path, namespace, 8.0, receiver, down=False)
     FAULTS.note(row._replace(fault=f"collector answers {status} for 8 s"))
 
 
 def test_the_forwarder_is_killed(namespace: Namespace, tmp_path: Path) -> None:
     """Another goes on where it was; what comes twice is the same."""
-    receiver = Receiver()
+    receiver = Traces()
     evidence = tmp_path / "evidence"
     port = free_port()
     with Job(tmp_path, evidence, namespace=namespace, endpoint=f"http://127.0.0.1:{port}") as job:
@@ -107,7 +108,7 @@ def test_the_forwarder_is_killed(namespace: Namespace, tmp_path: Path) -> None:
         job.ask("calls", 100)
         ledger = job.ledger()
         memory = resident(job.supervisor)
-        with receiver.serving(port):
+        with by_http(receiver, port=port):
             missing = receiver.await_all(ledger.finished, 20)
     found = judge(evidence, ledger)
     found.lost.extend(missing)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from faults import FAULTS, Row
 from harness import ROOT, Namespace
-from judge import Receiver, judge
+from judge import judge
+from otlp import Traces, by_http
 from stage import FOLDER, Job, Sink, interpreter, resident, unproven
 
 from ray_guard.evidence.reader import Quarantine, read
@@ -43,7 +44,7 @@ def denied(evidence: Path) -> int:
 def test_the_disk_is_full(small_disk: Path, tmp_path: Path, sink: Sink) -> None:
     """What goes on is recorded from the reserve, denials to the last; nothing new is granted."""
     evidence = small_disk / "evidence"
-    receiver = Receiver()
+    receiver = Traces()
     namespace = Namespace()
     try:
         with Job(tmp_path, evidence, namespace=namespace, allow=[f"127.0.0.1:{sink.port}"]) as job:
@@ -66,7 +67,7 @@ def test_the_disk_is_full(small_disk: Path, tmp_path: Path, sink: Sink) -> None:
         namespace.close()
     assert unproven(evidence) == []
     found = judge(evidence, ledger)
-    with receiver.serving() as endpoint, Job(tmp_path, None, endpoint=endpoint) as batch:
+    with by_http(receiver) as endpoint, Job(tmp_path, None, endpoint=endpoint) as batch:
         batch.ask("spans", 700)
         batch.close()  # its spans are in memory, and leave in order: it asks nothing of a disk
         without = len(receiver.lacks(batch.ledger().finished))

@@ -79,7 +79,8 @@ def main():
         except OSError: pass
         if len(held) < 500: held.append(sock)
         else: sock.close()
-    for n in range(1500): os.unlink(A['folder'] + '/%d' % n)
+    for n in range(1500):
+        if os.path.exists(A['folder'] + '/%d' % n): os.unlink(A['folder'] + '/%d' % n)
     connect(AF_INET, STREAM, ('127.0.0.1', A['tcp']))
 """,
         refused=("EACCES",),

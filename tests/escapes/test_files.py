@@ -369,9 +369,10 @@ def _try(family: str, attack: Attack, ring: str, *, stage: Stage, host: Host, gr
     """As :func:`harness.escape`: unconfined and in ``ring``, judged and noted; what a peer lets happen fails nothing."""
     where = column(ring)
     note = partial(TABLE.note, family, attack.name)
-    needed = [name for name in ("site", "package") if f"A['{name}']" in attack.body]
+    needed = [ground.paths[name] for name in ("site", "package") if f"A['{name}']" in attack.body]
+    needed += [place for place in ("/tmp/ray",) if f"'{place}/" in attack.body and os.path.exists(place)]
     why = "needs root even unconfined" if attack.privileged and not ROOT else ""
-    if not all(os.access(ground.paths[name], os.W_OK) for name in needed):
+    if not all(os.access(place, os.W_OK) for place in needed):
         why = "not this user's even unconfined"
     if why:
         note(where, Cell(Verdict.INAPPLICABLE, why))

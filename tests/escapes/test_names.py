@@ -6,6 +6,7 @@ Judged from outside: by the log of the host's name server, of a rogue one, and b
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import wait
+from harness import open_up, wait
 from names import ROGUE, Names, named
 
 from ray_guard.egress.resolver.told import LOOKUPS
@@ -368,6 +369,7 @@ def main():
 @pytest.mark.parametrize("ring", RINGS)
 def test_the_hosts_file_rewritten(names: Names, ring: str) -> None:
     path = names.folder / "hosts"
+    path.chmod(0o666)  # the attacker need not be root
     before = path.read_text()
     program = """
 def main():
@@ -388,6 +390,7 @@ def main():
 @pytest.mark.parametrize("ring", RINGS)
 def test_resolv_conf_rewritten(names: Names, ring: str) -> None:
     path = names.folder / "resolv.conf"
+    path.chmod(0o666)
     before = path.read_text()
     program = f"""
 def main():
@@ -448,6 +451,8 @@ def test_a_line_to_the_resolver_sends_nowhere_else(names: Names, tmp_path: Path)
     path = str(tmp_path / "sink")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sink:
         sink.bind(path)
+        open_up(tmp_path)
+        os.chmod(path, 0o777)
         sink.settimeout(0.2)
         program = f"""
 def main():

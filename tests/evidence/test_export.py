@@ -11,13 +11,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from otlp import Traces, plain
+
 REFUSED = "bash -c 'exec 3<>/dev/tcp/198.51.100.7/22'"
 
 
 def test_what_a_command_did_arrives_at_the_endpoint_its_environment_names(
-    received: Any,
+    received: Traces,
     serve: Callable[..., AbstractContextManager[str]],
-    plain: Callable[[Any], dict[str, Any]],
     tmp_path: Path,
 ) -> None:
     policy = tmp_path / "policy.json"
@@ -47,7 +48,7 @@ def test_what_a_command_did_arrives_at_the_endpoint_its_environment_names(
     assert all(span.span_id.hex().encode() in written for span in (tool, process, egress))
 
 
-def _upwards(received: Any, span: Any) -> list[Any]:
+def _upwards(received: Traces, span: Any) -> list[Any]:
     """The spans above ``span``, the nearest first."""
     by_id = {each.span_id: each for _, _, each in received.spans}
     found = []

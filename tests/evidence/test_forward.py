@@ -13,16 +13,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
+from otlp import Traces, by_grpc, plain
 
 from ray_guard.evidence.forward import STATE
 from ray_guard.evidence.forwarder import forwarder_argv
@@ -97,7 +93,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_everything_a_span_has_arrives(tmp_path: Path, start: Start, received: Any, serve: Serve, plain: Any) -> None:
+def test_everything_a_span_has_arrives(tmp_path: Path, start: Start, received: Traces, serve: Serve) -> None:
     full = span(
         1,
         parent_id="00f067aa0ba902b7",
@@ -153,7 +149,7 @@ def test_everything_a_span_has_arrives(tmp_path: Path, start: Start, received: A
 
 
 def test_spans_are_sent_as_they_come_and_open_ones_are_not(
-    tmp_path: Path, start: Start, received: Any, serve: Serve
+    tmp_path: Path, start: Start, received: Traces, serve: Serve
 ) -> None:
     with serve() as endpoint, Journal(tmp_path / "e") as journal:
         process = start(tmp_path / "e", environment(endpoint, OTEL_EXPORTER_OTLP_COMPRESSION="gzip"))
@@ -167,7 +163,7 @@ def test_spans_are_sent_as_they_come_and_open_ones_are_not(
     assert Counter(received.ids()) == Counter(expected)
 
 
-def test_torn_and_foreign_lines_hold_nothing_up(tmp_path: Path, start: Start, received: Any, serve: Serve) -> None:
+def test_torn_and_foreign_lines_hold_nothing_up(tmp_path: Path, start: Start, received: Traces, serve: Serve) -> None:
     with serve() as endpoint, Journal(tmp_path / "e") as journal:
         (tmp_path / "e" / "a.otlp.jsonl").write_bytes(ENCODER.encode(span(900))[:150])
         (tmp_path / "e" / "b.otlp.jsonl").write_bytes(b"\x00\xff\n{}\n\n" + ENCODER.encode(span(901)) + b'{"torn')
@@ -182,7 +178,7 @@ def test_torn_and_foreign_lines_hold_nothing_up(tmp_path: Path, start: Start, re
     assert Counter(received.ids()) == Counter(expected | {span(900).span_id})
 
 
-def test_a_collector_that_comes_late(tmp_path: Path, start: Start, received: Any, serve: Serve) -> None:
+def test_a_collector_that_comes_late(tmp_path: Path, start: Start, received: Traces, serve: Serve) -> None:
     port = free_port()
     with Journal(tmp_path / "e") as journal:
         expected = append(journal, range(700))
@@ -198,7 +194,7 @@ def test_a_collector_that_comes_late(tmp_path: Path, start: Start, received: Any
     assert Counter(received.ids()) == Counter(expected)  # nothing was taken while it was down: nothing comes twice
 
 
-def test_a_collector_that_answers_503(tmp_path: Path, start: Start, received: Any, serve: Serve) -> None:
+def test_a_collector_that_answers_503(tmp_path: Path, start: Start, received: Traces, serve: Serve) -> None:
     answers = iter([503, 503, 503])
     with (
         serve(answer=lambda _: next(answers, 200)) as endpoint,
@@ -214,7 +210,7 @@ def test_a_collector_that_answers_503(tmp_path: Path, start: Start, received: An
 
 
 def test_one_span_that_is_refused_does_not_stop_the_others(
-    tmp_path: Path, start: Start, received: Any, serve: Serve
+    tmp_path: Path, start: Start, received: Traces, serve: Serve
 ) -> None:
 
     def picky(body: bytes) -> int:
@@ -233,7 +229,7 @@ def test_one_span_that_is_refused_does_not_stop_the_others(
 
 
 def test_a_collector_that_comes_back_while_a_span_is_suspected(
-    tmp_path: Path, start: Start, received: Any, serve: Serve
+    tmp_path: Path, start: Start, received: Traces, serve: Serve
 ) -> None:
     back = threading.Event()
 
@@ -254,7 +250,7 @@ def test_a_collector_that_comes_back_while_a_span_is_suspected(
 
 
 def test_killed_and_started_again_it_goes_on_where_it_was(
-    tmp_path: Path, start: Start, received: Any, serve: Serve
+    tmp_path: Path, start: Start, received: Traces, serve: Serve
 ) -> None:
     hold = threading.Event()
 
@@ -280,15 +276,12 @@ def test_killed_and_started_again_it_goes_on_where_it_was(
     assert set(received.ids()) == expected
     twice = [name for name, count in Counter(received.ids()).items() if count > 1]
     assert len(twice) <= 512  # at most the batch under way; the first ones were not sent again
-    by_id: dict[str, set[bytes]] = {}
-    for _, _, item in received.spans:
-        by_id.setdefault(item.span_id.hex(), set()).add(item.SerializeToString(deterministic=True))
-    assert all(len(forms) == 1 for forms in by_id.values())
+    assert received.different() == []
 
 
 @pytest.mark.parametrize("state", ["", "{", "[]", '{"segments": {"x": "y"}}', '{"segments": 7}'])
 def test_a_broken_state_file_costs_duplicates_not_spans(
-    tmp_path: Path, start: Start, state: str, received: Any, serve: Serve
+    tmp_path: Path, start: Start, state: str, received: Traces, serve: Serve
 ) -> None:
     with serve() as endpoint, Journal(tmp_path / "e") as journal:
         expected = append(journal, range(3))
@@ -300,7 +293,7 @@ def test_a_broken_state_file_costs_duplicates_not_spans(
     assert Counter(received.ids()) == Counter(expected)
 
 
-def test_an_offset_within_a_line_is_not_trusted(tmp_path: Path, start: Start, received: Any, serve: Serve) -> None:
+def test_an_offset_within_a_line_is_not_trusted(tmp_path: Path, start: Start, received: Traces, serve: Serve) -> None:
     with serve() as endpoint, Journal(tmp_path / "e") as journal:
         expected = append(journal, range(3))
         (tmp_path / "e" / STATE).write_text(
@@ -311,7 +304,7 @@ def test_an_offset_within_a_line_is_not_trusted(tmp_path: Path, start: Start, re
     assert set(received.ids()) == expected
 
 
-def test_when_the_supervisor_dies_the_rest_is_flushed(tmp_path: Path, received: Any, serve: Serve) -> None:
+def test_when_the_supervisor_dies_the_rest_is_flushed(tmp_path: Path, received: Traces, serve: Serve) -> None:
     """Real parent, SIGKILLed right after it has written: only its pidfd tells the forwarder."""
     program = """
 import os, subprocess, sys
@@ -327,7 +320,7 @@ sys.stdin.readline()
 with Journal(sys.argv[1]) as journal:
     for number in range(1, 301):
         span = SpanRecord("a" * 32, f"{number:016x}", None, "x", SpanKind.INTERNAL, 1, 2, {})
-        journal.append(encode(span, Resource({})))
+        journal.append(encode(span, Resource({"service.name": "rome"})))
     os.kill(os.getpid(), 9)
 """
     (tmp_path / "e").mkdir(mode=0o700)
@@ -352,7 +345,7 @@ def _wait_for(pidfd: int, timeout: float) -> None:
     os.close(pidfd)
 
 
-def test_a_dead_parent_is_noticed_at_the_start(tmp_path: Path, start: Start, received: Any, serve: Serve) -> None:
+def test_a_dead_parent_is_noticed_at_the_start(tmp_path: Path, start: Start, received: Traces, serve: Serve) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     with serve() as endpoint, Journal(tmp_path / "e") as journal:
@@ -382,7 +375,9 @@ def test_the_last_flush_is_bounded(tmp_path: Path, start: Start, serve: Serve) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_flush_too(tmp_path: Path, start: Start, number: signal.Signals, received: Any, serve: Serve) -> None:
+def test_signals_flush_too(
+    tmp_path: Path, start: Start, number: signal.Signals, received: Traces, serve: Serve
+) -> None:
     with serve() as endpoint, Journal(tmp_path / "e") as journal:
         process = start(tmp_path / "e", environment(endpoint))
         append(journal, range(1))
@@ -394,7 +389,7 @@ def test_signals_flush_too(tmp_path: Path, start: Start, number: signal.Signals,
 
 
 def test_two_forwarders_of_one_folder_do_not_send_everything_twice(
-    tmp_path: Path, start: Start, received: Any, serve: Serve
+    tmp_path: Path, start: Start, received: Traces, serve: Serve
 ) -> None:
     with serve() as endpoint, Journal(tmp_path / "e") as journal:
         first, second = (start(tmp_path / "e", environment(endpoint)) for _ in range(2))
@@ -418,38 +413,14 @@ def test_once_gives_up_on_a_dead_endpoint(tmp_path: Path, start: Start) -> None:
     assert not (tmp_path / "e" / STATE).exists()
 
 
-def test_grpc(tmp_path: Path, start: Start, received: Any) -> None:
-    grpc = pytest.importorskip("grpc")
-    pytest.importorskip(
-        "opentelemetry.exporter.otlp.proto.grpc", reason="no grpc exporter: pip install ray-guard[grpc]"
-    )
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-        TraceServiceServicer,
-        add_TraceServiceServicer_to_server,
-    )
-
-    answers = iter([False, False])
-
-    class Service(TraceServiceServicer):
-        def Export(self, request: ExportTraceServiceRequest, context: Any) -> ExportTraceServiceResponse:
-            if not next(answers, True):
-                context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
-            received.take(request.SerializeToString())
-            return ExportTraceServiceResponse()
-
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    add_TraceServiceServicer_to_server(Service(), server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        with Journal(tmp_path / "e") as journal:
-            expected = append(journal, range(10))
-            environ = environment(f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
-            process = start(tmp_path / "e", environ)
-            received.wait(lambda r: len(r.spans) >= 10)
-            assert finish(process)[0] == 0
-    finally:
-        server.stop(0).wait()
+def test_grpc(tmp_path: Path, start: Start, received: Traces) -> None:
+    answers = iter([503, 503])
+    received.answer = lambda _: next(answers, 200)
+    with by_grpc(received) as endpoint, Journal(tmp_path / "e") as journal:
+        expected = append(journal, range(10))
+        process = start(tmp_path / "e", environment(endpoint, OTEL_EXPORTER_OTLP_PROTOCOL="grpc"))
+        received.wait(lambda r: len(r.spans) >= 10)
+        assert finish(process)[0] == 0
     assert Counter(received.ids()) == Counter(expected)
 
 
@@ -459,6 +430,12 @@ def test_grpc(tmp_path: Path, start: Start, received: Any) -> None:
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, "'http/json' is not known"),
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "needs the package opentelemetry-exporter-otlp-proto-grpc"),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, "no OTLP endpoint"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318"}, "a URL with http or https"),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, "OTEL_EXPORTER_OTLP_TIMEOUT='soon' is not usable"),
+        ({"OTEL_EXPORTER_OTLP_HEADERS": "secret"}, "OTEL_EXPORTER_OTLP_HEADERS: item 1 is no header"),
+        ({"OTEL_EXPORTER_OTLP_COMPRESSION": "brotli"}, "gzip, deflate or none"),
+        ({"OTEL_EXPORTER_OTLP_CERTIFICATE": "/nowhere/ca.pem"}, "No such file"),
+        ({"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "many"}, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE='many' is not usable"),
     ],
 )
 def test_what_cannot_work_is_said_at_once(tmp_path: Path, variables: dict[str, str], said: str) -> None:
@@ -505,6 +482,14 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/v1/traces"}, True),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_SDK_DISABLED": "True"}, False),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_TRACES_EXPORTER": "none"}, True),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318",
+                "OTEL_TRACES_EXPORTER": "console",
+                "OTEL_METRICS_EXPORTER": "none",
+            },
+            False,
+        ),
         ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://c:4318"}, True),
         ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://c:4318", "OTEL_METRICS_EXPORTER": "prometheus"}, False),
         (

@@ -10,21 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent import futures
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf.message import DecodeError
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
-    ExportMetricsServiceRequest,
-    ExportMetricsServiceResponse,
-)
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality
+from otlp import METRICS, Receiver, Traces, by_grpc, by_http
 
 from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Journal
@@ -45,20 +38,21 @@ NAMES = set(
 Key = tuple[str, frozenset[tuple[str, Any]]]
 
 
-class Collector:
+class Collector(Receiver):
     """Keeps the newest point of each series, and refuses what is not right."""
 
+    signal = METRICS
+
     def __init__(self) -> None:
+        super().__init__()
         self.points: dict[Key, Any] = {}
         self.resource: dict[str, str] = {}
         self.units: dict[str, str] = {}
-        self.requests = 0
-        self.spans = 0
-        self.errors: list[str] = []
-        self.answer: Callable[[], int] = lambda: 200
-        self.changed = threading.Condition()
 
-    def take(self, request: ExportMetricsServiceRequest) -> None:
+    def __str__(self) -> str:
+        return f"{self.requests} requests: {sorted(map(str, self.points))}"
+
+    def keep(self, request: Any) -> None:
         found: dict[Key, Any] = {}
         (group,) = request.resource_metrics
         resource = {each.key: each.value.string_value for each in group.resource.attributes}
@@ -88,20 +82,12 @@ class Collector:
                     assert sum(point.bucket_counts) == point.count
                     assert len(point.bucket_counts) == len(point.explicit_bounds) + 1
                 found[key] = point
-        with self.changed:
-            for key in self.points.keys() & found.keys():
-                before, after = self.points[key], found[key]
-                if before.start_time_unix_nano and before.start_time_unix_nano == after.start_time_unix_nano:
-                    assert _value(before) <= _value(after), f"{key} went back"
-            self.points = found
-            self.resource = resource
-            self.changed.notify_all()
-
-    def wait(self, ready: Callable[[Collector], bool], timeout: float = 20) -> None:
-        with self.changed:
-            done = self.changed.wait_for(lambda: ready(self), timeout)
-        assert not self.errors, self.errors
-        assert done, f"after {timeout} s and {self.requests} requests: {sorted(map(str, self.points))}"
+        for key in self.points.keys() & found.keys():
+            before, after = self.points[key], found[key]
+            if before.start_time_unix_nano and before.start_time_unix_nano == after.start_time_unix_nano:
+                assert _value(before) <= _value(after), f"{key} went back"
+        self.points = found
+        self.resource = resource
 
     def value(self, name: str, **labels: str) -> float | None:
         """The sum of all series of a metric that have these labels (dots as two underscores); None without any."""
@@ -118,80 +104,6 @@ def _value(point: Any) -> float:
     if hasattr(point, "bucket_counts"):
         return float(point.count)
     return float(getattr(point, point.WhichOneof("value")))
-
-
-@contextmanager
-def by_http(collector: Collector) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            code, reply = 200, ExportMetricsServiceResponse().SerializeToString()
-            try:
-                assert self.headers["Content-Type"] == "application/x-protobuf"
-                if self.path == "/v1/traces":
-                    collector.spans += 1
-                    reply = ExportTraceServiceResponse().SerializeToString()
-                else:
-                    assert self.path == "/v1/metrics", self.path
-                    code = collector.answer()
-                    if code == 200:
-                        collector.take(ExportMetricsServiceRequest.FromString(body))
-            except (AssertionError, DecodeError, ValueError) as error:
-                code = 400
-                collector.errors.append(repr(error))
-            with collector.changed:
-                collector.requests += self.path == "/v1/metrics"
-                collector.changed.notify_all()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-@contextmanager
-def by_grpc(collector: Collector) -> Iterator[str]:
-    grpc = pytest.importorskip("grpc")
-    pytest.importorskip(
-        "opentelemetry.exporter.otlp.proto.grpc", reason="no grpc exporter: pip install ray-guard[grpc]"
-    )
-    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
-        MetricsServiceServicer,
-        add_MetricsServiceServicer_to_server,
-    )
-
-    class Service(MetricsServiceServicer):
-        def Export(self, request: ExportMetricsServiceRequest, context: Any) -> ExportMetricsServiceResponse:
-            try:
-                collector.take(request)
-            except (AssertionError, ValueError) as error:
-                collector.errors.append(repr(error))
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, repr(error))
-            return ExportMetricsServiceResponse()
-
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    add_MetricsServiceServicer_to_server(Service(), server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.stop(0).wait()
 
 
 @pytest.fixture
@@ -294,7 +206,7 @@ def test_a_job_in_numbers(
     tmp_path: Path,
     collector: Collector,
     start: Callable[..., subprocess.Popen[str]],
-    serve: Callable[[Collector], AbstractContextManager[str]],
+    serve: Callable[[Receiver], AbstractContextManager[str]],
     protocol: str,
 ) -> None:
     with serve(collector) as endpoint, Journal(tmp_path / "e") as journal:
@@ -332,14 +244,13 @@ def test_a_job_in_numbers(
         write("execute_tool bash", {**TARGET, "gen_ai.tool.name": "bash"})
         assert finish(process) == (0, "")
     assert collector.value("gen_ai.execute_tool.duration") == 5  # the last export has what came last
-    assert collector.spans == 0
 
 
 def test_an_outage_and_a_restart_count_nothing_twice(
     tmp_path: Path, collector: Collector, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     answers = iter([500] * 4)
-    collector.answer = lambda: next(answers, 200)
+    collector.answer = lambda _: next(answers, 200)
     with by_http(collector) as endpoint, Journal(tmp_path / "e") as journal:
         write = Writer(journal)
         write("execute_tool bash", TARGET, times=10)
@@ -363,7 +274,7 @@ def test_an_outage_and_a_restart_count_nothing_twice(
         # Killed with an export under way: what it had counted and nobody took, the next counts.
         under_way, answered = threading.Event(), threading.Event()
 
-        def hold() -> int:
+        def hold(_: bytes) -> int:
             under_way.set()
             answered.wait(20)
             return 503
@@ -373,7 +284,7 @@ def test_an_outage_and_a_restart_count_nothing_twice(
         assert under_way.wait(20)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        collector.answer = lambda: 200
+        collector.answer = lambda _: 200
         answered.set()
         process = start(tmp_path / "e", environment(endpoint))
         collector.wait(lambda c: c.value("gen_ai.execute_tool.duration") == 3)
@@ -408,9 +319,9 @@ def test_spans_and_metrics_do_not_wait_for_each_other(
 
 
 def test_spans_that_were_taken_are_no_lag(
-    tmp_path: Path, collector: Collector, start: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, collector: Collector, received: Traces, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    with by_http(collector) as endpoint, Journal(tmp_path / "e") as journal:
+    with by_http(collector, received) as endpoint, Journal(tmp_path / "e") as journal:
         write = Writer(journal)
         write("execute_tool bash", TARGET, times=4)
         process = start(tmp_path / "e", environment(endpoint, OTEL_TRACES_EXPORTER="otlp"))
@@ -420,7 +331,7 @@ def test_spans_that_were_taken_are_no_lag(
         assert finish(process) == (0, "")
     assert collector.value("ray_guard.forwarder.sent") == 7  # the last export waits for the last spans
     assert collector.value("ray_guard.forwarder.lag") == 0
-    assert collector.spans == 2
+    assert (len(received.spans), received.requests, received.errors) == (7, 2, [])
 
 
 def test_when_the_supervisor_ends_it_is_said(
@@ -442,10 +353,10 @@ def test_when_the_supervisor_ends_it_is_said(
 
 
 def test_an_endpoint_without_metrics_costs_a_line(
-    tmp_path: Path, collector: Collector, start: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, collector: Collector, received: Traces, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    collector.answer = lambda: 404
-    with by_http(collector) as endpoint, Journal(tmp_path / "e") as journal:
+    collector.answer = lambda _: 404
+    with by_http(collector, received) as endpoint, Journal(tmp_path / "e") as journal:
         Writer(journal)("execute_tool bash", TARGET, times=4)
         process = start(tmp_path / "e", environment(endpoint, OTEL_TRACES_EXPORTER="otlp"))
         collector.wait(lambda c: c.requests >= 3)
@@ -454,7 +365,7 @@ def test_an_endpoint_without_metrics_costs_a_line(
     assert said.count("\n") == 1
     assert "404" in said
     assert "OTEL_METRICS_EXPORTER=none" in said
-    assert collector.spans == 1
+    assert (len(received.spans), received.errors) == (4, [])
 
 
 def test_what_targets_call_things_does_not_multiply_series(

@@ -83,11 +83,13 @@ def current() -> str:
 def missing(name: str) -> tuple[str, ...]:
     """What is not there, in the words in which the guard says so."""
     container = ("pidfd_getfd", "mount namespaces", "CAP_SYS_PTRACE")
+    user = ("CAP_NET_RAW",)
     return {
         "docker": container,
-        "k8s": container,
-        "k8s-landlock-2": (*container, "signal scopes"),
-        "yama": ("memory of an actor's children",),
+        "k8s": (*container, *user),
+        "k8s-landlock-2": (*container, *user, "signal scopes"),
+        "unprivileged": user,
+        "yama": (*user, "memory of an actor's children"),
         "listener": ("another sandbox",),
         "landlock-none": ("Landlock",),
         "landlock-1": ("signal scopes", "links between folders"),

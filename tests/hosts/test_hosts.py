@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -29,9 +30,11 @@ pytestmark = [
 
 
 @contextlib.contextmanager
-def on(name: str, folder: Path, policy: dict[str, Any]) -> Iterator[Host]:
-    """A confined process on the simulated host ``name``."""
+def on(name: str, folder: Path, policy: dict[str, Any], *, covered: str = "") -> Iterator[Host]:
+    """A confined process on the simulated host ``name``; ``covered``: a folder that is empty there."""
     namespace = Namespace()
+    if covered:
+        subprocess.run([*namespace.outside, "mount", "-t", "tmpfs", "-o", "ro", "none", covered], check=True)
     namespace.prefix += launcher.prefix(name)
     try:
         host = Host(policy, folder / "evidence", namespace)
@@ -550,6 +553,16 @@ def test_an_older_landlock_nothing_is_emptied(older: tuple[str, Host, Path]) -> 
     assert set(said.values()) <= {errno.EACCES, errno.EPERM}
     said = host.run("call", python(_FILES, filled("work"))).said
     assert (said["truncate"], said["O_WRONLY"], said["unlink"]) == (0, 0, 0)
+
+
+def test_an_older_landlock_cpu_time_counts_from_the_first_step(tmp_path: Path) -> None:
+    """A leader told of its tool's group still waits for the clock: what ran before it would not be counted, ever."""
+    policy = {"egress": {"allow": []}, "budgets": {"call": {"cpu_seconds": 0.5}}}
+    spin = f"{PYTHON} -I -S -c 'while True: pass'; true"
+    with on("landlock-4", tmp_path, policy, covered="/sys/fs/cgroup") as host:  # a group of its own is such a clock
+        for _ in range(3):
+            outcome = host.run("call", ["sh", "-c", spin])
+            assert outcome.status == -signal.SIGKILL, outcome
 
 
 def test_an_older_landlock_doctor_says_what_makes_up_for_it() -> None:

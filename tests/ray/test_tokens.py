@@ -148,3 +148,22 @@ class Chatting:
 
 def test_a_chat_in_an_actor_is_refused_at_its_beginning_when_nothing_is_left() -> None:
     assert ray.get(Chatting.remote().roll_out.remote()) == "tokens 11 of 10"
+
+
+@guard(allow=[], budgets={"episode": {"tokens": 100}})
+@ray.remote(num_cpus=0)
+class ChattingWithAnEngine:
+    def roll_out(self, engine: Any) -> list[float]:
+        """What there is room for after two chats of 50, each of which would cost as much again by its usage."""
+        with episode(id="chatting with an engine"):
+            for _ in range(2):
+                with chat("policy") as said:
+                    ray.get(engine.generate.remote(50, 30))
+                    said.usage(20, 10)
+            return [_over(more) for more in (40, 41)]
+
+
+def test_a_chat_around_an_engine_of_another_actor_is_charged_once(engine: Any, recorded: Callable[..., Any]) -> None:
+    assert ray.get(ChattingWithAnEngine.remote().roll_out.remote(engine)) == [0, 101]
+    chats = recorded(lambda span: span.name == "chat policy" and span.end_ns)
+    assert [span.attributes["ray_guard.charged_by"] for span in chats] == ["engine"] * 2

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 class ModelServer:
     """On loopback. ``seen``: every request, in order; ``cancelled``: answers whose client went away."""
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self.seen: list[Seen] = []
         self.cancelled = 0
         self.produced = 0
@@ -45,7 +45,7 @@ class ModelServer:
         class Server(ThreadingHTTPServer):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
-        self._server = Server((host, 0), Handler)
+        self._server = Server((host, port), Handler)
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -134,8 +134,25 @@ def test_evidence_is_left_where_it_was_asked_for(folder: Path) -> None:
     assert spans["process sh"]["attributes"]["process.command_args"] == ["sh", "-c", "exit 3"]
 
 
+@pytest.mark.parametrize(
+    ("given", "parent"),
+    [("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "b7ad6b7169203331"), ("nonsense", None)],
+)
+def test_a_trace_goes_on_in_it(folder: Path, given: str, parent: str | None) -> None:
+    done = guarded(folder, "printenv", "TRACEPARENT", env={"TRACEPARENT": given})
+    assert done.stdout.strip() == given
+    assert ("TRACEPARENT 'nonsense' names no span and is ignored" in done.stderr) == (parent is None)
+    evidence = folder / "evidence"
+    calls = wait(
+        lambda: [each for each in read_journal(evidence) if each["name"] == "execute_tool printenv"], "no call"
+    )
+    assert [each["parent"] for each in calls] == [parent]
+
+
 def test_what_it_leaves_running_ends_with_it(folder: Path) -> None:
+    (folder / "work").mkdir()  # the evidence beside it may keep a tool from making files here
     behind = "echo $$ > pid; exec sleep 60 > /dev/null 2>&1 < /dev/null"
-    done = guarded(folder, "sh", "-c", f"setsid -f sh -c '{behind}'; while ! test -s pid; do sleep 0.02; done; cat pid")
+    waits = "while ! test -s pid; do sleep 0.02; done; cat pid"
+    done = guarded(folder, "sh", "-c", f"cd work; setsid -f sh -c '{behind}'; {waits}")
     pid = int(done.stdout)
     wait(lambda: not Path(f"/proc/{pid}").exists(), "it is still there", 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, Host, Namespace, lacks, needs, wait
+from harness import PYTHON, UNREADABLE, Host, Namespace, lacks, needs, skip_without, wait
 
 from ray_guard.egress.meter import TICK_S
 
@@ -106,6 +106,8 @@ def flows(host: Host, **wanted: Any) -> list[Span]:
 @pytest.mark.parametrize("kind", ["client", "server", "reset"])
 @pytest.mark.parametrize("answer_payload", [(0, 0), (1, 1), (1000, 5), (3_000_000, 2_000_000)])
 def test_bytes_are_exact(server: Server, shared: Host, ring: str, kind: str, answer_payload: tuple[int, int]) -> None:
+    if ring == "actor":
+        skip_without(UNREADABLE)
     answer, payload = answer_payload
     port = server.port
     argv = [PYTHON, "-I", "-S", "-c", _CLIENT, str(port), kind, str(answer), str(payload)]
@@ -187,6 +189,8 @@ for port in (granted, refused):
 
 @pytest.mark.parametrize("ring", ["actor", "call"])
 def test_connections_cap(server: Server, tmp_path: Path, ring: str) -> None:
+    if ring == "actor":
+        skip_without(UNREADABLE)
     program = """
 import socket, sys
 made = 0

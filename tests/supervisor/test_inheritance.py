@@ -54,6 +54,18 @@ with ray_guard.episode(id='e', group='g', iteration=1), ray_guard.tool_call('bas
     assert theirs == ours
 
 
+def test_what_is_started_outside_of_any_scope_stands_below_what_started_the_job(stage: Stage) -> None:
+    code = """
+os.environ['TRACEPARENT'] = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01'
+try: ray_guard.run(['printenv', 'HOME'], capture_output=True)
+finally: del os.environ['TRACEPARENT']
+result = None
+"""
+    _inside(stage, code)
+    journal = stage.host().journal()
+    assert "b7ad6b7169203331" in {each["parent"] for each in journal if each["name"] == "execute_tool printenv"}
+
+
 def test_secrets_are_left_out_but_for_what_is_granted(stage: Stage) -> None:
     code = """
 own = {'AWS_SECRET_ACCESS_KEY': 's1', 'RAY_ADDRESS': 's2', 'HF_TOKEN': 's3', 'PIP_INDEX_URL': 'https://u:s4@host/', 'PLAIN': 'kept'}

@@ -6,13 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Host, grants, lacks, skip_without, wait
+from harness import Host, Outcome, grants, lacks, open_up, skip_without, wait
 from names import UPSTREAM, Names, named
 
 from ray_guard.egress.resolver.told import LEAST_S
@@ -27,6 +28,15 @@ Span = dict[str, Any]
 def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Names]:
     with named(tmp_path_factory.mktemp("names")) as stage:
         yield stage
+
+
+def promptly(run: Callable[[], Outcome]) -> Outcome:
+    """A wait of the guard's making, or of a resolver that asks again, is there each time; a busy machine's is not."""
+    for _ in range(3):
+        outcome = run()
+        if outcome.seconds < 3:
+            return outcome
+    raise AssertionError(f"it is answered late: {outcome}")
 
 
 def spans(host: Host, name: str = "egress connect", **wanted: Any) -> list[Span]:
@@ -125,13 +135,12 @@ def test_whoever_is_asked_the_guard_answers(
         pytest.skip("not of such a socket in this ring, or where pidfd_getfd is missing")
     if "def main" not in program:
         program = f"def main(): return {program}"
-    outcome = names.run(ring, "ADDRESS = sockaddr(A['upstream'], 53)\n" + program)
+    outcome = promptly(lambda: names.run(ring, "ADDRESS = sockaddr(A['upstream'], 53)\n" + program))
     assert outcome.said.get("result") in (
         [0, ["127.0.0.1", "127.0.0.3"]],
         [0, ["127.0.0.3", "127.0.0.1"]],
         [4, ["127.0.0.1", "127.0.0.3", "::1"]],
     ), outcome.said or outcome.stderr
-    assert outcome.seconds < 3
 
 
 @pytest.mark.parametrize("ring", ["call", "actor"])
@@ -160,9 +169,8 @@ def test_c_ares(names: Names, ring: str) -> None:
     if shutil.which("node") is None:
         pytest.skip("missing: node")
     program = "require('dns').resolve4('both.example.org',(e,a)=>console.log(JSON.stringify({said:e||a.sort()})))"
-    outcome = names.host().run(ring, ["node", "-e", program])
+    outcome = promptly(lambda: names.host().run(ring, ["node", "-e", program]))
     assert outcome.said == {"said": ["127.0.0.1", "127.0.0.3"]}, outcome
-    assert outcome.seconds < 3
 
 
 STRICT = """
@@ -182,6 +190,7 @@ def main():
 @pytest.mark.parametrize("server", [UPSTREAM, "203.0.113.53", "::ffff:203.0.113.53", "2001:db8::53"])
 def test_a_program_that_takes_answers_from_whom_it_asked_alone(names: Names, server: str) -> None:
     skip_without("pidfd_getfd")  # datagram sockets cannot send there, and get a line of their own
+    skip_without("CAP_NET_RAW")  # the answer comes from an address of the guard's
     for ring in ("call", "actor_udp"):
         said = names.run(ring, STRICT, server=server).said
         assert said.get("result", [])[:2] == [server, 53], said
@@ -215,6 +224,7 @@ def musl(names: Names, tmp_path_factory: pytest.TempPathFactory) -> str:
     if shutil.which("musl-gcc") is None:
         pytest.skip("missing: musl-gcc (apt-get install musl-tools)")
     folder = tmp_path_factory.mktemp("musl")
+    open_up(folder)
     subprocess.run(["musl-gcc", "-static", "-x", "c", "-", "-o", folder / "ask"], input=MUSL, text=True, check=True)
     for name, more in (("musl", []), ("musl udp", ["udp://127.0.0.1:9"])):
         policy = names.policy()
@@ -228,14 +238,64 @@ def musl(names: Names, tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 @pytest.mark.parametrize("ring", ["call", "actor", "actor_udp"])
 def test_musl(names: Names, musl: str, ring: str, name: str, said: str) -> None:
-    if ring == "actor":  # a datagram socket gets a line of its own there, and that has no address to believe
+    # A datagram socket of an actor's gets a line of its own, and that has no address to believe.
+    if ring == "actor" or lacks("CAP_NET_RAW"):
         said = "Try again"
     argv = [musl, name, str(names.sink.port)]
     free = subprocess.run([*names.namespace.prefix, *argv], capture_output=True, text=True, check=True)
     assert free.stdout == "hello\n", free
-    outcome = names.host("musl udp" if ring == "actor_udp" else "musl").run(ring.removesuffix("_udp"), argv)
+    host = names.host("musl udp" if ring == "actor_udp" else "musl")
+    outcome = promptly(lambda: host.run(ring.removesuffix("_udp"), argv))
     assert outcome.stdout == f"{said}\n", outcome
-    assert outcome.seconds < 3
+
+
+GO = r"""
+package main
+import ("bufio"; "fmt"; "net"; "os"; "time")
+func main() {
+    resolver := &net.Resolver{PreferGo: true}
+    dialer := net.Dialer{Timeout: 5 * time.Second, Resolver: resolver}
+    connection, err := dialer.Dial("tcp", net.JoinHostPort(os.Args[1], os.Args[2]))
+    if err != nil { fmt.Println(err); return }
+    said := make([]byte, 5)
+    if _, err = bufio.NewReader(connection).Read(said); err != nil { fmt.Println(err); return }
+    fmt.Println(string(said))
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def go(names: Names, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A static program without a C library: runtime, system calls and resolver are Go's own."""
+    if shutil.which("go") is None:
+        pytest.skip("missing: go (apt-get install golang-go)")
+    folder = tmp_path_factory.mktemp("go")
+    open_up(folder)
+    (folder / "ask.go").write_text(GO)
+    environment = {**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
+    subprocess.run(["go", "build", "-o", folder / "ask", folder / "ask.go"], env=environment, check=True)
+    names.another("go", {**names.policy(), "files": grants(folder)})
+    return str(folder / "ask")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("index.example.org", "hello"),
+        ("both.example.org", "hello"),
+        ("evil.example.com", "dial tcp: lookup evil.example.com on {server}:53: no such host"),
+        ("127.0.0.6", "dial tcp 127.0.0.6:{port}: connect: permission denied"),
+    ],
+)
+@pytest.mark.parametrize("ring", ["call", "actor"])
+def test_go(names: Names, go: str, ring: str, name: str, said: str) -> None:
+    argv = [go, name, str(names.sink.port)]
+    free = subprocess.run([*names.namespace.prefix, *argv], capture_output=True, text=True, check=True)
+    assert free.stdout == "hello\n", free
+    before = len(spans(names.host("go"), "ray_guard.violation"))
+    outcome = names.host("go").run(ring, argv)
+    assert outcome.stdout == said.format(server=UPSTREAM, port=names.sink.port) + "\n", outcome
+    assert len(spans(names.host("go"), "ray_guard.violation")) == before + (said != "hello")
 
 
 def test_in_the_actor_itself(names: Names) -> None:
@@ -260,9 +320,8 @@ with socket.create_connection(('index.example.org', {names.sink.port}), 5) as so
 try: print(socket.gethostbyname('evil.example.com'))
 except socket.gaierror: print('no such name')
 """
-    import sys
-
-    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(tmp_path / "e")}
+    open_up(tmp_path)
+    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(tmp_path / "e"), "HOME": str(tmp_path)}
     done = subprocess.run(
         [*names.namespace.prefix, sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )

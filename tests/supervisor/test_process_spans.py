@@ -57,6 +57,24 @@ def test_each_exec_is_a_span_below_the_one_that_forked_it(stage: Stage) -> None:
     assert first["attributes"]["ray_guard.tree.executions"] == 4
 
 
+def test_secrets_of_commands_are_not_recorded(stage: Stage) -> None:
+    host = stage.host()
+    script = (
+        "env PGPASSWORD=hunter2 true https://me:hunter3@host/; /bin/true --token hunter4 --verbose; "
+        "/bin/true 'Cookie: a=hunter5'"
+    )
+    assert host.run("call", ["sh", "-c", script], tool="secretive").status == 0
+    spans = spans_of(host, "secretive")
+    told = named(spans, "env")["attributes"]
+    assert told["process.command_args"] == ["env", "PGPASSWORD=[redacted]", "true", "https://me:[redacted]@host/"]
+    whole = ["env", "PGPASSWORD=hunter2", "true", "https://me:hunter3@host/"]
+    assert told["ray_guard.arguments.sha256"] == hashlib.sha256("\0".join(whole).encode()).hexdigest()
+    assert ["/bin/true", "--token", "[redacted]", "--verbose"] in [
+        each["attributes"]["process.command_args"] for each in spans
+    ]
+    assert b"hunter" not in b"".join(path.read_bytes() for path in host.evidence.glob("*.otlp.jsonl"))
+
+
 def test_what_is_looked_for_along_the_path_and_not_found_is_no_span(stage: Stage) -> None:
     host = stage.host()
     argv = ["env", "PATH=/nonexistent:/etc:/usr/bin:/bin", "sh", "-c", "no-such-program; cat /dev/null"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from reserving import Job
 
 from ray_guard.evidence.reader import Quarantine, merge, read
 
@@ -21,88 +20,6 @@ OLMOE = {
 }  # fmt: skip
 
 pytestmark = pytest.mark.kernel
-
-_PRELUDE = """
-import gc, json, os, sys
-import ray_guard
-from ray_guard.client.quota import reserve
-ray_guard.confine(json.loads(sys.argv[1]))
-episode, tool_call = ray_guard.episode, ray_guard.tool_call
-
-def say(value):
-    print(json.dumps(value), flush=True)
-
-def hear():
-    return json.loads(sys.stdin.readline())
-
-def refused(action, *args, **kwargs):
-    try:
-        action(*args, **kwargs)
-    except ray_guard.BudgetExceeded as error:
-        if not error.source:
-            return "nobody's"
-        return [error.kind, error.value, error.limit, error.scope]
-    except ray_guard.RayGuardError as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-"""
-
-
-class Program:
-    """A confined program that says lines of JSON and hears some."""
-
-    def __init__(self, program: str, policy: dict[str, Any], folder: Path, run: str) -> None:
-        environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(folder), "RAY_GUARD_RUN_ID": run}
-        argv = [sys.executable, "-c", _PRELUDE + program, json.dumps({"egress": {"allow": []}, **policy})]
-        self.process = subprocess.Popen(
-            argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def hears(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            pytest.fail(f"it said no more: {self.process.communicate(timeout=20)[1]}")
-        return json.loads(line)
-
-    def says(self, value: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(value) + "\n")
-        self.process.stdin.flush()
-
-    def ends(self) -> int:
-        _, said = self.process.communicate(timeout=30)
-        sys.stderr.write(said)
-        return self.process.returncode
-
-
-class Job:
-    """Programs of one job, and what they left as evidence."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.programs: list[Program] = []
-
-    def start(self, program: str, policy: dict[str, Any] | None = None, run: str = "") -> Program:
-        started = Program(program, policy or {}, self.folder, run or f"run-{self.folder.parent.name}")
-        self.programs.append(started)
-        return started
-
-    def says(self, program: str, policy: dict[str, Any]) -> Any:
-        """What a program alone says in its one line."""
-        started = self.start(program, policy)
-        said = started.hears()
-        assert started.ends() == 0
-        return said
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    found = Job(tmp_path / "evidence")
-    yield found
-    for each in found.programs:
-        each.process.kill()
-        each.process.communicate()
 
 
 def _tokens(scope: str, limit: int, **more: Any) -> dict[str, Any]:
@@ -298,6 +215,67 @@ say(found)
     assert refusal == ["tokens", 101, 100, "episode"]
     assert unmeasured == ["unmeasured"]  # an error says for itself that nobody knows
     assert left == ["tokens", 101, 100, "episode"]  # each chat has cost one token at least
+
+
+def _chats(folder: Path) -> list[Any]:
+    spans = [entry.span for entry in merge(read([folder], Quarantine())).values()]
+    chats = sorted((span for span in spans if span.name.startswith("chat ")), key=lambda span: span.start_ns)
+    return [dict(span.attributes).get("ray_guard.charged_by") for span in chats]
+
+
+def test_a_chat_around_an_engines_request_is_charged_once(job: Job) -> None:
+    program = """
+found = []
+with episode(id="r"):
+    with ray_guard.chat("m") as chat:  # the engine may have all there is, though a chat needs room for one
+        reserve(tokens=100).settle(tokens=60)
+        chat.usage(40, 20)
+    found += [refused(reserve, tokens=41), refused(reserve, tokens=40)]
+with episode(id="refused"):
+    with ray_guard.chat("m") as chat:
+        found += [refused(reserve, tokens=101)]
+        chat.usage(60, 0)
+    found += [refused(reserve, tokens=41)]
+with episode(id="within"):
+    with ray_guard.chat("m") as outer:
+        with ray_guard.chat("n") as inner:
+            inner.usage(20, 10)
+        with tool_call("ask"):
+            reserve(tokens=30).settle(tokens=30)
+        outer.usage(1, 0)
+    found += [refused(reserve, tokens=40)]
+say(found)
+"""
+    over, fits, beyond, charged, both = job.says(program, _tokens("episode", 100))
+    assert over == beyond == charged == ["tokens", 101, 100, "episode"]
+    assert fits is None
+    assert both == ["tokens", 101, 100, "episode"]  # 30 of one chat, 30 of a tool's request, 1 of the other chat
+    assert _chats(job.folder) == ["engine", None, None, None]
+
+
+def test_a_chat_around_a_request_to_another_actor_is_charged_once(job: Job) -> None:
+    env = job.start(
+        """
+with episode(id="r"):
+    with ray_guard.chat("m") as chat:
+        say(ray_guard.context())
+        hear()
+        chat.usage(40, 20)
+    say([refused(reserve, tokens=41), refused(reserve, tokens=40)])
+    hear()
+""",
+        _tokens("episode", 100),
+    )
+    engine = job.start(
+        "held = reserve(tokens=100, context=hear())\nheld.settle(tokens=60)\nray_guard.violations()\nsay(0)"
+    )
+    engine.says(env.hears())
+    assert engine.hears() == 0
+    env.says(None)
+    assert env.hears() == [["tokens", 101, 100, "episode"], None]
+    env.says(None)
+    assert env.ends() == engine.ends() == 0
+    assert _chats(job.folder) == ["engine"]
 
 
 def test_a_chat_is_charged_the_flops_of_its_model(job: Job, tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ thread = threading.Thread(target=lambda: socket.socket().connect_ex(('127.0.0.1'
 began = time.monotonic()
 for _ in range(50):
     with socket.create_connection(('127.0.0.1', port)) as sock: sock.sendall(b'x'); assert sock.recv(1) == b'x'
-print(time.monotonic() - began < 1, flush=True)
+print(time.monotonic() - began < 15, flush=True)  # the slow ones take minutes
 os._exit(0)
 """
     crowded = Crowded()
@@ -490,8 +490,9 @@ def test_nobody_comes_in_by_the_relays_own_ports(capped: Host) -> None:
     with served(echo) as peer:
         once = "with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as s: s.sendall(b'x'); s.recv(1)"
         assert tool(capped, once, peer.port).status == 0
+        # Beside the door stand for a moment the waiting rooms of calls that have ended.
+        wait(lambda: len(doors(capped.supervisor)) == 1, "one door", 20)
         ports = doors(capped.supervisor)
-        assert len(ports) == 1, "the door"
         before = peer.connections
         # Although the policy lists every port of loopback:
         program = """

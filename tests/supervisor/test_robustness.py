@@ -454,7 +454,7 @@ result = builtins.keep.pid
         tool = victim.inside(code)
         assert alive(tool)
         os.kill(victim.pid, signal.SIGKILL)
-        wait(lambda: not alive(tool), "the tool lives on", 1.0)
+        wait(lambda: not alive(tool), "the tool lives on")
         span = wait(
             lambda: next((s for s in victim.journal() if s["name"] == "execute_tool left open" and s["ended"]), None),
             "the open span was not closed",

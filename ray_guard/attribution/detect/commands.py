@@ -7,13 +7,14 @@ finding. What is recognised by shape (pool addresses, wallets, mining flags) hol
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 import socket
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from ray_guard.attribution.detect import Finding, Kind, ssh
-from ray_guard.attribution.detect.shell import Command, commands, unhidden
+from ray_guard.attribution.detect.shell import LONGEST, Command, commands, unhidden
 
 _ADDRESS: Final = re.compile(r"(?<![\w.])(\d{1,3}(?:\.\d{1,3}){3})(?![\w.]*\w\.)")
 _METADATA: Final = frozenset(
@@ -21,14 +22,16 @@ _METADATA: Final = frozenset(
 )
 _METADATA_NAMES: Final = re.compile(
     r"(?i)metadata\.google\.internal|\bmetadata\.goog\b|metadata\.azure\.(?:internal|com)|instance-data\.ec2\.internal"
-    r"|169-254-169-254|/latest/meta-data|computeMetadata/v1|/metadata/instance\?api-version"
+    r"|169-254-169-254|\$\{?(?:ECS_CONTAINER_METADATA_URI|AWS_CONTAINER_CREDENTIALS_)|//metadata/|/latest/meta-data|computeMetadata/v1|/metadata/instance\?api-version"
 )
-_HOSTS: Final = re.compile(r"(?:[a-z][a-z0-9+.-]*://)(?:[^/@\s'\"]*@)?(\[[^\]]+\]|[^/:\s'\"?#]+)", re.IGNORECASE)
+_HOSTS: Final = re.compile(
+    r"(?<![a-z0-9+.-])(?:[a-z][a-z0-9+.-]{0,30}://)(?:[^/@\s'\"]*@)?(\[[^\]]+\]|[^/:\s'\"?#]+)", re.IGNORECASE
+)
 
 
 def judge(text: str) -> Finding | None:
     """The first thing that is wrong with a command line; None: nothing that is known."""
-    for plain in unhidden(text):
+    for plain in unhidden(text[:LONGEST]):
         for rule in _TEXT_RULES:
             found = rule(plain)
             if found is not None:
@@ -54,7 +57,7 @@ _WALLET: Final = re.compile(
     r"(?<![0-9A-Za-z])(?:4[0-9AB][1-9A-HJ-NP-Za-km-z]{93}|8[1-9A-HJ-NP-Za-km-z]{94})(?![0-9A-Za-z])"
 )
 _POOL: Final = re.compile(
-    r"(?i)\b(?:[\w-]+\.)*(?:minexmr|supportxmr|nanopool|moneroocean|hashvault|xmrpool|c3pool|2miners|ethermine|f2pool|flypool|"
+    r"(?i)(?<![\w-])(?:minexmr|supportxmr|nanopool|moneroocean|hashvault|xmrpool|c3pool|2miners|ethermine|f2pool|flypool|"
     r"herominers|unmineable|nicehash|miningpoolhub|antpool|viabtc|poolin|slushpool|braiins|hiveon|kryptex|woolypooly|zpool)"
     r"\.(?:com|org|net|pro|io|stream|co|ca|eu|me|in|one)\b[:/]?\d*"
 )
@@ -65,16 +68,45 @@ _MINER_FLAGS: Final = re.compile(
     re.IGNORECASE,
 )
 _DEV_TCP: Final = re.compile(r"/dev/(?:tcp|udp)/([\w.$\{\}-]+)/([\w$\{\}-]+)")
-_SHELL_OUT: Final = re.compile(r"\b(?:ba|z|da|k)?sh\s+-i\b|\bexec\s+\d+<>|0>&1|0<&\d+|>&\s*/dev/(?:tcp|udp)/")
-_CODE: Final = (
-    (Kind.REVERSE_SHELL, "code.socket_to_shell", re.compile(
-        r"(?s)(?=.*(?:socket\.socket|create_connection|fsockopen|TCPSocket|IO::Socket|net\.(?:connect|Socket|createConnection)|"
-        r"socket\(\s*(?:S,\s*)?PF_INET))"
-        r"(?=.*(?:dup2|pty\.spawn|/bin/(?:ba|da|z)?sh|cmd\.exe|child_process|proc_open|exec\s*\(?\s*[\"'](?:/bin/)?(?:ba)?sh))")),
-    (Kind.REVERSE_TUNNEL, "code.remote_forward", re.compile(
+_SHELL_OUT: Final = re.compile(
+    r"\b(?:ba|z|da|k)?sh\s+(?:-i\b|[0-2]?[<>]&)|0>&1|0<&\d+|>&\s*/dev/(?:tcp|udp)/|\bread\b[^|]{0,200}\bdo\s+(?:eval\b|\"?\$|(?:ba|da|z)?sh\b)"
+)
 
-        r"request_port_forward|forward_remote_port|reverse_forward_tunnel|ngrok\.(?:connect|forward)|pyngrok|"
-        r"RemoteForward[ =]\S+\s+\S+")),
+
+class _Code(NamedTuple):
+    """What a program's text must show, all of it; and what excuses it. Each is searched by itself, in linear time."""
+
+    kind: Kind
+    rule: str
+    shows: tuple[re.Pattern[str], ...]
+    excused: re.Pattern[str] | None = None
+
+
+_CODE: Final = (
+    _Code(Kind.REVERSE_SHELL, "code.socket_to_shell", (
+        re.compile(
+            r"socket\.socket|create_connection|fsockopen|socket\.tcp\(|TCPSocket|IO::Socket|"
+            r"net\.(?:connect|Socket|createConnection)|socket\(\s*(?:S,\s*)?PF_INET"),
+        re.compile(
+            r"dup2|pty\.spawn|/bin/(?:ba|da|z)?sh|cmd\.exe|child_process|proc_open|exec\s*\(?\s*[\"'](?:/bin/)?(?:ba)?sh"),
+    )),
+    _Code(Kind.REVERSE_SHELL, "code.ztcp", (re.compile(r"\bztcp\b"), re.compile(r"[<>]&"))),
+    _Code(Kind.DNS_TUNNEL, "code.dns", (
+        re.compile(r"(?:gethostbyname|getaddrinfo|resolver\.(?:resolve|query)|dns\.lookup)\s*\("),
+        re.compile(r"b(?:16|32|64|85)encode|hexlify|\.hex\(\)|toString\(['\"](?:hex|base64)"),
+    )),
+    _Code(Kind.EXFILTRATION, "code.secret", (
+        re.compile(
+            r"(?:requests|httpx|session|aiohttp)\.(?:post|put)\b|\burlopen\b|\.sendall\b|http\.client|smtplib|ftplib|\bfetch\("),
+        re.compile(
+            r"\.ssh/(?!config\b|known_hosts)|id_(?:rsa|ed25519|ecdsa|dsa)\b(?!\.pub)|\.aws/credentials|\.netrc\b|"
+            r"\.git-credentials|\.kube/config|/etc/shadow|/proc/(?:self|\d+)/environ|wallet\.dat"),
+    ), re.compile(r"localhost|127\.0\.0\.1")),
+    _Code(Kind.REVERSE_TUNNEL, "code.remote_forward", (
+        re.compile(
+            r"request_port_forward|forward_remote_port|reverse_forward_tunnel|ngrok\.(?:connect|forward)|pyngrok|"
+            r"RemoteForward[ =]\S+\s+\S+"),
+    )),
 )  # fmt: skip
 
 
@@ -84,9 +116,9 @@ def _by_text(text: str) -> Finding | None:
     ):  # fmt: skip
         if pattern.search(text) and not _only_read(text):
             return Finding(Kind.MINING, rule)
-    for kind, rule, code in _CODE:
-        if code.search(text) and not _only_read(text):
-            return Finding(kind, rule)
+    for code in _CODE:
+        if all(each.search(text) for each in code.shows) and not (code.excused and code.excused.search(text)):
+            return None if _only_read(text) else Finding(code.kind, code.rule)
     return None
 
 
@@ -156,6 +188,9 @@ boringproxy .
 bore \blocal\b
 chisel \b(?:client|server)\b
 cloudflared \b(?:tunnel|access)\b
+code ^tunnel\b
+cpolar \b(?:tcp|http|start)\b
+devtunnel \bhost\b
 earthworm .
 edge -c\s+\S+\s.*-l\b
 ew -s\s+(?:rssocks|rcsocks)
@@ -163,6 +198,7 @@ frpc .
 frps .
 gost (?:^|\s)-(?:L|F|R|C)\b|-[LFR]=
 inlets \bclient\b
+jprq .
 ligolo .
 localtunnel --port
 lt --port
@@ -183,6 +219,7 @@ suo5 .
 tailscale \b(?:up|funnel|serve)\b
 tailscaled .
 telebit .
+tunnelto --port
 wg-quick \bup\b
 wstunnel \bclient\b
 zerotier-cli \bjoin\b
@@ -234,8 +271,15 @@ def _tunnel(command: Command) -> Finding | None:
         return Finding(Kind.REVERSE_TUNNEL, f"tunnel.{name}")
     if re.search(r"\bclient\s+(?:-\S+\s+)*\S+:\d+\s+.*\bR:(?:\S+:)?(?:socks|\d+)", arguments):
         return Finding(Kind.REVERSE_TUNNEL, "tunnel.chisel_shape")
-    if re.search(r"(?:^|\s)(?:-c\s+)?\S*frpc?\.(?:ini|toml|yaml)\b", arguments) and command.name not in _READERS:
+    frp = r"(?:^|\s)(?:-c\s+)?\S*frpc?\.(?:ini|toml|yaml)\b|^(?:tcp|udp|https?|stcp|xtcp)\s.*--local[_-]port\b"
+    if re.search(frp, arguments) and command.name not in _READERS:
         return Finding(Kind.REVERSE_TUNNEL, "tunnel.frp_shape")
+    source = command.piped_from
+    relays = name in _NETCATS and source is not None and source.name in _NETCATS
+    if relays and source is not None and not (_is_loopback(arguments) and _is_loopback(source.text)):
+        return Finding(Kind.REVERSE_TUNNEL, "tunnel.nc_pipe")
+    if name in _NETCATS and re.search(r"(?:-\w*[ec]|--exec|--sh-exec)[= ]\S*\b(?:nc|ncat|netcat|socat)\b", arguments):
+        return Finding(Kind.REVERSE_TUNNEL, "tunnel.nc_exec")
     if name == "socat":
         ends = [word for word in command.arguments if not word.startswith("-")]
         outward = [
@@ -248,6 +292,9 @@ def _tunnel(command: Command) -> Finding | None:
         if len(outward) > 1 and not all(_is_loopback(word) for word in outward):
             return Finding(Kind.REVERSE_TUNNEL, "tunnel.socat")
     return None
+
+
+_NETCATS: Final = frozenset(("nc", "ncat", "netcat", "nc.traditional", "nc.openbsd"))
 
 
 def _is_loopback(text: str) -> bool:
@@ -264,8 +311,8 @@ def _miner(command: Command) -> Finding | None:
     if flags and re.search(r"(?:^|\s)(?:-o|--url|--pool|-P|--server|-u|--user|--wallet|--donate-level)\b", text):
         return Finding(Kind.MINING, "mining.flags")
     if re.search(
-        r"(?:^|\s)(?:-o|--url|--pool)[= ]\S+:(?:3333|4444|5555|7777|8888|9999|14433|14444|45700)\b", text
-    ) and re.search(r"(?:^|\s)(?:-u|--user|--wallet)[= ]", text):
+        r"(?:^|\s)(?:-o|--url|--pool)[= ](?!https?:)\S+:(?:3333|4444|5555|7777|8888|9999|14433|14444|45700)\b", text
+    ) and re.search(r"(?:^|\s)(?:-u|--user|--wallet)[= ](?:\w{20,}|\w+\.[A-Za-z]\w*(?:\s|$))|\s-p x\b", text):
         return Finding(Kind.MINING, "mining.pool_shape")
     return None
 
@@ -290,10 +337,9 @@ def _scanner(command: Command) -> Finding | None:
         "netexec",
         "enum4linux",
         "smbmap",
-        "hydra",
         "medusa",
         "responder",
-    ):
+    ) or (command.name == "hydra" and re.search(r"(?:^|\s)-[lLpPC]\s", text)):
         return Finding(Kind.PROBING, f"probing.{command.name}")
     return None
 
@@ -303,7 +349,8 @@ def _dns(command: Command) -> Finding | None:
         return Finding(Kind.DNS_TUNNEL, f"dns.{command.name}")
     if command.name in ("dig", "nslookup", "host", "drill", "kdig", "resolvectl", "getent", "ping"):
         for word in command.arguments:
-            if re.search(r"(?:\$\(|`|\$\{?\w+\}?\.)", word) and re.search(r"\.\w", word) and command.name != "ping":
+            computed = r"\$\(|`" if command.name == "ping" else r"\$\(|`|\$\{?\w+\}?\."
+            if re.search(computed, word) and re.search(r"\.\w", word):
                 return Finding(Kind.DNS_TUNNEL, "dns.substituted_label")
             if any(len(label) >= 40 for label in word.split(".")) and "." in word and "/" not in word:
                 return Finding(Kind.DNS_TUNNEL, "dns.long_label")
@@ -312,8 +359,9 @@ def _dns(command: Command) -> Finding | None:
 
 def _reverse_shell(command: Command) -> Finding | None:
     text = " ".join(command.arguments)
-    if command.name in ("nc", "ncat", "netcat", "nc.traditional"):
-        if re.search(r"(?:^|\s)(?:-\w*[ec]|--exec|--sh-exec)[= ]", text) and _SHELLS.search(text):
+    if command.name in _NETCATS:
+        executes = re.search(r"(?:^|\s)(?:-\w*[ec]|--exec|--sh-exec)[= ](.*)", text)
+        if executes and _SHELLS.search(executes[1]):
             return Finding(Kind.REVERSE_SHELL, "shell.nc_exec")
         source = command.piped_from
         if source is not None and re.fullmatch(r"(?:ba|da|z)?sh", source.name) and not re.search(r"-\w*l", text):
@@ -322,12 +370,14 @@ def _reverse_shell(command: Command) -> Finding | None:
     if (
         re.fullmatch(r"(?:ba|da|z)?sh", command.name)
         and source is not None
-        and source.name in ("nc", "ncat", "netcat", "telnet")
+        and (source.name in _NETCATS or source.name == "telnet" or source.text.startswith("openssl s_client"))
     ):
         return Finding(Kind.REVERSE_SHELL, "shell.nc_pipe")
     fed_by_shell = source is not None and re.fullmatch(r"(?:ba|da|z)?sh", source.name) is not None
     if command.name == "openssl" and "s_client" in command.arguments and fed_by_shell:
         return Finding(Kind.REVERSE_SHELL, "shell.openssl")
+    if command.name == "msfvenom" and "reverse" in text:
+        return Finding(Kind.REVERSE_SHELL, "shell.msfvenom")
     if command.name in ("awk", "gawk") and "/inet/tcp/" in text:
         return Finding(Kind.REVERSE_SHELL, "shell.awk")
     return None
@@ -336,7 +386,7 @@ def _reverse_shell(command: Command) -> Finding | None:
 # -- what leaves ------------------------------------------------------------------------------------------------------
 
 _SECRET: Final = re.compile(
-    r"(?:^|[\s'\"=@:/~])(?:\.ssh/(?!config\b|known_hosts)|id_(?:rsa|ed25519|ecdsa|dsa)\b(?!\.pub)|\.aws/credentials|\.netrc|\.git-credentials|"
+    r"(?:^|[\s'\"=@:/~])(?:\.ssh(?:/(?!config\b|known_hosts)|(?=\s))|id_(?:rsa|ed25519|ecdsa|dsa)\b(?!\.pub)|\.aws/credentials|\.netrc|\.git-credentials|"
     r"\.docker/config\.json|\.kube/config|\.config/gcloud|etc/shadow|etc/passwd|proc/(?:self|\d+)/environ|\.huggingface/token|"
     r"\.pypirc|\.npmrc|\.env\b|\.bash_history|serviceaccount/token|wallet\.dat|\.gnupg)"
 )
@@ -349,10 +399,16 @@ _ENVIRONMENT: Final = frozenset({"env", "printenv", "set", "export"})
 
 
 def _exfiltration(command: Command) -> Finding | None:
-    sends = _sends(command)
-    if not sends or _is_loopback(" ".join(command.arguments)):
-        return None
     text = " ".join(command.arguments)
+    if _is_loopback(text):
+        return None
+    if command.name in ("curl", "wget") and "kubernetes.default" not in text:
+        computed = " ".join(re.findall(r"\$\([^)]*\)?|`[^`]*`", text))
+        if _SECRET.search(computed) or re.search(r"[(`]\s*(?:env|printenv)\b", computed):
+            return Finding(Kind.EXFILTRATION, "exfiltration.secret")
+    if not _sends(command):
+        return None
+    text = " ".join(command.arguments)  # with what _sends found to be read from files
     if _SECRET.search(f" {text}"):
         return Finding(Kind.EXFILTRATION, "exfiltration.secret")
     if _DROPS.search(text):
@@ -366,8 +422,6 @@ def _exfiltration(command: Command) -> Finding | None:
         ):
             return Finding(Kind.EXFILTRATION, "exfiltration.archive")
         source = source.piped_from
-    if re.search(r"\$\(\s*(?:env|printenv)\b", text):
-        return Finding(Kind.EXFILTRATION, "exfiltration.secret")
     return None
 
 
@@ -380,7 +434,7 @@ def _sends(command: Command) -> bool:
         )
     if command.name == "wget":
         return "--post" in text or "--body" in text
-    if command.name in ("nc", "ncat", "netcat", "socat", "telnet"):
+    if command.name in _NETCATS or command.name in ("socat", "telnet"):
         redirected = any(each.lstrip("0123456789").startswith("<") for each in command.redirects)
         return command.piped_from is not None or (redirected and _note_redirects(command))
     if command.name in ("scp", "rsync", "sftp", "rclone", "ftp", "lftp"):
@@ -403,9 +457,15 @@ _COMMAND_RULES: Final[tuple[Callable[[Command], Finding | None], ...]] = (
 
 # -- by repetition ----------------------------------------------------------------------------------------------------
 
-_LOOP: Final = re.compile(
-    r"\b(?:for|while|until)\b.*\bdo\b(.*)\bdone\b|\bseq\b.*\|\s*xargs(.*)|\bfor\s+\w+\s+in\s+range\((.*)", re.DOTALL
+_LOOPS: Final = (
+    (re.compile(r"\b(?:for|while|until)\b"), re.compile(r"\bdo\b"), re.compile(r"\bdone\b")),
+    (re.compile(r"\bseq\b"), re.compile(r"\|\s*(?:xargs|parallel)\b"), None),
+    (re.compile(r"\bparallel\b"), re.compile(r""), re.compile(r":::")),
+    (re.compile(r"\bfor\b"), re.compile(r"\bin\s+range\("), None),
 )
+"""How a loop begins, where its body begins, and what must stand behind it (the body is what follows to the end)."""
+_COUNTED: Final = re.compile(r"\bfor\s+(\w+)\s+in\s+([^;\n]{1,2000})[;\n]\s*do\b")
+_MOST_LOOPS: Final = 16
 _TRIES: Final = re.compile(
     r"\b(?:ping|nc|ncat|netcat|telnet|curl|wget|timeout\s+\S+\s+bash)\b|/dev/tcp/|connect_ex|socket\.connect|create_connection|\.connect\(\("
 )
@@ -417,6 +477,14 @@ _VARIED: Final = re.compile(
 
 def _loop(text: str) -> Finding | None:
     """Many hosts or ports, one after the other."""
+    for loop in itertools.islice(_COUNTED.finditer(text), _MOST_LOOPS):
+        variable, listed, body = loop[1], loop[2], text[loop.end() :]
+        many = re.search(r"\$\(|`|\{\w+\.\.\w+\}", listed) or len(listed.split()) > 3
+        tried = (
+            rf"(?:curl|wget)[^;|&\n]*:\$\{{?{variable}\b|(?:nc|ncat|netcat)\s[^;|&\n]*-\w*z[^;|&\n]*\$\{{?{variable}\b"
+        )
+        if many and re.search(tried, body) and not _is_loopback(body):
+            return Finding(Kind.PROBING, "probing.loop")
     for body in _bodies(text):
         if _TRIES.search(body) and _VARIED.search(body) and not _only_loopback(text):
             return Finding(Kind.PROBING, "probing.loop")
@@ -426,9 +494,11 @@ def _loop(text: str) -> Finding | None:
 
 
 def _bodies(text: str) -> Iterator[str]:
-    found = _LOOP.search(text)
-    if found is not None:
-        yield next(each for each in found.groups() if each is not None)
+    for begins, body, ends in _LOOPS:
+        first = begins.search(text)
+        found = first and body.search(text, first.end())
+        if found and (ends is None or ends.search(text, found.end())):
+            yield text[found.end() :]
 
 
 def _only_loopback(text: str) -> bool:

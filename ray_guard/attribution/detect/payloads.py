@@ -24,12 +24,13 @@ _CHISEL: Final = re.compile(
 _FRP: Final = re.compile(rb'\A[o1c2rw]\x00{4,}.{1,8}\{.*"(?:privilege_key|run_id|proxy_name)"', re.DOTALL)
 _BORE: Final = re.compile(rb'\A\{"(?:Hello|Accept|Authenticate|Challenge)":\s*(?:\d|")')
 _TUNNEL_NAMES: Final = re.compile(
-    rb"(?i)(?:[\w-]+\.)*(?:ngrok(?:-agent)?\.(?:com|io|app)|argotunnel\.com|cftunnel\.com|trycloudflare\.com|bore\.pub|serveo\.net|"
+    rb"(?i)(?<![\w-])(?:ngrok(?:-agent)?\.(?:com|io|app)|argotunnel\.com|cftunnel\.com|trycloudflare\.com|bore\.pub|serveo\.net|"
     rb"localhost\.run|loca\.lt|localtunnel\.me|pagekite\.net|pinggy\.(?:io|link)|playit\.gg|zrok\.io|tailscale\.com|telebit\.io)"
 )
 _SHELL: Final = re.compile(
     rb"(?:ba|da|z)?sh(?:-\d[\w.]*)?[$#] \Z|no job control in this shell|can't access tty|\Auid=\d+\([\w-]+\) gid=|"
-    rb"\A(?:/bin/)?(?:ba|da|z)?sh: \d*|^\S+@[\w.-]+:[^\n]*[$#] \Z|Microsoft Windows \[Version|\A\$ \Z|\A# \Z",
+    rb"\A(?:/bin/)?(?:ba|da|z)?sh: \d*|^[^\s@]{1,64}@[\w.-]{1,255}:[^\n]{0,255}[$#] \Z|"
+    rb"Microsoft Windows \[Version|\A\$ \Z|\A# \Z",
     re.MULTILINE,
 )
 _SECRET: Final = re.compile(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +19,10 @@ from typing import Final
 
 DEPTH: Final = 6
 """Commands within commands; deeper ones are not looked at."""
-_LONGEST: Final = 1 << 16
+LONGEST: Final = 1 << 16
+"""Characters of a command line; what is behind them is not looked at."""
+_TEXTS: Final = 32
+_NAMES: Final = 64
 
 _SHELLS: Final = frozenset("sh bash dash zsh ksh ash fish busybox".split())
 #: programs that run another one, with the letters of their options that take a value
@@ -34,6 +39,8 @@ _BASE64: Final = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")
 _HEX: Final = re.compile(r"(?:\\x[0-9a-fA-F]{2}){4,}")
 _BARE_HEX: Final = re.compile(r"\b(?:[0-9a-fA-F]{2}){8,}\b")
 _OCTAL: Final = re.compile(r"(?:\\0?[0-3][0-7]{2}){4,}")
+_ROT13: Final = re.compile(r"\btr\b[^|;]{0,40}(?:A-Za-z|a-zA-Z)\W+\w?(?:N-ZA-M|n-za-m)|rot_?13", re.IGNORECASE)
+_VARIABLE: Final = re.compile(r"(?:^|[\s;&(])([A-Za-z_]\w*)=(?:'([^'$]*)'|\"([^\"$]*)\"|([\w./:@+-]+))(?=[\s;&])")
 
 
 @dataclass(slots=True)
@@ -61,7 +68,7 @@ def commands(text: str, depth: int = 0) -> Iterator[Command]:
     if depth > DEPTH:
         return
     before: Command | None = None
-    for words, piped in _split(text[:_LONGEST]):
+    for words, piped in _split(text[:LONGEST]):
         found = _program(words)
         if found is None:
             before = None if not piped else before
@@ -73,27 +80,54 @@ def commands(text: str, depth: int = 0) -> Iterator[Command]:
             yield from commands(inner, depth + 1)
 
 
-def unhidden(text: str, depth: int = 0) -> Iterator[str]:
-    """The text, and what is encoded in it: base64, escapes, hex, reversed; whatever turns out to be text."""
-    yield text
-    if depth >= 3:
-        return
-    for found in _BASE64.findall(text):
-        decoded = _decoded(found)
-        if decoded is not None:
-            yield from unhidden(decoded, depth + 1)
-    for pattern, width, base in ((_HEX, 4, 16), (_OCTAL, 0, 8)):
-        for found in pattern.findall(text):
-            parts = re.findall(r"\\x?([0-9a-fA-F]+)", found)
-            whole = "".join(chr(int(part, base) & 0xFF) for part in parts)
-            if width or whole.isprintable():
-                yield from unhidden(text.replace(found, whole), depth + 1)
-    for found in _BARE_HEX.findall(text):
-        plain = bytes.fromhex(found)
-        if _readable(plain):
-            yield from unhidden(plain.decode(), depth + 1)
+def unhidden(text: str) -> Iterator[str]:
+    """The text, and what it becomes: decoded (base64, escapes, hex, rot13), reversed, variables in their places.
+
+    Whatever turns out to be text, also of what was decoded; as many as :data:`_TEXTS` of them.
+    """
+    found = [text]
+    for at in range(_TEXTS):
+        if at == len(found):
+            return
+        yield found[at]
+        found += [each for each in itertools.islice(_becomes(found[at]), _TEXTS) if each not in found]
+
+
+def _becomes(text: str) -> Iterator[str]:
+    filled = _filled(text)
+    if filled != text:
+        yield filled
     if re.search(r"\|\s*rev\b", text):
-        yield from unhidden(text[::-1], depth + 1)
+        yield text[::-1]
+    if _ROT13.search(text):
+        yield codecs.encode(text, "rot13")
+    if _HEX.search(text):
+        yield _HEX.sub(lambda found: _characters(found[0], 16), text)
+    if _OCTAL.search(text):
+        yield _OCTAL.sub(lambda found: _characters(found[0], 8), text)
+    for word in _BASE64.findall(text):
+        decoded = _decoded(word)
+        if decoded is not None:
+            yield decoded
+    for word in _BARE_HEX.findall(text):
+        plain = bytes.fromhex(word)
+        if _readable(plain):
+            yield plain.decode()
+
+
+def _characters(escapes: str, base: int) -> str:
+    whole = "".join(chr(int(each, base) & 0xFF) for each in re.findall(r"\\x?([0-9a-fA-F]+)", escapes))
+    return whole if base == 16 or whole.isprintable() else escapes
+
+
+def _filled(text: str) -> str:
+    """The text with the plain values of its own assignments in the places of the variables."""
+    assigned = itertools.islice(_VARIABLE.finditer(text), _NAMES)
+    values = {found[1]: found[2] or found[3] or found[4] or "" for found in assigned}
+    if not values:
+        return text
+    names = "|".join(sorted(map(re.escape, values), key=len, reverse=True))
+    return re.sub(rf"\$(?:\{{({names})\}}|({names})\b)", lambda found: values[found[1] or found[2]], text)
 
 
 def _decoded(found: str) -> str | None:
@@ -110,7 +144,9 @@ def _readable(plain: bytes) -> bool:
         text = plain.decode("ascii")
     except UnicodeDecodeError:
         return False
-    return len(text) >= 8 and all(char.isprintable() or char in "\n\t\r" for char in text) and " " in text
+    if len(text) < 8 or not all(char.isprintable() or char in "\n\t\r" for char in text):
+        return False
+    return " " in text or _BASE64.fullmatch(text.strip()) is not None  # encoded twice
 
 
 def _split(text: str) -> list[tuple[list[str], bool]]:
@@ -246,9 +282,10 @@ def _within(command: Command) -> Iterator[str]:
     if command.name in ("python", "python3", "perl", "ruby", "node", "php"):
         for option, code in pairwise(command.arguments):
             if option in ("-c", "-e", "-r"):
-                yield from (found[1] for found in _CODE_RUNS.findall(code))
+                yield from (" ".join(_STRING.findall(found)) for found in _CODE_RUNS.findall(code))
     for argument in [*command.arguments, *command.redirects]:
-        for inner in re.findall(r"\$\((.+)\)|`([^`]+)`|[<>]\((.+)\)", argument, re.DOTALL):
+        closed = argument[: max(argument.rfind(")"), argument.rfind("`")) + 1]  # else every opening looks for an end
+        for inner in re.findall(r"\$\((.+)\)|`([^`]+)`|[<>]\((.+)\)", closed, re.DOTALL):
             yield next(each for each in inner if each)
 
 
@@ -258,6 +295,7 @@ def _given_to_shell(command: Command) -> Iterator[str]:
             yield text
     if command.name == "eval":
         yield " ".join(command.arguments)
+    yield from (each[3:] for each in command.redirects if each.startswith("<<<"))
     source = command.piped_from
     if source is not None and source.name in ("echo", "printf"):
         yield " ".join(source.arguments).replace("\\n", "\n")
@@ -270,4 +308,8 @@ def _given_to_shell(command: Command) -> Iterator[str]:
     yield from (text for text in unhidden(whole) if text != whole)
 
 
-_CODE_RUNS: Final = re.compile(r"(?:system|popen|run|call|Popen|execSync|exec)\(\s*[\[(]?\s*(['\"])(.+?)\1")
+_CODE_RUNS: Final = re.compile(
+    r"(?:system|popen|run|call|Popen|check_output|spawn|spawnSync|execSync|execFile|exec)\(\s*[\[(]?\s*"
+    r"((?:(?:'[^']+'|\"[^\"]+\")[\s,\[]*)+)"
+)
+_STRING: Final = re.compile(r"(?<=')[^',\s][^']*(?=')|(?<=\")[^\",\s][^\"]*(?=\")")

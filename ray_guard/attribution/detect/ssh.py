@@ -64,6 +64,9 @@ def tunnels_back(words: list[str]) -> str:
             return "ssh.remote_forward"
         if letter == "w":
             return "ssh.tun_device"
+    letters = {letter for letter, _ in parsed.options}
+    if letters >= {"F", "N"} and not letters & set("LDWJO"):
+        return "ssh.forwards_of_a_file"  # it only forwards, and what stands in a file that was brought along
     if parsed.settings.get("remoteforward"):
         return "ssh.remote_forward"
     if parsed.settings.get("tunnel", "no").lower() not in ("no", ""):

@@ -17,9 +17,9 @@ from ray_guard.attribution.sources.line import Line, Unusable
 
 FORMAT: Final = "fortigate"
 
-_PAIR: Final = re.compile(r'\b(?<!-)([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s"]*)')
+_PAIR: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s"]*)')
 #: with ``set csv enable`` a comma ends a value that is not quoted
-_PAIR_CSV: Final = re.compile(r'\b(?<!-)([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
+_PAIR_CSV: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
 _CSV: Final = re.compile(r"\b(?:date|time|logid|type)=[^\s,]+,\w+=")
 _DENIES: Final = frozenset("deny denied block blocked dropped drop reset clear_session detected_blocked".split())
 #: what CEF has names of its own for; FortiGate puts a prefix before the others
@@ -65,7 +65,7 @@ class Fortigate:
 
 def pairs(text: str) -> dict[str, str]:
     """``key=value`` and ``key="value"``; a key that comes twice has its last value."""
-    found = (_PAIR_CSV if _CSV.search(text, 0, 400) else _PAIR).findall(text)
+    found = (_PAIR_CSV if text.find(",", 0, 400) >= 0 and _CSV.search(text, 0, 400) else _PAIR).findall(text)
     return {key: value[1:-1].replace('\\"', '"') if value[:1] == '"' else value.strip() for key, value in found}
 
 

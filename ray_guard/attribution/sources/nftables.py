@@ -58,7 +58,10 @@ class Nftables:
         packet = _PACKET.search(text)
         if packet is None:
             raise Unusable("malformed", "no IN= OUT= SRC= of a logged packet")
-        said = dict(reversed(_FIELD.findall(_QUOTED.sub("", text[packet.start() :]))))  # LEN comes twice, of IP and UDP
+        fields = text[packet.start() :]
+        if "[SRC=" in fields:
+            fields = _QUOTED.sub("", fields)
+        said = dict(reversed(_FIELD.findall(fields)))  # LEN comes twice, of IP and UDP
         before = text[: packet.start()]
         try:
             time, rest = _stamp(before)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final
 
+from ray_guard.named import NamedTuple
 from ray_guard.policy.destination import canonical_address, canonical_name
 
 _NOTHING: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({})

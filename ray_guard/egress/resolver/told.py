@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, NamedTuple
+from typing import Final
+
+from ray_guard.named import NamedTuple
 
 TOLD_LIMIT: Final = 4096
 """Pairs of address and name that are remembered; the oldest goes first."""

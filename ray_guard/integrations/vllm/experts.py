@@ -11,6 +11,9 @@ from typing import Any, Final
 
 _LISTED: Final = 128
 """As many values as a span's attribute holds."""
+_MOST: Final = 1 << 16
+MISSING: Final = "ray_guard.moe.missing"
+"""The attribute that says why there is nothing to be said."""
 
 
 def load(chunks: Sequence[Any], experts: int) -> dict[str, object]:
@@ -25,9 +28,14 @@ def load(chunks: Sequence[Any], experts: int) -> dict[str, object]:
     """
     import numpy as np  # vLLM's, loaded by now
 
-    routed = np.concatenate(chunks, axis=0)
+    try:
+        routed = np.concatenate(chunks, axis=0)
+    except ValueError as error:
+        return {MISSING: f"the engine's arrays do not go together: {error}"}
     if routed.size == 0:
         return {}
+    if routed.ndim != 3 or routed.dtype.kind not in "iu" or not 0 <= int(routed.min()) <= int(routed.max()) < _MOST:
+        return {MISSING: f"the engine's array is no numbers of experts: {routed.dtype} {routed.shape}"}
     width = max(experts, int(routed.max()) + 1)
     counts = np.stack([np.bincount(routed[:, layer].ravel(), minlength=width) for layer in range(routed.shape[1])])
     found: dict[str, object] = {

@@ -21,7 +21,8 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
-from ray_guard.client.context import parse_traceparent, read_context
+from ray_guard.client import carry, foreign
+from ray_guard.client.context import read_context
 from ray_guard.client.engine import Phase
 from ray_guard.client.quota import announce_price
 from ray_guard.errors import NotEnforced
@@ -362,8 +363,15 @@ def _trace_headers(original: Method) -> Method:
 
     @functools.wraps(original)
     async def get_trace_headers(self: Any, headers: Any) -> Any:
-        named = parse_traceparent(headers.get("traceparent"))
-        above = None if named is None else read_context({"trace": named[0], "span": named[1], "sampled": named[2]})
+        names = (foreign.TRACEPARENT, foreign.EAGLEEYE)
+        told = {name: value for name in names if (value := headers.get(name)) is not None}
+        before = carry.current()
+        carry.move_to(None)  # it comes from no scope of this process
+        try:
+            above = read_context(told) if told else None
+        finally:
+            carry.move_to(before)
+        foreign.told.set(foreign.eagleeye_id(told.get(foreign.EAGLEEYE)))
         PLACE.set(Place(above, is_http=True, paid=headers.get(RESERVATION)))
         return await original(self, headers)
 

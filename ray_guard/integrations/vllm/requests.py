@@ -28,7 +28,7 @@ from ray_guard.client.spans import NAME_LIMIT, Value, clean_text, warn_once
 from ray_guard.compute.moe import Cost, cost
 from ray_guard.errors import RayGuardError, SupervisorLost, UnknownArchitecture
 from ray_guard.integrations.vllm import versions
-from ray_guard.integrations.vllm.experts import load
+from ray_guard.integrations.vllm.experts import MISSING, load
 from ray_guard.records import SpanKind
 
 
@@ -232,7 +232,7 @@ def _told(state: Any, model: Model) -> dict[str, object]:
     if chunks:
         found.update(load(chunks, model.experts))
     elif model.is_routing_told:
-        found["ray_guard.moe.missing"] = "the engine was asked for its routed experts and returned none"
+        found[MISSING] = "the engine was asked for its routed experts and returned none"
     return found
 
 
@@ -292,7 +292,7 @@ class Ledger:
         carry.move_to(admitted.span)
         try:
             flops = self.model.flops(most, self.model.context)
-            reservation = reserve(tokens=most, flops=flops, context=admitted.payer)
+            reservation = reserve(tokens=most, flops=flops, context=admitted.payer, often=True)
         except RayGuardError as error:
             raise self._refuse(error) from error
         finally:
@@ -302,7 +302,7 @@ class Ledger:
     def require_room(self) -> None:
         """Raises, as :meth:`admit`, where this process's own budgets have no room for one token more."""
         try:
-            reserve(tokens=1, flops=self.model.flops(1, 0), context=_NOBODY).release()
+            reserve(tokens=1, flops=self.model.flops(1, 0), context=_NOBODY, often=True).release()
         except RayGuardError as error:
             raise self._refuse(error) from error
 
@@ -325,7 +325,8 @@ class Ledger:
             span.__enter__()
             try:
                 most = None if flops is None else sequences * flops
-                reservation = reserve(tokens=tokens, flops=most, context=payer, paid=place.paid)
+                often = place.above is None or place.above.kind != ChatSpan.scope_kind
+                reservation = reserve(tokens=tokens, flops=most, context=payer, paid=place.paid, often=often)
             except BaseException as error:
                 span.__exit__(type(error), error, error.__traceback__)
                 raise
@@ -356,9 +357,8 @@ class Ledger:
 
     def saw(self, outputs: Iterable[Any]) -> None:
         """Outputs of the engine's core, before vLLM has looked at them."""
-        for output in outputs:
-            if getattr(output, "prefill_stats", None) is None and output.events is None:
-                continue  # most of them
+        telling = [o for o in outputs if o.events is not None or getattr(o, "prefill_stats", None) is not None]
+        for output in telling:  # most have nothing to tell
             known = self._running.get(output.request_id)
             if known is None:
                 continue

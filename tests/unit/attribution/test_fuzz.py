@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_guard.attribution import nat, store
+from ray_guard.attribution.intake import Intake, Options
 from ray_guard.attribution.observation import Semantics
 from ray_guard.attribution.sources import FORMATS
 from ray_guard.attribution.sources.reader import FileReport, Record, read
@@ -130,8 +131,11 @@ def db() -> Iterator[duckdb.DuckDBPyConnection]:
 
 def stored(db: duckdb.DuckDBPyConnection, found: list[Record]) -> None:
     """That the store takes them."""
-    assert list(store.add_alerts(db, ((number, 0, each) for number, each in enumerate(found))))[-1] == len(found)
-    store.add_nat(db, [(0, mapping) for each in found if (mapping := nat.of_record(each.seen)) is not None])
+    logs = Intake()
+    assert list(logs.take(found, FileReport("log"), Options(), (0, 0)))[-1] == len(found)
+    store.add_alerts(db, logs.batches)
+    store.add_nat(db, logs.mappings)
+    assert [logs.lines[number] for number in range(len(found))] == [each.raw for each in found]
 
 
 def test_the_seeds_are_read_by_every_format() -> None:

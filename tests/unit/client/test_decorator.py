@@ -5,6 +5,8 @@ import functools
 import inspect
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from typing import Any
 
@@ -178,6 +180,145 @@ async def test_exceptions_pass_unchanged_through_each_kind(wire: RecordingChanne
             await acall()
         assert caught.value is error
     assert [m["attributes"]["error.type"] for m in wire.sent("close")] == ["RuntimeError"] * 4
+
+
+async def test_a_task_that_is_cancelled_within_a_tool(wire: RecordingChannel) -> None:
+    started = asyncio.Event()
+
+    @tool
+    async def waits() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    @tool
+    async def outer() -> str:
+        task = asyncio.ensure_future(waits())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(waits(), 0.01)
+        return "went on"
+
+    assert await outer() == "went on"
+    ends = {m["span"]: m for m in wire.sent("close")}
+    assert [ends[m["span"]]["status"] for m in wire.sent("open")] == [0, 0, 0]
+    inner = [ends[m["span"]]["attributes"] for m in wire.sent("open", name="execute_tool waits")]
+    assert inner == [{"ray_guard.cancelled": True}] * 2
+
+
+async def test_exceptions_keep_traceback_cause_and_notes_through_each_kind(wire: RecordingChannel) -> None:
+    def fail() -> None:
+        try:
+            raise KeyError("first")
+        except KeyError as error:
+            second = ValueError("second")
+            second.add_note("noted")
+            raise second from error
+
+    @tool
+    def plain() -> None:
+        fail()
+
+    @tool
+    async def awaited() -> None:
+        fail()
+
+    @tool
+    def stream() -> Iterator[int]:
+        yield 1
+        fail()
+
+    @tool
+    async def astream() -> AsyncIterator[int]:
+        yield 1
+        fail()
+
+    async def drain() -> None:
+        async for _ in astream():
+            pass
+
+    async def caught(call: Callable[[], Any]) -> ValueError:
+        try:
+            result = call()
+            if inspect.isawaitable(result):
+                await result
+        except ValueError as error:
+            return error
+        raise AssertionError("nothing was raised")
+
+    for call, name in ((plain, "plain"), (awaited, "awaited"), (lambda: list(stream()), "stream"), (drain, "astream")):
+        error = await caught(call)
+        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        assert frames[-2:] == [name, "fail"], "the tool's own frames are the last, as without us"
+        assert isinstance(error.__cause__, KeyError)
+        assert error.__notes__ == ["noted"]
+        ((_, _, details),) = wire.sent("close")[-1]["events"]
+        assert f"in {name}\n" in details["exception.stacktrace"]
+        assert details["exception.type"] == "ValueError"
+
+
+def test_a_generator_never_begun_is_no_call(wire: RecordingChannel) -> None:
+    @tool
+    def stream() -> Iterator[int]:
+        yield 1
+
+    stream()
+    assert not wire.messages
+
+
+def test_a_generator_that_will_not_end_is_the_generators_own_error(wire: RecordingChannel) -> None:
+    @tool
+    def stubborn() -> Iterator[int]:
+        try:
+            yield 1
+        except GeneratorExit:
+            yield 2
+
+    steps = stubborn()
+    next(steps)
+    with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
+        steps.close()  # type: ignore[attr-defined]
+    assert wire.sent("close")[0]["attributes"]["error.type"] == "RuntimeError"
+    assert carry.current() is None
+
+
+async def test_what_a_call_spawns_belongs_to_it_for_as_long_as_it_runs(wire: RecordingChannel, carriers: None) -> None:
+    """A thread, a task and a job that outlive the call that began them still name it as their parent."""
+    release = threading.Event()
+    over = asyncio.Event()
+    kept: list[Any] = []
+
+    @tool
+    def inner(how: str) -> str:
+        return how
+
+    async def later() -> None:
+        await over.wait()
+        inner("task")
+
+    def blocking(how: str) -> None:
+        release.wait(30)
+        inner(how)
+
+    @tool
+    async def spawns() -> None:
+        thread = threading.Thread(target=blocking, args=("thread",))
+        thread.start()
+        loop = asyncio.get_running_loop()
+        kept.extend((thread, asyncio.ensure_future(later()), loop.run_in_executor(None, blocking, "executor")))
+
+    await spawns()
+    (outer,) = wire.sent("open", name="execute_tool spawns")
+    assert wire.sent("close")[0]["span"] == outer["span"]
+    release.set()
+    over.set()
+    await asyncio.gather(*kept[1:])
+    await asyncio.to_thread(kept[0].join)
+    inners = wire.sent("open", name="execute_tool inner")
+    assert [each["parent"] for each in inners] == [outer["span"]] * 3
+    assert carry.current() is None
 
 
 def test_functions_partials_callable_objects_and_builtins_are_tools(wire: RecordingChannel) -> None:

@@ -475,3 +475,18 @@ print([m for m in sys.modules if m.startswith("opentelemetry") or m in ("pydanti
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_scopes_that_end_in_any_order_leave_none_behind(wire: RecordingChannel, backend: Backend) -> None:
+    """One that has ended must not become the parent of what comes later."""
+    first, second, third = (scope.tool_call(name) for name in "abc")
+    for each in (first, second, third):
+        each.__enter__()
+    second.__exit__(None, None, None)
+    assert trace.get_current_span().get_span_context().span_id == int(third.span, 16)
+    first.__exit__(None, None, None)
+    third.__exit__(None, None, None)
+    assert not trace.get_current_span().get_span_context().is_valid
+    with scope.tool_call("later"):
+        pass
+    assert opened(wire, "execute_tool later")["parent"] is None

@@ -96,7 +96,7 @@ def test_a_rollout_as_the_contract_draws_it(wire: RecordingChannel) -> None:
         "gen_ai.usage.output_tokens": 3,
     }
     assert tool["attributes"]["gen_ai.tool.call.id"] == "toolu_1"
-    assert rollout["attributes"] == {"gen_ai.operation.name": "invoke_agent"}
+    assert rollout["attributes"] == {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": "coder"}
     end = closed(wire, "invoke_agent coder")
     assert end["attributes"] == {"rl.reward.score": 0.7}
     ((name, _, details),) = end["events"]
@@ -173,11 +173,21 @@ def test_an_exception_is_recorded_and_raised_unchanged(wire: RecordingChannel) -
     assert "test_scope.py" in details["exception.stacktrace"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), asyncio.CancelledError()])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
 def test_what_is_no_exception_ends_the_span_too(wire: RecordingChannel, error: BaseException) -> None:
     with pytest.raises(type(error)), scope.tool_call("bash"):
         raise error
     assert closed(wire, "execute_tool bash")["status"] == 2
+
+
+def test_what_was_cancelled_is_recorded_and_no_error(wire: RecordingChannel) -> None:
+    with pytest.raises(asyncio.CancelledError), scope.tool_call("bash"):
+        raise asyncio.CancelledError("enough")
+    end = closed(wire, "execute_tool bash")
+    assert (end["status"], end["message"], end["attributes"]) == (0, "", {"ray_guard.cancelled": True})
+    ((name, _, details),) = end["events"]
+    assert (name, details["exception.message"]) == ("exception", "enough")
+    assert details["exception.type"].endswith("CancelledError")
 
 
 def test_a_generator_that_is_given_up_is_no_error(wire: RecordingChannel) -> None:

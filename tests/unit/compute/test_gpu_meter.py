@@ -40,6 +40,11 @@ def used(ticks: list[Tick], pid: int) -> Usage:
     return usage
 
 
+def hidden(**rows: Any) -> list[Hidden | None]:
+    meter = GpuMeter()
+    return [meter.take(at(n * TICK, **rows)).hidden for n in range(2 * HIDDEN_READINGS)]
+
+
 def test_process_utilization_times_time() -> None:
     meter = GpuMeter()
     rows = {"processes": [(1, GIB), (2, GIB)], "samples": [(1, 0.1, 60), (2, 0.1, 30)], "memory_used": 2 * GIB}
@@ -204,6 +209,14 @@ def test_garbage_memory_is_unknown() -> None:
     assert GpuMeter().take(at(0, processes=[(0, GIB)])).faults == ("a process row of pid 0",)
 
 
+@pytest.mark.parametrize("garbage", [-1, 1 << 50, (1 << 64) - 1])
+def test_garbage_memory_of_a_gpu_bounds_nobody_and_hides_nobody(garbage: int) -> None:
+    tick = GpuMeter().take(at(0, processes=[(1, None)], memory_used=garbage))
+    assert tick.shares[0].memory is None
+    assert tick.faults == (f"nvmlDeviceGetMemoryInfo: {garbage} bytes, which cannot be true",)
+    assert hidden(processes=[(1, GIB)], memory_used=garbage) == [None] * 2 * HIDDEN_READINGS
+
+
 def test_energy_goes_by_utilization_and_idle_draw_is_nobodys() -> None:
     meter = GpuMeter()
     meter.take(at(0, energy_mj=1_000, processes=[(1, 0), (2, 0)]))
@@ -214,18 +227,17 @@ def test_energy_goes_by_utilization_and_idle_draw_is_nobodys() -> None:
 
 
 def test_energy_that_is_not_measured_is_not_zero() -> None:
-    for before, after in ((5_000, 1_000), (5_000, Missing("nvmlDeviceGetTotalEnergyConsumption", "NOT_SUPPORTED"))):
+    for before, after in (
+        (5_000, 1_000),
+        (5_000, (1 << 64) - 1),
+        (5_000, Missing("nvmlDeviceGetTotalEnergyConsumption", "NOT_SUPPORTED")),
+    ):
         meter = GpuMeter()
         meter.take(at(0, energy_mj=before, processes=[(1, 0)]))
         tick = meter.take(at(1, energy_mj=after, processes=[(1, 0)], samples=[(1, 0.1, 50)]))
         assert tick.shares[0].energy_j is None
         usage = used([tick], 1)
         assert not usage.energy_known
-
-
-def hidden(**rows: Any) -> list[Hidden | None]:
-    meter = GpuMeter()
-    return [meter.take(at(n * TICK, **rows)).hidden for n in range(2 * HIDDEN_READINGS)]
 
 
 def test_memory_that_nobody_explains_is_a_hidden_tenant() -> None:

@@ -135,7 +135,26 @@ def test_dense_layers_among_sparse_ones() -> None:
         ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types"),
         ({"architectures": ["Qwen3MoeForSequenceClassification"]}, "architectures"),
         ({"text_config": {}}, "text_config"),
+        ({"layer_types": "full_attention"}, "layer_types"),
+        ({"layer_types": 48}, "layer_types"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"architectures": 5}, "architectures"),
+        ({"text_config": {"hidden_size": 1}}, "text_config"),
         ({"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ({"mlp_only_layers": ""}, "mlp_only_layers"),
+        ({"mlp_only_layers": [48]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [True]}, "mlp_only_layers"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"head_dim": None}, "head_dim"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"vocab_size": 10**40}, "vocab_size"),
+        ({"hidden_size": -2048}, "hidden_size"),
+        ({"hidden_size": 2048.0}, "hidden_size"),
+        ({"hidden_size": float("nan")}, "hidden_size"),
+        ({"num_local_experts": 64}, "num_local_experts"),
+        ({"attention_bias": "yes"}, "attention_bias"),
     ],
 )
 def test_what_is_not_understood_is_an_error(change: dict[str, Any], field: str) -> None:
@@ -143,6 +162,38 @@ def test_what_is_not_understood_is_an_error(change: dict[str, Any], field: str) 
         cost({**QWEN3_30B, **change})
     assert raised.value.key == field
     assert isinstance(raised.value, PolicyError)
+
+
+_NEEDED = {
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok", "vocab_size",
+    "num_key_value_heads", "head_dim", "moe_intermediate_size", "intermediate_size",
+    "num_experts", "num_local_experts", "n_routed_experts",
+    "n_shared_experts", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+    "v_head_dim",
+}  # fmt: skip
+#: what an architecture does not go by, or what it may leave out
+_FREE = {
+    "qwen3_moe": {"intermediate_size"},
+    "mixtral": {"head_dim"},
+    "deepseek_v3": {"num_key_value_heads", "head_dim"},
+    "deepseek_v2": {"num_key_value_heads"},
+    "kimi_k2": {"num_key_value_heads", "head_dim"},
+}
+_WRONG = [None, "8", -1, 1.5, True, [8], {}, 1 << 31, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("config", [param.values[0] for param in PUBLISHED], ids=[str(p.id) for p in PUBLISHED])
+def test_every_field_that_counts_must_be_there_and_right(config: dict[str, Any]) -> None:
+    """Each missing, and each with every kind of nonsense: an error that names it, never a cost."""
+    free = _FREE.get(config["model_type"], set())
+    null_is_none = {"q_lora_rank", "n_shared_experts", "first_k_dense_replace"}
+    for field in (_NEEDED & set(config)) - free:
+        without = {name: value for name, value in config.items() if name != field}
+        wrong = [{**config, field: value} for value in _WRONG if value is not None or field not in null_is_none]
+        for bad in (without, *wrong):
+            with pytest.raises(UnknownArchitecture) as raised:
+                cost(bad)
+            assert raised.value.key == field
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,11 @@ def test_a_model_call() -> None:
     ]
 
 
+def test_a_model_call_that_its_engine_charges_is_counted_there() -> None:
+    usage: dict[str, AttributeValue] = {"gen_ai.usage.input_tokens": 5, "ray_guard.charged_by": "engine"}
+    assert [instrument for instrument, _, _ in of("chat m", {**TARGET, **usage})] == [OPERATION]
+
+
 def test_a_call_whose_process_died() -> None:
     about: dict[str, AttributeValue] = {**TARGET, "gen_ai.tool.name": "bash", "ray_guard.ended_by": "supervisor"}
     labels = {"gen_ai.tool.name": "bash", "ray_guard.source": "target", "error.type": "process_died"}

@@ -295,6 +295,10 @@ def test_a_tail_that_nobody_sealed(signer: Signer, tmp_path: Path, sealed: bool)
     assert finding.kind is Kind.UNSEALED
     assert finding.position.line == (3 if sealed else 1)
     assert "an unsealed tail of" in finding.text
+    # What the zygote adds for a killed supervisor is a segment more, and not one that took records from the first.
+    (only,) = segments(tmp_path / "e")
+    only.with_name(only.name.replace("-000001.", "-000002.")).write_bytes(RECORDS[2])
+    assert [each.kind for each in the_only(tmp_path / "e").findings] == [Kind.UNSEALED]
 
 
 def test_a_lock_does_not_make_an_old_tail_live(signer: Signer, tmp_path: Path) -> None:

@@ -30,5 +30,20 @@ def test_more_experts_than_an_attribute_holds() -> None:
     assert found == {"ray_guard.moe.experts_used": 1, "ray_guard.moe.load_max_over_mean": 256.0}
 
 
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [np.full((2, 1, 2), -1)],
+        [np.array([[[1 << 40]]])],
+        [np.zeros((2, 2), dtype=np.int32)],
+        [np.full((2, 1, 2), 0.5)],
+        [np.zeros((1, 2, 2), dtype=np.int32), np.zeros((1, 3, 2), dtype=np.int32)],
+    ],
+    ids=["negative", "huge", "flat", "no whole numbers", "layers that differ"],
+)
+def test_what_is_no_routing_is_said_to_be_missing_and_raises_nothing(chunks: list[Any]) -> None:
+    assert list(load(chunks, 8)) == ["ray_guard.moe.missing"]
+
+
 def test_nothing_returned_says_nothing() -> None:
     assert load([np.zeros((0, 2, 2), dtype=np.int32)], 8) == {}

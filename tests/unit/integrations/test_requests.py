@@ -35,7 +35,15 @@ class Book:
         self.paid: list[str | None] = []
         self.refuse: Exception | None = None
 
-    def reserve(self, *, tokens: int, flops: float | None = None, context: Any = None, paid: str | None = None) -> Any:
+    def reserve(
+        self,
+        *,
+        tokens: int,
+        flops: float | None = None,
+        context: Any = None,
+        paid: str | None = None,
+        often: bool = False,
+    ) -> Any:
         node = carry.current()
         self.asked.append({"tokens": tokens, "flops": flops, "context": context, "above": node and node.span})
         self.paid.append(paid)

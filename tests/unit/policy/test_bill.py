@@ -128,3 +128,41 @@ def test_used_and_held_never_pass_a_limit_whatever_order_things_end_in(
         spent += really
     assert tree.job.used("tokens") == tree.engine.used("tokens") == spent
     assert tree.held() == [0] * 5
+
+
+def test_a_bill_for_many_requests_grows_shrinks_and_is_settled_in_parts() -> None:
+    tree = Tree(engine={"tokens": 150}, call={"tokens": 400})
+    bill = tree.bill()
+    assert bill.room("tokens") == 150
+    assert bill.grow({"tokens": 100})
+    assert tree.held() == [100] * 5
+    assert not bill.grow({"tokens": 51})
+    assert bill.room("tokens") == 50
+    bill.shrink({"tokens": 20})
+    assert (tree.held(), bill.reserved) == ([80] * 5, {"tokens": 80})
+    assert bill.settle_part({"tokens": 30}, {"tokens": 12}) is None
+    assert (tree.held(), tree.used()) == ([50] * 5, [12] * 5)
+    bill.shrink({"tokens": 1000})  # no more than is held
+    assert tree.held() == [0] * 5
+    exceeded = bill.settle_part({}, {"tokens": 139})
+    assert exceeded is not None
+    assert (exceeded.value, exceeded.source) == (151, "engine")
+
+
+def test_what_grows_after_a_scope_has_ended_holds_nothing_there() -> None:
+    tree = Tree()
+    bill = tree.bill()
+    assert bill.grow({"tokens": 100})
+    tree.call.close()
+    assert bill.grow({"tokens": 10})
+    assert tree.held() == [110, 110, 110, 110, 0]
+    bill.settle_part({"tokens": 110}, {"tokens": 50})
+    assert (tree.held(), tree.used()) == ([0] * 5, [50] * 5)
+
+
+def test_a_limit_that_is_only_watched_is_no_room_either() -> None:
+    job = Account(Scope.JOB, "job", watched={"tokens": 10})
+    bill = Bill([job])
+    assert bill.room("tokens") == 10
+    assert not bill.grow({"tokens": 11})
+    assert bill.lacks({"tokens": 11})

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from ray_guard.attribution.attribute import Candidate, attribute
-from ray_guard.attribution.document import document
+from ray_guard.attribution.answers import Candidate
+from ray_guard.attribution.attribute import attribute
+from ray_guard.attribution.document import found
 from ray_guard.cli import attribute as command
 from ray_guard.records import SpanKind
 from ray_guard.report import attribution, causes, text
@@ -273,7 +274,7 @@ def test_an_input_that_is_gone_is_said_to_be(writer: Any, tmp_path: Path) -> Non
     result = attribute([evidence], [log])
     (whole,) = [each for each in causes.inputs(result, [str(evidence)], ["nat.csv"]) if each.role == "NAT map"]
     assert (whole.size, whole.sha256) == (None, "cannot be read: No such file or directory")
-    assert causes.gather(result, document(result)).verdicts == {"attributed": 1}
+    assert causes.gather(result, found(result)).verdicts == {"attributed": 1}
 
 
 def candidate(tier: str, evidence: list[str], against: list[str]) -> Candidate:

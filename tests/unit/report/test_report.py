@@ -346,6 +346,15 @@ def test_a_model_call_that_its_engine_has_seen_too_counts_once(writer: Any, tmp_
     assert summary.actors["env-0"].input_tokens == 10
 
 
+def test_a_model_call_without_usage_is_told_by_its_engine(writer: Any, tmp_path: Path) -> None:
+    usage = {"gen_ai__usage__input_tokens": 10, "gen_ai__usage__output_tokens": 5}
+    outer = writer.write("chat tiny", None, 0, 2, kind=SpanKind.CLIENT, ray_guard__charged_by="engine")
+    writer.write("chat tiny", outer, 1, 1, kind=SpanKind.CLIENT, **usage)
+    summary = load_summary(tmp_path / "evidence")
+    assert (summary.total.input_tokens, summary.total.output_tokens) == (10, 5)
+    assert summary.actors["env-0"].output_tokens == 5
+
+
 def test_cpu_time_of_processes(writer: Any, tmp_path: Path) -> None:
     for seconds in (1.5, 2.25):
         writer.write("process make", None, 0, 3, ray_guard__process__cpu_seconds=seconds)

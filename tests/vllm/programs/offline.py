@@ -7,7 +7,7 @@ import signal
 from contextlib import suppress
 from typing import Any
 
-from common import ENGINE, NAME, confine, counted, described, refused, say
+from common import ENGINE, MODEL, NAME, confine, counted, described, refused, say
 
 import ray_guard
 from ray_guard.client.engine import EngineProcess
@@ -53,6 +53,18 @@ def main() -> None:
                 break
         say("short", [counted(each) for each in served])
         say("batch", refused(lambda: llm.generate(["over", "over"], most(90), **quiet)))
+
+    def chat() -> None:
+        for _ in range(3):
+            with ray_guard.chat("mine", config=f"{MODEL}/config.json") as mine:
+                (output,) = llm.generate(["over"], most(20), **quiet)
+                said = counted(output)
+                mine.usage(said["input"], said["output"])
+                charged.append(said["input"] + said["output"])
+
+    charged: list[int] = []
+    with ray_guard.episode(id="chat", budget={"tokens": 60}):
+        say("chat", [refused(chat), charged])
 
     with ray_guard.episode(id="preempted"):
         outputs = llm.generate([f"the fox {n}" for n in range(6)], most(150), **quiet)

@@ -10,8 +10,8 @@ from common import EGRESS, ENGINE, confine
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
-async def main(port: int, job_tokens: int) -> None:
-    confine(budgets={"job": {"tokens": job_tokens, "flops": 1e15}}, egress={**EGRESS, "listen": [port]})
+async def serve(port: int) -> None:
+    """Until it is stopped."""
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.launchers.launcher import setup_server
@@ -27,5 +27,10 @@ async def main(port: int, job_tokens: int) -> None:
         await (await build_and_serve(engine, address, sock, args))
 
 
+def main(port: int, job_tokens: int) -> None:
+    confine(budgets={"job": {"tokens": job_tokens, "flops": 1e15}}, egress={**EGRESS, "listen": [port]})
+    asyncio.run(serve(port))
+
+
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[3]), int(sys.argv[4])))
+    main(int(sys.argv[3]), int(sys.argv[4]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
+from ray_guard.named import NamedTuple
 from ray_guard.policy.budgets import UNLIMITED, Amount, Unlimited
 
 RELEASED: Final = frozenset({400, 401, 403, 404, 405, 413, 415, 422, 429})

@@ -1,0 +1,254 @@
+"""From log files to columns: each record a row, its line packed away. Runs later, on any machine.
+
+A million records as objects would take gigabytes; as columns and packed lines they take a few hundred megabytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+from zoneinfo import ZoneInfo
+
+import pyarrow as pa
+import zstandard
+
+from ray_guard.attribution import nat
+from ray_guard.attribution.clock import Clock
+from ray_guard.attribution.observation import Action, Time
+from ray_guard.attribution.sources.reader import FileReport, Record, files, read
+
+SECOND: Final = 1_000_000_000
+BATCH: Final = 20_000
+"""Records of one Arrow batch."""
+_PACK: Final = 2_000
+"""Lines that are packed together: what has to be unpacked to see one of them."""
+
+ALERT_SCHEMA: Final = pa.schema(
+    [
+        ("alert", pa.int64()),
+        ("source", pa.int32()),
+        ("start_ns", pa.int64()),
+        ("end_ns", pa.int64()),
+        ("semantics", pa.string()),
+        ("dated", pa.bool_()),
+        ("src_ip", pa.string()),
+        ("src_port", pa.int32()),
+        ("dst_ip", pa.string()),
+        ("dst_port", pa.int32()),
+        ("inside_ip", pa.string()),
+        ("inside_port", pa.int32()),
+        ("proto", pa.string()),
+        ("denied", pa.bool_()),
+        ("rule", pa.string()),
+        ("host", pa.string()),
+        ("node", pa.string()),
+        ("pid", pa.int64()),
+        ("command", pa.string()),
+        ("informational", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a log does not say, and the user does.
+
+    Args:
+        format: forced for all alert files; None: found out for each line.
+        zone: IANA name or offset of civil times without zone.
+        year: of dates without year.
+    """
+
+    format: str | None = None
+    zone: ZoneInfo | None = None
+    year: int | None = None
+
+
+@dataclass(slots=True)
+class Source:
+    """One format within one file: what shares a clock."""
+
+    path: str
+    format: str
+    report: FileReport
+    clock: Clock = field(default_factory=Clock)
+    records: int = 0
+
+
+class Lines:
+    """Lines by their number, compressed some thousands at a time."""
+
+    def __init__(self) -> None:
+        self._packs: list[bytes] = []
+        self._open: list[bytes] = []
+        self._last: tuple[int, list[bytes]] = (-1, [])
+
+    def append(self, line: bytes) -> None:
+        self._open.append(line)
+        if len(self._open) == _PACK:
+            self._packs.append(_packed(self._open))
+            self._open = []
+
+    def __getitem__(self, number: int) -> bytes:
+        pack, place = divmod(number, _PACK)
+        if pack == len(self._packs):
+            return self._open[place]
+        if self._last[0] != pack:
+            self._last = (pack, _unpacked(self._packs[pack]))
+        return self._last[1][place]
+
+
+def _packed(lines: list[bytes]) -> bytes:
+    sizes = b"".join(len(line).to_bytes(4, "little") for line in lines)
+    return zstandard.ZstdCompressor(level=1).compress(sizes + b"".join(lines))
+
+
+def _unpacked(pack: bytes) -> list[bytes]:
+    whole = zstandard.ZstdDecompressor().decompress(pack)
+    lines, at = [], 4 * _PACK
+    for n in range(_PACK):
+        size = int.from_bytes(whole[4 * n : 4 * n + 4], "little")
+        lines.append(whole[at : at + size])
+        at += size
+    return lines
+
+
+@dataclass(slots=True)
+class Intake:
+    """What was read, so far.
+
+    Attributes:
+        sources: in the order they were met.
+        batches: the records, as :data:`ALERT_SCHEMA`.
+        source, record, offset: of each record its source's number, its number in the file, where its line begins.
+        lines: of each record its line.
+        mappings: NAT maps that firewalls' own records carry, with the source whose clock they go by.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    record: list[int] = field(default_factory=list)
+    offset: list[int] = field(default_factory=list)
+    lines: Lines = field(default_factory=Lines)
+    mappings: list[tuple[int, nat.Mapping]] = field(default_factory=list)
+
+    def read(self, paths: Iterable[str | os.PathLike[str]], options: Options, span: tuple[int, int]) -> Iterator[int]:
+        """Reads logs; yields how many records there are, now and then.
+
+        Args:
+            paths: logs, or folders of logs.
+            options: what they leave open.
+            span: first and last nanosecond of the traces: a year that is not said is the one nearest to them.
+
+        Raises:
+            NotAlerts: a path holds nothing to read.
+        """
+        for given in paths:
+            for path in files(given):
+                report = FileReport(str(path) if Path(given).is_dir() else os.fspath(given))
+                yield from self.take(read(path, report, options.format), report, options, span)
+
+    def take(
+        self, records: Iterable[Record], report: FileReport, options: Options, span: tuple[int, int]
+    ) -> Iterator[int]:
+        """Takes the records of one file, as :meth:`read` does of many."""
+        rows: list[tuple[Any, ...]] = []
+        here: dict[str, int] = {}
+        for record in records:
+            rows.append(self._row(record, report, here, options, span))
+            if len(rows) == BATCH:
+                self._flush(rows)
+                yield len(self.source)
+        self._flush(rows)
+        if not here:
+            self.sources.append(Source(report.path, options.format or "unknown", report))
+        yield len(self.source)
+
+    def _row(
+        self, record: Record, report: FileReport, here: dict[str, int], options: Options, span: tuple[int, int]
+    ) -> tuple[Any, ...]:
+        source = here.get(record.format)
+        if source is None:
+            source = here[record.format] = len(self.sources)
+            self.sources.append(Source(report.path, record.format, report))
+        self.sources[source].records += 1
+        seen = record.seen
+        time = seen.time
+        if not time.dated or (not time.zoned and options.zone is not None):
+            time = placed(time, options, span)
+            seen = seen._replace(time=time)
+        number = len(self.source)
+        self.source.append(source)
+        self.record.append(record.record)
+        self.offset.append(record.byte_offset)
+        self.lines.append(record.raw)
+        mapping = nat.of_record(seen)
+        if mapping is not None:
+            self.mappings.append((source, mapping))
+        process = seen.process
+        rule, signature = seen.rule, seen.signature
+        return (
+            number,
+            source,
+            time.start_ns,
+            time.end_ns,
+            time.semantics.value,
+            time.dated,
+            seen.src.ip,
+            seen.src.port,
+            seen.dst.ip,
+            seen.dst.port,
+            None,
+            None,
+            seen.proto,
+            seen.action is Action.DENIED,
+            (f"{rule} {signature}" if rule and signature and rule != signature else rule or signature) or None,
+            seen.host.lower().rstrip(".") or None,
+            seen.node or None,
+            process.pid,
+            process.command or None,
+            seen.informational,
+        )
+
+    def _flush(self, rows: list[tuple[Any, ...]]) -> None:
+        if rows:
+            columns = [
+                pa.array(column, each.type) for column, each in zip(zip(*rows, strict=True), ALERT_SCHEMA, strict=True)
+            ]
+            self.batches.append(pa.RecordBatch.from_arrays(columns, schema=ALERT_SCHEMA))
+            rows.clear()
+
+
+def placed(time: Time, options: Options, span: tuple[int, int]) -> Time:
+    """The time with what the log did not say: the year nearest to the traces', the zone that the user named."""
+    start = time.start_ns
+    if not time.dated:
+        start = _dated(start, options.year, span)
+    if not time.zoned and options.zone is not None:
+        civil = datetime.fromtimestamp(start // SECOND, UTC).replace(tzinfo=options.zone)
+        offset = civil.utcoffset()
+        start -= int(offset.total_seconds()) * SECOND if offset is not None else 0
+    return time._replace(start_ns=start, end_ns=start + time.end_ns - time.start_ns)
+
+
+def _dated(start_ns: int, year: int | None, span: tuple[int, int]) -> int:
+    moment = datetime.fromtimestamp(start_ns // SECOND, UTC)
+    middle = datetime.fromtimestamp(((span[0] + span[1]) // 2 or start_ns) // SECOND, UTC).year
+    best: int | None = None
+    for candidate in (year,) if year is not None else (middle - 1, middle, middle + 1):
+        try:
+            at = int(moment.replace(year=candidate).timestamp()) * SECOND + start_ns % SECOND
+        except ValueError:
+            continue  # the 29th of February of a year that has none
+        if best is None or _distance(at, span) < _distance(best, span):
+            best = at
+    return start_ns if best is None else best
+
+
+def _distance(moment: int, span: tuple[int, int]) -> int:
+    return max(span[0] - moment, moment - span[1], 0)

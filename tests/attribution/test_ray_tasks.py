@@ -1,0 +1,87 @@
+"""The same answer, to the byte, whether one machine arranges the traces or a Ray cluster does."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_guard.evidence import columns
+from ray_guard.evidence.reader import Quarantine, read
+from tests.attribution.test_known_causes import generate
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[str]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    try:
+        cluster.wait_for_nodes()
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """Half of the lines as segments, in which lines of one trace lie apart, one torn; the other half as Parquet."""
+    generate.generate(tmp_path, generate.replace(generate.SCENARIOS["socket-lost"], minutes=10, guilty=0.02), 3)
+    lines = (tmp_path / "traces.otlp.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "traces.otlp.jsonl").unlink()
+    random.Random(1).shuffle(lines)
+    evidence = tmp_path / "evidence"
+    evidence.mkdir()
+    for number in range(3):
+        (evidence / f"{number}.otlp.jsonl").write_text("".join(lines[number : len(lines) // 2 : 3]))
+    rest = tmp_path / "rest.otlp.jsonl"
+    rest.write_text("".join(lines[len(lines) // 2 :]))
+    batches = columns.batches(read([rest], Quarantine()))
+    pq.write_table(pa.Table.from_batches(batches), tmp_path / "rest.parquet", row_group_size=1000)
+    with (evidence / "2.otlp.jsonl").open("a") as torn:
+        torn.write('{"resourceSpans": [')
+    return tmp_path
+
+
+def attribute(job: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+    logs = sorted(path.name for path in job.glob("*.log"))
+    argv = ["attribute", "--traces", "evidence", "rest.parquet", "--alerts", *logs, "--json", out, *more]
+    return subprocess.run(
+        [sys.executable, "-m", "ray_guard.cli.__main__", *argv],
+        cwd=job,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+    )
+
+
+def test_two_nodes_give_the_same_bytes_as_one_machine(job: Path, two_nodes: str) -> None:
+    alone = attribute(job, "alone.json")
+    spread = attribute(job, "spread.json", "--ray", two_nodes)
+    assert alone.returncode == 0, alone.stderr
+    assert spread.returncode == 0, spread.stderr
+    assert spread.stdout == alone.stdout
+    assert (job / "spread.json").read_bytes() == (job / "alone.json").read_bytes()
+    answer = json.loads((job / "alone.json").read_text())
+    assert answer["traces"]["quarantined"] == {"torn": 1}
+    assert sum(alert["verdict"] == "attributed" for alert in answer["alerts"]) >= 20
+    assert answer["recurrence"]
+
+
+def test_what_it_cannot_do_is_said(job: Path) -> None:
+    page = attribute(job, "a.json", "--html", "a.html", "--ray")
+    assert page.returncode == 2
+    assert "--html needs all spans on this machine" in page.stderr
+    assert not (job / "a.json").exists()
