@@ -91,7 +91,8 @@ class ProcessSpans:
         shown, digest = image.arguments
         line = self._target.encoder.process_line(
             self._origin.trace_id, image.span, image.parent, self._origin.identity.encoded,
-            program=image.path.rpartition("/")[2][:_NAME_SHOWN], start_ns=image.began, pid=image.pid, parent_pid=image.parent_pid, path=image.path, arguments=shown, digest=digest,
+            program=image.path.rpartition("/")[2][:_NAME_SHOWN], start_ns=image.began,
+            pid=image.pid, parent_pid=image.parent_pid, path=image.path, arguments=shown, digest=digest,
         )  # fmt: skip
         return OpenImage(image, line)
 
