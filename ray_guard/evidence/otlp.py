@@ -173,7 +173,7 @@ def _nanoseconds(time_ns: int) -> int:
 
 
 class EgressForm:
-    """See :meth:`LineEncoder.egress_form` and :meth:`LineEncoder.process_form`.
+    """See :meth:`LineEncoder.egress_form`.
 
     Kept as bytes, and joined: text would have to be encoded each time.
     """
@@ -199,6 +199,20 @@ class EgressForm:
         times = b'%d","endTimeUnixNano":"%d' % (start_ns, end_ns)
         end = f"{more}]{tail}}}]}}]}}]}}\n".encode("ascii")
         return b"".join((self._before, span_id.encode("ascii"), self._between, times, self._after, end))
+
+
+class ProcessLine(NamedTuple):
+    """The two lines of one ``process`` span; see :meth:`LineEncoder.process_line`."""
+
+    before: str
+    after: str
+
+    def begun(self) -> bytes:
+        return f"{self.before}{self.after}]}}]}}]}}]}}\n".encode("ascii")
+
+    def ended(self, end_ns: int, more: str, tail: str = "") -> bytes:
+        """As :meth:`EgressForm.ended`."""
+        return (f'{self.before}","endTimeUnixNano":"{end_ns}{self.after}{more}]{tail}}}]}}]}}]}}\n').encode("ascii")
 
 
 class LineEncoder:
@@ -229,19 +243,35 @@ class LineEncoder:
         Args:
             attributes: the inside of the attributes array, encoded (:attr:`Fragment.encoded`, joined by commas).
         """
-        linked = f',"links":[{_links(links)}]' if links else ""
-        return self._form(trace_id, parent_id, f'"egress connect","kind":3{linked}', attributes)
-
-    def process_form(self, trace_id: str, parent_id: str | None, program: str, attributes: str) -> EgressForm:
-        """The two lines of a ``process`` span: the path of every exec. ``attributes``: as in :meth:`egress_form`."""
-        return self._form(trace_id, parent_id, f'{_string(f"process {program}")},"kind":1', attributes)
-
-    def _form(self, trace_id: str, parent_id: str | None, named: str, attributes: str) -> EgressForm:
         parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
+        linked = f',"links":[{_links(links)}]' if links else ""
         return EgressForm(
             f'{self._head}"{trace_id}","spanId":"',
-            f'"{parent},"name":{named},"startTimeUnixNano":"',
+            f'"{parent},"name":"egress connect","kind":3{linked},"startTimeUnixNano":"',
             f'","attributes":[{attributes}',
+        )
+
+    def process_line(
+        self, trace_id: str, span_id: str, parent_id: str, identity: str, *,
+        program: str, start_ns: int, pid: int, parent_pid: int, path: str, arguments: Sequence[str], digest: str,
+    ) -> ProcessLine:  # fmt: skip
+        """A ``process`` span: the path of every exec, and so without a mapping and its loop.
+
+        Args:
+            identity: further attributes, encoded, as in :meth:`egress_form`.
+            program: its name.
+            digest: of all its arguments; empty: it is not known.
+        """
+        parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
+        words = ",".join([f'{{"stringValue":{_string(word)}}}' for word in arguments])
+        hashed = f',{{"key":"ray_guard.arguments.sha256","value":{{"stringValue":"{digest}"}}}}' if digest else ""
+        return ProcessLine(
+            f'{self._head}"{trace_id}","spanId":"{span_id}"{parent},"name":{_string(f"process {program}")},"kind":1,'
+            f'"startTimeUnixNano":"{start_ns}',
+            f'","attributes":[{identity},{{"key":"process.pid","value":{{"intValue":"{pid}"}}}},'
+            f'{{"key":"process.parent_pid","value":{{"intValue":"{parent_pid}"}}}},'
+            f'{{"key":"process.executable.path","value":{{"stringValue":{_string(path)}}}}},'
+            f'{{"key":"process.command_args","value":{{"arrayValue":{{"values":[{words}]}}}}}}{hashed}',
         )
 
     def encode(self, record: SpanRecord, fixed: Fragment | None = None) -> bytes:

@@ -88,7 +88,7 @@ def redact(text: str) -> str:
 
 
 def _may_hold_one(lowered: str) -> bool:
-    return any(word in lowered for word in _WORDS)
+    return any(map(lowered.__contains__, _WORDS))  # each exec waits for this
 
 
 def _unless_chosen(found: re.Match[str]) -> str:

@@ -16,7 +16,7 @@ from ray_guard.kernel import procfs
 _INFO: Final = struct.Struct("=QQ11Ii")
 _GET_INFO: Final = 0xC0000000 | _INFO.size << 16 | 0xFF << 8 | 11
 _WANTS_EXIT: Final = 1 << 3
-_PARENT: Final = 4
+_PARENT: Final = struct.Struct("=24xI")
 _CPUCLOCK_SCHED: Final = 2
 
 
@@ -27,7 +27,7 @@ def parent(pidfd: int) -> int | None:
         fcntl.ioctl(pidfd, _GET_INFO, found, True)
     except OSError:
         return None
-    return int(_INFO.unpack(found)[_PARENT])
+    return int(_PARENT.unpack_from(found)[0])
 
 
 def exit_status(pidfd: int, pid: int) -> int | None:

@@ -291,7 +291,7 @@ class Listener:
         if tid == self._caller:
             if self._crowd:
                 self._crowd -= 1
-                if self._crowd == 0:
+                if self._crowd == 0 and not self._here:
                     self._wake_up_here(here=True)
         else:
             self._caller = tid
@@ -335,15 +335,6 @@ class Listener:
         Only for calls whose decisive arguments are in registers: memory can change after it was checked.
         """
         return self._send(notification_id, 0, 0, _FLAG_CONTINUE)
-
-    def proceed_elsewhere(self, notification_id: int) -> bool:
-        """:meth:`proceed`, for whoever has more to do: meanwhile the caller runs on another CPU, if one is free."""
-        here = self._here and self._wake_up_here(here=False)
-        try:
-            return self.proceed(notification_id)
-        finally:
-            if here:
-                self._wake_up_here(here=True)
 
     def stale(self, about: int) -> list[int]:
         """Notifications that a process which is gone has received and not answered: nobody is told of them again.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import sys
+from collections.abc import Sequence
 from typing import Final
 
 from ray_guard.evidence.redact import MARGIN, redact_arguments
@@ -22,9 +24,11 @@ except ImportError:
 SHOWN: Final = 64
 SHOWN_LENGTH: Final = 256
 _WINDOW: Final = 4096
+_SHORT: Final = 1024
 _PATH_LIMIT: Final = 4096
 _POINTERS_LIMIT: Final = 4096
 _BYTES_LIMIT: Final = 1 << 18
+_ENCODING: Final = sys.getfilesystemencoding()
 
 
 class Arguments(NamedTuple):
@@ -34,10 +38,10 @@ class Arguments(NamedTuple):
     digest: str
 
 
-def shown(argv: tuple[str, ...]) -> tuple[str, ...]:
+def shown(argv: Sequence[str]) -> tuple[str, ...]:
     """The arguments as they are recorded: the first ones, long ones cut, and no secrets in them."""
-    known = redact_arguments(tuple(argument[: SHOWN_LENGTH + MARGIN] for argument in argv[:SHOWN]))
-    return tuple(argument if len(argument) <= SHOWN_LENGTH else argument[:SHOWN_LENGTH] + "…" for argument in known)
+    known = redact_arguments(tuple([word[: SHOWN_LENGTH + MARGIN] for word in argv[:SHOWN]]))
+    return tuple([word if len(word) <= SHOWN_LENGTH else word[:SHOWN_LENGTH] + "…" for word in known])
 
 
 def digest(argv: tuple[str, ...]) -> str:
@@ -96,15 +100,19 @@ class Memory:
 
     def path(self, address: int) -> str | None:
         found = self.string(address, _PATH_LIMIT)
-        return None if found is None else os.fsdecode(found)
+        return None if found is None else found.decode(_ENCODING, "surrogateescape")
 
     def arguments(self, array: int) -> Arguments | None:
         """None: the array or a string in it is unreadable, so that the kernel will say EFAULT."""
         if array == 0:
             return Arguments((), sha256().hexdigest())
+        pointers = self._pointers(array)
+        found = self._beside(pointers)
+        if found is not None:
+            return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
         room = _BYTES_LIMIT
-        found: list[bytes] = []
-        for pointer in self._pointers(array):
+        found = []
+        for pointer in pointers:
             argument = self.string(pointer, room) if room > 0 and len(found) < _POINTERS_LIMIT else None
             if argument is None:
                 if room > _BYTES_LIMIT // 2 and len(found) < _POINTERS_LIMIT and not self._read(pointer, 1):
@@ -113,6 +121,18 @@ class Memory:
             found.append(argument)
             room -= len(argument) + 1
         return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
+
+    def _beside(self, pointers: Sequence[int]) -> list[bytes] | None:
+        """The strings, where one short reading has them all: most arguments are few, and lie side by side."""
+        first = pointers[0] if pointers else 0
+        if not 0 < len(pointers) <= SHOWN or not 0 <= max(pointers) - first < _SHORT or min(pointers) < first:
+            return None
+        self._base, self._window = first, self._read(first, _SHORT)
+        window, end_of = self._window, self._window.find
+        ends = [end_of(b"\0", pointer - first) for pointer in pointers]
+        if -1 in ends:
+            return None
+        return [window[pointer - first : end] for pointer, end in zip(pointers, ends, strict=True)]
 
     def _pointers(self, array: int) -> list[int]:
         pointers: list[int] = []
@@ -130,7 +150,7 @@ class Memory:
 
 
 def _decoded(arguments: list[bytes]) -> tuple[str, ...]:
-    return shown(tuple(os.fsdecode(argument) for argument in arguments[:SHOWN]))
+    return shown([argument.decode(_ENCODING, "surrogateescape") for argument in arguments[:SHOWN]])
 
 
 def runnable(tid: int, path: str, folder: str = "cwd") -> bool:

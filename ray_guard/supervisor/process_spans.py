@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from ray_guard.evidence.journal import JournalError
-from ray_guard.evidence.otlp import EgressForm, fragment, tail
+from ray_guard.evidence.otlp import ProcessLine, fragment, tail
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
 from ray_guard.records import AttributeValue, StatusCode
@@ -51,7 +51,7 @@ class OpenImage(NamedTuple):
     """One whose span has begun."""
 
     image: Image
-    form: EgressForm
+    line: ProcessLine
 
 
 class ProcessSpans:
@@ -71,14 +71,14 @@ class ProcessSpans:
         """Journals its beginning before it may happen; None: there are too many. Raises JournalError."""
         begun = self.open(image)
         if begun is not None:
-            self._target.journal.append(begun.form.begun(image.span, image.began))
+            self._target.journal.append(begun.line.begun())
         return begun
 
     def began(self, image: Image) -> OpenImage | None:
         """As :meth:`begin`, for one that was let through. Raises JournalError."""
         begun = self.open(image)
         if begun is not None:
-            self._keep(begun.form.begun(image.span, image.began))
+            self._keep(begun.line.begun())
         return begun
 
     def open(self, image: Image) -> OpenImage | None:
@@ -88,16 +88,13 @@ class ProcessSpans:
             return None
         self._begun += 1
         self._origin.tally.another(self._origin)
-        attributes: dict[str, AttributeValue] = {
-            "process.pid": image.pid,
-            "process.parent_pid": image.parent_pid,
-            "process.executable.path": image.path,
-            "process.command_args": image.arguments.shown,
-        }
-        if image.arguments.digest:
-            attributes["ray_guard.arguments.sha256"] = image.arguments.digest
-        program = image.path.rpartition("/")[2][:_NAME_SHOWN]
-        return OpenImage(image, self._target.process_form(self._origin, image.parent, program, attributes))
+        shown, digest = image.arguments
+        line = self._target.encoder.process_line(
+            self._origin.trace_id, image.span, image.parent, self._origin.identity.encoded,
+            program=image.path.rpartition("/")[2][:_NAME_SHOWN], start_ns=image.began,
+            pid=image.pid, parent_pid=image.parent_pid, path=image.path, arguments=shown, digest=digest,
+        )  # fmt: skip
+        return OpenImage(image, line)
 
     def _keep(self, line: bytes) -> None:
         try:
@@ -134,7 +131,7 @@ class ProcessSpans:
         else:
             said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         try:
-            self._keep(begun.form.ended(image.span, image.began, max(at, image.began), more, said))
+            self._keep(begun.line.ended(max(at, image.began), more, said))
         except JournalError:
             log.exception("the end of a process could not be journaled")
 

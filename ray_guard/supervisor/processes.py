@@ -47,8 +47,10 @@ log = logger("ray_guard.processes")
 _KNOWN_LIMIT: Final = 4096
 _WATCHED_LIMIT: Final = 256
 """How many processes of a call are watched by a pidfd: descriptors are for all calls. The others are looked for."""
-_LOOK_S: Final = 0.004
-"""After so long a new process, or program, is looked at."""
+_ROUND_S: Final = 0.004
+"""After so long at most what has ended is written; after one to two of them a new process, or program, is looked at."""
+_ENDING_LIMIT: Final = 64
+"""Each holds two descriptors until its end is written."""
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _AT_FDCWD: Final = -100 & 0xFFFFFFFF
 
@@ -77,25 +79,60 @@ class Process:
     Attributes:
         pidfd: -1 where it has none.
         watched: that one is, by the loop.
-        program: tells it from the next one (see procfs.program); empty: it was not asked for yet.
+        forked: it has executed nothing yet.
+        program: where it has: tells that from the next one (see procfs.program); empty: it was not asked for yet.
+        ending: it has said so and is in :attr:`Processes._ending`.
         span: what is put down to it hangs under this one: of its own program, or of the one that forked it.
         image: its own program, where that has a span.
         origin: the call, below that span; made when first asked for.
     """
 
-    __slots__ = ("attempt", "entry", "image", "origin", "parent", "parent_pid", "pidfd", "program", "span", "watched")
+    __slots__ = (
+        "attempt",
+        "ending",
+        "entry",
+        "forked",
+        "image",
+        "origin",
+        "parent",
+        "parent_pid",
+        "pidfd",
+        "program",
+        "span",
+        "watched",
+    )
 
-    def __init__(self, entry: Entry, parent: Process | None, parent_pid: int, program: bytes, span: str) -> None:
+    def __init__(self, entry: Entry, parent: Process | None, parent_pid: int, span: str) -> None:
         self.entry = entry
         self.parent = parent
         self.parent_pid = parent_pid
         self.pidfd = -1
-        self.program = program
+        self.forked = True
+        self.program = b""
         self.span = span
         self.watched = False
+        self.ending = False
         self.origin: Origin | None = None
         self.image: OpenImage | None = None
         self.attempt: _Attempt | None = None
+
+
+class _End(NamedTuple):
+    """A process has said that it ends, and was let go.
+
+    Attributes:
+        executed: what it attempted last.
+        cpu_ns: its clock by then; None: nobody could read it.
+        peak: bytes of resident memory it had at most; 0: it has no span.
+        at: Unix time in nanoseconds.
+    """
+
+    process: Process
+    executed: bool
+    cpu_ns: int | None
+    status: int
+    peak: int
+    at: int
 
 
 class Usage(NamedTuple):
@@ -142,7 +179,7 @@ class Processes:
         pages: MemoryGroup | None,
     ) -> None:
         self.handlers: Mapping[str, Handler] = {
-            "execve": lambda gate, call: self._execute(gate, call, (call.arg0, call.arg1), "cwd"),
+            "execve": self._execute,
             "execveat": self._execute_at,
             "exit_group": self._exit_always,
         }
@@ -161,14 +198,21 @@ class Processes:
         self._threads: dict[int, Process] = {}
         self._watched = 0
         self._new: list[Process] = []
+        """Who was not looked at yet, since before the last round."""
+        self._newest: list[Process] = []
+        """And since then. Most are gone by the time that it would be their turn."""
+        self._due = False
+        self._ending: list[_End] = []
+        """Whose records are still to be written: a handful at once takes a third of what each takes by itself."""
         self._ended: dict[int, float] = {}
         """When a process has ended, or has said so: /proc shows it for a while yet."""
         self._orphans: dict[int, Process] = {}
         """Whose child a process was that has lost its parent before it was heard of."""
         self._base_ns = base_ns
         entry = Entry(root, 0, now(), base_ns)
-        self._root = self._known[root] = Process(entry, None, target.pid, b"", origin.parent_id or "")
+        self._root = self._known[root] = Process(entry, None, target.pid, origin.parent_id or "")
         self._root.origin = origin
+        self._root.forked = False
         self._limits = Limits(
             node.loop,
             node.census,
@@ -223,7 +267,7 @@ class Processes:
         if parent is not None:
             self._ask(parent)
         above = self._root if parent is None else parent
-        process = Process(entry, parent, parent_pid, above.program, above.span)
+        process = Process(entry, parent, parent_pid, above.span)
         if descriptor >= 0 and self._watched < _WATCHED_LIMIT:
             self._watched += 1
             process.pidfd = descriptor
@@ -250,8 +294,6 @@ class Processes:
             self._watched -= 1
             if process.watched:
                 self._loop.forget(process.pidfd)
-            os.close(process.pidfd)
-            process.pidfd = -1
 
     def _forget_dead(self) -> None:
         for process in list(self._known.values()):
@@ -259,13 +301,25 @@ class Processes:
                 self._died(process)
 
     def _look_later(self, process: Process) -> None:
-        if not self._new:
-            self._loop.later(_LOOK_S, self._look)
-        self._new.append(process)
+        if not self._due:
+            self._come_round()
+        self._newest.append(process)
 
-    def _look(self) -> None:
+    def _come_round(self) -> None:
+        self._due = True
+        self._loop.later(_ROUND_S, self._round)
+
+    def _round(self) -> None:
+        """What can wait: one waking for many."""
+        self._due = False
+        new, self._new, self._newest = self._new, self._newest, []
+        if self._new:
+            self._come_round()
+        self._write_ends()
+        self._look(new)
+
+    def _look(self, new: list[Process]) -> None:
         """What was new a few milliseconds ago and is still there: its end is watched for."""
-        new, self._new = self._new, []
         for process in new:
             if self._known.get(process.entry.pid) is not process:
                 continue
@@ -275,9 +329,8 @@ class Processes:
             if attempt is None:
                 continue
             attempt.memory.close()  # descriptors are for all calls
-            program = procfs.program(process.entry.pid)
-            if program and program != process.program:
-                self._settle(process, executed=True, program=program)
+            if self._now_runs_another(process):
+                self._settle(process, executed=True)
             elif attempt.there and attempt.begun is None:  # the kernel may be about to
                 attempt.begun = self._began(attempt.image)
 
@@ -295,14 +348,16 @@ class Processes:
 
     # -- exec ----------------------------------------------------------------------------------------------------------
 
+    def _execute(self, gate: Gate, call: Notification) -> None:
+        self._let_execute(gate, call, (call.arg0, call.arg1), "cwd")
+
     def _execute_at(self, gate: Gate, call: Notification) -> None:
         number = call.arg0 & 0xFFFFFFFF
-        self._execute(gate, call, (call.arg1, call.arg2), "cwd" if number == _AT_FDCWD else f"fd/{number}")
+        self._let_execute(gate, call, (call.arg1, call.arg2), "cwd" if number == _AT_FDCWD else f"fd/{number}")
 
-    def _execute(self, gate: Gate, call: Notification, pointers: tuple[int, int], folder: str) -> None:
+    def _let_execute(self, gate: Gate, call: Notification, pointers: tuple[int, int], folder: str) -> None:
         """``pointers``: to the path and to the arguments. ``folder``: what a relative path starts from (runnable)."""
-        tid = call.pid
-        process = self._find(tid)
+        process = self._find(call.pid)
         attempt = None
         if process is not None:
             self._ask(process)
@@ -326,9 +381,11 @@ class Processes:
             return None
         if not name and folder != "cwd":
             name = _link(f"/proc/{tid}/{folder}")
-        if not process.program:
+        if not process.forked and not process.program:
             process.program = procfs.program(pid)
         parent = process.parent
+        if parent is not None and parent.ending:
+            self._write_ends()
         image = Image(
             pid,
             process.parent_pid if parent is None else parent.entry.pid,
@@ -352,24 +409,27 @@ class Processes:
 
     def _ask(self, process: Process) -> None:
         """Something is going to be put down to it: what it executes must be known, and its span have begun."""
-        if process.attempt is not None:
-            program = procfs.program(process.entry.pid)
-            executed = program != process.program if program else process.attempt.there
-            self._settle(process, executed=executed, program=program)
+        if process.ending:
+            self._write_ends()
+        elif process.attempt is not None:
+            executed = self._now_runs_another(process)
+            self._settle(process, executed=process.attempt.there if executed is None else executed)
+
+    def _now_runs_another(self, process: Process) -> bool | None:
+        """Whether it has executed something since its last attempt; None: it is gone, or unreadable."""
+        if process.forked:
+            return procfs.has_executed(process.entry.pid)
+        program = procfs.program(process.entry.pid)
+        return program != process.program if program else None
 
     def _has_executed(self, process: Process, attempt: _Attempt) -> bool:
         """Whether a process that is about to end has executed what it attempted."""
         if attempt.memory.is_gone():
             return True
-        return procfs.program(process.entry.pid) != process.program  # it may have called vfork: its parent has it still
+        return self._now_runs_another(process) is not False  # it may have called vfork: its parent has it still
 
-    def _settle(self, process: Process, *, executed: bool, program: bytes = b"", ends: bool = False) -> None:
-        """The process's last exec has happened, or has not.
-
-        Args:
-            program: what it runs now, where that was asked for.
-            ends: it is ending, and its span with it.
-        """
+    def _settle(self, process: Process, *, executed: bool, ends: bool = False) -> None:
+        """The process's last exec has happened, or has not. ``ends``: it is ending, and its span with it."""
         attempt = process.attempt
         if attempt is None:
             return
@@ -382,7 +442,8 @@ class Processes:
                     self._spans.end(begun, time.time_ns(), None, lost="it was not executed")
             return
         self._executed += 1
-        process.program = program
+        process.forked = False
+        process.program = b""
         if process.image is not None:
             self._spans.end(process.image, attempt.image.began, attempt.image.cpu_ns)
         process.image = attempt.begun or (self._spans.open if ends else self._began)(attempt.image)
@@ -416,19 +477,34 @@ class Processes:
         attempt = process.attempt
         executed = attempt is not None and self._has_executed(process, attempt)
         peak = procfs.peak_resident(pid) if process.image is not None or executed else 0
-        for child in procfs.children(pid, pid):
-            if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
-                self._orphans[child] = process
-        gate.listener.proceed_elsewhere(call.id)
+        if not procfs.is_youngest(pid):
+            for child in procfs.children(pid, pid):
+                if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
+                    self._orphans[child] = process
+        gate.listener.proceed(call.id)
         self._forget(process)
-        self._settle(process, executed=executed, ends=True)
-        if process.image is not None:
-            self._peak_memory = max(self._peak_memory, peak)
-            status = (call.arg0 & 0xFF) << 8
-            self._spans.end(process.image, time.time_ns(), cpu, status=status, peak=peak)
-        self._limits.exited(process.entry, cpu)
+        process.ending = True
+        if not self._due:
+            self._come_round()
+        self._ending.append(_End(process, executed, cpu, (call.arg0 & 0xFF) << 8, peak, time.time_ns()))
+        if process is self._root or len(self._ending) >= _ENDING_LIMIT:
+            self._write_ends()
         if process is self._root:  # what is left is killed next: the later it is measured, the less is a bound
             self._limits.measure()
+
+    def _write_ends(self) -> None:
+        """Of those that were let go, a few milliseconds ago at most."""
+        ending, self._ending = self._ending, []
+        for process, executed, cpu, status, peak, at in ending:
+            process.ending = False
+            if process.pidfd >= 0:
+                os.close(process.pidfd)
+                process.pidfd = -1
+            self._settle(process, executed=executed, ends=True)
+            if process.image is not None:
+                self._peak_memory = max(self._peak_memory, peak)
+                self._spans.end(process.image, at, cpu, status=status, peak=peak)
+            self._limits.exited(process.entry, cpu)
 
     def _died(self, process: Process) -> None:
         """It has ended without saying so: by a signal, for the most part."""
@@ -441,6 +517,9 @@ class Processes:
             lost = "its end was not seen" if status is None else "it was ended from outside"
             self._spans.end(process.image, ended, cpu, status=status, lost=lost)
         self._forget(process)
+        if process.pidfd >= 0:
+            os.close(process.pidfd)
+            process.pidfd = -1
         self._limits.exited(process.entry, cpu)
 
     # -- limits --------------------------------------------------------------------------------------------------------
@@ -464,6 +543,7 @@ class Processes:
         Args:
             cpu_seconds, peak_memory: what the kernel has told of those that were waited for.
         """
+        self._write_ends()
         self._limits.look_last()
         self._closed = True
         for process in list(self._known.values()):

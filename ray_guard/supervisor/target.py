@@ -186,7 +186,7 @@ class Target:
         self.warn: Callable[[str], None] = lambda _text: None
         """Has the target log a warning; set by its session."""
         self.account = self._scope_account(Scope.ACTOR, actor_id, around)
-        self._encoder = LineEncoder(resource)
+        self.encoder = LineEncoder(resource)
         self._own = self._own_origin()
         self._unknown: Origin | None = None
         """As :meth:`origin_unknown` gives it, until a span begins or ends."""
@@ -213,7 +213,7 @@ class Target:
     def identify(self, attributes: Mapping[str, AttributeValue]) -> None:
         """Completes the resource: what a worker learns only after it was confined (its actor's id and name)."""
         self.resource = Resource({**self.resource.attributes, **attributes})
-        self._encoder = LineEncoder(self.resource)
+        self.encoder = LineEncoder(self.resource)
         self._own = self._own_origin()  # anew: what a ring keeps in its words names the old resource
         self._unknown = None
         for span in self.open.values():
@@ -229,7 +229,7 @@ class Target:
         """
         if record.end_ns is not None:
             record = self._offences.told(record)
-        line = self._encoder.encode(record, identity or self._own.identity)
+        line = self.encoder.encode(record, identity or self._own.identity)
         if grants:
             self.journal.append(line)
         else:
@@ -238,14 +238,7 @@ class Target:
     def egress_form(self, origin: Origin, attributes: str) -> EgressForm:
         """The lines of ``egress connect`` spans of ``origin`` with these attributes (encoded)."""
         whole = f"{origin.identity.encoded},{attributes}"
-        return self._encoder.egress_form(origin.trace_id, origin.parent_id, whole, links_of(origin.link))
-
-    def process_form(
-        self, origin: Origin, parent: str, program: str, attributes: Mapping[str, AttributeValue]
-    ) -> EgressForm:
-        """The lines of a ``process`` span below ``parent``."""
-        whole = f"{origin.identity.encoded},{fragment(attributes).encoded}"
-        return self._encoder.process_form(origin.trace_id, parent, program, whole)
+        return self.encoder.egress_form(origin.trace_id, origin.parent_id, whole, links_of(origin.link))
 
     def _write_reported(self, record: SpanRecord, identity: Mapping[str, AttributeValue]) -> None:
         key = repr(sorted(identity.items()))
@@ -254,7 +247,7 @@ class Target:
             self._fragments.clear()
             fixed = fragment({**identity, "ray_guard.source": Source.TARGET.value})
             self._fragments[key] = fixed
-        line = self._encoder.encode(record, fixed)
+        line = self.encoder.encode(record, fixed)
         if record.span_id in self.open:
             self.journal.keep(line)
         else:

@@ -82,6 +82,59 @@ def test_what_is_looked_for_along_the_path_and_not_found_is_no_span(stage: Stage
     assert [span["name"].split()[1] for span in spans_of(host, "path")] == ["env", "sh", "cat"]
 
 
+def test_what_the_kernel_would_not_run_is_a_span_that_says_so(stage: Stage, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF" + b"x" * 100)
+    for path, mode in ((broken, 0o755), (tmp_path, 0o777)):
+        path.chmod(mode)
+    program = f"""
+import os
+for how in ('once', 'then another'):
+    if os.fork() == 0:
+        try: os.execv({str(broken)!r}, ['broken', how])
+        except OSError: pass
+        if how == 'once': os._exit(3)
+        os.execv('/bin/true', ['true', how])
+    os.wait()
+"""
+    host = stage.host()
+    assert host.run("call", [PYTHON, "-I", "-S", "-c", program], tool="broken").status == 0
+    _, once, then, true = (span["attributes"] for span in spans_of(host, "broken"))
+    for refused in (once, then):
+        assert refused["ray_guard.ended_by"] == "supervisor"
+        assert "process.exit.code" not in refused
+    assert (true["process.command_args"], true["process.exit.code"]) == (["true", "then another"], 0)
+    assert true["process.pid"] == then["process.pid"]
+
+
+def test_a_child_that_outlives_its_parent_is_still_its_own(stage: Stage) -> None:
+    """It executes when the one that forked it is gone, and was never heard of before."""
+    parent = """
+import os
+r, w = os.pipe()
+if os.fork() == 0:
+    os.close(w)
+    os.read(r, 1)
+    os.execv('/bin/true', ['late'])
+"""
+    program = f"""
+import os
+r, w = os.pipe()
+os.set_inheritable(w, True)
+if os.fork() == 0:
+    os.execv({PYTHON!r}, ['parent', '-I', '-S', '-c', {parent!r}])
+os.close(w)
+os.wait()
+os.read(r, 1)  # the late one has it too
+"""
+    host = stage.host()
+    assert host.run("call", [PYTHON, "-I", "-S", "-c", program], tool="orphan").status == 0
+    _, parent_span, late = spans_of(host, "orphan")
+    assert late["attributes"]["process.command_args"] == ["late"]
+    assert late["parent"] == parent_span["id"]
+    assert late["attributes"]["process.parent_pid"] == parent_span["attributes"]["process.pid"]
+
+
 def test_cpu_and_memory_of_a_process_are_its_own(stage: Stage) -> None:
     burn = "import os; x = bytearray(60_000_000); t = os.times\nwhile t().user + t().system < 0.3: pass"
     script = f"{PYTHON} -I -S -c '{burn}'; {PYTHON} -I -S -c 'pass'"
