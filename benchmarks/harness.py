@@ -31,7 +31,15 @@ HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / ".venv-bench" / "bin" / "python"
 """The interpreter with the peers (``make env-bench``)."""
 _LIBRARIES = ("ray-guard", "ray", "opentelemetry-sdk")
-_PEER_LIBRARIES = ("sandlock", "traceloop-sdk", "opentelemetry-sdk")
+_PEER_LIBRARIES = (
+    "sandlock",
+    "langfuse",
+    "logfire",
+    "mlflow-tracing",
+    "openinference-instrumentation",
+    "traceloop-sdk",
+    "opentelemetry-sdk",
+)
 
 
 class NotConfining(SystemExit):

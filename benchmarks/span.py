@@ -1,11 +1,14 @@
-"""What a tool's span costs the thread that calls the tool, next to a bare OpenTelemetry span.
+"""What a tool's span costs the thread that calls the tool, next to a bare OpenTelemetry span and to other decorators.
 
     python benchmarks/span.py [--rounds 60] [--calls 60] [--json OUT]
 
 Every call is timed by itself. Ours sends its two messages to a real supervisor, which journals them, and, to tell
 the target's share from the supervisor's, over a socket pair to a process that only takes them off. Before anything is
 timed, the messages of a call must have arrived at the one and be in the evidence folder of the other. Both exporters of
-OpenTelemetry are no-ops, and batches are exported between the measurements.
+OpenTelemetry are no-ops, and batches are exported between the measurements. The other decorators run the same way, a
+process each (contestants/decorators.py), where the peers are installed; so does a bare span once more, which tells what
+their environment makes of it. Besides the time that the caller sees, the CPU time of its thread is taken: it compares
+better on a machine that others use.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,16 @@ TOOL = "@tool, supervisor"
 CALL = "tool_call, supervisor"
 ARGUMENTS = {"command": "ls -la /srv/work && git status --short"}
 PACKET = 1 << 17
+DECORATORS = Path(__file__).resolve().parent / "contestants" / "decorators.py"
+PEERS = {
+    "langfuse": "Langfuse @observe",
+    "logfire": "Logfire @instrument",
+    "mlflow": "MLflow @trace",
+    "openinference": "OpenInference @tool",
+    "traceloop": "Traceloop @tool",
+}
+THERE = {"bare": "OpenTelemetry, peers' environment"}
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
 class NoExport(SpanExporter):
@@ -52,8 +66,10 @@ def batched() -> TracerProvider:
 def take_off(end: socket.socket, other: socket.socket) -> None:
     other.close()  # else the end of the benchmark would not be seen here
     packet = bytearray(PACKET)
-    for _ in range(2):  # the proof: what came goes back
-        end.send(packet[: end.recv_into(packet)])
+    came = [end.recv(PACKET) for _ in range(2)]
+    end.recv(PACKET)  # asked for the proof: sent sooner, the call would take it for a warning
+    for each in came:
+        end.send(each)
     while end.recv_into(packet):
         pass
 
@@ -70,6 +86,7 @@ def to_reader() -> Channel:
     found = Channel(here, {"rl.run.id": "bench"})
     become(found)
     call()
+    here.send(b"?")
     here.settimeout(10)
     arrived = [json.loads(here.recv(PACKET)) for _ in range(2)]
     here.settimeout(None)
@@ -114,34 +131,58 @@ def episode() -> contextvars.Context:
     return place
 
 
-def samples(call: Callable[[], object], calls: int, gap_s: float) -> list[float]:
+@contextmanager
+def decorators() -> Iterator[dict[str, harness.Driven]]:
+    """The processes of the other decorators by name; none where the peers are not installed."""
+    running: dict[str, harness.Driven] = {}
+    if not harness.PEERS.exists():
+        print(f"{harness.PEERS} is missing (make env-bench): without the other decorators")
+    try:
+        for kind, name in {**PEERS, **THERE}.items() if harness.PEERS.exists() else ():
+            running[name] = harness.Driven(name, [harness.PEERS, DECORATORS, kind], os.environ)
+            if running[name].ask("arrive") != [[1]]:
+                raise harness.NotConfining(f"{name}: a call's span is not exported, so there is nothing to compare")
+        yield running
+    finally:
+        for each in running.values():
+            each.close()
+
+
+def asked(peer: harness.Driven, calls: int, gap_s: float, clock: str) -> list[float]:
+    return [each / 1000 for each in peer.ask(f"measure {calls} {round(gap_s * 1e6)} {clock}")[0]]
+
+
+def samples(call: Callable[[], object], calls: int, gap_s: float, clock: str) -> list[float]:
     """Microseconds of each call; `gap_s` lies between calls, as work does between tool calls."""
-    found, clock = [], time.perf_counter
+    found, now = [], CLOCKS[clock]
     for _ in range(calls):
         if gap_s:
             time.sleep(gap_s)
-        began = clock()
+        began = now()
         call()
-        found.append((clock() - began) * 1e6)
+        found.append((now() - began) * 1e6)
     return found
 
 
 def main() -> None:
     options = harness.arguments(__doc__, rounds=60, calls=60).parse_args()
     report = harness.Report(options)
-    with harness.scratch() as folder:
+    with harness.scratch() as folder, decorators() as peers:
         # Two providers: the mirror adds its processor to one, which would then journal the bare spans as well.
         bare, mirrored = batched(), batched()
         tracer = bare.get_tracer("bench")
         reader, supervisor = to_reader(), to_supervisor(folder)
 
         def measured(
-            call: Callable[[], object], place: contextvars.Context, to: Channel | None, calls: int, gap_s: float
+            call: Callable[[], object],
+            place: contextvars.Context,
+            to: Channel | None,
+            sampled: Callable[..., list[float]],
         ) -> list[float]:
             bare.force_flush()
             mirrored.force_flush()
             become(to)
-            return place.run(samples, call, calls, gap_s)
+            return place.run(sampled, call)
 
         def spanned(attributes: dict[str, Any] | None = None) -> None:
             with tracer.start_as_current_span("execute_tool bash", attributes=attributes):
@@ -169,18 +210,29 @@ def main() -> None:
             ("tool_call, supervisor and mirror", call, inside_mirrored, supervisor),
         ]
 
-        def contestants(calls: int, gap_s: float) -> list[harness.Contestant]:
-            return [harness.Contestant(name, functools.partial(measured, *case, calls, gap_s)) for name, *case in cases]
+        def contestants(calls: int, gap_s: float, clock: str) -> list[harness.Contestant]:
+            how: dict[str, Any] = {"calls": calls, "gap_s": gap_s, "clock": clock}
+            sampled = functools.partial(samples, **how)
+            ours = [
+                harness.Contestant(name, functools.partial(measured, act, place, to, sampled))
+                for name, act, place, to in cases
+            ]
+            return ours + [harness.Contestant(name, functools.partial(asked, it, **how)) for name, it in peers.items()]
 
         # Between the rounds the supervisor journals what it was sent.
-        bursts = harness.compare(contestants(options.calls, 0.0), options.rounds, pause_s=0.01)
-        spaced = harness.compare(contestants(20, 0.002), max(3, options.rounds // 6), pause_s=0.01)
-    for outcomes, how in ((bursts, "in bursts"), (spaced, "one every 2 ms")):
-        report.add(f"a tool's span, as its thread sees it, {how}", "µs", outcomes, (BARE, SAME))
+        bursts = harness.compare(contestants(options.calls, 0.0, "wall"), options.rounds, pause_s=0.01)
+        spaced = harness.compare(contestants(20, 0.002, "wall"), max(3, options.rounds // 6), pause_s=0.01)
+        of_cpu = harness.compare(contestants(options.calls, 0.0, "thread"), options.rounds, pause_s=0.01)
+    for outcomes, how in ((bursts, "in bursts"), (spaced, "one every 2 ms"), (of_cpu, "in bursts, its CPU time")):
+        report.add(f"a tool's span, as its thread sees it, {how}", "µs", outcomes, (BARE, SAME, TOOL))
         by_name = {each.name: each for each in outcomes}
         for name in (CALL, TOOL):
             ratio = harness.ratios(by_name[name], by_name[BARE])[0]
             report.goal(f"{name}, {how} / bare OpenTelemetry span", ratio, 1.5)
+        for name in PEERS.values():
+            if name in by_name:
+                ratio = harness.ratios(by_name[TOOL], by_name[name])[0]
+                report.goal(f"{TOOL}, {how} / {name}", ratio, 1.0)
     report.close()
 
 
