@@ -220,10 +220,15 @@ def main() -> None:
             return ours + [harness.Contestant(name, functools.partial(asked, it, **how)) for name, it in peers.items()]
 
         # Between the rounds the supervisor journals what it was sent.
-        bursts = harness.compare(contestants(options.calls, 0.0, "wall"), options.rounds, pause_s=0.01)
-        spaced = harness.compare(contestants(20, 0.002, "wall"), max(3, options.rounds // 6), pause_s=0.01)
-        of_cpu = harness.compare(contestants(options.calls, 0.0, "thread"), options.rounds, pause_s=0.01)
-    for outcomes, how in ((bursts, "in bursts"), (spaced, "one every 2 ms"), (of_cpu, "in bursts, its CPU time")):
+        few = max(3, options.rounds // 4)
+        runs = {
+            "in bursts": (contestants(options.calls, 0.0, "wall"), options.rounds),
+            "in bursts, its CPU time": (contestants(options.calls, 0.0, "thread"), options.rounds),
+            "one every 2 ms": (contestants(20, 0.002, "wall"), few),
+            "one every 2 ms, its CPU time": (contestants(20, 0.002, "thread"), few),
+        }
+        found = {how: harness.compare(those, rounds, pause_s=0.01) for how, (those, rounds) in runs.items()}
+    for how, outcomes in found.items():
         report.add(f"a tool's span, as its thread sees it, {how}", "µs", outcomes, (BARE, SAME, TOOL))
         by_name = {each.name: each for each in outcomes}
         for name in (CALL, TOOL):
