@@ -12,10 +12,10 @@ the process, and exporting is in no figure. Batches are exported before each mea
 span of the same decorator, as a tool's are within its rollout's, for a root costs some of them more. What each does
 per call of ``work(command)``:
 
-- ``langfuse``: @observe(as_type="tool"): a span with type, environment, and arguments and result as JSON.
+- ``langfuse``: @observe(as_type="tool"): a span with type, arguments and result as JSON.
 - ``logfire``: @instrument: a span with code location, message, the arguments and a JSON schema of them, scrubbed; by
   default not the result. Its console is off, and so is sending to its service.
-- ``mlflow``: @trace(span_type="TOOL"): a span, registered with its trace in memory, with arguments and result as JSON.
+- ``mlflow``: @trace(span_type="TOOL"): a span, kept with its trace in memory, with type, arguments and result as JSON.
   It exports over OTLP, batched; the exporter to a tracking server, its default, wants one.
 - ``openinference``: OITracer.tool: a span with kind, name, JSON schema of the parameters, arguments and result.
 - ``traceloop``: @tool: a span with kind, entity name and path, arguments and result as JSON.
