@@ -64,6 +64,19 @@ LINK: Final = "ray_guard.link"
 PARENT: Final = "parent"
 ROOT_TRACE: Final = "ray_guard.root_trace_id"
 """On every span of a rollout's later segments: the rollout's first trace."""
+EAGLEEYE_TRACE: Final = "ray_guard.eagleeye.trace_id"
+"""On every span below a request that ROCK named by ``eagleeye-traceid``."""
+IDENTITY: Final = (
+    "rl.run.id",
+    "rl.iteration",
+    "rl.rollout.id",
+    "rl.group.id",
+    "rl.turn",
+    "rl.policy.version",
+    ROOT_TRACE,
+    EAGLEEYE_TRACE,
+)
+"""What is on every span, where it is known (CONTRACT.md section 4)."""
 
 
 class SpanLink(NamedTuple):

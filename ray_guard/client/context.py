@@ -12,9 +12,9 @@ from ray_guard.client import carry, foreign, segments
 from ray_guard.client.carry import Node
 from ray_guard.client.otel import attempt, mirror
 from ray_guard.client.outlet import base_identity, outlet
-from ray_guard.client.spans import EAGLEEYE_TRACE, IDENTITY, clean, clean_text, to_json
+from ray_guard.client.spans import clean, clean_text, to_json
 from ray_guard.errors import PolicyError
-from ray_guard.records import ROOT_TRACE
+from ray_guard.records import EAGLEEYE_TRACE, IDENTITY, ROOT_TRACE
 
 _TRACE = re.compile(r"(?!0{32})[0-9a-f]{32}")
 _SPAN = re.compile(r"(?!0{16})[0-9a-f]{16}")

@@ -25,7 +25,6 @@ from ray_guard.client.outlet import Outlet, outlet
 from ray_guard.client.spans import (
     ATTRIBUTE_LIMIT,
     EVENT_LIMIT,
-    IDENTITY,
     NAME_LIMIT,
     Value,
     attributes_json,
@@ -33,12 +32,11 @@ from ray_guard.client.spans import (
     clean_event,
     clean_text,
     close_message,
-    new_span_id,
-    new_trace_id,
     open_message,
     warn_once,
 )
-from ray_guard.records import LINK
+from ray_guard.ids import new_span_id, new_trace_id
+from ray_guard.records import IDENTITY, LINK
 
 if TYPE_CHECKING:
     from ray_guard.client.scope import Scope

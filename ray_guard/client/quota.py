@@ -17,9 +17,9 @@ from ray_guard.client.carry import Node
 from ray_guard.client.channel import Channel
 from ray_guard.client.context import read_context
 from ray_guard.client.purses import Place, Purse, purses
-from ray_guard.client.spans import new_span_id
 from ray_guard.client.verdicts import log_warnings
 from ray_guard.errors import SupervisorLost
+from ray_guard.ids import new_span_id
 
 __all__ = ["QUOTAS", "Reservation", "announce_price", "reserve"]
 

@@ -28,7 +28,6 @@ from ray_guard.client.quota import QUOTAS, reserve
 from ray_guard.client.segments import PREVIOUS, ROLLOUT, SPANS_LIMIT, Segments, known
 from ray_guard.client.spans import (
     ATTRIBUTE_LIMIT,
-    EAGLEEYE_TRACE,
     EVENT_LIMIT,
     NAME_LIMIT,
     Event,
@@ -42,8 +41,6 @@ from ray_guard.client.spans import (
     close_message,
     describe_exception,
     is_cancelled,
-    new_span_id,
-    new_trace_id,
     open_message,
     quote,
     to_json,
@@ -51,7 +48,8 @@ from ray_guard.client.spans import (
 )
 from ray_guard.client.verdicts import ask_violations, ended_for, log_warnings, record_reward, violations
 from ray_guard.errors import PolicyError, RayGuardError, SupervisorLost
-from ray_guard.records import PARENT, ROOT_TRACE, SpanKind, StatusCode
+from ray_guard.ids import new_span_id, new_trace_id
+from ray_guard.records import EAGLEEYE_TRACE, PARENT, ROOT_TRACE, SpanKind, StatusCode
 
 if TYPE_CHECKING:
     from ray_guard.compute.moe import Cost

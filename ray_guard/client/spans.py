@@ -24,7 +24,6 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from ray_guard.evidence.redact import MARGIN, redact
-from ray_guard.records import ROOT_TRACE
 
 TEXT_LIMIT = 8192
 """Characters kept of one text attribute (tool content included)."""
@@ -44,27 +43,9 @@ ATTRIBUTE_LIMIT = 128
 PACKET_LIMIT = 120_000
 """Bytes of one message; the channel's packets hold 128 KiB."""
 
-EAGLEEYE_TRACE = "ray_guard.eagleeye.trace_id"
-"""On every span below a request that ROCK named by ``eagleeye-traceid``."""
-
-IDENTITY = frozenset(
-    (
-        "rl.run.id",
-        "rl.iteration",
-        "rl.rollout.id",
-        "rl.group.id",
-        "rl.turn",
-        "rl.policy.version",
-        ROOT_TRACE,
-        EAGLEEYE_TRACE,
-    )
-)
-"""What is on every span, where it is known (CONTRACT.md section 4)."""
-
 ATTRIBUTES_LIMIT = 96_000
 """Bytes of the attributes in one ``open`` message, which leaves room for names, identity, links and budget."""
 
-_ID_BATCH = 64
 _LIST_LIMIT = 128
 _CHUNK = 65_536
 _INT64 = 2**63
@@ -95,32 +76,6 @@ def say_once(topic: str, text: str) -> None:
     if topic not in _warned:
         _warned.add(topic)
         logger.warning(text)
-
-
-# --- ids ----------------------------------------------------------------------------------------------------------
-
-# Workers of one job often share random.seed(42): ids from `random` came out identical across them. os.urandom is not
-# seeded; one call for 64 ids costs a tenth of 64 calls. list.pop is atomic, so threads need no lock.
-_pool: list[str] = []
-# A forked child would pop the ids that its parent pops too.
-os.register_at_fork(after_in_child=_pool.clear)
-
-
-def new_span_id() -> str:
-    """16 lower-case hex digits, never all zero."""
-    try:
-        return _pool.pop()
-    except IndexError:
-        text = os.urandom(8 * _ID_BATCH).hex()
-        fresh = [text[at : at + 16] for at in range(0, len(text), 16)]
-        _pool.extend(span for span in fresh if span.strip("0"))
-        return new_span_id()
-
-
-def new_trace_id() -> str:
-    """32 lower-case hex digits, never all zero."""
-    trace = os.urandom(16).hex()
-    return trace if trace.strip("0") else new_trace_id()
 
 
 # --- attribute values ---------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from ray_guard.client import carry, foreign
 from ray_guard.client.scope import Scope
-from ray_guard.client.spans import EAGLEEYE_TRACE, say_once, warn_once
+from ray_guard.client.spans import say_once, warn_once
 from ray_guard.integrations.imports import Watch
+from ray_guard.records import EAGLEEYE_TRACE
 
 _UTILS: Final = "rock.utils"
 _CLIENT: Final = "rock.sdk.sandbox.client"

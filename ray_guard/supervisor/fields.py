@@ -6,18 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ray_guard.kernel.seqpacket import BadPacket
-from ray_guard.records import LINK, AttributeValue, SpanEvent, SpanKind, SpanLink, SpanRecord, StatusCode
+from ray_guard.records import IDENTITY, LINK, AttributeValue, SpanEvent, SpanKind, SpanLink, SpanRecord, StatusCode
 
-IDENTITY: Final = (
-    "rl.run.id",
-    "rl.iteration",
-    "rl.rollout.id",
-    "rl.group.id",
-    "rl.turn",
-    "rl.policy.version",
-    "ray_guard.root_trace_id",
-    "ray_guard.eagleeye.trace_id",
-)
 _HEX: Final = frozenset("0123456789abcdef")
 
 

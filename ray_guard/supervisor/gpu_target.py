@@ -11,12 +11,12 @@ from ray_guard.compute.census import Reason, word
 from ray_guard.compute.engines import Engines
 from ray_guard.compute.gpu_meter import Share, Usage, memory
 from ray_guard.evidence.journal import JournalError
+from ray_guard.ids import new_span_id
 from ray_guard.kernel import procfs
 from ray_guard.log import logger
 from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded, Scope
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Mode, SpanKind, SpanRecord
-from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.orphans import Mark
 from ray_guard.supervisor.target import Origin, Target
 

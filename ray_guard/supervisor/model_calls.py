@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ray_guard.egress.relay.model.admission import RELEASED, Plan, Price, plan
 from ray_guard.evidence.journal import JournalError
+from ray_guard.ids import new_span_id, new_trace_id
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
@@ -26,7 +27,6 @@ from ray_guard.policy.decide import Endpoint
 from ray_guard.policy.destination import canonical_address, is_address, is_loopback, parse_address
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
-from ray_guard.supervisor.ids import new_span_id, new_trace_id
 from ray_guard.supervisor.segments import links_of
 from ray_guard.supervisor.target import Origin, Target
 

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Final
 
 from ray_guard.compute.ledger import Entry
 from ray_guard.evidence.journal import JournalError
+from ray_guard.ids import new_span_id
 from ray_guard.kernel import pidfd, procfs
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
 from ray_guard.supervisor.arguments import Memory, runnable
-from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
 from ray_guard.supervisor.memory_group import MemoryGroup

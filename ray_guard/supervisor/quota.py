@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ray_guard import errors
 from ray_guard.errors import NotEnforced, RayGuardError
 from ray_guard.evidence.journal import JournalError
+from ray_guard.ids import new_span_id
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
@@ -38,7 +39,6 @@ from ray_guard.policy.budgets import Account, Amount, Exceeded, Limits, Scope, l
 from ray_guard.records import AttributeValue, SpanKind, SpanRecord
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.consequences import acts
-from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.leases import PARTS, Desk, Lease, Leases
 from ray_guard.supervisor.target import OpenSpan, Origin, Target
 

@@ -17,6 +17,7 @@ from ray_guard.egress.gate import Ruling
 from ray_guard.egress.meter import Flow, Meter
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import EgressForm, fragment, tail
+from ray_guard.ids import new_span_id
 from ray_guard.kernel import libc, procfs
 from ray_guard.log import logger
 from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Account, Exceeded
@@ -34,7 +35,6 @@ from ray_guard.policy.decide import (
 )
 from ray_guard.policy.destination import Transport
 from ray_guard.records import AttributeValue, Role, SpanEvent, StatusCode
-from ray_guard.supervisor.ids import new_span_id
 from ray_guard.supervisor.names import Names
 from ray_guard.supervisor.proxies import Standing
 from ray_guard.supervisor.target import Origin, Target

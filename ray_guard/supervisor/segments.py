@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import Fragment, fragment
+from ray_guard.ids import new_span_id, new_trace_id
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
 from ray_guard.records import LINK, PARENT, ROOT_TRACE, SpanKind, SpanLink, SpanRecord
-from ray_guard.supervisor.ids import new_span_id, new_trace_id
 
 if TYPE_CHECKING:
     from ray_guard.supervisor.target import Origin, Target

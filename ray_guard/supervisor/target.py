@@ -15,6 +15,7 @@ from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal, JournalError
 from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
+from ray_guard.ids import new_span_id, new_trace_id
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
@@ -22,7 +23,6 @@ from ray_guard.policy.budgets import Account, Exceeded, Limits, Near, Scope, lim
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Resource, Source, SpanEvent, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import fields
-from ray_guard.supervisor.ids import new_span_id, new_trace_id
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.segments import Tally, links_of
 from ray_guard.supervisor.view import Views

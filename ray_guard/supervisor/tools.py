@@ -23,6 +23,7 @@ from ray_guard import errors
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import JournalError
 from ray_guard.evidence.otlp import fragment
+from ray_guard.ids import new_span_id, new_trace_id
 from ray_guard.kernel import landlock, pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
@@ -31,7 +32,6 @@ from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import arguments, cgroups, memory_group, rlimits
-from ray_guard.supervisor.ids import new_span_id, new_trace_id
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import KILL_PATIENCE_S, Leaf, OwnLeaf
 from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL

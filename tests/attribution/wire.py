@@ -10,10 +10,11 @@ import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from harness import wait
 
 GATEWAY = "192.0.2.1"
 OUTSIDE = "192.0.2.9"
@@ -129,8 +130,8 @@ class Wire:
         self._heard = folder / "heard.jsonl"
         writer = stack.enter_context(self._heard.open("w"))
         self._outside.start(sys.executable, "-c", _SINK, OUTSIDE, str(PORT), stdout=writer)
-        until(lambda: "ready" in self._heard.read_text())
-        until(lambda: self._attached() >= 2)
+        wait(lambda: "ready" in self._heard.read_text(), "the outside does not listen", 30)
+        wait(lambda: self._attached() >= 2, "nobody reads the log", 30)
 
     def _attached(self) -> int:
         """How many groups of the log somebody listens to."""
@@ -145,7 +146,7 @@ class Wire:
         logs = {"firewall.log": "egress-watch", "firewall.json": "egress-watch", "nat.log": "[NEW]"}
         for name, mark in logs.items():
             path = self.folder / name
-            until(lambda path=path, mark=mark: path.read_text().count(mark) >= connections)  # type: ignore[misc]
+            wait(lambda path=path, mark=mark: path.read_text().count(mark) >= connections, f"{name} is short", 30)  # type: ignore[misc]
 
 
 def _cable(one: Space, name: str, address: str, other: Space, far: str, there: str) -> None:
@@ -176,10 +177,3 @@ def _cable(one: Space, name: str, address: str, other: Space, far: str, there: s
 def wired(folder: Path, nodes: int) -> Iterator[Wire]:
     with contextlib.ExitStack() as stack:
         yield Wire(folder, stack, nodes)
-
-
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "did not come about"
-        time.sleep(0.02)

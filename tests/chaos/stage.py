@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from harness import PYTHON, Namespace, grants, wait
+from harness import PYTHON, Namespace, grants, hang_up, wait
 from judge import Ledger, read_ledger
 from otlp import Traces, by_http
 
@@ -246,18 +246,7 @@ class Job:
         return began
 
     def close(self) -> None:
-        if self._process.stdin is not None:
-            try:
-                self._process.stdin.close()
-            except OSError:
-                pass
-        try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        hang_up(self._process, 15)
 
     def __enter__(self) -> Self:
         return self

@@ -307,18 +307,23 @@ class Host:
         return read_journal(self.evidence)
 
     def close(self) -> None:
-        if self._process.stdin is not None:
-            try:
-                self._process.stdin.close()
-            except OSError:
-                pass
+        hang_up(self._process, 10)
+
+
+def hang_up(process: subprocess.Popen[Any], patience: float) -> None:
+    """Ends a process that ends with its standard input, or kills it after so many seconds."""
+    if process.stdin is not None:
         try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+            process.stdin.close()
+        except OSError:
+            pass
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def skip_refused(error: str) -> None:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +70,7 @@ def connects(host: Host, port: int) -> str:
 
 
 def violations(evidence: Path, reason: str) -> list[dict[str, Any]]:
-    found = [span["attributes"] for span in read_journal_whole(evidence) if span["name"] == "ray_guard.violation"]
+    found = [span["attributes"] for span in read_journal(evidence) if span["name"] == "ray_guard.violation"]
     return [each for each in found if each["ray_guard.violation.kind"] == "evidence" and each["error.type"] == reason]
 
 
@@ -111,13 +110,13 @@ def test_the_next_supervisor_sees_to_what_a_killed_one_left(namespace: Namespace
     (killed,) = check(evidence)
     assert killed.state is State.KILLED
     assert [finding.kind for finding in killed.findings] == [Kind.UNSEALED]
-    left = {span["id"]: span["name"] for span in read_journal_whole(evidence) if not span["ended"]}
+    left = {span["id"]: span["name"] for span in read_journal(evidence) if not span["ended"]}
     assert sorted(left.values()) == ["execute_tool sleep", "process sleep"]
     before = segment.read_bytes()
     with confined(namespace, tmp_path, evidence):
         wait(lambda: list(evidence.glob("*.vouched")), "nothing was recovered")
     assert segment.read_bytes() == before
-    closed = {span["id"]: span for span in read_journal_whole(evidence) if span["id"] in left}
+    closed = {span["id"]: span for span in read_journal(evidence) if span["id"] in left}
     for span in closed.values():
         assert span["ended"]
         assert span["attributes"]["ray_guard.ended_by"] == "supervisor"
@@ -131,15 +130,6 @@ def test_the_next_supervisor_sees_to_what_a_killed_one_left(namespace: Namespace
         wait(lambda: len(list(evidence.glob("*.vouched"))) == 2, "the second log is not vouched for")
     lines = b"".join(path.read_bytes() for path in evidence.glob("*.otlp.jsonl"))
     assert lines.count(b'"ray_guard.recovered_from"') == len(left)
-
-
-def read_journal_whole(evidence: Path) -> list[dict[str, Any]]:
-    """:func:`read_journal`, where a segment ends in half a line, torn or being written."""
-    with tempfile.TemporaryDirectory() as copies:
-        for path in evidence.glob("*.otlp.jsonl"):
-            content = path.read_bytes()
-            Path(copies, path.name).write_bytes(content[: content.rfind(b"\n") + 1])
-        return read_journal(Path(copies))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

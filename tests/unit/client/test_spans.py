@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,38 +13,6 @@ from ray_guard.client import spans
 def reference(arguments: object) -> str:
     text = json.dumps(arguments, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_ids_are_lower_case_hex_and_differ_between_threads() -> None:
-    found: list[str] = []
-
-    def take() -> None:
-        found.extend(spans.new_span_id() for _ in range(2000))
-
-    threads = [threading.Thread(target=take) for _ in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert len(set(found)) == 8000
-    assert all(len(span) == 16 and int(span, 16) and span == span.lower() for span in found)
-    assert len(spans.new_trace_id()) == 32
-
-
-def test_a_forked_child_takes_other_ids_than_its_parent() -> None:
-    spans.new_span_id()  # the batch is there: without care both would pop the same ones
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, ",".join(spans.new_span_id() for _ in range(20)).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as answer:
-        theirs = set(answer.read().split(","))
-    os.waitpid(child, 0)
-    ours = {spans.new_span_id() for _ in range(200)}
-    assert len(theirs) == 20
-    assert not theirs & ours
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from ray_guard.client import channel, foreign, scope
-from ray_guard.client.spans import EAGLEEYE_TRACE
 from ray_guard.integrations import rock
+from ray_guard.records import EAGLEEYE_TRACE
 from ray_guard.testing import RecordingChannel
 
 UTILS = """
