@@ -22,7 +22,7 @@ async def main(port: int) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     options = ["--host", "127.0.0.1", "--port", str(port), "--disable-log-stats"]
-    for name, value in ENGINE.items():
+    for name, value in {**ENGINE, "max_model_len": 2048}.items():
         flag = f"--{name.replace('_', '-')}"
         options += [flag] if value is True else [flag, str(value)]
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
