@@ -103,9 +103,9 @@ class Job:
             self._ledger.note(f"f {span}")
         return self._number
 
-    def flow(self) -> None:
-        """Makes calls without a pause until it is killed."""
-        threading.Thread(target=self.calls, args=(10**9,), daemon=True).start()
+    def flow(self, kind: str = "calls") -> None:
+        """Makes calls (or ``spans``) without a pause until it is killed."""
+        threading.Thread(target=getattr(self, kind), args=(10**9,), daemon=True).start()
 
     def hold(self, argv: list[str]) -> int:
         """A call that starts ``argv`` and does not end; the process's pid."""
