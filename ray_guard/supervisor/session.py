@@ -15,7 +15,7 @@ import signal
 import socket
 import stat
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
@@ -434,7 +434,12 @@ class Session:
 
         listener = Listener(descriptor)
         self._ring = arming.Ring(self._node, target, target.policy, target.pid)
-        self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered)
+        handlers: Mapping[str, arming.Handler] = {}
+        if target.policy.role is Role.POLICY:
+            from ray_guard.supervisor import keepers
+
+            handlers = keepers.handlers()
+        self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
         self._node.gpus.join(target)
         return listener
 

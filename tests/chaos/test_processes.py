@@ -163,6 +163,11 @@ def test_a_policy_actor_is_armed_again(namespace: Namespace, tmp_path: Path, sin
             job.calls_on()
             took.append(time.monotonic() - began)
             assert (lives(job.pid), lives(child), lives(tool), lives(before)) == (True, True, False, False)
+            refused = [errno.EPERM, errno.EPERM, errno.ENOSYS, errno.EPERM, errno.EPERM, errno.EPERM, errno.EPERM]
+            for keeper in (job.supervisor, job.zygote):
+                os.kill(keeper, signal.SIGCONT)  # the control: from outside it can be done
+                assert job.ask("touches", keeper) == refused, "its filter knows but its first keepers"
+            assert job.ask("touches", child) == [0, 0, errno.ENOSYS, 0, 0, 0, 0]
         assert full.hear() == b"made", "the connect that was under way is lost"
         assert job.ask("connects", sink.port + 1, 1) == [errno.EACCES]
         # Used are 10, 5, and the one under way, which was begun anew, and so counts, under each supervisor.
