@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_guard.attribution.detect import commands, payloads
+from ray_guard.detect import commands, payloads
 from ray_guard.cli.output import failed, say
 
 if TYPE_CHECKING:
-    from ray_guard.attribution.detect.sigma import Rule
+    from ray_guard.detect.sigma import Rule
 
     # What add_subparsers() returns has no public name.
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         return failed("detect", "nothing to judge: give --commands FILE or --payloads FILE")
     rules: list[Rule] = []
     if args.rules:
-        from ray_guard.attribution.detect import sigma
+        from ray_guard.detect import sigma
 
         try:
             rules = sigma.load(args.rules)
@@ -95,7 +95,7 @@ def _command(rules: list[Rule]) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if found is not None:
             return {"flagged": True, "kind": found.kind.value, "rule": found.rule}
         if rules:
-            from ray_guard.attribution.detect import sigma
+            from ray_guard.detect import sigma
 
             for event in sigma.events(text):
                 for rule in rules:

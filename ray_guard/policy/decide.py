@@ -50,6 +50,7 @@ from typing import Any, Final, TypeVar
 
 from ray_guard.errors import PolicyError
 from ray_guard.named import NamedTuple
+from ray_guard.policy import detection
 from ray_guard.policy.budgets import (
     CONNECTIONS,
     EGRESS,
@@ -521,6 +522,8 @@ class CompiledPolicy(NamedTuple):
     subprocess: str = "confine"
     survivors: str = "kill"
     on_violation: str = "deny"
+    detect: detection.Actions = detection.NOTHING
+    """What follows a finding, by its kind."""
     require: frozenset[str] = frozenset()
     wires: tuple[Mapping[str, Any], ...] = ()
     """What each was built from (:meth:`ray_guard.Policy.to_wire`), for what is enforced elsewhere."""
@@ -600,6 +603,7 @@ class CompiledPolicy(NamedTuple):
             subprocess=_stricter(_STRICTER_SUBPROCESS, ours.subprocess, theirs.subprocess),
             survivors=_stricter(_STRICTER_SURVIVORS, ours.survivors, theirs.survivors),
             on_violation=_stricter(_STRICTER_VIOLATION, ours.on_violation, theirs.on_violation),
+            detect=detection.stricter(self.detect, other.detect),
             require=self.require | other.require,
             wires=self.wires + other.wires,
             limits_enforced={scope: tightest(self.limits(scope), other.limits(scope)) for scope in Scope},
@@ -689,7 +693,7 @@ class _Wire:
 
 _KEYS: Final = (
     *("version", "mode", "role", "egress", "model_endpoint", "gpu", "files", "budgets"),
-    *("subprocess", "survivors", "on_violation", "require", "set"),
+    *("subprocess", "survivors", "on_violation", "detect", "require", "set"),
 )
 
 
@@ -710,11 +714,18 @@ def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
         subprocess=wire.word("subprocess", _STRICTER_SUBPROCESS),
         survivors=wire.word("survivors", _STRICTER_SURVIVORS),
         on_violation=wire.word("on_violation", _STRICTER_VIOLATION),
+        detect=_detect(wire.child("detect"), mode),
         require=frozenset(wire.texts("require")),
         wires=(MappingProxyType({str(key): value for key, value in wire.value.items()}),),
         limits_enforced=limits if mode is Mode.ENFORCE else {},
         limits_watched=limits if mode is Mode.REPORT else {},
     )
+
+
+def _detect(wire: _Wire, mode: Mode) -> detection.Actions:
+    wire.only(*detection.ACTIONS)
+    said = {action: [detection.word(each) for each in wire.texts(action)] for action in detection.ACTIONS}
+    return detection.actions(said, enforced=mode is Mode.ENFORCE)
 
 
 def _layer(egress: _Wire, mode: Mode, model: Endpoint | None) -> Layer:

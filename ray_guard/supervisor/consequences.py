@@ -1,4 +1,4 @@
-"""What follows a violation beyond the refusal itself: ``on_violation``. Runs in the supervisor.
+"""What follows a violation beyond the refusal itself: ``on_violation``, and ``detect`` for what was found out. Runs in the supervisor.
 
 The system call is refused in any case. ``kill_call`` and ``end_episode`` then bar the scope that offended, so that no
 more is granted to it whatever its code does with exceptions, and end its tool processes; ``kill_actor`` ends the
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from ray_guard.log import logger
+from ray_guard.policy import detection
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import Mode
 from ray_guard.supervisor.target import Origin, Target, Violation
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 log = logger("ray_guard.consequences")
 
+DENY: Final = "deny"
 END_EPISODE: Final = "end_episode"
 KILL_ACTOR: Final = "kill_actor"
 
 
 def acts(policy: CompiledPolicy) -> bool:
     """Whether a violation has consequences under this policy."""
-    return policy.mode is Mode.ENFORCE and policy.on_violation != "deny"
+    return policy.mode is Mode.ENFORCE and (policy.on_violation != DENY or detection.acts(policy.detect))
 
 
 class Consequences:
@@ -58,7 +60,9 @@ class Consequences:
         """Called for each violation, once it stands in the journal."""
         if not acts(self._target.policy):
             return
-        action = self._target.policy.on_violation
+        action = violation.action or self._target.policy.on_violation
+        if action == DENY:
+            return
         if action == KILL_ACTOR:
             log.warning("%s %d is ended: %s", self._target.kind, self._target.pid, violation.text())
             self._kill()

@@ -124,10 +124,11 @@ class ProcessSpans:
             more += _EXITED if status == 0 else f",{fragment(exit_attributes(status)).encoded}"
         if lost:
             more += _LOST
-        events, told = self._target.offences(image.span)
+        events, told, error = self._target.offences(image.span)
         if events:
             more += f",{fragment(told).encoded}"
-            said = tail(events, StatusCode.ERROR, lost)
+            failed = error or status or lost
+            said = tail(events, StatusCode.ERROR if failed else StatusCode.UNSET, lost)
         else:
             said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         try:

@@ -324,6 +324,8 @@ class Session:
         target.warn = self._warn
         Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
         self._node.quotas.join(target)
+        if target.policy.detect:
+            self._node.judging.join(target, lambda: self._tools)
         if target.kind == "run":
             self._node.gpus.join(target)
 
@@ -454,6 +456,8 @@ class Session:
         target.policy = target.policy.intersect(added)
         target.account.tighten(added.limits(Scope.ACTOR), added.watched(Scope.ACTOR))
         self._node.job(target.run_id, added)
+        if target.policy.detect:
+            self._node.judging.join(target, lambda: self._tools)
         if self._ring is not None:
             self._ring.tighten(target.policy)
 

@@ -577,6 +577,14 @@ class Tool:
         return self._origin.call
 
     @property
+    def origin(self) -> Origin:
+        return self._origin
+
+    def has(self, span: str) -> bool:
+        """Whether that is a program's of its tree, as far as is known."""
+        return span == self._span or (self._processes is not None and self._processes.has(span))
+
+    @property
     def episode(self) -> str | None:
         return self._origin.episode
 

@@ -23,8 +23,8 @@ from sigma.exceptions import SigmaError
 from sigma.rule import SigmaRule
 from sigma.types import SigmaBool, SigmaExists, SigmaNull, SigmaNumber, SigmaRegularExpression, SigmaString
 
-from ray_guard.attribution.detect import Kind
-from ray_guard.attribution.detect.shell import commands
+from ray_guard.detect import Kind
+from ray_guard.detect.shell import commands
 from ray_guard.errors import RayGuardError
 
 Event = Mapping[str, str]

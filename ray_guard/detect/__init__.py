@@ -1,13 +1,19 @@
 """Recognises what an agent should not do: by command lines, first payload bytes and DNS names.
 
-Runs later, and live in the supervisor's helpers. Pure. :class:`Finding` is the answer; :mod:`.commands` and
-:mod:`.payloads` ask for it, :mod:`.sigma` adds other people's rules.
+Runs later, and live in the judge. Pure. :class:`Finding` is the answer; :mod:`.commands`, :mod:`.payloads` and
+:mod:`.flows` ask for it, :mod:`.sigma` adds other people's rules.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+
+METADATA_ADDRESSES: Final = frozenset(
+    ("169.254.169.254", "169.254.170.2", "100.100.100.200", "fd00:ec2::254", "192.0.0.192")
+)
+"""Where clouds tell a machine of its own credentials."""
 
 
 class Kind(StrEnum):

@@ -1,0 +1,312 @@
+"""The judge: reads a journal as it grows, and says what in it tunnels, mines, probes or leaks.
+
+Runs in the judge, a child of the zygote and helper of the supervisor, only where a policy's ``detect`` asks for it.
+Standard library only. Nobody's system call waits for it: what it judges stands in the journal already. It holds no
+queue, for the journal is one: in a flood it falls behind, and says how far it is. What it says is recorded, and acted
+on, by the supervisor. Messages are those of :mod:`ray_guard.kernel.seqpacket`:
+
+    judge → supervisor   ready {pid}
+    supervisor → judge   read {folder, log, number, offset}    a log, from there on
+    judge → supervisor   found {folder, trace, span, call, kind, rule, ended, identity, resource}
+    judge → supervisor   at {folder, log, number, offset}      all before it is judged
+    supervisor → judge   drain                                 answered once all that is there now is judged
+    judge → supervisor   drained
+
+``call`` is the innermost span above a process or flow that is no process itself, as far as the judge has read.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import select
+import shlex
+import signal
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NoReturn
+
+from ray_guard.detect import Finding, commands
+from ray_guard.detect.flows import Flow, Flows
+from ray_guard.evidence.layout import segment_name
+from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode, resource_key
+from ray_guard.kernel import inotify, libc, seqpacket
+from ray_guard.records import AttributeValue, SpanRecord
+
+UNJUDGED: Final = "unjudged"
+"""Kind of what took too long to be judged."""
+IDENTITY: Final = (
+    *("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version"),
+    *("ray_guard.source",),
+)
+_PIECE: Final = 1 << 18
+_ROUND_S: Final = 0.01
+"""Between two looks at least: many records cost one waking."""
+_BLIND_S: Final = 0.05
+"""Between two looks where the kernel does not say that a file has grown."""
+_SAY_S: Final = 0.25
+_PATIENCE_S: Final = 2.0
+"""For one record."""
+_CALLS: Final = 1 << 16
+_SAID: Final = 1 << 14
+_PROCESS: Final = b'"name":"process '
+_EGRESS: Final = b'"name":"egress connect"'
+_OURS: Final = b'"key":"ray_guard.source","value":{"stringValue":"supervisor"}'
+
+
+def run(line: socket.socket) -> NoReturn:
+    """The judge's life, until the supervisor hangs up."""
+    libc.prctl(libc.PR_SET_DUMPABLE, 0)
+    signal.signal(signal.SIGALRM, _too_long)
+    try:
+        _Judge(line).serve()
+    except ConnectionError:
+        pass  # the supervisor is gone
+    os._exit(0)
+
+
+class _TooLong(Exception):
+    """One record has taken all the time that it gets."""
+
+
+def _too_long(_number: int, _frame: object) -> None:
+    raise _TooLong
+
+
+class _Judge:
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+        self._logs: dict[str, Log] = {}
+        self._cases = Cases()
+        self._poll = select.poll()
+        self._poll.register(line, select.POLLIN)
+        self._watcher: inotify.Watcher | None = None
+        try:
+            self._watcher = inotify.Watcher()
+            self._poll.register(self._watcher, select.POLLIN)
+        except OSError:  # the user has no more of them: it looks by itself
+            pass
+
+    def serve(self) -> None:
+        seqpacket.send(self._line, {"op": "ready", "pid": os.getpid()})
+        while True:
+            busy = any([self._step(log) for log in self._logs.values()])
+            timeout = 0.0 if busy else None if self._watcher is not None else _BLIND_S
+            ready = {descriptor for descriptor, _events in self._poll.poll(None if timeout is None else timeout * 1e3)}
+            if self._line.fileno() in ready and not self._obey():
+                return
+            if not busy:
+                time.sleep(_ROUND_S)
+            if self._watcher is not None and self._watcher.fileno() in ready:
+                self._watcher.clear()
+
+    def _obey(self) -> bool:
+        """Takes one message; False: there are no more."""
+        received = seqpacket.receive(self._line)
+        if received is None:
+            return False
+        message, descriptors = received
+        seqpacket.close_all(descriptors)
+        if message["op"] == "read":
+            self._read(message)
+        else:
+            while any([self._step(log) for log in self._logs.values()]):
+                pass
+            for log in self._logs.values():
+                self._say(log)
+            seqpacket.send(self._line, {"op": "drained"})
+        return True
+
+    def _read(self, message: dict[str, Any]) -> None:
+        folder, log = str(message["folder"]), str(message["log"])
+        if log in self._logs:
+            return
+        if self._watcher is not None:
+            try:
+                self._watcher.add(folder)
+            except OSError:
+                self._poll.unregister(self._watcher)
+                self._watcher = None
+        self._logs[log] = Log(folder, log, int(message["number"]), int(message["offset"]))
+
+    def _step(self, log: Log) -> bool:
+        """Judges a piece of what has come; False: nothing has."""
+        lines = log.take()
+        for line in lines:
+            for case in self._judged(line):
+                seqpacket.send(self._line, {"op": "found", "folder": log.folder, **case})
+        if log.said != (log.number, log.offset) and (not lines or time.monotonic() - log.told >= _SAY_S):
+            self._say(log)
+        return bool(lines)
+
+    def _say(self, log: Log) -> None:
+        log.said, log.told = (log.number, log.offset), time.monotonic()
+        place = {"folder": log.folder, "log": log.name, "number": log.number, "offset": log.offset}
+        seqpacket.send(self._line, {"op": "at", **place})
+
+    def _judged(self, line: bytes) -> list[dict[str, Any]]:
+        if _OURS not in line or not (_PROCESS in line or _EGRESS in line):
+            return []
+        try:
+            signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S)
+            try:
+                return list(self._cases.of(line))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except _TooLong:
+            return list(self._cases.unjudged(line))
+
+
+class Log:
+    """A journal's log, read on from where one left off, a piece at a time.
+
+    Attributes:
+        number, offset: the segment, and how much of it was taken.
+        said, told: what of that the supervisor knows, and when it was told (``time.monotonic()``).
+    """
+
+    def __init__(self, folder: str, name: str, number: int, offset: int) -> None:
+        self.folder = folder
+        self.name = name
+        self.number = number
+        self.offset = offset
+        self.said = (number, offset)
+        self.told = 0.0
+        self._descriptor = -1
+        self._rest = b""
+
+    def take(self) -> list[bytes]:
+        """The next whole lines; none: there are no more as yet."""
+        piece = self._piece()
+        if not piece and self._next():
+            piece = self._piece()
+        if not piece:
+            return []
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        if len(self._rest) > LINE_LIMIT:  # no line of a journal's: its end is waited for
+            self.offset += len(self._rest)
+            self._rest = b""
+        self.offset += sum(map(len, lines)) + len(lines)
+        return lines
+
+    def _piece(self) -> bytes:
+        if self._descriptor < 0:
+            try:
+                self._descriptor = os.open(
+                    f"{self.folder}/{segment_name(self.name, self.number)}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                )
+            except FileNotFoundError:
+                return b""
+        return os.pread(self._descriptor, _PIECE, self.offset + len(self._rest))
+
+    def _next(self) -> bool:
+        """Whether there is another segment: then the last one is complete."""
+        if self._descriptor < 0 or not os.path.exists(f"{self.folder}/{segment_name(self.name, self.number + 1)}"):
+            return False
+        if self._piece():  # it was written between the two looks
+            return True
+        os.close(self._descriptor)
+        self._descriptor, self._rest = -1, b""
+        self.number, self.offset = self.number + 1, 0
+        return True
+
+
+class Cases:
+    """What lines of a journal give cause to say, each once."""
+
+    def __init__(self) -> None:
+        self._flows = Flows()
+        self._calls: OrderedDict[str, str] = OrderedDict()
+        """By process span, its call."""
+        self._said: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def of(self, line: bytes) -> Iterator[dict[str, Any]]:
+        """What there is to say of a line."""
+        for resource, record in _decoded(line):
+            if record.name.startswith("process "):
+                first = record.span_id not in self._calls
+                call = self._enter(record)
+                found = _judged_command(_command(record)) if first else None
+                whose = record.span_id
+            else:
+                call = whose = self._call_of(record)
+                found = self._flows.judge(call or record.trace_id, _flow(record))
+            if found is not None and self._is_new(whose or record.trace_id, found.rule):
+                yield _case(record, call, found.kind.value, found.rule, resource)
+
+    def unjudged(self, line: bytes) -> Iterator[dict[str, Any]]:
+        """What there is to say where judging it took too long."""
+        for resource, record in _decoded(line):
+            if self._is_new(record.span_id, UNJUDGED):
+                yield _case(record, self._call_of(record), UNJUDGED, UNJUDGED, resource)
+
+    def _enter(self, record: SpanRecord) -> str:
+        call = self._calls[record.span_id] = self._call_of(record)
+        if len(self._calls) > _CALLS:
+            self._calls.popitem(last=False)
+        return call
+
+    def _call_of(self, record: SpanRecord) -> str:
+        above = record.parent_id or ""
+        return self._calls.get(above, above)
+
+    def _is_new(self, whose: str, rule: str) -> bool:
+        if (whose, rule) in self._said:
+            return False
+        self._said[whose, rule] = None
+        if len(self._said) > _SAID:
+            self._said.popitem(last=False)
+        return True
+
+
+def _decoded(line: bytes) -> list[tuple[Any, SpanRecord]]:
+    try:
+        return [(resource.attributes, record) for resource, record in decode(line)]
+    except NotOtlp:
+        return []
+
+
+def _command(record: SpanRecord) -> str:
+    words = record.attributes.get("process.command_args")
+    if isinstance(words, tuple | list) and words:
+        return shlex.join(map(str, words))
+    return str(record.attributes.get("process.executable.path") or "")
+
+
+@functools.lru_cache(maxsize=1024)
+def _judged_command(text: str) -> Finding | None:
+    return commands.judge(text)  # an agent runs the same few programs over and over
+
+
+def _flow(record: SpanRecord) -> Flow:
+    said: Callable[[str], AttributeValue | None] = record.attributes.get
+    address, name = str(said("network.peer.address") or ""), str(said("server.address") or "")
+    return Flow(
+        time_ns=record.start_ns,
+        address=address,
+        port=_number(said("network.peer.port")),
+        name=name if name != address else "",
+        in_vain=said("ray_guard.egress.decision") == "deny" or said("error.type") is not None,
+        sent=_number(said("ray_guard.egress.bytes_sent")),
+        received=_number(said("ray_guard.egress.bytes_received")),
+        protocol=str(said("ray_guard.egress.protocol") or ""),
+    )
+
+
+def _number(value: AttributeValue | None) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _case(record: SpanRecord, call: str, kind: str, rule: str, resource: Any) -> dict[str, Any]:
+    return {
+        "trace": record.trace_id,
+        "span": record.span_id,
+        "call": call,
+        "kind": kind,
+        "rule": rule,
+        "ended": record.end_ns is not None,
+        "identity": {key: record.attributes[key] for key in IDENTITY if key in record.attributes},
+        "resource": resource_key(resource),
+    }

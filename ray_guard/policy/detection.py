@@ -1,0 +1,61 @@
+"""What follows what was recognised: the policy's ``detect``. Pure; runs wherever a policy is read, and in the supervisor.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
+
+from ray_guard.detect import Kind
+from ray_guard.errors import PolicyError
+from ray_guard.policy.values import meant
+
+TAG: Final = "tag"
+VIOLATION: Final = "violation"
+ACTIONS: Final = (TAG, VIOLATION, "kill_call", "end_episode", "kill_actor")
+"""From the mildest to the strictest."""
+ALL: Final = "all"
+
+Actions = Mapping[str, str]
+"""For each kind of finding (:class:`ray_guard.detect.Kind`, by value) the strictest action that a policy lists it under."""
+
+NOTHING: Final[Actions] = MappingProxyType({})
+
+
+def word(value: object) -> str:
+    """A kind of finding, or ``all``. Raises PolicyError."""
+    known = [ALL, *(kind.value for kind in Kind)]
+    if isinstance(value, str) and value in known:
+        return str(value)
+    raise PolicyError("", value, f"one of {', '.join(known)}{meant(value, known)}")
+
+
+def actions(said: Mapping[str, Sequence[str]], *, enforced: bool) -> Actions:
+    """What a policy lists, by kind.
+
+    Args:
+        said: by action, words.
+        enforced: the policy enforces; else what it lists is tagged, for a policy in mode ``report`` ends nobody.
+    """
+    found: dict[str, str] = {}
+    for action in ACTIONS:
+        for each in said.get(action, ()):
+            for kind in [kind.value for kind in Kind] if each == ALL else [each]:
+                found[kind] = action if enforced else TAG
+    return found
+
+
+def stricter(ours: Actions, theirs: Actions) -> Actions:
+    """For each kind the stricter of two."""
+    return {
+        kind: max((each[kind] for each in (ours, theirs) if kind in each), key=ACTIONS.index)
+        for kind in {**ours, **theirs}
+    }
+
+
+def acts(policy: Actions) -> bool:
+    """Whether anything follows a finding but its tag."""
+    return any(action != TAG for action in policy.values())

@@ -1,0 +1,302 @@
+"""What the judge finds: told on spans, recorded, and acted on as the policy's ``detect`` says. Runs in the supervisor.
+
+The judge (:mod:`ray_guard.evidence.judge`) reads the journals of the targets whose policies ask for it. One that is lost
+is started anew and goes on where it was, so nothing remains unjudged; where that does not help, or one makes no headway,
+every call of a policy that acts on findings ends: nobody can say what it does.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from ray_guard.evidence.journal import Journal, JournalError
+from ray_guard.evidence.layout import log_of
+from ray_guard.evidence.otlp import fragment
+from ray_guard.ids import new_span_id
+from ray_guard.kernel import seqpacket
+from ray_guard.log import logger
+from ray_guard.named import NamedTuple
+from ray_guard.policy import detection
+from ray_guard.records import SpanEvent, SpanKind, SpanRecord
+
+if TYPE_CHECKING:
+    from ray_guard.egress.made import Waiting
+    from ray_guard.evidence.otlp import Fragment
+    from ray_guard.supervisor.target import Origin, Target
+    from ray_guard.supervisor.tools import Tool
+
+log = logger("ray_guard.judging")
+
+DETECTION: Final = "ray_guard.detection"
+"""Name of the span and of the event that say what was found."""
+UNJUDGED: Final = "unjudged"
+_TICK_S: Final = 1.0
+_AGAIN_S: Final = (0.1, 5.0)
+"""Until one that was lost is started again: at first, and when it was lost again without any headway."""
+_PATIENCE_S: Final = 5.0
+"""How long it may make no headway."""
+_LOSSES: Final = 3
+"""After so many in a row without any headway nothing is judged."""
+_LAST_S: Final = 2.0
+"""How long it is waited for at the end."""
+_BATCH: Final = 64
+_LEFT: Final = 64
+
+
+class Whose(NamedTuple):
+    """A target, and its tools."""
+
+    target: Target
+    tools: Callable[[], Iterable[Tool]]
+
+
+class _Place(NamedTuple):
+    """Before this all of a log is judged."""
+
+    number: int
+    offset: int
+
+
+class Judging:
+    """See the module.
+
+    Args:
+        start: starts a judge at that end of its line.
+    """
+
+    def __init__(self, loop: Waiting, start: Callable[[socket.socket], None]) -> None:
+        self._loop = loop
+        self._start = start
+        self._line: socket.socket | None = None
+        self._pid = 0
+        self._joined: dict[int, Whose] = {}
+        self._left: deque[Target] = deque(maxlen=_LEFT)
+        """What is found out after a target has gone is recorded all the same."""
+        self._journals: dict[str, Journal] = {}
+        self._places: dict[tuple[str, str], _Place] = {}
+        """By folder and log."""
+        self._losses = 0
+        self._headway = 0.0
+        """When it has last shown any, or had nothing to do."""
+        self._ticking = False
+
+    def join(self, target: Target, tools: Callable[[], Iterable[Tool]]) -> None:
+        """Has ``target`` judged from here on, where its policy asks for it."""
+        if not target.policy.detect or id(target) in self._joined:
+            return
+        self._joined[id(target)] = Whose(target, tools)
+        self._journals[target.journal.folder] = target.journal
+        if self._line is None:
+            self._begin()
+        else:
+            self._follow(target.journal)
+        if not self._ticking:
+            self._ticking = True
+            self._headway = time.monotonic()
+            self._loop.later(_TICK_S, self._tick)
+
+    def leave(self, target: Target) -> None:
+        """It has gone."""
+        if self._joined.pop(id(target), None) is not None:
+            self._left.append(target)
+
+    def close(self) -> None:
+        """Takes in what is still to be found; the journals are closed next."""
+        if self._line is None:
+            return
+        try:
+            seqpacket.send(self._line, {"op": "drain"})
+            self._line.settimeout(_LAST_S)
+            while (received := seqpacket.receive(self._line)) is not None and received[0]["op"] != "drained":
+                self._take(received[0])
+        except (OSError, seqpacket.BadPacket) as error:
+            log.warning("the judge did not finish: %s", error)
+        self._line.close()
+
+    # -- the judge -----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._line is not None or not self._joined:
+            return
+        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._start(theirs)
+            except OSError as error:
+                log.warning("the judge cannot be started: %s", error)
+        self._loop.watch(self._line.fileno(), select.EPOLLIN, lambda _events: self._ready())
+        for folder, name in list(self._places):
+            self._read(folder, name)
+        for journal in self._journals.values():
+            self._follow(journal)
+
+    def _follow(self, journal: Journal) -> None:
+        """Has the log read that the journal writes now, from where it is now."""
+        segment = log_of(os.path.basename(journal.path))
+        if segment is not None and (journal.folder, segment[0]) not in self._places:
+            self._places[journal.folder, segment[0]] = _Place(segment[1], journal.size)
+            self._read(journal.folder, segment[0])
+
+    def _read(self, folder: str, name: str) -> None:
+        if self._line is None:
+            return
+        number, offset = self._places[folder, name]
+        try:
+            seqpacket.send(
+                self._line, {"op": "read", "folder": folder, "log": name, "number": number, "offset": offset}
+            )
+        except OSError as error:
+            log.warning("the judge is not told of %s: %s", folder, error)  # its end is about to be told
+
+    def _ready(self) -> None:
+        for _ in range(_BATCH):
+            if self._line is None:
+                return
+            try:
+                received = seqpacket.receive(self._line, socket.MSG_DONTWAIT)
+            except (BlockingIOError, InterruptedError):
+                return
+            except (OSError, seqpacket.BadPacket):
+                received = None
+            if received is None:
+                self._lost()
+                return
+            self._take(received[0])
+
+    def _take(self, message: dict[str, Any]) -> None:
+        operation = message["op"]
+        if operation == "ready":
+            self._pid = int(message["pid"])
+        elif operation == "at":
+            self._places[str(message["folder"]), str(message["log"])] = _Place(
+                int(message["number"]), int(message["offset"])
+            )
+            self._losses, self._headway = 0, time.monotonic()
+        else:
+            try:
+                self._found(message)
+            except JournalError:
+                log.exception("what was found could not be journaled")
+
+    def _lost(self) -> None:
+        assert self._line is not None  # noqa: S101 - it is watched only while it is there
+        self._loop.forget(self._line.fileno())
+        self._line.close()
+        self._line, self._pid = None, 0
+        self._losses += 1
+        log.warning("the judge is gone")
+        if self._losses >= _LOSSES:
+            self._give_up(f"the judge was lost {self._losses} times")
+        self._loop.later(_AGAIN_S[self._losses >= _LOSSES], self._begin)
+
+    def _tick(self) -> None:
+        """Looks whether it makes headway, and whether journals have begun new logs."""
+        if not self._joined:
+            self._ticking = False
+            return
+        self._loop.later(_TICK_S, self._tick)
+        for journal in {id(whose.target.journal): whose.target.journal for whose in self._joined.values()}.values():
+            self._follow(journal)
+        if all(self._is_judged(journal) for journal in self._journals.values()):
+            self._headway = time.monotonic()
+        elif time.monotonic() - self._headway > _PATIENCE_S:
+            self._headway = time.monotonic()
+            self._give_up("the judge makes no headway")
+            if self._pid:
+                try:
+                    os.kill(self._pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+    def _is_judged(self, journal: Journal) -> bool:
+        segment = log_of(os.path.basename(journal.path))
+        return segment is None or self._places.get((journal.folder, segment[0])) == (segment[1], journal.size)
+
+    def _give_up(self, why: str) -> None:
+        """Ends every call that nobody can judge and whose policy wants something done about what is found."""
+        log.warning("%s", why)
+        for target, tools in list(self._joined.values()):
+            action = max(target.policy.detect.values(), key=detection.ACTIONS.index)
+            origins = [tool.origin for tool in tools() if tool.running]
+            for origin in origins or [target.own_origin()]:
+                try:
+                    self._act(target, origin, None, UNJUDGED, why, action)
+                except JournalError:
+                    log.exception("a violation could not be journaled")
+
+    # -- what it finds -------------------------------------------------------------------------------------------------
+
+    def _found(self, message: dict[str, Any]) -> None:
+        kind, rule, span = str(message["kind"]), str(message["rule"]), str(message["span"])
+        whose = self._whose(message)
+        if whose is None:
+            self._found_late(message)
+            return
+        target, origin = whose
+        policy = target.policy.detect
+        action = policy.get(kind)
+        if kind == UNJUDGED:
+            action = max(policy.values(), key=detection.ACTIONS.index)
+        if action is None:
+            return
+        record = _record(origin.trace_id, span, kind, rule)
+        target.write(record, origin.identity)
+        origin.tally.another(origin)
+        event = SpanEvent(DETECTION, record.start_ns, record.attributes)
+        target.tag(origin.call, event)
+        if not message["ended"]:
+            target.tag(span, event)
+        self._act(target, origin, span, kind, rule, action)
+
+    def _act(self, target: Target, origin: Origin, span: str | None, kind: str, rule: str, action: str) -> None:
+        if action != detection.TAG:
+            follows = "" if action == detection.VIOLATION else action
+            target.violation(origin, span, "detection", reason=f"{kind}: {rule}", action=follows)
+
+    def _found_late(self, message: dict[str, Any]) -> None:
+        """Its target has gone: nobody is left to be ended, but it is recorded."""
+        for target in self._left:
+            if target.journal.folder == message["folder"] and target.is_of(message["resource"]):
+                if message["kind"] in target.policy.detect:
+                    record = _record(str(message["trace"]), str(message["span"]), message["kind"], message["rule"])
+                    target.write(record, _identity(message))
+                return
+
+    def _whose(self, message: dict[str, Any]) -> tuple[Target, Origin] | None:
+        """Whose doing it is; None: of none that is here and asked for it."""
+        call, span, trace = str(message["call"]), str(message["span"]), str(message["trace"])
+        for target, tools in self._joined.values():
+            if call in target.open:
+                return target, target.origin_of(target.open[call])._replace(parent_id=span)
+            for tool in tools():
+                if call == tool.call or (tool.running and tool.has(call)):
+                    return target, tool.origin._replace(parent_id=span)
+            if trace == target.trace_id:
+                return target, target.own_origin()._replace(parent_id=span)
+        return None
+
+
+def _record(trace: str, below: str, kind: str, rule: str) -> SpanRecord:
+    now = time.time_ns()
+    return SpanRecord(
+        trace_id=trace,
+        span_id=new_span_id(),
+        parent_id=below,
+        name=DETECTION,
+        kind=SpanKind.INTERNAL,
+        start_ns=now,
+        end_ns=now,
+        attributes={"ray_guard.detection.kind": kind, "ray_guard.detection.rule": rule},
+    )
+
+
+def _identity(message: dict[str, Any]) -> Fragment:
+    return fragment(dict(message["identity"]))
