@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_guard.detect import commands, payloads
 from ray_guard.cli.output import failed, say
+from ray_guard.detect import commands, payloads
 
 if TYPE_CHECKING:
     from ray_guard.detect.sigma import Rule

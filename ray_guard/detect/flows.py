@@ -22,6 +22,7 @@ LABELS: Final = 30
 SENT_BYTES: Final = 64 << 20
 """Sent to one peer, and ten times what came back."""
 _LONG: Final = 16
+_SSH_PORT: Final = 22
 _DNS_PORT: Final = 53
 _CALLS: Final = 4096
 _KEYS: Final = 256
@@ -91,6 +92,8 @@ class Flows:
             self._calls.popitem(last=False)
         if flow.protocol == "stratum":
             return Finding(Kind.MINING, "flow.stratum")
+        if flow.protocol == "ssh" and flow.port != _SSH_PORT:
+            return Finding(Kind.REVERSE_TUNNEL, "flow.ssh")
         if flow.address in METADATA_ADDRESSES:
             return Finding(Kind.METADATA, "flow.metadata")
         if flow.name and flow.port == _DNS_PORT:

@@ -17,6 +17,7 @@ on, by the supervisor. Messages are those of :mod:`ray_guard.kernel.seqpacket`:
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import select
@@ -24,6 +25,7 @@ import shlex
 import signal
 import socket
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
@@ -59,6 +61,8 @@ _OURS: Final = b'"key":"ray_guard.source","value":{"stringValue":"supervisor"}'
 def run(line: socket.socket) -> NoReturn:
     """The judge's life, until the supervisor hangs up."""
     libc.prctl(libc.PR_SET_DUMPABLE, 0)
+    name = ctypes.create_string_buffer(b"ray-guard-judge")
+    libc.prctl(libc.PR_SET_NAME, ctypes.addressof(name))
     signal.signal(signal.SIGALRM, _too_long)
     try:
         _Judge(line).serve()
@@ -92,7 +96,7 @@ class _Judge:
     def serve(self) -> None:
         seqpacket.send(self._line, {"op": "ready", "pid": os.getpid()})
         while True:
-            busy = any([self._step(log) for log in self._logs.values()])
+            busy = self._step_all()
             timeout = 0.0 if busy else None if self._watcher is not None else _BLIND_S
             ready = {descriptor for descriptor, _events in self._poll.poll(None if timeout is None else timeout * 1e3)}
             if self._line.fileno() in ready and not self._obey():
@@ -112,7 +116,7 @@ class _Judge:
         if message["op"] == "read":
             self._read(message)
         else:
-            while any([self._step(log) for log in self._logs.values()]):
+            while self._step_all():
                 pass
             for log in self._logs.values():
                 self._say(log)
@@ -130,6 +134,9 @@ class _Judge:
                 self._poll.unregister(self._watcher)
                 self._watcher = None
         self._logs[log] = Log(folder, log, int(message["number"]), int(message["offset"]))
+
+    def _step_all(self) -> bool:
+        return sum(self._step(log) for log in self._logs.values()) > 0
 
     def _step(self, log: Log) -> bool:
         """Judges a piece of what has come; False: nothing has."""
@@ -156,6 +163,9 @@ class _Judge:
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except _TooLong:
+            return list(self._cases.unjudged(line))
+        except Exception:  # noqa: BLE001 - a judge that ended here would end here again
+            traceback.print_exc()
             return list(self._cases.unjudged(line))
 
 

@@ -24,7 +24,7 @@ class Watcher:
     """
 
     def __init__(self) -> None:
-        self._descriptor = c_library.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._descriptor: int = c_library.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         if self._descriptor < 0:
             raise OSError(get_errno(), f"inotify_init1: {os.strerror(get_errno())}")
 

@@ -1,6 +1,6 @@
-"""What follows what was recognised: the policy's ``detect``. Pure; runs wherever a policy is read, and in the supervisor.
+"""What follows a finding: the policy's ``detect``. Pure, standard library only.
 
-Standard library only.
+Runs wherever a policy is read, and in the supervisor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ACTIONS: Final = (TAG, VIOLATION, "kill_call", "end_episode", "kill_actor")
 ALL: Final = "all"
 
 Actions = Mapping[str, str]
-"""For each kind of finding (:class:`ray_guard.detect.Kind`, by value) the strictest action that a policy lists it under."""
+"""By kind of finding (:class:`ray_guard.detect.Kind`, its value) the strictest action that a policy lists it under."""
 
 NOTHING: Final[Actions] = MappingProxyType({})
 

@@ -1,9 +1,9 @@
-"""What follows a violation beyond the refusal itself: ``on_violation``, and ``detect`` for what was found out. Runs in the supervisor.
+"""What follows a violation beyond the refusal itself: ``on_violation``, or ``detect`` where it was found out.
 
-The system call is refused in any case. ``kill_call`` and ``end_episode`` then bar the scope that offended, so that no
-more is granted to it whatever its code does with exceptions, and end its tool processes; ``kill_actor`` ends the
-process. A violation of no known scope (one outside any episode, or of a thread that nobody spoke for) is refused and
-recorded, and nobody is ended for it on a guess.
+Runs in the supervisor. The system call is refused in any case. ``kill_call`` and ``end_episode`` then bar the scope
+that offended, so that no more is granted to it whatever its code does with exceptions, and end its tool processes;
+``kill_actor`` ends the process. A violation of no known scope (one outside any episode, or of a thread that nobody
+spoke for) is refused and recorded, and nobody is ended for it on a guess.
 """
 
 from __future__ import annotations

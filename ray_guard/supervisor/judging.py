@@ -1,12 +1,13 @@
 """What the judge finds: told on spans, recorded, and acted on as the policy's ``detect`` says. Runs in the supervisor.
 
-The judge (:mod:`ray_guard.evidence.judge`) reads the journals of the targets whose policies ask for it. One that is lost
-is started anew and goes on where it was, so nothing remains unjudged; where that does not help, or one makes no headway,
-every call of a policy that acts on findings ends: nobody can say what it does.
+The judge (:mod:`ray_guard.evidence.judge`) reads the journals of the targets whose policies ask for it. One that is
+lost is started anew and goes on where it was, so nothing remains unjudged; where that does not help, or one makes no
+headway, every call of a policy that acts on findings ends: nobody can say what it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -14,7 +15,6 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.evidence.journal import Journal, JournalError
@@ -49,6 +49,7 @@ _LAST_S: Final = 2.0
 """How long it is waited for at the end."""
 _BATCH: Final = 64
 _LEFT: Final = 64
+_DEEDS: Final = 4096
 
 
 class Whose(NamedTuple):
@@ -83,6 +84,8 @@ class Judging:
         self._journals: dict[str, Journal] = {}
         self._places: dict[tuple[str, str], _Place] = {}
         """By folder and log."""
+        self._deeds: dict[tuple[str, str, str], None] = {}
+        """By trace, call and rule, what was told of the call and acted on; the latest ones."""
         self._losses = 0
         self._headway = 0.0
         """When it has last shown any, or had nothing to do."""
@@ -211,10 +214,8 @@ class Judging:
             self._headway = time.monotonic()
             self._give_up("the judge makes no headway")
             if self._pid:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(self._pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
 
     def _is_judged(self, journal: Journal) -> bool:
         segment = log_of(os.path.basename(journal.path))
@@ -224,77 +225,97 @@ class Judging:
         """Ends every call that nobody can judge and whose policy wants something done about what is found."""
         log.warning("%s", why)
         for target, tools in list(self._joined.values()):
-            action = max(target.policy.detect.values(), key=detection.ACTIONS.index)
+            found = _Found("", UNJUDGED, why)
+            action = _action(target, UNJUDGED) or detection.TAG
             origins = [tool.origin for tool in tools() if tool.running]
             for origin in origins or [target.own_origin()]:
                 try:
-                    self._act(target, origin, None, UNJUDGED, why, action)
+                    self._act(target, origin, found, action)
                 except JournalError:
                     log.exception("a violation could not be journaled")
 
     # -- what it finds -------------------------------------------------------------------------------------------------
 
     def _found(self, message: dict[str, Any]) -> None:
-        kind, rule, span = str(message["kind"]), str(message["rule"]), str(message["span"])
         whose = self._whose(message)
         if whose is None:
-            self._found_late(message)
-            return
+            return  # of none that asked for it
         target, origin = whose
-        policy = target.policy.detect
-        action = policy.get(kind)
-        if kind == UNJUDGED:
-            action = max(policy.values(), key=detection.ACTIONS.index)
+        found = _Found(str(message["span"]), str(message["kind"]), str(message["rule"]))
+        action = _action(target, found.kind)
         if action is None:
             return
-        record = _record(origin.trace_id, span, kind, rule)
+        record = _record(origin.trace_id, found)
         target.write(record, origin.identity)
         origin.tally.another(origin)
         event = SpanEvent(DETECTION, record.start_ns, record.attributes)
-        target.tag(origin.call, event)
         if not message["ended"]:
-            target.tag(span, event)
-        self._act(target, origin, span, kind, rule, action)
+            target.tag(found.span, event)
+        # A shell's command line names what it starts: one deed, which each of its processes shows.
+        deed = (origin.trace_id, origin.call or "", found.rule)
+        if deed in self._deeds:
+            return
+        self._deeds[deed] = None
+        if len(self._deeds) > _DEEDS:
+            self._deeds.pop(next(iter(self._deeds)))
+        if origin.call is not None:
+            target.tag(origin.call, event)
+        self._act(target, origin, found, action)
 
-    def _act(self, target: Target, origin: Origin, span: str | None, kind: str, rule: str, action: str) -> None:
+    def _act(self, target: Target, origin: Origin, found: _Found, action: str) -> None:
         if action != detection.TAG:
-            follows = "" if action == detection.VIOLATION else action
-            target.violation(origin, span, "detection", reason=f"{kind}: {rule}", action=follows)
-
-    def _found_late(self, message: dict[str, Any]) -> None:
-        """Its target has gone: nobody is left to be ended, but it is recorded."""
-        for target in self._left:
-            if target.journal.folder == message["folder"] and target.is_of(message["resource"]):
-                if message["kind"] in target.policy.detect:
-                    record = _record(str(message["trace"]), str(message["span"]), message["kind"], message["rule"])
-                    target.write(record, _identity(message))
-                return
+            target.violation(
+                origin,
+                found.span or None,
+                "detection",
+                reason=f"{found.kind}: {found.rule}",
+                report_only=id(target) not in self._joined,  # it has gone: nobody is left to be ended
+                action="" if action == detection.VIOLATION else action,
+            )
 
     def _whose(self, message: dict[str, Any]) -> tuple[Target, Origin] | None:
-        """Whose doing it is; None: of none that is here and asked for it."""
+        """Whose doing it is; None: of none that asked for it."""
         call, span, trace = str(message["call"]), str(message["span"]), str(message["trace"])
         for target, tools in self._joined.values():
             if call in target.open:
                 return target, target.origin_of(target.open[call])._replace(parent_id=span)
             for tool in tools():
-                if call == tool.call or (tool.running and tool.has(call)):
+                if tool.running and (call == tool.call or tool.has(call)):
                     return target, tool.origin._replace(parent_id=span)
-            if trace == target.trace_id:
-                return target, target.own_origin()._replace(parent_id=span)
+        here = [target for target, _tools in self._joined.values() if target.is_of(message["resource"])]
+        gone = [target for target in self._left if target.is_of(message["resource"])]
+        for target in (*here, *gone):
+            # Its call has ended meanwhile, or there was none.
+            own = target.own_origin()._replace(trace_id=trace, parent_id=span, identity=_identity(message))
+            return target, own._replace(episode=target.episode_of(trace))
         return None
 
 
-def _record(trace: str, below: str, kind: str, rule: str) -> SpanRecord:
+class _Found(NamedTuple):
+    """``span``: of the process or flow; empty: of none."""
+
+    span: str
+    kind: str
+    rule: str
+
+
+def _action(target: Target, kind: str) -> str | None:
+    """What its policy wants to follow; None: nothing, not even a tag."""
+    policy = target.policy.detect
+    return max(policy.values(), key=detection.ACTIONS.index) if kind == UNJUDGED else policy.get(kind)
+
+
+def _record(trace: str, found: _Found) -> SpanRecord:
     now = time.time_ns()
     return SpanRecord(
         trace_id=trace,
         span_id=new_span_id(),
-        parent_id=below,
+        parent_id=found.span,
         name=DETECTION,
         kind=SpanKind.INTERNAL,
         start_ns=now,
         end_ns=now,
-        attributes={"ray_guard.detection.kind": kind, "ray_guard.detection.rule": rule},
+        attributes={"ray_guard.detection.kind": found.kind, "ray_guard.detection.rule": found.rule},
     )
 
 

@@ -162,9 +162,7 @@ class Offences:
         events, attributes, error = self.take(record.span_id)
         if not events:
             return record
-        record = record._replace(
-            attributes={**attributes, **record.attributes}, events=(*record.events, *events)
-        )
+        record = record._replace(attributes={**attributes, **record.attributes}, events=(*record.events, *events))
         if not error:
             return record
         return record._replace(
@@ -384,6 +382,11 @@ class Target:
             identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
             span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call, Tally())
         return span.origin if parent is None else span.origin._replace(parent_id=parent)
+
+    def episode_of(self, trace_id: str) -> str | None:
+        """The open episode of a trace."""
+        spans = (span for span in self.open.values() if span.scope == "episode")
+        return next((span.episode for span in spans if span.record.trace_id == trace_id), None)
 
     def origin_of(self, span: OpenSpan) -> Origin:
         """An open call, or an open episode, of which then no call is known."""
