@@ -9,6 +9,7 @@ on, by the supervisor. Messages are those of :mod:`ray_guard.kernel.seqpacket`:
     supervisor → judge   read {folder, log, number, offset}    a log, from there on
     judge → supervisor   found {folder, trace, span, call, kind, rule, ended, identity, resource}
     judge → supervisor   at {folder, log, number, offset}      all before it is judged
+    supervisor → judge   command {folder, trace, span, call, argv, path}    of a program that has no span
     supervisor → judge   drain                                 answered once all that is there now is judged
     judge → supervisor   drained
 
@@ -27,7 +28,8 @@ import socket
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NoReturn
 
 from ray_guard.detect import Finding, commands
@@ -39,6 +41,7 @@ from ray_guard.records import AttributeValue, SpanRecord
 
 UNJUDGED: Final = "unjudged"
 """Kind of what took too long to be judged."""
+_Case = dict[str, Any]
 IDENTITY: Final = (
     *("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version"),
     *("ray_guard.source",),
@@ -115,6 +118,11 @@ class _Judge:
         seqpacket.close_all(descriptors)
         if message["op"] == "read":
             self._read(message)
+        elif message["op"] == "command":
+            for case in _timed(
+                partial(self._cases.of_command, message), partial(self._cases.unjudged_command, message)
+            ):
+                seqpacket.send(self._line, {"op": "found", "folder": message["folder"], **case})
         else:
             while self._step_all():
                 pass
@@ -153,20 +161,25 @@ class _Judge:
         place = {"folder": log.folder, "log": log.name, "number": log.number, "offset": log.offset}
         seqpacket.send(self._line, {"op": "at", **place})
 
-    def _judged(self, line: bytes) -> list[dict[str, Any]]:
+    def _judged(self, line: bytes) -> list[_Case]:
         if _OURS not in line or not (_PROCESS in line or _EGRESS in line):
             return []
+        return _timed(partial(self._cases.of, line), partial(self._cases.unjudged, line))
+
+
+def _timed(judge: Callable[[], Iterable[_Case]], unjudged: Callable[[], Iterable[_Case]]) -> list[_Case]:
+    """What ``judge`` says, or ``unjudged`` where that takes too long, or fails."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S)
         try:
-            signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S)
-            try:
-                return list(self._cases.of(line))
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except _TooLong:
-            return list(self._cases.unjudged(line))
-        except Exception:  # noqa: BLE001 - a judge that ended here would end here again
-            traceback.print_exc()
-            return list(self._cases.unjudged(line))
+            return list(judge())
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _TooLong:
+        return list(unjudged())
+    except Exception:  # noqa: BLE001 - a judge that ended here would end here again
+        traceback.print_exc()
+        return list(unjudged())
 
 
 class Log:
@@ -232,7 +245,7 @@ class Cases:
         """By process span, its call."""
         self._said: OrderedDict[tuple[str, str], None] = OrderedDict()
 
-    def of(self, line: bytes) -> Iterator[dict[str, Any]]:
+    def of(self, line: bytes) -> Iterator[_Case]:
         """What there is to say of a line."""
         for resource, record in _decoded(line):
             if record.name.startswith("process "):
@@ -246,7 +259,17 @@ class Cases:
             if found is not None and self._is_new(whose or record.trace_id, found.rule):
                 yield _case(record, call, found.kind.value, found.rule, resource)
 
-    def unjudged(self, line: bytes) -> Iterator[dict[str, Any]]:
+    def of_command(self, asked: Mapping[str, Any]) -> Iterator[_Case]:
+        """What there is to say of a program that has no span: it is told below the one that its process had before."""
+        found = _judged_command(_spelled(asked["argv"], asked["path"]))
+        if found is not None and self._is_new(asked["call"] or asked["trace"], found.rule):
+            yield _unrecorded(asked, found.kind.value, found.rule)
+
+    def unjudged_command(self, asked: Mapping[str, Any]) -> Iterator[_Case]:
+        """See :meth:`unjudged`."""
+        yield _unrecorded(asked, UNJUDGED, UNJUDGED)
+
+    def unjudged(self, line: bytes) -> Iterator[_Case]:
         """What there is to say where judging it took too long."""
         for resource, record in _decoded(line):
             if self._is_new(record.span_id, UNJUDGED):
@@ -279,10 +302,13 @@ def _decoded(line: bytes) -> list[tuple[Any, SpanRecord]]:
 
 
 def _command(record: SpanRecord) -> str:
-    words = record.attributes.get("process.command_args")
-    if isinstance(words, tuple | list) and words:
-        return shlex.join(map(str, words))
-    return str(record.attributes.get("process.executable.path") or "")
+    words, path = (record.attributes.get(f"process.{key}") for key in ("command_args", "executable.path"))
+    return _spelled(words if isinstance(words, tuple | list) else (), str(path or ""))
+
+
+def _spelled(words: Sequence[object], path: str) -> str:
+    """As a shell would take it."""
+    return shlex.join(map(str, words)) if words else path
 
 
 @functools.lru_cache(maxsize=1024)
@@ -309,7 +335,12 @@ def _number(value: AttributeValue | None) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _case(record: SpanRecord, call: str, kind: str, rule: str, resource: Any) -> dict[str, Any]:
+def _unrecorded(asked: Mapping[str, Any], kind: str, rule: str) -> _Case:
+    whose = {key: asked[key] for key in ("trace", "span", "call")}
+    return {**whose, "kind": kind, "rule": rule, "ended": True, "identity": {}, "resource": ""}
+
+
+def _case(record: SpanRecord, call: str, kind: str, rule: str, resource: Any) -> _Case:
     return {
         "trace": record.trace_id,
         "span": record.span_id,

@@ -15,6 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.evidence.journal import Journal, JournalError
@@ -30,6 +31,7 @@ from ray_guard.records import SpanEvent, SpanKind, SpanRecord
 if TYPE_CHECKING:
     from ray_guard.egress.made import Waiting
     from ray_guard.evidence.otlp import Fragment
+    from ray_guard.supervisor.process_spans import Image
     from ray_guard.supervisor.target import Origin, Target
     from ray_guard.supervisor.tools import Tool
 
@@ -96,6 +98,7 @@ class Judging:
         if not target.policy.detect or id(target) in self._joined:
             return
         self._joined[id(target)] = Whose(target, tools)
+        target.left_out = partial(self._ask, target)
         self._journals[target.journal.folder] = target.journal
         if self._line is None:
             self._begin()
@@ -158,6 +161,19 @@ class Judging:
             )
         except OSError as error:
             log.warning("the judge is not told of %s: %s", folder, error)  # its end is about to be told
+
+    def _ask(self, target: Target, origin: Origin, image: Image) -> None:
+        """Has the judge told of a program that is not in the journal: its call has executed too many."""
+        asked = {"trace": origin.trace_id, "span": image.parent, "call": origin.call or "", "path": image.path}
+        try:
+            if self._line is None:
+                raise BrokenPipeError
+            message = {"op": "command", "folder": target.journal.folder, "argv": image.arguments.shown, **asked}
+            seqpacket.send(self._line, message, flags=socket.MSG_DONTWAIT)
+        except OSError:  # it does not keep up: what is behind this one nobody would know
+            found = _Found(image.parent, UNJUDGED, "too many programs were executed")
+            if self._is_new(origin, found.rule):
+                self._act(target, origin, found, _action(target, UNJUDGED) or detection.TAG)
 
     def _ready(self) -> None:
         for _ in range(_BATCH):
@@ -252,15 +268,19 @@ class Judging:
         if not message["ended"]:
             target.tag(found.span, event)
         # A shell's command line names what it starts: one deed, which each of its processes shows.
-        deed = (origin.trace_id, origin.call or "", found.rule)
+        if self._is_new(origin, found.rule):
+            target.tag(origin.call, event)
+            self._act(target, origin, found, action)
+
+    def _is_new(self, origin: Origin, rule: str) -> bool:
+        """Whether that is the first time in its call."""
+        deed = (origin.trace_id, origin.call or "", rule)
         if deed in self._deeds:
-            return
+            return False
         self._deeds[deed] = None
         if len(self._deeds) > _DEEDS:
-            self._deeds.pop(next(iter(self._deeds)))
-        if origin.call is not None:
-            target.tag(origin.call, event)
-        self._act(target, origin, found, action)
+            del self._deeds[next(iter(self._deeds))]
+        return True
 
     def _act(self, target: Target, origin: Origin, found: _Found, action: str) -> None:
         if action != detection.TAG:

@@ -85,6 +85,7 @@ class ProcessSpans:
         """As :meth:`begin`, for one that has ended: that is all there will be to write."""
         if self.full:
             self.left_out += 1
+            self._target.left_out(self._origin, image)
             return None
         self._begun += 1
         self._origin.tally.another(self._origin)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
@@ -27,6 +27,9 @@ from ray_guard.supervisor import fields
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.segments import Tally, links_of
 from ray_guard.supervisor.view import Views
+
+if TYPE_CHECKING:
+    from ray_guard.supervisor.process_spans import Image
 
 log = logger("ray_guard.target")
 
@@ -209,6 +212,8 @@ class Target:
         """Reads what the target has sent so far; set by its session."""
         self.offended: Callable[[Origin, Violation], None] = lambda _origin, _violation: None
         """Told of every violation that stands in the journal; see :mod:`ray_guard.supervisor.consequences`."""
+        self.left_out: Callable[[Origin, Image], None] = lambda _origin, _image: None
+        """Told of every program that is executed and has no span; see :mod:`ray_guard.supervisor.judging`."""
         self.warn: Callable[[str], None] = lambda _text: None
         """Has the target log a warning; set by its session."""
         self.account = self._scope_account(Scope.ACTOR, actor_id, around)
