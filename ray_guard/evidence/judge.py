@@ -7,13 +7,13 @@ on, by the supervisor. Messages are those of :mod:`ray_guard.kernel.seqpacket`:
 
     judge → supervisor   ready {pid}
     supervisor → judge   read {folder, log, number, offset}    a log, from there on
-    judge → supervisor   found {folder, trace, span, call, kind, rule, ended, identity, resource}
+    judge → supervisor   found {folder, trace, span, process, call, kind, rule, ended, identity, resource}
     judge → supervisor   at {folder, log, number, offset}      all before it is judged
     supervisor → judge   command {folder, trace, span, call, argv, path}    of a program that has no span
     supervisor → judge   drain                                 answered once all that is there now is judged
     judge → supervisor   drained
 
-``call`` is the innermost span above a process or flow that is no process itself, as far as the judge has read.
+``process`` is the program's above a flow; ``call`` is the innermost span above a process or flow that is no process itself, as far as the judge has read.
 """
 
 from __future__ import annotations
@@ -230,10 +230,16 @@ class Log:
             return False
         if self._piece():  # it was written between the two looks
             return True
-        os.close(self._descriptor)
-        self._descriptor, self._rest = -1, b""
+        self.close()
+        self._rest = b""
         self.number, self.offset = self.number + 1, 0
         return True
+
+    def close(self) -> None:
+        """It can be read on."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class Cases:
@@ -257,7 +263,9 @@ class Cases:
                 call = whose = self._call_of(record)
                 found = self._flows.judge(call or record.trace_id, _flow(record))
             if found is not None and self._is_new(whose or record.trace_id, found.rule):
-                yield _case(record, call, found.kind.value, found.rule, resource)
+                above = record.parent_id or ""
+                process = above if above in self._calls and whose == call else ""
+                yield {**_case(record, call, found.kind.value, found.rule, resource), "process": process}
 
     def of_command(self, asked: Mapping[str, Any]) -> Iterator[_Case]:
         """What there is to say of a program that has no span: it is told below the one that its process had before."""
@@ -337,13 +345,22 @@ def _number(value: AttributeValue | None) -> int:
 
 def _unrecorded(asked: Mapping[str, Any], kind: str, rule: str) -> _Case:
     whose = {key: asked[key] for key in ("trace", "span", "call")}
-    return {**whose, "kind": kind, "rule": rule, "ended": True, "identity": {}, "resource": ""}
+    return {
+        **whose,
+        "process": asked["span"],
+        "kind": kind,
+        "rule": rule,
+        "ended": True,
+        "identity": {},
+        "resource": "",
+    }
 
 
 def _case(record: SpanRecord, call: str, kind: str, rule: str, resource: Any) -> _Case:
     return {
         "trace": record.trace_id,
         "span": record.span_id,
+        "process": "",
         "call": call,
         "kind": kind,
         "rule": rule,

@@ -265,8 +265,8 @@ class Judging:
         target.write(record, origin.identity)
         origin.tally.another(origin)
         event = SpanEvent(DETECTION, record.start_ns, record.attributes)
-        if not message["ended"]:
-            target.tag(found.span, event)
+        for open_still in (*(() if message["ended"] else (found.span,)), str(message["process"])):
+            target.tag(open_still or None, event)
         # A shell's command line names what it starts: one deed, which each of its processes shows.
         if self._is_new(origin, found.rule):
             target.tag(origin.call, event)
