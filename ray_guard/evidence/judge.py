@@ -1,51 +1,42 @@
 """The judge: reads a journal as it grows, and says what in it tunnels, mines, probes or leaks.
 
 Runs in the judge, a child of the zygote and helper of the supervisor, only where a policy's ``detect`` asks for it.
-Standard library only. Nobody's system call waits for it: what it judges stands in the journal already. It holds no
+Nobody's system call waits for it: what it judges stands in the journal already. It holds no
 queue, for the journal is one: in a flood it falls behind, and says how far it is. What it says is recorded, and acted
 on, by the supervisor. Messages are those of :mod:`ray_guard.kernel.seqpacket`:
 
     judge → supervisor   ready {pid}
     supervisor → judge   read {folder, log, number, offset}    a log, from there on
-    judge → supervisor   found {folder, trace, span, process, call, kind, rule, ended, identity, resource}
+    judge → supervisor   found {folder, trace, span, process, call, kind, rule, rules, ended, identity, resource}
     judge → supervisor   at {folder, log, number, offset}      all before it is judged
+    supervisor → judge   rules {path}                          Sigma rules, to judge by from now on
+    judge → supervisor   rules {path, digest | error}
     supervisor → judge   command {folder, trace, span, call, argv, path}    of a program that has no span
     supervisor → judge   drain                                 answered once all that is there now is judged
     judge → supervisor   drained
 
-``process`` is the program's above a flow; ``call`` is the innermost span above a process or flow that is no process itself, as far as the judge has read.
+``rules`` of a finding is the digest of the Sigma rules that made it; empty: one of our own did. ``process`` is the span
+of the program above a flow, ``call`` the innermost above either that is no program's, as far as the judge has read.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import select
-import shlex
 import signal
 import socket
 import time
 import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final, NoReturn
 
-from ray_guard.detect import Finding, commands
-from ray_guard.detect.flows import Flow, Flows
+from ray_guard.evidence.cases import Case, Cases
 from ray_guard.evidence.layout import segment_name
-from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode, resource_key
+from ray_guard.evidence.otlp import LINE_LIMIT
 from ray_guard.kernel import inotify, libc, seqpacket
-from ray_guard.records import AttributeValue, SpanRecord
 
-UNJUDGED: Final = "unjudged"
-"""Kind of what took too long to be judged."""
-_Case = dict[str, Any]
-IDENTITY: Final = (
-    *("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version"),
-    *("ray_guard.source",),
-)
 _PIECE: Final = 1 << 18
 _ROUND_S: Final = 0.01
 """Between two looks at least: many records cost one waking."""
@@ -54,8 +45,6 @@ _BLIND_S: Final = 0.05
 _SAY_S: Final = 0.25
 _PATIENCE_S: Final = 2.0
 """For one record."""
-_CALLS: Final = 1 << 16
-_SAID: Final = 1 << 14
 _PROCESS: Final = b'"name":"process '
 _EGRESS: Final = b'"name":"egress connect"'
 _OURS: Final = b'"key":"ray_guard.source","value":{"stringValue":"supervisor"}'
@@ -118,6 +107,8 @@ class _Judge:
         seqpacket.close_all(descriptors)
         if message["op"] == "read":
             self._read(message)
+        elif message["op"] == "rules":
+            seqpacket.send(self._line, {"op": "rules", "path": message["path"], **self._cases.take(message["path"])})
         elif message["op"] == "command":
             for case in _timed(
                 partial(self._cases.of_command, message), partial(self._cases.unjudged_command, message)
@@ -161,13 +152,13 @@ class _Judge:
         place = {"folder": log.folder, "log": log.name, "number": log.number, "offset": log.offset}
         seqpacket.send(self._line, {"op": "at", **place})
 
-    def _judged(self, line: bytes) -> list[_Case]:
+    def _judged(self, line: bytes) -> list[Case]:
         if _OURS not in line or not (_PROCESS in line or _EGRESS in line):
             return []
         return _timed(partial(self._cases.of, line), partial(self._cases.unjudged, line))
 
 
-def _timed(judge: Callable[[], Iterable[_Case]], unjudged: Callable[[], Iterable[_Case]]) -> list[_Case]:
+def _timed(judge: Callable[[], Iterable[Case]], unjudged: Callable[[], Iterable[Case]]) -> list[Case]:
     """What ``judge`` says, or ``unjudged`` where that takes too long, or fails."""
     try:
         signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S)
@@ -240,131 +231,3 @@ class Log:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-class Cases:
-    """What lines of a journal give cause to say, each once."""
-
-    def __init__(self) -> None:
-        self._flows = Flows()
-        self._calls: OrderedDict[str, str] = OrderedDict()
-        """By process span, its call."""
-        self._said: OrderedDict[tuple[str, str], None] = OrderedDict()
-
-    def of(self, line: bytes) -> Iterator[_Case]:
-        """What there is to say of a line."""
-        for resource, record in _decoded(line):
-            if record.name.startswith("process "):
-                first = record.span_id not in self._calls
-                call = self._enter(record)
-                found = _judged_command(_command(record)) if first else None
-                whose = record.span_id
-            else:
-                call = whose = self._call_of(record)
-                found = self._flows.judge(call or record.trace_id, _flow(record))
-            if found is not None and self._is_new(whose or record.trace_id, found.rule):
-                above = record.parent_id or ""
-                process = above if above in self._calls and whose == call else ""
-                yield {**_case(record, call, found.kind.value, found.rule, resource), "process": process}
-
-    def of_command(self, asked: Mapping[str, Any]) -> Iterator[_Case]:
-        """What there is to say of a program that has no span: it is told below the one that its process had before."""
-        found = _judged_command(_spelled(asked["argv"], asked["path"]))
-        if found is not None and self._is_new(asked["call"] or asked["trace"], found.rule):
-            yield _unrecorded(asked, found.kind.value, found.rule)
-
-    def unjudged_command(self, asked: Mapping[str, Any]) -> Iterator[_Case]:
-        """See :meth:`unjudged`."""
-        yield _unrecorded(asked, UNJUDGED, UNJUDGED)
-
-    def unjudged(self, line: bytes) -> Iterator[_Case]:
-        """What there is to say where judging it took too long."""
-        for resource, record in _decoded(line):
-            if self._is_new(record.span_id, UNJUDGED):
-                yield _case(record, self._call_of(record), UNJUDGED, UNJUDGED, resource)
-
-    def _enter(self, record: SpanRecord) -> str:
-        call = self._calls[record.span_id] = self._call_of(record)
-        if len(self._calls) > _CALLS:
-            self._calls.popitem(last=False)
-        return call
-
-    def _call_of(self, record: SpanRecord) -> str:
-        above = record.parent_id or ""
-        return self._calls.get(above, above)
-
-    def _is_new(self, whose: str, rule: str) -> bool:
-        if (whose, rule) in self._said:
-            return False
-        self._said[whose, rule] = None
-        if len(self._said) > _SAID:
-            self._said.popitem(last=False)
-        return True
-
-
-def _decoded(line: bytes) -> list[tuple[Any, SpanRecord]]:
-    try:
-        return [(resource.attributes, record) for resource, record in decode(line)]
-    except NotOtlp:
-        return []
-
-
-def _command(record: SpanRecord) -> str:
-    words, path = (record.attributes.get(f"process.{key}") for key in ("command_args", "executable.path"))
-    return _spelled(words if isinstance(words, tuple | list) else (), str(path or ""))
-
-
-def _spelled(words: Sequence[object], path: str) -> str:
-    """As a shell would take it."""
-    return shlex.join(map(str, words)) if words else path
-
-
-@functools.lru_cache(maxsize=1024)
-def _judged_command(text: str) -> Finding | None:
-    return commands.judge(text)  # an agent runs the same few programs over and over
-
-
-def _flow(record: SpanRecord) -> Flow:
-    said: Callable[[str], AttributeValue | None] = record.attributes.get
-    address, name = str(said("network.peer.address") or ""), str(said("server.address") or "")
-    return Flow(
-        time_ns=record.start_ns,
-        address=address,
-        port=_number(said("network.peer.port")),
-        name=name if name != address else "",
-        in_vain=said("ray_guard.egress.decision") == "deny" or said("error.type") is not None,
-        sent=_number(said("ray_guard.egress.bytes_sent")),
-        received=_number(said("ray_guard.egress.bytes_received")),
-        protocol=str(said("ray_guard.egress.protocol") or ""),
-    )
-
-
-def _number(value: AttributeValue | None) -> int:
-    return value if isinstance(value, int) else 0
-
-
-def _unrecorded(asked: Mapping[str, Any], kind: str, rule: str) -> _Case:
-    whose = {key: asked[key] for key in ("trace", "span", "call")}
-    return {
-        **whose,
-        "process": asked["span"],
-        "kind": kind,
-        "rule": rule,
-        "ended": True,
-        "identity": {},
-        "resource": "",
-    }
-
-
-def _case(record: SpanRecord, call: str, kind: str, rule: str, resource: Any) -> _Case:
-    return {
-        "trace": record.trace_id,
-        "span": record.span_id,
-        "process": "",
-        "call": call,
-        "kind": kind,
-        "rule": rule,
-        "ended": record.end_ns is not None,
-        "identity": {key: record.attributes[key] for key in IDENTITY if key in record.attributes},
-        "resource": resource_key(resource),
-    }

@@ -524,6 +524,8 @@ class CompiledPolicy(NamedTuple):
     on_violation: str = "deny"
     detect: detection.Actions = detection.NOTHING
     """What follows a finding, by its kind."""
+    rules: tuple[str, ...] = ()
+    """Paths of Sigma rules that findings are made by, too."""
     require: frozenset[str] = frozenset()
     wires: tuple[Mapping[str, Any], ...] = ()
     """What each was built from (:meth:`ray_guard.Policy.to_wire`), for what is enforced elsewhere."""
@@ -604,6 +606,7 @@ class CompiledPolicy(NamedTuple):
             survivors=_stricter(_STRICTER_SURVIVORS, ours.survivors, theirs.survivors),
             on_violation=_stricter(_STRICTER_VIOLATION, ours.on_violation, theirs.on_violation),
             detect=detection.stricter(self.detect, other.detect),
+            rules=tuple(dict.fromkeys(self.rules + other.rules)),
             require=self.require | other.require,
             wires=self.wires + other.wires,
             limits_enforced={scope: tightest(self.limits(scope), other.limits(scope)) for scope in Scope},
@@ -715,6 +718,7 @@ def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
         survivors=wire.word("survivors", _STRICTER_SURVIVORS),
         on_violation=wire.word("on_violation", _STRICTER_VIOLATION),
         detect=_detect(wire.child("detect"), mode),
+        rules=tuple(detection.rules(each) for each in wire.child("detect").texts("rules")),
         require=frozenset(wire.texts("require")),
         wires=(MappingProxyType({str(key): value for key, value in wire.value.items()}),),
         limits_enforced=limits if mode is Mode.ENFORCE else {},
@@ -723,7 +727,7 @@ def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
 
 
 def _detect(wire: _Wire, mode: Mode) -> detection.Actions:
-    wire.only(*detection.ACTIONS)
+    wire.only(*detection.ACTIONS, "rules")
     said = {action: [detection.word(each) for each in wire.texts(action)] for action in detection.ACTIONS}
     return detection.actions(said, enforced=mode is Mode.ENFORCE)
 

@@ -5,6 +5,7 @@ Runs wherever a policy is read, and in the supervisor.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
@@ -20,17 +21,29 @@ ACTIONS: Final = (TAG, VIOLATION, "kill_call", "end_episode", "kill_actor")
 ALL: Final = "all"
 
 Actions = Mapping[str, str]
-"""By kind of finding (:class:`ray_guard.detect.Kind`, its value) the strictest action that a policy lists it under."""
+"""By kind of finding (a :class:`ray_guard.detect.Kind`, or ``other``) the strictest action that lists it."""
 
 NOTHING: Final[Actions] = MappingProxyType({})
 
 
+OTHER: Final = "other"
+"""What a rule of other people's finds that is of none of our kinds."""
+_WORDS: Final = (*(kind.value for kind in Kind), OTHER)
+
+
 def word(value: object) -> str:
     """A kind of finding, or ``all``. Raises PolicyError."""
-    known = [ALL, *(kind.value for kind in Kind)]
+    known = [ALL, *_WORDS]
     if isinstance(value, str) and value in known:
         return str(value)
     raise PolicyError("", value, f"one of {', '.join(known)}{meant(value, known)}")
+
+
+def rules(value: object) -> str:
+    """The path of a Sigma rule, or of a folder that holds some. Raises PolicyError."""
+    if not isinstance(value, str | os.PathLike) or not os.path.isabs(path := os.fspath(value)) or "\0" in path:
+        raise PolicyError("", value, "the absolute path of a Sigma rule, or of a folder of them")
+    return os.path.normpath(path)
 
 
 def actions(said: Mapping[str, Sequence[str]], *, enforced: bool) -> Actions:
@@ -43,7 +56,7 @@ def actions(said: Mapping[str, Sequence[str]], *, enforced: bool) -> Actions:
     found: dict[str, str] = {}
     for action in ACTIONS:
         for each in said.get(action, ()):
-            for kind in [kind.value for kind in Kind] if each == ALL else [each]:
+            for kind in _WORDS if each == ALL else (each,):
                 found[kind] = action if enforced else TAG
     return found
 

@@ -48,7 +48,7 @@ SUPPORTED: Final = frozenset(
         "model_endpoint",
         "budgets.episode.wall_seconds",
         *(f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")),
-        *(f"detect.{action}" for action in detection.ACTIONS),
+        *(f"detect.{key}" for key in (*detection.ACTIONS, "rules")),
         "subprocess.confine",
         "subprocess.plain",
         "survivors.kill",
@@ -71,7 +71,7 @@ _ASKS_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {
     "egress.proxy": (None,),
     "model_endpoint": (None,),
     "gpu": ("any",),
-    **{f"detect.{action}": ([],) for action in detection.ACTIONS},
+    **{f"detect.{key}": ([],) for key in (*detection.ACTIONS, "rules")},
     "files.hide": ([],),
     "files.protect": ([],),
 }

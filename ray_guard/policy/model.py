@@ -108,6 +108,7 @@ class Files(_Model):
     protect: tuple[Annotated[str, _place()], ...] = ()
 
 
+SigmaRules = Annotated[str, BeforeValidator(detection.rules)]
 Detected = Annotated[str, BeforeValidator(detection.word)]
 
 
@@ -115,7 +116,8 @@ class Detect(_Model):
     """What is judged live, and what follows where it is found: kinds of findings, or ``all``.
 
     A finding's strictest action holds. ``tag``: it is told on its spans; ``violation``: it counts as one, and
-    ``on_violation`` says what follows; the others end the call, its episode, or the actor.
+    ``on_violation`` says what follows; the others end the call, its episode, or the actor. ``rules`` are Sigma rules
+    about processes, files or folders, that are judged by beside the own ones.
     """
 
     tag: tuple[Detected, ...] = ()
@@ -123,6 +125,7 @@ class Detect(_Model):
     kill_call: tuple[Detected, ...] = ()
     end_episode: tuple[Detected, ...] = ()
     kill_actor: tuple[Detected, ...] = ()
+    rules: tuple[SigmaRules, ...] = ()
 
 
 class Budget(_Model):

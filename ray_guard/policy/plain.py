@@ -173,6 +173,9 @@ _KEYS: Final[Mapping[str, Any]] = {
     "subprocess": (_one_of("confine", "plain"), "confine"),
     "survivors": (_one_of("kill", "keep"), "kill"),
     "on_violation": (_one_of("deny", "kill_call", "end_episode", "kill_actor"), "deny"),
-    "detect": {action: (_list_of(_checked(detection.word)), []) for action in detection.ACTIONS},
+    "detect": {
+        **{action: (_list_of(_checked(detection.word)), []) for action in detection.ACTIONS},
+        "rules": (_list_of(_checked(detection.rules)), []),
+    },
     "require": (_list_of(_one_of("egress", "processes", "files", "gpu")), ["egress", "processes", "files"]),
 }

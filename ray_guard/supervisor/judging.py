@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import Journal, JournalError
 from ray_guard.evidence.layout import log_of
 from ray_guard.evidence.otlp import fragment
@@ -55,10 +56,15 @@ _DEEDS: Final = 4096
 
 
 class Whose(NamedTuple):
-    """A target, and its tools."""
+    """A target, its tools, and the digests of the Sigma rules of its policy."""
 
     target: Target
     tools: Callable[[], Iterable[Tool]]
+    rules: frozenset[str]
+
+    def asks_for(self, message: dict[str, Any]) -> bool:
+        """Whether that finding was made by rules of its policy's."""
+        return not message["rules"] or message["rules"] in self.rules
 
 
 class _Place(NamedTuple):
@@ -81,11 +87,19 @@ class Judging:
         self._line: socket.socket | None = None
         self._pid = 0
         self._joined: dict[int, Whose] = {}
-        self._left: deque[Target] = deque(maxlen=_LEFT)
+        self._left: deque[Whose] = deque(maxlen=_LEFT)
         """What is found out after a target has gone is recorded all the same."""
         self._journals: dict[str, Journal] = {}
         self._places: dict[tuple[str, str], _Place] = {}
         """By folder and log."""
+        self._rules: dict[str, tuple[str, str]] = {}
+        """By path, their digest, or why there is none."""
+        self._held: set[str] = set()
+        """The digests of the rules that this judge has read."""
+        self._unread: set[str] = set()
+        """Paths of those that the one before had, and that this one is still to read."""
+        self._waiting: list[tuple[set[str], Callable[[], None]]] = []
+        """Rules that are still to be read, and what is done when they are."""
         self._deeds: dict[tuple[str, str, str], None] = {}
         """By trace, call and rule, what was told of the call and acted on; the latest ones."""
         self._losses = 0
@@ -93,11 +107,36 @@ class Judging:
         """When it has last shown any, or had nothing to do."""
         self._ticking = False
 
+    def read_rules(self, paths: Iterable[str], then: Callable[[], None]) -> None:
+        """Has the Sigma rules there read, and calls ``then`` when they are, or cannot be (:meth:`digests`)."""
+        unread = set(paths)
+        self._waiting.append((unread, then))
+        if self._line is None:
+            self._begin()
+        else:
+            for path in unread:
+                self._tell({"op": "rules", "path": path})
+
+    def digests(self, paths: Iterable[str]) -> frozenset[str]:
+        """Of the rules there, as they were read last.
+
+        Raises:
+            NotEnforced: they could not be.
+        """
+        found = {path: self._rules.get(path, ("", "the judge is lost")) for path in paths}
+        for digest, why in found.values():
+            if not digest:
+                raise NotEnforced(["detect.rules"], why)
+        return frozenset(digest for digest, _why in found.values())
+
     def join(self, target: Target, tools: Callable[[], Iterable[Tool]]) -> None:
         """Has ``target`` judged from here on, where its policy asks for it."""
-        if not target.policy.detect or id(target) in self._joined:
-            return
-        self._joined[id(target)] = Whose(target, tools)
+        try:
+            rules = self.digests(target.policy.rules)
+        except NotEnforced:  # it was taken over: a new one waits until its rules are read
+            rules = frozenset()
+            self.read_rules(target.policy.rules, partial(self._join_again, target, tools))
+        self._joined[id(target)] = Whose(target, tools, rules)
         target.left_out = partial(self._ask, target)
         self._journals[target.journal.folder] = target.journal
         if self._line is None:
@@ -109,10 +148,19 @@ class Judging:
             self._headway = time.monotonic()
             self._loop.later(_TICK_S, self._tick)
 
+    def _join_again(self, target: Target, tools: Callable[[], Iterable[Tool]]) -> None:
+        if id(target) not in self._joined:
+            return
+        try:
+            self._joined[id(target)] = Whose(target, tools, self.digests(target.policy.rules))
+        except NotEnforced as error:
+            self._give_up(str(error), (self._joined[id(target)],))
+
     def leave(self, target: Target) -> None:
         """It has gone."""
-        if self._joined.pop(id(target), None) is not None:
-            self._left.append(target)
+        whose = self._joined.pop(id(target), None)
+        if whose is not None:
+            self._left.append(whose)
 
     def close(self) -> None:
         """Takes in what is still to be found; the journals are closed next."""
@@ -130,7 +178,7 @@ class Judging:
     # -- the judge -----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        if self._line is not None or not self._joined:
+        if self._line is not None or not (self._joined or self._waiting):
             return
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -139,6 +187,10 @@ class Judging:
             except OSError as error:
                 log.warning("the judge cannot be started: %s", error)
         self._loop.watch(self._line.fileno(), select.EPOLLIN, lambda _events: self._ready())
+        self._held.clear()
+        self._unread = {path for whose in self._joined.values() for path in whose.target.policy.rules}
+        for path in self._unread.union(*(paths for paths, _then in self._waiting)):
+            self._tell({"op": "rules", "path": path})
         for folder, name in list(self._places):
             self._read(folder, name)
         for journal in self._journals.values():
@@ -152,15 +204,13 @@ class Judging:
             self._read(journal.folder, segment[0])
 
     def _read(self, folder: str, name: str) -> None:
-        if self._line is None:
-            return
         number, offset = self._places[folder, name]
-        try:
-            seqpacket.send(
-                self._line, {"op": "read", "folder": folder, "log": name, "number": number, "offset": offset}
-            )
-        except OSError as error:
-            log.warning("the judge is not told of %s: %s", folder, error)  # its end is about to be told
+        self._tell({"op": "read", "folder": folder, "log": name, "number": number, "offset": offset})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self._line is not None:
+            with contextlib.suppress(OSError):  # its end is about to be told
+                seqpacket.send(self._line, message)
 
     def _ask(self, target: Target, origin: Origin, image: Image) -> None:
         """Has the judge told of a program that is not in the journal: its call has executed too many."""
@@ -199,11 +249,28 @@ class Judging:
                 int(message["number"]), int(message["offset"])
             )
             self._losses, self._headway = 0, time.monotonic()
+        elif operation == "rules":
+            self._losses = 0
+            self._rules_read(str(message["path"]), str(message.get("digest", "")), str(message.get("error", "")))
         else:
             try:
                 self._found(message)
             except JournalError:
                 log.exception("what was found could not be journaled")
+
+    def _rules_read(self, path: str, digest: str, why: str) -> None:
+        self._rules[path] = (digest, why)
+        self._held.add(digest)
+        for unread, then in list(self._waiting):
+            unread.discard(path)
+            if not unread:
+                self._waiting.remove((unread, then))
+                then()
+        if path in self._unread:
+            self._unread.discard(path)
+            if not self._unread:
+                altered = [whose for whose in self._joined.values() if not whose.rules <= self._held]
+                self._give_up("the Sigma rules are not those that were read at first", altered)
 
     def _lost(self) -> None:
         assert self._line is not None  # noqa: S101 - it is watched only while it is there
@@ -214,6 +281,9 @@ class Judging:
         log.warning("the judge is gone")
         if self._losses >= _LOSSES:
             self._give_up(f"the judge was lost {self._losses} times")
+            waiting, self._waiting = self._waiting, []
+            for _paths, then in waiting:
+                then()
         self._loop.later(_AGAIN_S[self._losses >= _LOSSES], self._begin)
 
     def _tick(self) -> None:
@@ -237,10 +307,14 @@ class Judging:
         segment = log_of(os.path.basename(journal.path))
         return segment is None or self._places.get((journal.folder, segment[0])) == (segment[1], journal.size)
 
-    def _give_up(self, why: str) -> None:
-        """Ends every call that nobody can judge and whose policy wants something done about what is found."""
+    def _give_up(self, why: str, of: Iterable[Whose] | None = None) -> None:
+        """Ends every call that nobody can judge and whose policy wants something done about what is found.
+
+        Args:
+            of: whose; None: of all.
+        """
         log.warning("%s", why)
-        for target, tools in list(self._joined.values()):
+        for target, tools, _rules in list(self._joined.values() if of is None else of):
             found = _Found("", UNJUDGED, why)
             action = _action(target, UNJUDGED) or detection.TAG
             origins = [tool.origin for tool in tools() if tool.running]
@@ -296,15 +370,17 @@ class Judging:
     def _whose(self, message: dict[str, Any]) -> tuple[Target, Origin] | None:
         """Whose doing it is; None: of none that asked for it."""
         call, span, trace = str(message["call"]), str(message["span"]), str(message["trace"])
-        for target, tools in self._joined.values():
+        joined = [whose for whose in self._joined.values() if whose.asks_for(message)]
+        for target, tools, _rules in joined:
             if call in target.open:
                 return target, target.origin_of(target.open[call])._replace(parent_id=span)
             for tool in tools():
                 if tool.running and (call == tool.call or tool.has(call)):
                     return target, tool.origin._replace(parent_id=span)
-        here = [target for target, _tools in self._joined.values() if target.is_of(message["resource"])]
-        gone = [target for target in self._left if target.is_of(message["resource"])]
-        for target in (*here, *gone):
+        gone = [whose for whose in self._left if whose.asks_for(message)]
+        for target, _tools, _rules in (*joined, *gone):
+            if not target.is_of(message["resource"]):
+                continue
             # Its call has ended meanwhile, or there was none.
             own = target.own_origin()._replace(trace_id=trace, parent_id=span, identity=_identity(message))
             return target, own._replace(episode=target.episode_of(trace))

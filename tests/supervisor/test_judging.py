@@ -101,7 +101,7 @@ class _Guarded:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(detect), json.dumps(calls), json.dumps(list(_KINDS))],
             env={**os.environ, "RAY_GUARD_EVIDENCE": str(self.evidence)}, cwd=folder / "work",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def says(self) -> Any:
@@ -189,3 +189,31 @@ def _judges() -> list[int]:
             if path.read_text().strip() == "ray-guard-judge":
                 found.append(int(path.parent.name))
     return found
+
+
+_RULE = """
+title: widgets
+logsource: {category: process_creation, product: linux}
+detection:
+  selection: {CommandLine|contains: frobnicate}
+  condition: selection
+"""
+
+
+def test_sigma_rules_of_the_policys(tmp_path: Path) -> None:
+    rule = tmp_path / "rule.yml"
+    rule.write_text(_RULE)
+    (tmp_path / "work").mkdir()
+    calls = {"mining": ["/bin/sh", "-c", f": frobnicate; {_GOES_ON}"], **_ORDINARY}
+    with _guarded(tmp_path, {"kill_call": ["other"], "rules": [str(rule)]}, calls) as program:
+        assert program.says() == "mining"
+        program.tell("")
+        said = program.says()
+        assert "detection: other: sigma.widgets" in said["mining"]
+        assert {name: said[name] for name in _ORDINARY} == {name: ["done", 0] for name in _ORDINARY}
+    rule.write_text("title: [")
+    with _guarded(tmp_path, {"tag": ["all"], "rules": [str(rule)]}, calls) as program:
+        _, complaint = program.process.communicate(timeout=60)
+        assert program.process.returncode != 0
+        assert "detect.rules" in complaint
+        assert str(rule) in complaint

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from ray_guard.evidence import judge
-from ray_guard.evidence.judge import Cases, Log
+from ray_guard.evidence.cases import Cases
+from ray_guard.evidence.judge import Log
 from ray_guard.evidence.layout import segment_name
-from ray_guard.evidence.otlp import encode
+from ray_guard.evidence.otlp import encode, resource_key
 from ray_guard.records import Resource, SpanKind, SpanRecord
 
 _RESOURCE = Resource({"service.name": "test", "host.ip": ("192.0.2.1",)})
@@ -44,7 +45,7 @@ def test_a_finding_names_its_process_and_its_call() -> None:
     (case,) = cases.of(short)
     assert (case["call"], case["rule"], case["ended"]) == ("c" * 16, "ssh.remote_forward", True)
     assert case["identity"] == {"rl.run.id": "run", "ray_guard.source": "supervisor"}
-    assert case["resource"] == judge.resource_key(_RESOURCE.attributes)
+    assert case["resource"] == resource_key(_RESOURCE.attributes)
 
 
 def test_flows_of_a_call_are_judged_together() -> None:
@@ -77,11 +78,11 @@ def test_what_takes_too_long_is_said_to_be_unjudged(monkeypatch: pytest.MonkeyPa
     before = signal.signal(signal.SIGALRM, judge._too_long)
     try:
         monkeypatch.setattr(judge, "_PATIENCE_S", 0.05)
-        monkeypatch.setattr(judge, "_judged_command", lambda _text: time.sleep(30))
         watch = judge._Judge.__new__(judge._Judge)
         watch._cases = Cases()
+        monkeypatch.setattr(watch._cases, "of", lambda _line: [time.sleep(30)])
         assert [case["kind"] for case in watch._judged(_process("1", "c", "sleep"))] == ["unjudged"]
-        monkeypatch.setattr(judge, "_judged_command", lambda _text: 1 / 0)
+        monkeypatch.setattr(watch._cases, "of", lambda _line: [1 / 0])
         assert [case["kind"] for case in watch._judged(_process("2", "c", "fails"))] == ["unjudged"]
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -105,3 +106,26 @@ def test_a_log_is_read_on_from_segment_to_segment(tmp_path: Path) -> None:
     assert [*again.take(), *again.take()] == [b"half and half", b"next"]
     log.close()
     again.close()
+
+
+def test_sigma_rules_are_judged_by_beside_the_own_ones(tmp_path: Path) -> None:
+    cases = Cases()
+    (tmp_path / "bad.yml").write_text("title: [")
+    assert "no Sigma rule" in cases.take(str(tmp_path / "bad.yml"))["error"]
+    assert "cannot be read" in cases.take(str(tmp_path / "none.yml"))["error"]
+    mine = cases.take(str(_rule(tmp_path / "mine.yml", "CommandLine|contains: frobnicate")))["digest"]
+    found = list(cases.of(_process("1", "c", "widget", "--frobnicate")))
+    assert [(each["kind"], each["rule"], each["rules"]) for each in found] == [("other", "sigma.a-rule", mine)]
+    assert list(cases.of(_process("2", "c", "widget", "--help"))) == []
+    other = cases.take(str(_rule(tmp_path / "mine.yml", "CommandLine|contains: help")))["digest"]  # it was altered
+    assert other != mine
+    found = [*cases.of(_process("3", "c", "widget", "--help")), *cases.of(_process("4", "c", "widget", "--frobnicate"))]
+    assert [each["rules"] for each in found] == [other, mine]  # whoever had the one before still has it
+
+
+def _rule(path: Path, condition: str) -> Path:
+    path.write_text(
+        "title: a-rule\nlogsource: {category: process_creation, product: linux}\n"
+        f"detection:\n  selection:\n    {condition}\n  condition: selection\n"
+    )
+    return path

@@ -19,13 +19,13 @@ def test_the_strictest_action_of_a_kind_holds() -> None:
     assert _actions() == {}
     assert _actions(tag=["mining"]) == {"mining": "tag"}
     everything = _actions(tag=["all"], kill_call=["mining"], violation=["mining", "probing"])
-    assert everything == {**dict.fromkeys(Kind, "tag"), "mining": "kill_call", "probing": "violation"}
+    assert everything == {**dict.fromkeys((*Kind, "other"), "tag"), "mining": "kill_call", "probing": "violation"}
 
 
 def test_of_several_policies_the_strictest() -> None:
     wires = [Policy(detect=each).to_wire() for each in ({"kill_call": ["mining"]}, {"tag": ["all"]})]
     both = CompiledPolicy.from_wire(intersect(*wires)).detect
-    assert both == {**dict.fromkeys(Kind, "tag"), "mining": "kill_call"}
+    assert both == {**dict.fromkeys((*Kind, "other"), "tag"), "mining": "kill_call"}
 
 
 def test_a_policy_that_reports_ends_nobody() -> None:
@@ -36,7 +36,7 @@ def test_a_policy_that_reports_ends_nobody() -> None:
 
 
 def test_both_readers_read_it() -> None:
-    given = {"detect": {"tag": ["all"], "kill_call": ["mining", "dns_tunnel"]}}
+    given = {"detect": {"tag": ["all"], "kill_call": ["mining", "dns_tunnel"], "rules": ["/a/", "/b"]}}
     assert plain.read(given) == Policy.of(given).to_wire()
 
 
@@ -47,6 +47,7 @@ def test_both_readers_read_it() -> None:
         ({"kill": ["mining"]}, "detect.kill", "kill_call"),
         ({"tag": "all"}, "detect.tag", "a list"),
         ({"tag": [7]}, "detect.tag[0]", "one of all"),
+        ({"rules": ["rules.yml"]}, "detect.rules[0]", "absolute path"),
     ],
 )
 def test_what_is_wrong_is_named(detect: object, key: str, remedy: str) -> None:

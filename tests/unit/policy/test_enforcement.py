@@ -100,7 +100,7 @@ def test_every_supported_name_can_come_up() -> None:
         "model_endpoint": "engine:8000",
         "egress": {"listen": [1], "proxy": "http://p:3128", "verify_names": True},
         "files": {"read": ["cwd"], "write": ["cwd"], "hide": ["/a"], "protect": ["/a"]},
-        "detect": {action: ["all"] for action in ACTIONS},
+        "detect": {**{action: ["all"] for action in ACTIONS}, "rules": ["/rules"]},
         "budgets": {
             scope: {kind: 1 for kind in KINDS if f"budgets.{scope}.{kind}" in SUPPORTED}
             for scope in ("call", "episode", "actor", "job")

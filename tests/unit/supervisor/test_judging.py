@@ -23,7 +23,7 @@ class _Target:
 
     def __init__(self, folder: Path, **detect: str) -> None:
         self.journal = Journal(folder)
-        self.policy = SimpleNamespace(detect=detect)
+        self.policy = SimpleNamespace(detect=detect, rules=())
         self.open: dict[str, Any] = {}
         self.violations: list[tuple[str, str]] = []
         self.left_out: Any = None
