@@ -17,7 +17,7 @@ from ray_guard.detect import commands
 from ray_guard.detect.flows import Flow, Flows
 from ray_guard.errors import RayGuardError
 from ray_guard.evidence.otlp import NotOtlp, decode, resource_key
-from ray_guard.records import AttributeValue, Resource, SpanRecord
+from ray_guard.records import AttributeValue, Resource, Source, SpanRecord
 
 if TYPE_CHECKING:
     from ray_guard.detect.sigma import Rule
@@ -83,9 +83,11 @@ class Cases:
     def of(self, line: bytes) -> Iterator[Case]:
         """What there is to say of a line."""
         for resource, record in _decoded(line):
+            if record.attributes.get("ray_guard.source") == Source.TARGET.value:
+                continue  # what a target says of itself is no ground for anything
             if record.name.startswith("process "):
                 yield from self._of_program(resource, record)
-            else:
+            elif record.name == "egress connect":
                 yield from self._of_flow(resource, record)
 
     def _of_program(self, resource: Resource, record: SpanRecord) -> Iterator[Case]:

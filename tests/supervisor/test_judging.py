@@ -154,6 +154,9 @@ def test_what_a_call_does_is_told_on_its_spans(tmp_path: Path) -> None:
         told = [span for span in spans if span.name == "execute_tool bash"]
         assert {str(span.attributes["ray_guard.detection.kind"]) for span in told} == set(calls)
         assert {event.name for span in told for event in span.events} >= {"ray_guard.detection"}
+        argv = [sys.executable, "-m", "ray_guard.cli", "detect", "--traces", str(program.evidence)]
+        lines = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+        assert {json.loads(line)["kind"] for line in lines} == set(calls)  # afterwards, of the evidence alone
         processes = {span.name for span in spans if span.name.startswith("process ")}
         assert {"process xmrig", "process sh"} <= processes
 
