@@ -539,6 +539,11 @@ class CompiledPolicy(NamedTuple):
         return Mode.REPORT if reports else Mode.ENFORCE
 
     @property
+    def ends_scopes(self) -> bool:
+        """Whether a violation, or what is found out, ends more than the call that was refused."""
+        return self.on_violation != "deny" or detection.acts(self.detect)
+
+    @property
     def names(self) -> bool:
         """Whether any name is listed; if not there is no DNS."""
         return any(layer.names or layer.model_name is not None for layer in self.layers)
@@ -842,7 +847,7 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
 
 def _may_be_cut(policy: CompiledPolicy, usage: Account) -> bool:
     """Whether a flow may have to end before its time: at a byte cap, or with a scope that is ended for a violation."""
-    return usage.limits_any((EGRESS, SENT, RECEIVED)) or policy.on_violation != "deny"
+    return usage.limits_any((EGRESS, SENT, RECEIVED)) or policy.ends_scopes
 
 
 def _concluded(granted: Decision | None, noticed: Decision | None) -> Decision:

@@ -70,5 +70,5 @@ def stricter(ours: Actions, theirs: Actions) -> Actions:
 
 
 def acts(policy: Actions) -> bool:
-    """Whether anything follows a finding but its tag."""
-    return any(action != TAG for action in policy.values())
+    """Whether a finding ends anything, whatever ``on_violation`` says."""
+    return not {TAG, VIOLATION}.issuperset(policy.values())

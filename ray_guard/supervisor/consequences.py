@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from ray_guard.log import logger
-from ray_guard.policy import detection
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import Mode
 from ray_guard.supervisor.target import Origin, Target, Violation
@@ -29,7 +28,7 @@ KILL_ACTOR: Final = "kill_actor"
 
 def acts(policy: CompiledPolicy) -> bool:
     """Whether a violation has consequences under this policy."""
-    return policy.mode is Mode.ENFORCE and (policy.on_violation != DENY or detection.acts(policy.detect))
+    return policy.mode is Mode.ENFORCE and policy.ends_scopes
 
 
 class Consequences:
