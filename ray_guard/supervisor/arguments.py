@@ -32,10 +32,16 @@ _ENCODING: Final = sys.getfilesystemencoding()
 
 
 class Arguments(NamedTuple):
-    """``digest`` is over all of them, joined by NUL; empty: there are more than are read."""
+    """Of a program.
+
+    Attributes:
+        digest: over all of them, joined by NUL; empty: there are more than are read.
+        whole: as far as they were read, where not all is shown; secrets are still in them. Empty: all is shown.
+    """
 
     shown: tuple[str, ...]
     digest: str
+    whole: tuple[str, ...] = ()
 
 
 def shown(argv: Sequence[str]) -> tuple[str, ...]:
@@ -109,7 +115,7 @@ class Memory:
         pointers = self._pointers(array)
         found = self._beside(pointers)
         if found is not None:
-            return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
+            return _read_as(found, sha256(b"\0".join(found)).hexdigest())
         room = _BYTES_LIMIT
         found = []
         for pointer in pointers:
@@ -117,10 +123,10 @@ class Memory:
             if argument is None:
                 if room > _BYTES_LIMIT // 2 and len(found) < _POINTERS_LIMIT and not self._read(pointer, 1):
                     return None
-                return Arguments(_decoded(found), "")
+                return _read_as(found, "")
             found.append(argument)
             room -= len(argument) + 1
-        return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
+        return _read_as(found, sha256(b"\0".join(found)).hexdigest())
 
     def _beside(self, pointers: Sequence[int]) -> list[bytes] | None:
         """The strings, where one short reading has them all: most arguments are few, and lie side by side."""
@@ -149,8 +155,14 @@ class Memory:
         return pointers
 
 
-def _decoded(arguments: list[bytes]) -> tuple[str, ...]:
-    return shown([argument.decode(_ENCODING, "surrogateescape") for argument in arguments[:SHOWN]])
+def unseen(argv: Sequence[str]) -> tuple[str, ...]:
+    """The arguments, where not all of them is shown; empty: all is."""
+    return tuple(argv) if len(argv) > SHOWN or any(len(word) > SHOWN_LENGTH for word in argv) else ()
+
+
+def _read_as(arguments: list[bytes], digest: str) -> Arguments:
+    argv = [argument.decode(_ENCODING, "surrogateescape") for argument in arguments]
+    return Arguments(shown(argv), digest, unseen(argv))
 
 
 def runnable(tid: int, path: str, folder: str = "cwd") -> bool:

@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +32,6 @@ from ray_guard.records import SpanEvent, SpanKind, SpanRecord
 if TYPE_CHECKING:
     from ray_guard.egress.made import Waiting
     from ray_guard.evidence.otlp import Fragment
-    from ray_guard.supervisor.process_spans import Image
     from ray_guard.supervisor.target import Origin, Target
     from ray_guard.supervisor.tools import Tool
 
@@ -52,6 +51,11 @@ _LAST_S: Final = 2.0
 """How long it is waited for at the end."""
 _BATCH: Final = 64
 _LEFT: Final = 64
+_UNSENT: Final = 256
+_LONGEST: Final = 10_000
+"""Characters of a command line that the judge is told: a packet holds them, whatever they are."""
+_ROOM_S: Final = 0.01
+"""When a judge that had no room is tried again."""
 _DEEDS: Final = 4096
 
 
@@ -92,6 +96,9 @@ class Judging:
         self._journals: dict[str, Journal] = {}
         self._places: dict[tuple[str, str], _Place] = {}
         """By folder and log."""
+        self._unsent: deque[dict[str, Any]] = deque()
+        """What the judge is still to be told."""
+        self._waits_for_room = False
         self._rules: dict[str, tuple[str, str]] = {}
         """By path, their digest, or why there is none."""
         self._held: set[str] = set()
@@ -114,8 +121,7 @@ class Judging:
         if self._line is None:
             self._begin()
         else:
-            for path in unread:
-                self._tell({"op": "rules", "path": path})
+            self._tell(*map(_rules, unread))
 
     def digests(self, paths: Iterable[str]) -> frozenset[str]:
         """Of the rules there, as they were read last.
@@ -137,7 +143,7 @@ class Judging:
             rules = frozenset()
             self.read_rules(target.policy.rules, partial(self._join_again, target, tools))
         self._joined[id(target)] = Whose(target, tools, rules)
-        target.left_out = partial(self._ask, target)
+        target.unseen = partial(self._ask, target)
         self._journals[target.journal.folder] = target.journal
         if self._line is None:
             self._begin()
@@ -167,8 +173,9 @@ class Judging:
         if self._line is None:
             return
         try:
-            seqpacket.send(self._line, {"op": "drain"})
             self._line.settimeout(_LAST_S)
+            for message in (*self._unsent, {"op": "drain"}):
+                seqpacket.send(self._line, message)
             while (received := seqpacket.receive(self._line)) is not None and received[0]["op"] != "drained":
                 self._take(received[0])
         except (OSError, seqpacket.BadPacket) as error:
@@ -189,41 +196,55 @@ class Judging:
         self._loop.watch(self._line.fileno(), select.EPOLLIN, lambda _events: self._ready())
         self._held.clear()
         self._unread = {path for whose in self._joined.values() for path in whose.target.policy.rules}
-        for path in self._unread.union(*(paths for paths, _then in self._waiting)):
-            self._tell({"op": "rules", "path": path})
-        for folder, name in list(self._places):
-            self._read(folder, name)
+        asked = [_rules(path) for path in self._unread.union(*(paths for paths, _then in self._waiting))]
+        asked += [_read(folder, name, place) for (folder, name), place in self._places.items()]
+        self._unsent.extendleft(reversed(asked))  # before what the last one was not told of
         for journal in self._journals.values():
             self._follow(journal)
+        if not self._waits_for_room:
+            self._send()
 
     def _follow(self, journal: Journal) -> None:
         """Has the log read that the journal writes now, from where it is now."""
         segment = log_of(os.path.basename(journal.path))
         if segment is not None and (journal.folder, segment[0]) not in self._places:
-            self._places[journal.folder, segment[0]] = _Place(segment[1], journal.size)
-            self._read(journal.folder, segment[0])
+            place = self._places[journal.folder, segment[0]] = _Place(segment[1], journal.size)
+            self._tell(_read(journal.folder, segment[0], place))
 
-    def _read(self, folder: str, name: str) -> None:
-        number, offset = self._places[folder, name]
-        self._tell({"op": "read", "folder": folder, "log": name, "number": number, "offset": offset})
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        if self._line is not None:
-            with contextlib.suppress(OSError):  # its end is about to be told
-                seqpacket.send(self._line, message)
-
-    def _ask(self, target: Target, origin: Origin, image: Image) -> None:
-        """Has the judge told of a program that is not in the journal: its call has executed too many."""
-        asked = {"trace": origin.trace_id, "span": image.parent, "call": origin.call or "", "path": image.path}
-        try:
-            if self._line is None:
-                raise BrokenPipeError
-            message = {"op": "command", "folder": target.journal.folder, "argv": image.arguments.shown, **asked}
-            seqpacket.send(self._line, message, flags=socket.MSG_DONTWAIT)
-        except OSError:  # it does not keep up: what is behind this one nobody would know
-            found = _Found(image.parent, UNJUDGED, "too many programs were executed")
+    def _ask(self, target: Target, origin: Origin, span: str, argv: Sequence[str], path: str) -> None:
+        """Has the judge told of a program that is not in the journal, or not with all its arguments."""
+        if len(self._unsent) >= _UNSENT:  # what is behind this one nobody would know
+            found = _Found(span, UNJUDGED, "too many programs were executed")
             if self._is_new(origin, found.rule):
                 self._act(target, origin, found, _action(target, UNJUDGED) or detection.TAG)
+            return
+        room, words = _LONGEST, []
+        for word in argv:
+            words.append(word[:room])
+            room -= len(word)
+            if room <= 0:
+                break
+        where = {"folder": target.journal.folder, "trace": origin.trace_id, "span": span, "call": origin.call or ""}
+        self._tell({"op": "command", "argv": words, "path": path, **where})
+
+    def _tell(self, *messages: dict[str, Any]) -> None:
+        """Tells the judge as soon as it has room: nobody waits for it."""
+        self._unsent.extend(messages)
+        if not self._waits_for_room:
+            self._send()
+
+    def _send(self) -> None:
+        self._waits_for_room = False
+        while self._unsent:
+            try:
+                if self._line is None:
+                    raise BrokenPipeError
+                seqpacket.send(self._line, self._unsent[0], flags=socket.MSG_DONTWAIT)
+            except OSError:
+                self._waits_for_room = True
+                self._loop.later(_ROOM_S, self._send)
+                return
+            self._unsent.popleft()
 
     def _ready(self) -> None:
         for _ in range(_BATCH):
@@ -393,6 +414,14 @@ class _Found(NamedTuple):
     span: str
     kind: str
     rule: str
+
+
+def _rules(path: str) -> dict[str, Any]:
+    return {"op": "rules", "path": path}
+
+
+def _read(folder: str, name: str, place: _Place) -> dict[str, Any]:
+    return {"op": "read", "folder": folder, "log": name, "number": place.number, "offset": place.offset}
 
 
 def _action(target: Target, kind: str) -> str | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
@@ -27,9 +27,6 @@ from ray_guard.supervisor import fields
 from ray_guard.supervisor.scratch import Scratches
 from ray_guard.supervisor.segments import Tally, links_of
 from ray_guard.supervisor.view import Views
-
-if TYPE_CHECKING:
-    from ray_guard.supervisor.process_spans import Image
 
 log = logger("ray_guard.target")
 
@@ -212,8 +209,9 @@ class Target:
         """Reads what the target has sent so far; set by its session."""
         self.offended: Callable[[Origin, Violation], None] = lambda _origin, _violation: None
         """Told of every violation that stands in the journal; see :mod:`ray_guard.supervisor.consequences`."""
-        self.left_out: Callable[[Origin, Image], None] = lambda _origin, _image: None
-        """Told of every program that is executed and has no span; see :mod:`ray_guard.supervisor.judging`."""
+        self.unseen: Callable[[Origin, str, Sequence[str], str], None] = lambda _origin, _span, _argv, _path: None
+        """Told of every program that is executed and not recorded, or not with all its arguments: the call, the span
+        that it is put down to, arguments and path. See :mod:`ray_guard.supervisor.judging`."""
         self.warn: Callable[[str], None] = lambda _text: None
         """Has the target log a warning; set by its session."""
         self.account = self._scope_account(Scope.ACTOR, actor_id, around)

