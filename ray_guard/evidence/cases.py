@@ -17,7 +17,7 @@ from ray_guard.detect import commands
 from ray_guard.detect.flows import Flow, Flows
 from ray_guard.errors import RayGuardError
 from ray_guard.evidence.otlp import NotOtlp, decode, resource_key
-from ray_guard.records import AttributeValue, Resource, Source, SpanRecord
+from ray_guard.records import LINK, PARENT, AttributeValue, Resource, Source, SpanRecord
 
 if TYPE_CHECKING:
     from ray_guard.detect.sigma import Rule
@@ -94,7 +94,7 @@ class Cases:
         if record.span_id in self._programs:
             return  # it was judged when it began
         words, path = (record.attributes.get(f"process.{key}") for key in ("command_args", "executable.path"))
-        above = self._programs.get(record.parent_id or "")
+        above = self._programs.get(_above(record))
         call = self._call_of(record)
         self._programs[record.span_id] = _Program(call, str(path or ""))
         if len(self._programs) > _PROGRAMS:
@@ -109,7 +109,8 @@ class Cases:
         found = self._flows.judge(call or record.trace_id, _flow(record))
         if found is None or not self._is_new(call or record.trace_id, said := _Said(found.kind.value, found.rule)):
             return
-        program = record.parent_id if record.parent_id in self._programs else ""
+        above = _above(record)
+        program = above if above in self._programs else ""
         yield {**_case(resource, record, said, call), "process": program}
 
     def of_command(self, asked: Mapping[str, Any]) -> Iterator[Case]:
@@ -135,7 +136,7 @@ class Cases:
         return functools.lru_cache(_JUDGED)(functools.partial(_judged, rules))
 
     def _call_of(self, record: SpanRecord) -> str:
-        above = record.parent_id or ""
+        above = _above(record)
         program = self._programs.get(above)
         return above if program is None else program.call
 
@@ -169,6 +170,12 @@ def _decoded(line: bytes) -> list[tuple[Resource, SpanRecord]]:
         return decode(line)
     except NotOtlp:
         return []
+
+
+def _above(record: SpanRecord) -> str:
+    """The span around it, which may lie in an earlier segment; empty: there is none."""
+    linked = (link.span_id for link in record.links if link.attributes.get(LINK) == PARENT)
+    return next(linked, record.parent_id or "")
 
 
 def _flow(record: SpanRecord) -> Flow:

@@ -44,7 +44,7 @@ _BLIND_S: Final = 0.05
 """Between two looks where the kernel does not say that a file has grown."""
 _SAY_S: Final = 0.25
 _PATIENCE_S: Final = 2.0
-"""For one record."""
+"""Of CPU time, for one record."""
 _PROCESS: Final = b'"name":"process '
 _EGRESS: Final = b'"name":"egress connect"'
 _OURS: Final = b'"key":"ray_guard.source","value":{"stringValue":"supervisor"}'
@@ -55,7 +55,7 @@ def run(line: socket.socket) -> NoReturn:
     libc.prctl(libc.PR_SET_DUMPABLE, 0)
     name = ctypes.create_string_buffer(b"ray-guard-judge")
     libc.prctl(libc.PR_SET_NAME, ctypes.addressof(name))
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     try:
         _Judge(line).serve()
     except ConnectionError:
@@ -161,11 +161,11 @@ class _Judge:
 def _timed(judge: Callable[[], Iterable[Case]], unjudged: Callable[[], Iterable[Case]]) -> list[Case]:
     """What ``judge`` says, or ``unjudged`` where that takes too long, or fails."""
     try:
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S)
+        signal.setitimer(signal.ITIMER_PROF, _PATIENCE_S)
         try:
             return list(judge())
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     except _TooLong:
         return list(unjudged())
     except Exception:  # noqa: BLE001 - a judge that ended here would end here again

@@ -43,7 +43,7 @@ UNJUDGED: Final = "unjudged"
 _TICK_S: Final = 1.0
 _AGAIN_S: Final = (0.1, 5.0)
 """Until one that was lost is started again: at first, and when it was lost again without any headway."""
-_PATIENCE_S: Final = 5.0
+_PATIENCE_S: Final = 10.0
 """How long it may make no headway."""
 _LOSSES: Final = 3
 """After so many in a row without any headway nothing is judged."""
@@ -107,8 +107,8 @@ class Judging:
         """Paths of those that the one before had, and that this one is still to read."""
         self._waiting: list[tuple[set[str], Callable[[], None]]] = []
         """Rules that are still to be read, and what is done when they are."""
-        self._deeds: dict[tuple[str, str, str], None] = {}
-        """By trace, call and rule, what was told of the call and acted on; the latest ones."""
+        self._deeds: dict[tuple[str, str], None] = {}
+        """By call (or trace) and rule, what was told of the call and acted on; the latest ones."""
         self._losses = 0
         self._headway = 0.0
         """When it has last shown any, or had nothing to do."""
@@ -238,7 +238,7 @@ class Judging:
         while self._unsent:
             try:
                 if self._line is None:
-                    raise BrokenPipeError
+                    return  # the next one is told
                 seqpacket.send(self._line, self._unsent[0], flags=socket.MSG_DONTWAIT)
             except OSError:
                 self._waits_for_room = True
@@ -264,7 +264,9 @@ class Judging:
     def _take(self, message: dict[str, Any]) -> None:
         operation = message["op"]
         if operation == "ready":
-            self._pid = int(message["pid"])
+            self._pid, self._headway = int(message["pid"]), time.monotonic()
+        elif operation == "drained":
+            self._dismiss()
         elif operation == "at":
             self._places[str(message["folder"]), str(message["log"])] = _Place(
                 int(message["number"]), int(message["offset"])
@@ -307,10 +309,22 @@ class Judging:
                 then()
         self._loop.later(_AGAIN_S[self._losses >= _LOSSES], self._begin)
 
+    def _dismiss(self) -> None:
+        """All is judged that was to be; whoever comes next has a new judge."""
+        if self._line is None or self._joined or self._waiting:
+            return
+        self._loop.forget(self._line.fileno())
+        self._line.close()
+        self._line, self._pid = None, 0
+        self._places.clear()
+        self._journals.clear()
+        self._unsent.clear()
+
     def _tick(self) -> None:
         """Looks whether it makes headway, and whether journals have begun new logs."""
         if not self._joined:
             self._ticking = False
+            self._tell({"op": "drain"})
             return
         self._loop.later(_TICK_S, self._tick)
         for journal in {id(whose.target.journal): whose.target.journal for whose in self._joined.values()}.values():
@@ -369,7 +383,7 @@ class Judging:
 
     def _is_new(self, origin: Origin, rule: str) -> bool:
         """Whether that is the first time in its call."""
-        deed = (origin.trace_id, origin.call or "", rule)
+        deed = (origin.call or origin.trace_id, rule)
         if deed in self._deeds:
             return False
         self._deeds[deed] = None
@@ -394,10 +408,10 @@ class Judging:
         joined = [whose for whose in self._joined.values() if whose.asks_for(message)]
         for target, tools, _rules in joined:
             if call in target.open:
-                return target, target.origin_of(target.open[call])._replace(parent_id=span)
+                return target, target.origin_of(target.open[call])._replace(trace_id=trace, parent_id=span)
             for tool in tools():
                 if tool.running and (call == tool.call or tool.has(call)):
-                    return target, tool.origin._replace(parent_id=span)
+                    return target, tool.origin._replace(trace_id=trace, parent_id=span)
         gone = [whose for whose in self._left if whose.asks_for(message)]
         for target, _tools, _rules in (*joined, *gone):
             if not target.is_of(message["resource"]):

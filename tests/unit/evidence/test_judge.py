@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ray_guard.evidence.cases import Cases
 from ray_guard.evidence.judge import Log
 from ray_guard.evidence.layout import segment_name
 from ray_guard.evidence.otlp import encode, resource_key
-from ray_guard.records import Resource, SpanKind, SpanRecord
+from ray_guard.records import LINK, PARENT, Resource, SpanKind, SpanLink, SpanRecord
 
 _RESOURCE = Resource({"service.name": "test", "host.ip": ("192.0.2.1",)})
 _TRACE = "a" * 32
@@ -62,6 +61,18 @@ def test_flows_of_a_call_are_judged_together() -> None:
     assert found == [("3", "c", "flow.ports")]  # once
 
 
+def test_a_call_goes_on_in_another_trace() -> None:
+    cases = Cases()
+    list(cases.of(_process("1", "c", "python3")))
+    record = SpanRecord(
+        trace_id="b" * 32, span_id="2" * 16, parent_id="d" * 16, name="egress connect", kind=SpanKind.CLIENT,
+        start_ns=1, end_ns=2, attributes={"ray_guard.egress.protocol": "stratum", "network.peer.port": 443},
+        links=(SpanLink(_TRACE, "1" * 16, {LINK: PARENT}),),
+    )  # fmt: skip
+    (case,) = cases.of(encode(record, _RESOURCE))
+    assert (case["call"], case["process"], case["trace"]) == ("c" * 16, "1" * 16, "b" * 32)
+
+
 def test_what_a_line_is_about_is_decided_by_the_supervisors_word() -> None:
     watch = judge._Judge.__new__(judge._Judge)
     watch._cases = Cases()
@@ -75,17 +86,17 @@ def test_what_a_line_is_about_is_decided_by_the_supervisors_word() -> None:
 def test_what_takes_too_long_is_said_to_be_unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
-    before = signal.signal(signal.SIGALRM, judge._too_long)
+    before = signal.signal(signal.SIGPROF, judge._too_long)
     try:
         monkeypatch.setattr(judge, "_PATIENCE_S", 0.05)
         watch = judge._Judge.__new__(judge._Judge)
         watch._cases = Cases()
-        monkeypatch.setattr(watch._cases, "of", lambda _line: [time.sleep(30)])
+        monkeypatch.setattr(watch._cases, "of", _never_ends)
         assert [case["kind"] for case in watch._judged(_process("1", "c", "sleep"))] == ["unjudged"]
         monkeypatch.setattr(watch._cases, "of", lambda _line: [1 / 0])
         assert [case["kind"] for case in watch._judged(_process("2", "c", "fails"))] == ["unjudged"]
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 def test_a_log_is_read_on_from_segment_to_segment(tmp_path: Path) -> None:
@@ -121,6 +132,11 @@ def test_sigma_rules_are_judged_by_beside_the_own_ones(tmp_path: Path) -> None:
     assert other != mine
     found = [*cases.of(_process("3", "c", "widget", "--help")), *cases.of(_process("4", "c", "widget", "--frobnicate"))]
     assert [each["rules"] for each in found] == [other, mine]  # whoever had the one before still has it
+
+
+def _never_ends(_line: bytes) -> list[Any]:
+    while True:
+        pass
 
 
 def _rule(path: Path, condition: str) -> Path:

@@ -116,9 +116,28 @@ def test_one_that_makes_no_headway_is_replaced(
     target.journal.append(b"{}\n")
     watch._tick()
     now = time.monotonic()
-    monkeypatch.setattr(judging.time, "monotonic", lambda: now + 6)
+    monkeypatch.setattr(judging.time, "monotonic", lambda: now + judging._PATIENCE_S + 1)
     watch._tick()
     assert target.violations == [("detection unjudged: the judge makes no headway", "")]
+    lines.pop().close()
+    watch.close()
+    target.journal.close()
+
+
+def test_a_judge_that_nobody_asks_for_any_more_is_dismissed(tmp_path: Path, lines: list[socket.socket]) -> None:
+    loop = Loop()
+    watch = Judging(loop, lambda line: lines.append(line.dup()))
+    target = _Target(tmp_path / "evidence", mining="tag")
+    watch.join(cast("Any", target), list)
+    watch.leave(cast("Any", target))
+    watch._tick()
+    told = [seqpacket.receive(lines[0]), seqpacket.receive(lines[0])]
+    assert [each[0]["op"] for each in told if each is not None] == ["read", "drain"]  # what it has done is still judged
+    seqpacket.send(lines[0], {"op": "drained"})
+    watch._ready()
+    assert seqpacket.receive(lines[0]) is None
+    watch.join(cast("Any", target), list)
+    assert len(lines) == 2
     lines.pop().close()
     watch.close()
     target.journal.close()
