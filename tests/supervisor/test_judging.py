@@ -37,13 +37,16 @@ def call(name):
                 tool.wait(120)  # it ends by being ended
         return [tool.communicate("go\\n", timeout=60)[0].strip(), tool.returncode]
 
-with ray_guard.episode(id="first"):
-    for name in calls:
-        try:
-            said[name] = call(name)
-        except ray_guard.RayGuardError as error:
-            said[name] = str(error)
-    said["violations"] = sorted({each["reason"] for each in ray_guard.violations() if each["kind"] == "detection"})
+try:
+    with ray_guard.episode(id="first"):
+        for name in calls:
+            try:
+                said[name] = call(name)
+            except ray_guard.RayGuardError as error:
+                said[name] = str(error)
+        said["violations"] = sorted({each["reason"] for each in ray_guard.violations() if each["kind"] == "detection"})
+except ray_guard.RayGuardError as error:
+    said["episode"] = str(error)
 print(json.dumps(said))
 """
 _WAITS = "\nsys.stdin.readline(); print('done')"
@@ -175,6 +178,24 @@ def test_a_call_is_ended_for_what_it_does(tmp_path: Path) -> None:
         for kind in calls:
             assert f"detection: {kind}: " in said[kind], said
         assert {reason.partition(":")[0] for reason in said["violations"]} == set(calls)
+
+
+@pytest.mark.parametrize("action", ["violation", "end_episode", "kill_actor"])
+def test_what_follows_is_the_policys_to_say(tmp_path: Path, action: str) -> None:
+    calls = {"mining": _offending(tmp_path)["mining"], "a shell": _ORDINARY["a shell"]}
+    with _guarded(tmp_path, {"tag": ["all"], action: ["mining"]}, calls) as program:
+        assert program.says() == "mining"
+        if action == "kill_actor":
+            assert program.process.wait(60) == -signal.SIGKILL
+            return
+        wait(partial(program.has_found, "mining"), "it is not found", 60)
+        program.tell("go on" if action == "violation" else "")
+        said = program.says()
+    offence = "mining: mining.stratum_url"
+    if action == "violation":
+        assert said == {"mining": ["done", 0], "a shell": ["done", 0], "violations": [offence]}
+    else:
+        assert {offence in said[name] for name in ("mining", "a shell", "episode")} == {True}, said
 
 
 def test_a_judge_that_is_killed_leaves_nothing_unjudged(tmp_path: Path) -> None:
