@@ -64,30 +64,35 @@ def spans(folder: Path) -> Iterator[SpanRecord]:
 
 def main() -> None:
     options = harness.arguments(__doc__ or "", rounds=60, execs=1000).parse_args()
+    report = harness.Report(options)
     with harness.scratch() as folder:
-        environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(folder / "evidence")}
-        subprocess.run([sys.executable, "-c", _MINES, str(options.rounds)], env=environment, check=True)
-        began: dict[str, int] = {}
-        ended: dict[str, int] = {}
-        found: dict[str, int] = {}
-        for span in spans(folder / "evidence"):
-            if span.name.startswith("process "):
-                began.setdefault(span.span_id, span.start_ns)
-                if span.end_ns is not None:
-                    ended[span.span_id] = span.end_ns
-            elif span.name == "ray_guard.detection" and span.parent_id is not None:
-                found.setdefault(span.parent_id, span.start_ns)
-        told = sorted((found[span] - began[span]) / 1e6 for span in found)
-        dead = sorted((ended[span] - began[span]) / 1e6 for span in found)
-        if len(told) < options.rounds:
-            raise SystemExit(f"only {len(told)} of {options.rounds} were found")
-        for what, figures in (("exec to finding", told), ("exec to death", dead)):
-            print(f"{what}: p50 {_at(figures, 0.5):.1f} ms, p95 {_at(figures, 0.95):.1f} ms, most {figures[-1]:.1f} ms")
-        costs = cost(options.execs, folder)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"told_ms": told, "dead_ms": dead, **costs}))
-    if _at(dead, 0.95) > GOAL_MS:
-        raise SystemExit(f"missed: 95 of 100 calls are to be dead within {GOAL_MS:.0f} ms")
+        told, dead = latencies(options.rounds, folder / "evidence")
+        for what, figures in (("exec to finding, ms", told), ("exec to death, ms", dead)):
+            shares = {f"p{share}": harness.percentile(figures, share / 100) for share in (50, 95, 100)}
+            report.add_facts(f"{what} ({len(figures)})", shares)
+        report.add_facts("CPU time, µs an exec", cost(options.execs, folder))
+    report.goal("95 of 100 are dead, ms after their exec", harness.percentile(dead, 0.95), GOAL_MS)
+    report.close()
+
+
+def latencies(rounds: int, evidence: Path) -> tuple[list[float], list[float]]:
+    """Milliseconds from each exec to its finding, and to its end."""
+    environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(evidence)}
+    subprocess.run([sys.executable, "-c", _MINES, str(rounds)], env=environment, check=True)
+    began: dict[str, int] = {}
+    ended: dict[str, int] = {}
+    found: dict[str, int] = {}
+    for span in spans(evidence):
+        if span.name.startswith("process "):
+            began.setdefault(span.span_id, span.start_ns)
+            if span.end_ns is not None:
+                ended[span.span_id] = span.end_ns
+        elif span.name == "ray_guard.detection" and span.parent_id is not None:
+            found.setdefault(span.parent_id, span.start_ns)
+    if len(found) < rounds:
+        raise SystemExit(f"only {len(found)} of {rounds} were found")
+    told = [(found[span] - began[span]) / 1e6 for span in found]
+    return told, [(ended[span] - began[span]) / 1e6 for span in found]
 
 
 def cost(execs: int, folder: Path) -> dict[str, Any]:
@@ -98,10 +103,7 @@ def cost(execs: int, folder: Path) -> dict[str, Any]:
             environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(folder / f"{name}{turn}")}
             for who, used in measured(execs, policy, environment).items():
                 taken.setdefault(f"{who} {name}", []).append(used * 1e3 / execs)
-    found = {what: statistics.median(each) for what, each in sorted(taken.items())}
-    for what, each in found.items():
-        print(f"{what}: {each:.0f} µs of CPU time an exec")
-    return found
+    return {what: statistics.median(each) for what, each in sorted(taken.items())}
 
 
 def measured(execs: int, policy: dict[str, Any], environment: dict[str, str]) -> dict[str, float]:
@@ -146,10 +148,6 @@ def _named(name: str) -> Iterator[int]:
         with contextlib.suppress(OSError):
             if path.read_text().strip() == name:
                 yield int(path.parent.name)
-
-
-def _at(figures: list[float], share: float) -> float:
-    return harness.percentile(figures, share)
 
 
 if __name__ == "__main__":
