@@ -25,6 +25,12 @@ class Kind(StrEnum):
     REVERSE_SHELL = "reverse_shell"
 
 
+OTHER: Final = "other"
+"""In place of a kind: of what a rule of other people's finds that is of none of these."""
+UNJUDGED: Final = "unjudged"
+"""In place of a kind: of what nobody could judge."""
+
+
 class Finding(NamedTuple):
     """What was recognised, and by which rule (``ssh.remote_forward``, a Sigma rule's id)."""
 

@@ -13,23 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ray_guard.detect import commands
+from ray_guard.detect import OTHER, UNJUDGED, commands
 from ray_guard.detect.flows import Flow, Flows
 from ray_guard.errors import RayGuardError
 from ray_guard.evidence.otlp import NotOtlp, decode, resource_key
-from ray_guard.records import LINK, PARENT, AttributeValue, Resource, Source, SpanRecord
+from ray_guard.records import IDENTITY, LINK, PARENT, AttributeValue, Resource, Source, SpanRecord
 
 if TYPE_CHECKING:
     from ray_guard.detect.sigma import Rule
 
-UNJUDGED: Final = "unjudged"
-"""Kind, and rule, of what nobody could judge."""
-OTHER: Final = "other"
-"""Kind of what a Sigma rule says that is of none of ours."""
-IDENTITY: Final = (
-    *("rl.run.id", "rl.iteration", "rl.rollout.id", "rl.group.id", "rl.turn", "rl.policy.version"),
-    *("ray_guard.source",),
-)
+_TOLD: Final = (*IDENTITY, "ray_guard.source")
 _PROGRAMS: Final = 1 << 16
 _SAID: Final = 1 << 14
 _JUDGED: Final = 1024
@@ -198,7 +191,7 @@ def _number(value: AttributeValue | None) -> int:
 
 
 def _case(resource: Resource, record: SpanRecord, said: _Said, call: str) -> Case:
-    identity = {key: record.attributes[key] for key in IDENTITY if key in record.attributes}
+    identity = {key: record.attributes[key] for key in _TOLD if key in record.attributes}
     where = {"trace": record.trace_id, "span": record.span_id, "process": "", "call": call}
     whose = {"identity": identity, "resource": resource_key(resource.attributes)}
     return {**where, **said._asdict(), **whose, "ended": record.end_ns is not None}

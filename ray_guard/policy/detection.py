@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from ray_guard.detect import Kind
+from ray_guard.detect import OTHER, Kind
 from ray_guard.errors import PolicyError
 from ray_guard.policy.values import meant
 
@@ -24,10 +24,6 @@ Actions = Mapping[str, str]
 """By kind of finding (a :class:`ray_guard.detect.Kind`, or ``other``) the strictest action that lists it."""
 
 NOTHING: Final[Actions] = MappingProxyType({})
-
-
-OTHER: Final = "other"
-"""What a rule of other people's finds that is of none of our kinds."""
 _WORDS: Final = (*(kind.value for kind in Kind), OTHER)
 
 

@@ -127,6 +127,12 @@ class Detect(_Model):
     kill_actor: tuple[Detected, ...] = ()
     rules: tuple[SigmaRules, ...] = ()
 
+    @model_validator(mode="after")
+    def _something_follows(self) -> Self:
+        if self.rules and not any(getattr(self, action) for action in detection.ACTIONS):
+            raise PolicyError("rules", self.rules, "say what follows what they find, such as tag: [all]")
+        return self
+
 
 class Budget(_Model):
     """The limits of one scope; None, the default, is no limit, and zero grants nothing.

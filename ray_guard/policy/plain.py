@@ -43,6 +43,8 @@ def read(policy: Mapping[str, Any]) -> dict[str, Any] | None:
     explicit: list[str] = []
     try:
         wire = _section(policy, _KEYS, explicit, "")
+        if wire["detect"]["rules"] and not any(wire["detect"][action] for action in detection.ACTIONS):
+            raise _NotAtFirstSight
     except (PolicyError, _NotAtFirstSight, UnicodeEncodeError):
         return None
     wire["set"] = explicit

@@ -23,6 +23,7 @@ except ImportError:
 
 SHOWN: Final = 64
 SHOWN_LENGTH: Final = 256
+JUDGED: Final = 10_000
 _WINDOW: Final = 4096
 _SHORT: Final = 1024
 _PATH_LIMIT: Final = 4096
@@ -36,7 +37,7 @@ class Arguments(NamedTuple):
 
     Attributes:
         digest: over all of them, joined by NUL; empty: there are more than are read.
-        whole: as far as they were read, where not all is shown; secrets are still in them. Empty: all is shown.
+        whole: as far as they are judged, where not all is shown; secrets are still in them. Empty: all is shown.
     """
 
     shown: tuple[str, ...]
@@ -156,8 +157,19 @@ class Memory:
 
 
 def unseen(argv: Sequence[str]) -> tuple[str, ...]:
-    """The arguments, where not all of them is shown; empty: all is."""
-    return tuple(argv) if len(argv) > SHOWN or any(len(word) > SHOWN_LENGTH for word in argv) else ()
+    """The arguments, as :func:`judged`, where not all of them is shown; empty: all is."""
+    return judged(argv) if len(argv) > SHOWN or any(len(word) > SHOWN_LENGTH for word in argv) else ()
+
+
+def judged(argv: Sequence[str]) -> tuple[str, ...]:
+    """The first :data:`JUDGED` characters of the arguments: whatever they are, a packet holds them."""
+    room, words = JUDGED, []
+    for word in argv:
+        words.append(word[:room])
+        room -= len(word)
+        if room <= 0:
+            break
+    return tuple(words)
 
 
 def _read_as(arguments: list[bytes], digest: str) -> Arguments:

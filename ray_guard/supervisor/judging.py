@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from ray_guard.detect import UNJUDGED
 from ray_guard.errors import NotEnforced
 from ray_guard.evidence.journal import Journal, JournalError
 from ray_guard.evidence.layout import log_of
@@ -28,6 +29,7 @@ from ray_guard.log import logger
 from ray_guard.named import NamedTuple
 from ray_guard.policy import detection
 from ray_guard.records import SpanEvent, SpanKind, SpanRecord
+from ray_guard.supervisor import arguments
 
 if TYPE_CHECKING:
     from ray_guard.egress.made import Waiting
@@ -39,7 +41,6 @@ log = logger("ray_guard.judging")
 
 DETECTION: Final = "ray_guard.detection"
 """Name of the span and of the event that say what was found."""
-UNJUDGED: Final = "unjudged"
 _TICK_S: Final = 1.0
 _AGAIN_S: Final = (0.1, 5.0)
 """Until one that was lost is started again: at first, and when it was lost again without any headway."""
@@ -52,8 +53,6 @@ _LAST_S: Final = 2.0
 _BATCH: Final = 64
 _LEFT: Final = 64
 _UNSENT: Final = 256
-_LONGEST: Final = 10_000
-"""Characters of a command line that the judge is told: a packet holds them, whatever they are."""
 _ROOM_S: Final = 0.01
 """When a judge that had no room is tried again."""
 _DEEDS: Final = 4096
@@ -218,14 +217,8 @@ class Judging:
             if self._is_new(origin, found.rule):
                 self._act(target, origin, found, _action(target, UNJUDGED) or detection.TAG)
             return
-        room, words = _LONGEST, []
-        for word in argv:
-            words.append(word[:room])
-            room -= len(word)
-            if room <= 0:
-                break
         where = {"folder": target.journal.folder, "trace": origin.trace_id, "span": span, "call": origin.call or ""}
-        self._tell({"op": "command", "argv": words, "path": path, **where})
+        self._tell({"op": "command", "argv": arguments.judged(argv), "path": path, **where})
 
     def _tell(self, *messages: dict[str, Any]) -> None:
         """Tells the judge as soon as it has room: nobody waits for it."""

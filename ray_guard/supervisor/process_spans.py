@@ -89,6 +89,7 @@ class ProcessSpans:
             return None
         if image.arguments.whole:
             self._target.unseen(self._origin, image.span, image.arguments.whole, image.path)
+            image = image._replace(arguments=image.arguments._replace(whole=()))  # it may live long
         self._begun += 1
         self._origin.tally.another(self._origin)
         line = self._target.encoder.process_line(

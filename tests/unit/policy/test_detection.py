@@ -48,6 +48,7 @@ def test_both_readers_read_it() -> None:
         ({"tag": "all"}, "detect.tag", "a list"),
         ({"tag": [7]}, "detect.tag[0]", "one of all"),
         ({"rules": ["rules.yml"]}, "detect.rules[0]", "absolute path"),
+        ({"rules": ["/rules.yml"]}, "detect.rules", "what follows"),
     ],
 )
 def test_what_is_wrong_is_named(detect: object, key: str, remedy: str) -> None:
