@@ -46,11 +46,11 @@ def test_long_ones_are_cut_and_hashed_whole() -> None:
     assert found is not None
     assert found.shown[0] == "x" * arguments.SHOWN_LENGTH + "…"
     assert len(found.shown) == arguments.SHOWN
+    assert found.digest == hashlib.sha256(b"\0".join([b"x" * 10_000, *[b"y"] * 100])).hexdigest()
     assert found.whole == ("x" * arguments.JUDGED,)
     found = read(b"x" * 300, *[b"y"] * 100)
     assert found is not None
     assert found.whole == ("x" * 300, *["y"] * 100)
-    assert found.digest == hashlib.sha256(b"\0".join([b"x" * 10_000, *[b"y"] * 100])).hexdigest()
 
 
 def test_more_than_is_read_has_no_hash() -> None:
