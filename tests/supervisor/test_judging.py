@@ -79,8 +79,8 @@ _ORDINARY = {
 
 def _offending(folder: Path) -> dict[str, list[str]]:
     """Calls that wait for a line and then print ``done``, unless somebody ends them."""
-    (folder / "work").mkdir()
     miner = folder / "work" / "xmrig"
+    miner.parent.mkdir()
     miner.write_text(f"#!/bin/sh\n{_GOES_ON}\n")
     miner.chmod(0o755)
     addresses = [("192.0.2.1", port) for port in range(9000, 9020)]
@@ -104,6 +104,7 @@ class _Guarded:
 
     def __init__(self, folder: Path, detect: dict[str, list[str]], calls: dict[str, list[str]]) -> None:
         self.evidence = folder / "evidence"
+        (folder / "work").mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(detect), json.dumps(calls), json.dumps(list(_KINDS))],
             env={**os.environ, "RAY_GUARD_EVIDENCE": str(self.evidence)}, cwd=folder / "work",
@@ -212,6 +213,22 @@ def test_a_judge_that_is_killed_leaves_nothing_unjudged(tmp_path: Path) -> None:
         assert "detection: mining: " in said["mining"]
 
 
+@pytest.mark.slow
+def test_a_call_that_nobody_judges_does_not_go_on(tmp_path: Path) -> None:
+    """The judge stands still: ten seconds later nobody knows what its calls do."""
+    calls = {"probing": _ORDINARY["a shell"], "mining": _ORDINARY["a shell"]}
+    with _guarded(tmp_path, {"kill_call": ["mining"]}, calls) as program:
+        assert program.says() == "probing"
+        for pid in wait(_judges, "there is no judge", 60):
+            os.kill(pid, signal.SIGSTOP)
+        program.tell("go on")
+        assert program.says() == "mining"
+        program.tell("")
+        said = program.says()
+        assert said["probing"] == ["done", 0]
+        assert said["mining"] == "detection: unjudged: the judge makes no headway"
+
+
 def _judges() -> list[int]:
     """Whoever's they are: each is started again."""
     found = []
@@ -234,7 +251,6 @@ detection:
 def test_sigma_rules_of_the_policys(tmp_path: Path) -> None:
     rule = tmp_path / "rule.yml"
     rule.write_text(_RULE)
-    (tmp_path / "work").mkdir()
     calls = {"mining": ["/bin/sh", "-c", f": frobnicate; {_GOES_ON}"], **_ORDINARY}
     with _guarded(tmp_path, {"kill_call": ["other"], "rules": [str(rule)]}, calls) as program:
         assert program.says() == "mining"
