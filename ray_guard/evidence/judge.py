@@ -38,6 +38,7 @@ from ray_guard.evidence.otlp import LINE_LIMIT
 from ray_guard.kernel import inotify, libc, seqpacket
 
 _PIECE: Final = 1 << 18
+_BATCH: Final = 256
 _ROUND_S: Final = 0.01
 """Between two looks at least: many records cost one waking."""
 _BLIND_S: Final = 0.05
@@ -91,20 +92,27 @@ class _Judge:
             busy = self._step_all()
             timeout = 0.0 if busy else None if self._watcher is not None else _BLIND_S
             ready = {descriptor for descriptor, _events in self._poll.poll(None if timeout is None else timeout * 1e3)}
-            if self._line.fileno() in ready and not self._obey():
+            if self._line.fileno() in ready and not self._listen():
                 return
             if not busy:
                 time.sleep(_ROUND_S)
             if self._watcher is not None and self._watcher.fileno() in ready:
                 self._watcher.clear()
 
-    def _obey(self) -> bool:
-        """Takes one message; False: there are no more."""
-        received = seqpacket.receive(self._line)
-        if received is None:
-            return False
-        message, descriptors = received
-        seqpacket.close_all(descriptors)
+    def _listen(self) -> bool:
+        """Takes the messages that are there; False: there will be no more."""
+        for _ in range(_BATCH):
+            try:
+                received = seqpacket.receive(self._line, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return True
+            if received is None:
+                return False
+            seqpacket.close_all(received[1])
+            self._obey(received[0])
+        return True
+
+    def _obey(self, message: dict[str, Any]) -> None:
         if message["op"] == "read":
             self._read(message)
         elif message["op"] == "rules":
@@ -120,7 +128,6 @@ class _Judge:
             for log in self._logs.values():
                 self._say(log)
             seqpacket.send(self._line, {"op": "drained"})
-        return True
 
     def _read(self, message: dict[str, Any]) -> None:
         folder, log = str(message["folder"]), str(message["log"])
