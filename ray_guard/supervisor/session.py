@@ -198,7 +198,7 @@ class Session:
         self._require_own_user()
         identity = dict(message.get("identity") or {})
         policy, membership = self._asked_of(message)
-        if self._waits_for_gpus(policy, message, descriptors):
+        if self._waits_for_gpus(policy, message, descriptors) or self._waits_for_rules(policy, message, descriptors):
             return
         if kind != "observer" and self._must_lease(identity, message, descriptors, policy, membership):
             return
@@ -304,6 +304,16 @@ class Session:
         gpus.admit(policy)
         return False
 
+    def _waits_for_rules(self, policy: CompiledPolicy, message: dict[str, Any], descriptors: list[int]) -> bool:
+        """Whether this message is handled again when the policy's Sigma rules are read. Raises NotEnforced."""
+        if not policy.rules:
+            return False
+        if message.get("rules_read"):
+            self._node.judging.digests(policy.rules)
+            return False
+        self._node.judging.read_rules(policy.rules, self._later({**message, "rules_read": True}, descriptors))
+        return True
+
     def _must_lease(
         self,
         identity: dict[str, Any],
@@ -326,6 +336,8 @@ class Session:
         target.warn = self._warn
         Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
         self._node.quotas.join(target)
+        if target.policy.detect:
+            self._node.judging.join(target, lambda: self._tools)
         if target.kind == "run":
             self._node.gpus.join(target)
 
@@ -446,6 +458,8 @@ class Session:
     def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """A second policy inside a confined process: what both allow."""
         target = self._known()
+        if self._waits_for_rules(self._added(target, message), message, descriptors):
+            return
         tries = int(message.get("tries") or 0)
         if tries < _TRIES and not self._node.quotas.collect((target.account.root,)):
             self._node.loop.later(_TRY_S, self._later({**message, "tries": tries + 1}, descriptors))
@@ -455,13 +469,18 @@ class Session:
             self._bequest.take({"op": "tighten", "policy": message["policy"]})
         self._reply(descriptors[0], {"ok": True, **self._told_of(target)})
 
-    def _tighten_by(self, target: Target, message: dict[str, Any]) -> None:
+    def _added(self, target: Target, message: dict[str, Any]) -> CompiledPolicy:
         clustered = self._node.directory(target) is not None
-        added = _policy(message["policy"], target.kind, clustered=clustered, borrows=borrowing.works())
+        return _policy(message["policy"], target.kind, clustered=clustered, borrows=borrowing.works())
+
+    def _tighten_by(self, target: Target, message: dict[str, Any]) -> None:
+        added = self._added(target, message)
         self._require_means(added)
         target.policy = target.policy.intersect(added)
         target.account.tighten(added.limits(Scope.ACTOR), added.watched(Scope.ACTOR))
         self._node.job(target.run_id, added)
+        if target.policy.detect:
+            self._node.judging.join(target, lambda: self._tools)
         if self._ring is not None:
             self._ring.tighten(target.policy)
 

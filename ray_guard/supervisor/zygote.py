@@ -127,7 +127,7 @@ class _Zygote:
                 self.held.hold(str(message["path"]))
         elif operation == "sweep":
             self._sweep(str(message["path"]))
-        elif operation in ("mover", "signer", "recoverer", "witness"):
+        elif operation in ("mover", "signer", "recoverer", "judge", "witness"):
             self._fork_helper(operation, descriptors)
         elif operation == "end_adopted":
             self.end_adopted({int(message["leader"])})
@@ -225,6 +225,10 @@ class _Zygote:
                 from ray_guard.evidence import signer
 
                 signer.run(line)
+            if which == "judge":
+                from ray_guard.evidence import judge
+
+                judge.run(line)
             from ray_guard.evidence import recovery
 
             recovery.run(line)
