@@ -82,14 +82,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_proof(args: argparse.Namespace, keys: Sequence[Key], kept: Sequence[tuple[Note, Key | None]]) -> int:
-    """Says whether a proof holds. 0: it does; 1: not. Raises BadNote without a key to believe."""
+    """Says whether a proof holds. 0: it does; 1: not. Raises NotProven for what is none, BadNote without a key to believe."""
+    proofs = read_proofs(args.evidence)
     believed = [*keys, *(key for _, key in kept if key is not None)]
     if not believed:
         raise BadNote("a proof is worth what its key is: give --key KEY, or --checkpoint FILE as it was exported")
     lines: list[str] = []
     found: list[dict[str, Any]] = []
     sound = True
-    for proof in read_proofs(args.evidence):
+    for proof in proofs:
         try:
             note = hold(proof, believed, [note for note, _ in kept])
         except NotProven as error:
