@@ -19,6 +19,8 @@ pytestmark = pytest.mark.kernel
 _TOLD_S = 1.0
 _ENDED_S = 2.0
 GIB = 1 << 30
+_NOBODY = (1 << 22) - 1
+"""The last number that a process can have on a large machine."""
 
 _HOLD = "import os, sys, time; print(os.getpid(), flush=True); os.open(sys.argv[1], os.O_RDONLY); time.sleep(8)"
 
@@ -326,6 +328,25 @@ def test_without_nvml_what_must_be_measured_is_refused(tmp_path: Path, require: 
             (told,) = violations(host, "gpu_process")
             assert told["attributes"]["error.type"] == "unmeasured"
             assert host.alive
+
+
+@pytest.mark.parametrize("blind", ["no GPU", "another GPU", "pids of another namespace"])
+def test_what_nvml_does_not_see_is_not_measured_as_nothing(fresh: GpuHost, tmp_path: Path, blind: str) -> None:
+    nvml = fresh.nvml
+    assert nvml is not None
+    if blind == "no GPU":
+        nvml.gpus = []
+    elif blind == "another GPU":
+        nvml.gpus[0].minor = 77
+    else:
+        nvml.gpus[0].runs(_NOBODY, 2 * GIB)
+    nvml.write()
+    with confined(fresh, tmp_path, budgets={"actor": {"gpu_seconds": 100}}) as host:
+        pid = host.inside(_ENGINE, python=PYTHON, program=_HOLD, gpu=str(fresh.gpu))
+        wait(lambda: gone(pid), "it computes, and nobody can say how much", 6.0)
+        (told,) = violations(host, "gpu_process")
+        assert told["attributes"]["error.type"] == "unmeasured"
+        assert len(violations(host, "gpu_hidden_tenant")) == (blind == "pids of another namespace")
 
 
 def test_without_nvml_the_census_goes_on(tmp_path: Path) -> None:
