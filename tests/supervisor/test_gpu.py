@@ -483,10 +483,11 @@ def test_gpu_seconds_of_a_call_and_of_an_episode(fresh: GpuHost, tmp_path: Path,
         assert host.alive
 
 
-def test_gpu_memory_of_a_call(fresh: GpuHost, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scope", "limit", "value"), [("call", 3, 4), ("episode", 5, 6), ("job", 5, 6)])
+def test_gpu_memory_of_tools(fresh: GpuHost, tmp_path: Path, scope: str, limit: int, value: int) -> None:
     nvml = fresh.nvml
     assert nvml is not None
-    with confined(fresh, tmp_path, gpu="any", budgets={"call": {"gpu_memory": "3GiB"}}) as host:
+    with confined(fresh, tmp_path, gpu="any", budgets={scope: {"gpu_memory": limit * GIB}}) as host:
         program = _HOLD.replace("sleep(8)", "sleep(20)")
         greedy, modest = host.inside(_CALLS, python=PYTHON, program=program, gpu=str(fresh.gpu))
         nvml.gpus[0].runs(greedy, 2 * GIB)
@@ -498,6 +499,9 @@ def test_gpu_memory_of_a_call(fresh: GpuHost, tmp_path: Path) -> None:
         nvml.write()
         wait(lambda: gone(greedy), "it keeps more than it may", _ENDED_S)
         (told,) = violations(host, "gpu_memory")
-        assert told["attributes"]["error.type"] == "call budget"
-        assert told["attributes"]["ray_guard.violation.value"] == 4 * GIB
-        assert not gone(modest)
+        assert told["attributes"]["error.type"] == f"{scope} budget"
+        assert told["attributes"]["ray_guard.violation.value"] == value * GIB
+        if scope == "call":
+            assert not gone(modest)
+        else:
+            wait(lambda: gone(modest), "together they hold more than they may", _ENDED_S)
