@@ -6,6 +6,7 @@ Two raylets of one real cluster, each in namespaces and so with a supervisor of 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 import ray
 
-from ray_guard import BudgetExceeded, episode, guard, tool_call
+from ray_guard import BudgetExceeded, Popen, episode, guard, tool_call
+from ray_guard.actors.job_budget import Gcs
 from ray_guard.client import channel
 from ray_guard.client.quota import reserve
 
@@ -109,6 +111,41 @@ def test_the_sum_over_two_supervisors_never_passes_the_jobs_limit() -> None:
     again = Spender.options(resources={"second": 1}).remote()
     spent += sum(ray.get([actor.spend.remote(1, 1000) for actor in (here, again)]))
     assert spent <= _LIMIT
+
+
+@guard(allow=[], budgets={"job": {"memory": "300MiB", "wall_seconds": 3600}})
+@ray.remote(num_cpus=0)
+class Holder:
+    def hold(self) -> bool:
+        """A tool takes 180 MiB; whether it has them."""
+        self._call = tool_call("hold")  # stays open
+        self._call.__enter__()
+        program = "import sys; m = bytearray(b'x') * (180 << 20); print(flush=True); sys.stdin.read()"
+        self._tool = Popen([sys.executable, "-I", "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._tool.stdout is not None
+        self._tool.stdout.readline()
+        try:
+            return self._tool.wait(1.5) is None
+        except subprocess.TimeoutExpired:
+            return True
+
+    def let_go(self) -> int:
+        """What ended it: the limit, or its input's end."""
+        self._tool.communicate()
+        return self._tool.wait()
+
+
+def test_memory_is_one_jobs_on_two_nodes() -> None:
+    """What one node holds, of more than its first part of the limit, the other cannot have."""
+    here = Holder.options(resources=_FIRST).remote()
+    there = Holder.options(resources={"second": 1}).remote()
+    assert ray.get(here.hold.remote())
+    assert not ray.get(there.hold.remote())
+    assert ray.get([here.let_go.remote(), there.let_go.remote()]) == [0, -signal.SIGKILL]
+    gcs = Gcs(ray.get_runtime_context().gcs_address)
+    assert 1 <= len(list(gcs.keys("began/"))) <= 2, "when the job began is known to both"
+    ray.kill(here)
+    ray.kill(there)
 
 
 @guard(allow=[], role="policy")
