@@ -213,7 +213,7 @@ def _output(path: str, content: dict[str, Any]) -> int | None:
         content.setdefault("max_tokens", 16)
     names = ("max_output_tokens",) if path == RESPONSES else ("max_tokens", "max_completion_tokens")
     said = [_count(content, name, 0) for name in names if name in content]
-    return max(said) if said else None
+    return max(1, *said) if said else None  # asked for none, with ``echo``, vLLM generates one
 
 
 # -- how long the prompt can be ----------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def test_the_prompt_is_bounded_by_its_bytes() -> None:
     asked = chat("a", n=3, max_tokens=7, max_completion_tokens=9)
     assert (asked.choices, asked.copies, asked.output) == (3, 3, 9)
     assert chat("a").output is None
+    assert chat("a", max_tokens=0).output == 1, "so much an engine generates that is asked for none"
 
 
 @pytest.mark.parametrize(
