@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_the_sum_over_two_supervisors_never_passes_the_jobs_limit() -> None:
     assert spent <= _LIMIT
 
 
-@guard(allow=[], budgets={"job": {"memory": "300MiB", "wall_seconds": 3600}})
+@guard(allow=[], budgets={"job": {"memory": "300MiB", "processes": 40, "wall_seconds": 3600}})
 @ray.remote(num_cpus=0)
 class Holder:
     def hold(self) -> bool:
@@ -134,9 +135,17 @@ class Holder:
         self._tool.communicate()
         return self._tool.wait()
 
+    def start_all(self) -> int:
+        """Starts as many tools as it may; how many those are, with the ones from before."""
+        self._many = getattr(self, "_many", [])
+        with suppress(BudgetExceeded):
+            while True:
+                self._many.append(Popen(["sleep", "600"]))
+        return len(self._many)
 
-def test_memory_is_one_jobs_on_two_nodes() -> None:
-    """What one node holds, of more than its first part of the limit, the other cannot have."""
+
+def test_levels_are_one_jobs_on_two_nodes() -> None:
+    """What one node holds, of more than its first part of the limit, the other cannot have; what is free it can."""
     here = Holder.options(resources=_FIRST).remote()
     there = Holder.options(resources={"second": 1}).remote()
     assert ray.get(here.hold.remote())
@@ -144,8 +153,12 @@ def test_memory_is_one_jobs_on_two_nodes() -> None:
     assert ray.get([here.let_go.remote(), there.let_go.remote()]) == [0, -signal.SIGKILL]
     gcs = Gcs(ray.get_runtime_context().gcs_address)
     assert 1 <= len(list(gcs.keys("began/"))) <= 2, "when the job began is known to both"
-    ray.kill(here)
     ray.kill(there)
+    deadline = time.monotonic() + 25
+    while (started := ray.get(here.start_all.remote())) < 40 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert started == 40
+    ray.kill(here)
 
 
 @guard(allow=[], role="policy")

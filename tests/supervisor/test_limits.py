@@ -497,11 +497,11 @@ while not result or not isinstance(result[-1], str):
         try: result.append(ray_guard.run(['sleep', '60']).returncode)
         except ray_guard.BudgetExceeded as error: result.append(f'{error.scope} {error.kind}')
 """
-    with limited(tmp_path, **{scope: {"wall_seconds": 3}}) as host:
+    with limited(tmp_path, **{scope: {"wall_seconds": 2}}) as host:
         assert host.inside(code) == [-signal.SIGTERM, f"{scope} wall_seconds"]
         found = violations(host)
         assert [(each["kind"], each["type"], each["limit"]) for each in found] == [
-            ("wall_seconds", f"{scope} budget", 3)
+            ("wall_seconds", f"{scope} budget", 2)
         ] * 2
 
 
