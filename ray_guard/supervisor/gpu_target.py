@@ -138,7 +138,8 @@ class GpuTarget:
             account.level(MEMORY, self._levels.pop(account), 0)
         for account, level in held.items():
             if level is None:
-                self._unknown.add(account)
+                if account.limits_any((MEMORY,)):
+                    self._unknown.add(account)
             else:
                 account.level(MEMORY, self._levels.get(account, 0), level)
                 self._levels[account] = level

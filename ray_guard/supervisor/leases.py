@@ -84,7 +84,7 @@ class Lease:
         self._last = 1
         """Parts in the last lease."""
         self._asked = False
-        self._dumb = False
+        self._failed = False
         """The last answer was none."""
         self._tried = float("-inf")
         self._waiting: list[_Waiter] = []
@@ -132,7 +132,7 @@ class Lease:
         """Asks for more of a limit whose part here was passed; whether some may come within :data:`PATIENCE_S`."""
         if not self._asked and self.lacks(0):
             self._ask()
-        return self._asked and not self._dumb and time.monotonic() - self._tried < PATIENCE_S
+        return self._asked and not self._failed and time.monotonic() - self._tried < PATIENCE_S
 
     def fetch(self, amount: Amount, again: Callable[[], None]) -> None:
         """Claims what ``amount`` needs; ``again`` is called when it is known what there is."""
@@ -166,9 +166,9 @@ class Lease:
             self._free = int(answer["free"])
         except (KeyError, ValueError, TypeError):
             log.warning("no part of %s: %.200r", self._name, answer)
-            self._dumb = True
+            self._failed = True
         else:
-            self.known, self._dumb = True, False
+            self.known, self._failed = True, False
             self._mine += claimed
             self._last = len(claimed) or self._last
             self._spread()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from gpu_host import GpuHost, gpu_host
 from harness import PYTHON, Host, grants, wait
+from standin import UNAVAILABLE
 
 pytestmark = pytest.mark.kernel
 
@@ -253,6 +254,19 @@ def test_gpu_memory_is_held(fresh: GpuHost, tmp_path: Path) -> None:
         (told,) = violations(host, "gpu_memory")
         assert told["attributes"]["ray_guard.violation.limit"] == 3 * GIB
         assert told["attributes"]["ray_guard.violation.value"] == 4 * GIB
+
+
+def test_memory_that_nobody_limits_need_not_be_known(fresh: GpuHost, tmp_path: Path) -> None:
+    nvml = fresh.nvml
+    assert nvml is not None
+    with confined(fresh, tmp_path, budgets={"actor": {"gpu_seconds": 100}}) as host:
+        pid = host.inside(_ENGINE, python=PYTHON, program=_HOLD, gpu=str(fresh.gpu))
+        nvml.gpus[0].runs(pid, UNAVAILABLE)
+        nvml.errors = dict.fromkeys(("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"), 3)
+        nvml.write()
+        time.sleep(1.5)
+        assert not gone(pid)
+        assert violations(host, "gpu_process") == []
 
 
 def test_a_context_without_a_descriptor_is_found(fresh: GpuHost, tmp_path: Path) -> None:
