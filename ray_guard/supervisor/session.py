@@ -15,7 +15,7 @@ import signal
 import socket
 import stat
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
@@ -232,6 +232,8 @@ class Session:
                 "names": policy.names,
                 **self._told_of(target),
             }
+            if kind == "observer":
+                self._bequeath(target, None, message)
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
     def _require_own_user(self) -> None:
@@ -370,14 +372,15 @@ class Session:
         if missing:
             raise NotEnforced(missing, "without it no call of this process could be judged: CAP_SYS_PTRACE would help")
 
-    def _ward(self, target: Target, held: socket.socket) -> None:
+    def _ward(self, target: Target, held: socket.socket | None) -> None:
         """Puts the target's tree into care, should this process die.
 
         Args:
-            held: the end of a line whose closing kills it.
+            held: the end of a line whose closing kills it; None: an observer, which nobody ends.
         """
         about = About(target.journal.folder, target.run_id, dict(target.resource.attributes))
-        self._warded = self._node.care.take(self._sock, about, 0 if target.kind == "observer" else target.pid, held)
+        tied = None if target.kind == "observer" else held
+        self._warded = self._node.care.take(self._sock, about, target.pid, tied)
 
     def _peer(self) -> tuple[int, int]:
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -431,7 +434,12 @@ class Session:
 
         listener = Listener(descriptor)
         self._ring = arming.Ring(self._node, target, target.policy, target.pid)
-        self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered)
+        handlers: Mapping[str, arming.Handler] = {}
+        if target.policy.role is Role.POLICY:
+            from ray_guard.supervisor import keepers
+
+            handlers = keepers.handlers()
+        self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
         self._node.gpus.join(target)
         return listener
 
@@ -462,7 +470,7 @@ class Session:
     def _bequeath(
         self,
         target: Target,
-        listener: Listener,
+        listener: Listener | None,
         hello: dict[str, Any],
         said: Sequence[dict[str, Any]] = (),
         stopper: socket.socket | None = None,
@@ -485,7 +493,7 @@ class Session:
         if self._target is not None:
             raise seqpacket.BadPacket("a target hands nobody on")
         self._require_own_user()
-        _, line, listener, lifeline, written = descriptors
+        _, line, written, *armed = descriptors
         estate = book.read(written, message.get("last"), journaled=bool(message.get("journaled")))
         policy, membership = self._asked_of(estate.hello)
         identity = dict(estate.hello.get("identity") or {})
@@ -495,8 +503,12 @@ class Session:
             return
         heir = self._node.admit(_line(line))
         try:
-            with _line(lifeline) as held:
-                heir.inherit(estate, policy, membership, int(message["start_time"]), os.dup(listener), held)
+            if armed:
+                listener, lifeline = armed
+                with _line(lifeline) as held:
+                    heir.inherit(estate, policy, membership, int(message["start_time"]), os.dup(listener), held)
+            else:
+                heir.observe_on(estate, policy)
         except BaseException:
             heir.disown()
             raise
@@ -536,13 +548,7 @@ class Session:
             os.close(listener)
             raise
         armed = self._arm(target, listener)
-        for said in estate.said:
-            if said["op"] == "tighten":
-                self._tighten_by(target, said)
-            else:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # who asked has its answer
-                with ours:
-                    self._handle(said, [theirs.detach()])
+        self._hear_again(target, estate)
         rearming.restore(self._node, target, estate)
         rearming.require_countable(target)
         self._ward(target, held)
@@ -550,10 +556,37 @@ class Session:
         with stopper:
             rearming.tie(stopper, target.pid)
             self._bequeath(target, armed, estate.hello, [*estate.said, *estate.opened], stopper)
+        self._hear_rest(target, estate)
+        rearming.go_on(armed, estate.notification, target.pid)
+
+    def observe_on(self, estate: Estate, policy: CompiledPolicy) -> None:
+        """Goes on with a driver whose supervisor is gone."""
+        from ray_guard.supervisor import rearming
+
+        target = self._target_of(estate.hello, policy)
+        target.key = estate.key
+        self._enter(target, estate.hello)
+        self._hear_again(target, estate)
+        rearming.restore(self._node, target, estate)
+        self._ward(target, None)
+        self._bequeath(target, None, estate.hello, [*estate.said, *estate.opened])
+        self._hear_rest(target, estate)
+
+    def _hear_again(self, target: Target, estate: Estate) -> None:
+        """What it has said to the supervisor before, and has its answer to."""
+        for said in estate.said:
+            if said["op"] == "tighten":
+                self._tighten_by(target, said)
+            else:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                with ours:
+                    self._handle(said, [theirs.detach()])
+
+    def _hear_rest(self, target: Target, estate: Estate) -> None:
+        """What it had said last; and no span of it was left open."""
         for said in estate.pending:
             self._handle(said, [])
         target.journal.continued.update(target.open)
-        rearming.go_on(armed, estate.notification, target.pid)
         log.warning("%s is taken over from a supervisor that is gone", self._name())
 
     def disown(self) -> None:
