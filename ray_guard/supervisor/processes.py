@@ -47,11 +47,13 @@ log = logger("ray_guard.processes")
 _KNOWN_LIMIT: Final = 4096
 _WATCHED_LIMIT: Final = 256
 """How many processes of a call are watched by a pidfd: descriptors are for all calls. The others are looked for."""
-_ROUND_S: Final = 0.004
+_ROUND_S: Final = 0.016
 """After so long at most what has ended is written; after one to two of them a new process, or program, is looked at."""
 _ENDING_LIMIT: Final = 64
 """Each holds two descriptors until its end is written."""
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
+_FAR: Final = 1 << 24
+"""Bytes: no library that makes system calls is that large."""
 _AT_FDCWD: Final = -100 & 0xFFFFFFFF
 
 
@@ -59,16 +61,16 @@ class _Attempt:
     """An exec that was let through.
 
     Attributes:
-        memory: the process's, as it was before.
+        at: where the call was made: the instruction's address.
         there: there is a program to execute.
         begun: its span, once that has begun.
     """
 
-    __slots__ = ("begun", "image", "memory", "there")
+    __slots__ = ("at", "begun", "image", "there")
 
-    def __init__(self, image: Image, memory: Memory, *, there: bool) -> None:
+    def __init__(self, image: Image, at: int, *, there: bool) -> None:
         self.image = image
-        self.memory = memory
+        self.at = at
         self.there = there
         self.begun: OpenImage | None = None
 
@@ -191,7 +193,7 @@ class Processes:
         self._spans = ProcessSpans(target, origin)
         self._executed = 0
         self._peak_memory = 0
-        self._paths: set[str] = set()
+        self._paths: set[bytes] = set()
         self._told: set[tuple[str, bool]] = set()
         self._closed = False
         self._known: dict[int, Process] = {}
@@ -317,6 +319,7 @@ class Processes:
             self._come_round()
         self._write_ends()
         self._look(new)
+        self._spans.write()
 
     def _look(self, new: list[Process]) -> None:
         """What was new a few milliseconds ago and is still there: its end is watched for."""
@@ -328,7 +331,6 @@ class Processes:
             attempt = process.attempt
             if attempt is None:
                 continue
-            attempt.memory.close()  # descriptors are for all calls
             if self._now_runs_another(process):
                 self._settle(process, executed=True)
             elif attempt.there and attempt.begun is None:  # the kernel may be about to
@@ -373,14 +375,11 @@ class Processes:
     ) -> _Attempt | None:
         """What a process is about to execute; None: that cannot be read, and the kernel will say so."""
         tid, pid = call.pid, process.entry.pid
-        memory = Memory(tid)
-        name = memory.path(pointers[0])
-        arguments = None if name is None else memory.arguments(pointers[1])
-        if name is None or arguments is None or not gate.listener.is_valid(call.id):
-            memory.close()
+        command = Memory(tid).command(*pointers)
+        if command is None or not gate.listener.is_valid(call.id):
             return None
-        if not name and folder != "cwd":
-            name = _link(f"/proc/{tid}/{folder}")
+        if not command.path and folder != "cwd":
+            command = command._replace(path=os.fsencode(_link(f"/proc/{tid}/{folder}")))
         if not process.forked and not process.program:
             process.program = procfs.program(pid)
         parent = process.parent
@@ -389,21 +388,21 @@ class Processes:
         image = Image(
             pid,
             process.parent_pid if parent is None else parent.entry.pid,
-            name,
-            arguments,
+            command.form(),
             new_span_id(),
             (self._root if parent is None else parent).span,
             time.time_ns(),
             pidfd.cpu_ns(pid) or process.entry.cpu_ns,
         )
-        return _Attempt(image, memory, there=not self._spans.full and self._is_there(tid, name, folder))
+        there = not self._spans.full and self._is_there(tid, command.path, folder)
+        return _Attempt(image, call.instruction_pointer, there=there)
 
-    def _is_there(self, tid: int, path: str, folder: str) -> bool:
+    def _is_there(self, tid: int, path: bytes, folder: str) -> bool:
         """Whether there is a program at ``path``: one that was there before, most often."""
         if path in self._paths:
             return True
-        there = runnable(tid, path, folder)
-        if there and path[:1] == "/" and len(self._paths) < _KNOWN_LIMIT:
+        there = runnable(tid, os.fsdecode(path), folder)
+        if there and path[:1] == b"/" and len(self._paths) < _KNOWN_LIMIT:
             self._paths.add(path)
         return there
 
@@ -414,6 +413,7 @@ class Processes:
         elif process.attempt is not None:
             executed = self._now_runs_another(process)
             self._settle(process, executed=process.attempt.there if executed is None else executed)
+            self._spans.write()
 
     def _now_runs_another(self, process: Process) -> bool | None:
         """Whether it has executed something since its last attempt; None: it is gone, or unreadable."""
@@ -422,11 +422,13 @@ class Processes:
         program = procfs.program(process.entry.pid)
         return program != process.program if program else None
 
-    def _has_executed(self, process: Process, attempt: _Attempt) -> bool:
-        """Whether a process that is about to end has executed what it attempted."""
-        if attempt.memory.is_gone():
-            return True
-        return self._now_runs_another(process) is not False  # it may have called vfork: its parent has it still
+    def _has_executed(self, process: Process, attempt: _Attempt, at: int) -> bool:
+        """Whether a process that is about to end, by a call made ``at`` there, has executed what it attempted.
+
+        Both calls are the same library's, so where they are far apart another program is loaded. (A process can make
+        it look like that, as it can execute what it likes.) Where they are not, addresses may not be random.
+        """
+        return abs(at - attempt.at) >= _FAR or self._now_runs_another(process) is not False
 
     def _settle(self, process: Process, *, executed: bool, ends: bool = False) -> None:
         """The process's last exec has happened, or has not. ``ends``: it is ending, and its span with it."""
@@ -434,7 +436,6 @@ class Processes:
         if attempt is None:
             return
         process.attempt = None
-        attempt.memory.close()
         if not executed:
             if attempt.there:  # there was a program, and the kernel would not run it
                 begun = attempt.begun or self._spans.open(attempt.image)
@@ -475,7 +476,7 @@ class Processes:
         pid = process.entry.pid
         cpu = pidfd.cpu_ns(pid)
         attempt = process.attempt
-        executed = attempt is not None and self._has_executed(process, attempt)
+        executed = attempt is not None and self._has_executed(process, attempt, call.instruction_pointer)
         peak = procfs.peak_resident(pid) if process.image is not None or executed else 0
         if not procfs.is_youngest(pid):
             for child in procfs.children(pid, pid):
@@ -505,6 +506,7 @@ class Processes:
                 self._peak_memory = max(self._peak_memory, peak)
                 self._spans.end(process.image, at, cpu, status=status, peak=peak)
             self._limits.exited(process.entry, cpu)
+        self._spans.write()
 
     def _died(self, process: Process) -> None:
         """It has ended without saying so: by a signal, for the most part."""
@@ -516,6 +518,7 @@ class Processes:
             status = pidfd.exit_status(process.pidfd, pid) if process.pidfd >= 0 else None
             lost = "its end was not seen" if status is None else "it was ended from outside"
             self._spans.end(process.image, ended, cpu, status=status, lost=lost)
+        self._spans.write()
         self._forget(process)
         if process.pidfd >= 0:
             os.close(process.pidfd)
