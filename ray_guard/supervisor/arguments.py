@@ -30,10 +30,11 @@ SHOWN_LENGTH: Final = 256
 _NAME_SHOWN: Final = 128
 _WINDOW: Final = 4096
 _LONG_WINDOW: Final = 4 * _WINDOW
-_SHORT_PATH: Final = 256
+_PAGE: Final = 4096
 _FEW: Final = struct.Struct("=17Q")
 """The pointers of most arguments, with the end of the array."""
-_SHORT: Final = 1024
+_AROUND: Final = 1024
+"""Bytes on either side of the path, or from the first argument on."""
 _PATH_LIMIT: Final = 4096
 _POINTERS_LIMIT: Final = 4096
 _BYTES_LIMIT: Final = 1 << 18
@@ -82,7 +83,47 @@ def digest(argv: tuple[str, ...]) -> str:
 _peephole = Peephole(_LONG_WINDOW)
 
 
-class Memory:
+def read_command(tid: int, path: int, array: int) -> Command | None:
+    """What a thread gives to execve. None: something of it is unreadable, so that the kernel will say EFAULT."""
+    return _read_short(tid, path, array) or _Memory(tid).command(path, array)
+
+
+def _read_short(tid: int, path: int, array: int) -> Command | None:
+    """The command, where one or two readings have it all: most arguments are few, and lie side by side.
+
+    Shells have them beside the path: all around it on its page is read, and the array. None: it is not so.
+    """
+    data = _peephole.data
+    page = path & -_PAGE
+    begin, end = max(page, path - _AROUND), min(page + _PAGE, path + _AROUND)
+    room = end - begin
+    if _peephole.read(tid, begin, room, array, _FEW.size) != room + _FEW.size:
+        return None
+    pointers = _FEW.unpack_from(data, room)
+    stop = data.find(b"\0", path - begin, room)
+    if stop < 0 or 0 not in pointers:
+        return None
+    name = bytes(data[path - begin : stop])
+    pointers = pointers[: pointers.index(0)]
+    if not pointers:
+        return Command(name, (), short=True)
+    first, last = min(pointers), max(pointers)
+    if first < begin or last >= end:
+        if last - first >= _AROUND:
+            return None
+        begin, room = first, _peephole.read(tid, first, _AROUND)
+        if room <= 0:
+            return None
+    words = []
+    for pointer in pointers:
+        stop = data.find(b"\0", pointer - begin, room)
+        if stop < 0:
+            return None
+        words.append(bytes(data[pointer - begin : stop]))
+    return Command(name, tuple(words), short=True)
+
+
+class _Memory:
     """The memory of one thread, as it is now. What cannot be read is missing: no error leaves here."""
 
     def __init__(self, tid: int) -> None:
@@ -91,47 +132,13 @@ class Memory:
         self._window = b""
 
     def command(self, path: int, array: int) -> Command | None:
-        """What execve is given. None: something of it is unreadable, so that the kernel will say EFAULT."""
-        try:
-            found = self._short_command(path, array)
-        except struct.error:  # no number of 64 bits: nobody's address
-            return None
-        if found is not None:
-            return found
         name = self.string(path, _PATH_LIMIT)
         return None if name is None else self._arguments(array, name)
-
-    def _short_command(self, path: int, array: int) -> Command | None:
-        """It, where two short readings have it all: most arguments are few, and lie side by side."""
-        peephole = _peephole
-        room = min(_SHORT_PATH, _WINDOW - (path & (_WINDOW - 1)))
-        if peephole.read(self._tid, path, room, array, _FEW.size) != room + _FEW.size:
-            return None
-        end = peephole.data.find(b"\0", 0, room)
-        pointers = _FEW.unpack_from(peephole.data, room)
-        if end < 0 or 0 not in pointers:
-            return None
-        name = bytes(peephole.data[:end])
-        pointers = pointers[: pointers.index(0)]
-        if not pointers:
-            return Command(name, (), short=True)
-        first = min(pointers)
-        if max(pointers) - first >= _SHORT:
-            return None
-        size = peephole.read(self._tid, first, _SHORT)
-        if size <= 0:
-            return None
-        window = bytes(peephole.data[:size])
-        ends = [window.find(b"\0", pointer - first) for pointer in pointers]
-        if -1 in ends:
-            return None
-        words = [window[pointer - first : end] for pointer, end in zip(pointers, ends, strict=True)]
-        return Command(name, tuple(words), short=True)
 
     def _read(self, address: int, length: int) -> bytes:
         try:
             size = _peephole.read(self._tid, address, length)
-        except struct.error:
+        except ValueError:  # no number of 64 bits: nobody's address
             return b""
         if size in (-errno.EPERM, -errno.ENOSYS):  # as Docker's default profile had it for years
             return self._read_file(address, length)

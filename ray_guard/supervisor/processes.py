@@ -29,7 +29,7 @@ from ray_guard.ids import new_span_id
 from ray_guard.kernel import pidfd, procfs
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
-from ray_guard.supervisor.arguments import Memory, runnable
+from ray_guard.supervisor.arguments import read_command, runnable
 from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
 from ray_guard.supervisor.memory_group import MemoryGroup
@@ -367,7 +367,7 @@ class Processes:
             if attempt is not None and attempt.there:
                 attempt.begun = self._spans.begin(attempt.image)  # or it does not happen
         gate.listener.proceed(call.id)
-        if process is not None and attempt is not None:
+        if process is not None and attempt is not None and self._newest[-1:] != [process]:
             self._look_later(process)
 
     def _attempt(
@@ -375,7 +375,7 @@ class Processes:
     ) -> _Attempt | None:
         """What a process is about to execute; None: that cannot be read, and the kernel will say so."""
         tid, pid = call.pid, process.entry.pid
-        command = Memory(tid).command(*pointers)
+        command = read_command(tid, *pointers)
         if command is None or not gate.listener.is_valid(call.id):
             return None
         if not command.path and folder != "cwd":

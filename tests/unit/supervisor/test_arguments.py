@@ -13,7 +13,7 @@ import pytest
 
 from ray_guard.kernel import libc
 from ray_guard.supervisor import arguments
-from ray_guard.supervisor.arguments import Command, Memory
+from ray_guard.supervisor.arguments import Command, read_command
 
 
 def array(*strings: bytes, end: int | None = 0) -> tuple[int, object]:
@@ -27,7 +27,7 @@ def array(*strings: bytes, end: int | None = 0) -> tuple[int, object]:
 def read(*strings: bytes, end: int | None = 0, path: bytes = b"/bin/sh") -> Command | None:
     address, _kept = array(*strings, end=end)
     name = ctypes.create_string_buffer(path, 256)
-    return Memory(os.getpid()).command(ctypes.addressof(name), address)
+    return read_command(os.getpid(), ctypes.addressof(name), address)
 
 
 def packed(*strings: bytes) -> Command | None:
@@ -36,7 +36,7 @@ def packed(*strings: bytes) -> Command | None:
     starts = [ctypes.addressof(block) + sum(len(each) + 1 for each in strings[:n]) for n in range(len(strings))]
     pointers = (ctypes.c_uint64 * 20)(*starts)
     name = ctypes.create_string_buffer(b"/bin/sh", 256)
-    return Memory(os.getpid()).command(ctypes.addressof(name), ctypes.addressof(pointers))
+    return read_command(os.getpid(), ctypes.addressof(name), ctypes.addressof(pointers))
 
 
 def recorded(command: Command | None) -> tuple[list[str], str]:
@@ -112,23 +112,22 @@ def test_more_than_is_read_has_no_hash() -> None:
 def test_what_cannot_be_read_is_none(address: int) -> None:
     arguments, _kept = array(b"sh")
     name = ctypes.create_string_buffer(b"/bin/sh", 256)
-    memory = Memory(os.getpid())
-    assert memory.command(address, arguments) is None
-    assert memory.command(ctypes.addressof(name), address) is None
+    assert read_command(os.getpid(), address, arguments) is None
+    assert read_command(os.getpid(), ctypes.addressof(name), address) is None
     assert read(b"good", end=address) is None
 
 
 @pytest.mark.usefixtures("way")
 def test_no_arguments_at_all() -> None:
     name = ctypes.create_string_buffer(b"/bin/sh", 256)
-    found = Memory(os.getpid()).command(ctypes.addressof(name), 0)
+    found = read_command(os.getpid(), ctypes.addressof(name), 0)
     assert found == Command(b"/bin/sh", ())
     assert recorded(found) == recorded(packed()) == ([], hashlib.sha256().hexdigest())
 
 
 @pytest.mark.usefixtures("way")
 def test_a_thread_that_is_gone_reads_as_nothing() -> None:
-    assert Memory(0x3FFFFFFF).command(0x1000, 0x1000) is None
+    assert read_command(0x3FFFFFFF, 0x1000, 0x1000) is None
 
 
 @pytest.mark.usefixtures("way")
@@ -137,11 +136,11 @@ def test_a_path_that_crosses_pages_and_one_without_an_end() -> None:
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     page[4000:6000] = b"p" * 2000
     words, _kept = array(b"sh")
-    found = Memory(os.getpid()).command(address + 4000, words)
+    found = read_command(os.getpid(), address + 4000, words)
     assert found is not None
     assert found.path == b"p" * 2000
     page[:8192] = b"q" * 8192
-    assert Memory(os.getpid()).command(address, words) is None, "longer than any path"
+    assert read_command(os.getpid(), address, words) is None, "longer than any path"
 
 
 def test_whether_there_is_a_program() -> None:
