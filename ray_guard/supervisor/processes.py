@@ -20,6 +20,7 @@ import os
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -51,6 +52,7 @@ _ROUND_S: Final = 0.016
 """After so long at most what has ended is written; after one to two of them a new process, or program, is looked at."""
 _ENDING_LIMIT: Final = 64
 """Each holds two descriptors until its end is written."""
+_NS: Final = 1_000_000_000
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _FAR: Final = 1 << 24
 """Bytes: no library that makes system calls is that large."""
@@ -126,6 +128,7 @@ class _End(NamedTuple):
         executed: what it attempted last.
         cpu_ns: its clock by then; None: nobody could read it.
         peak: bytes of resident memory it had at most; 0: it has no span.
+        read: the descriptor that this was read from; -1: none.
         at: Unix time in nanoseconds.
     """
 
@@ -134,6 +137,7 @@ class _End(NamedTuple):
     cpu_ns: int | None
     status: int
     peak: int
+    read: int
     at: int
 
 
@@ -204,7 +208,7 @@ class Processes:
         self._newest: list[Process] = []
         """And since then. Most are gone by the time that it would be their turn."""
         self._due = False
-        self._ending: list[_End] = []
+        self._ending: deque[_End] = deque()
         """Whose records are still to be written: a handful at once takes a third of what each takes by itself."""
         self._ended: dict[int, float] = {}
         """When a process has ended, or has said so: /proc shows it for a while yet."""
@@ -281,25 +285,31 @@ class Processes:
         self._known[pid] = process
         return process
 
-    def _forget(self, process: Process) -> None:
-        """It has ended, or is just about to."""
+    def _forget(self, process: Process, ended: float) -> None:
+        """It has ended, or said so, by then."""
         pid = process.entry.pid
         if len(self._ended) >= _KNOWN_LIMIT:
             for old in list(self._ended)[: _KNOWN_LIMIT // 2]:
                 del self._ended[old]
-        self._ended[pid] = now()
+        self._ended[pid] = ended
         if self._known.get(pid) is process:
             del self._known[pid]
         if self._threads:
             self._threads = {tid: other for tid, other in self._threads.items() if other is not process}
         if process.pidfd >= 0:
             self._watched -= 1
-            if process.watched:
-                self._loop.forget(process.pidfd)
+            self._unwatch(process)
+            os.close(process.pidfd)
+            process.pidfd = -1
+
+    def _unwatch(self, process: Process) -> None:
+        if process.watched:
+            process.watched = False
+            self._loop.forget(process.pidfd)
 
     def _forget_dead(self) -> None:
         for process in list(self._known.values()):
-            if process.pidfd < 0 and procfs.parent(process.entry.pid) is None:
+            if process.pidfd < 0 and not process.ending and procfs.parent(process.entry.pid) is None:
                 self._died(process)
 
     def _look_later(self, process: Process) -> None:
@@ -324,7 +334,7 @@ class Processes:
     def _look(self, new: list[Process]) -> None:
         """What was new a few milliseconds ago and is still there: its end is watched for."""
         for process in new:
-            if self._known.get(process.entry.pid) is not process:
+            if process.ending or self._known.get(process.entry.pid) is not process:
                 continue
             if process.pidfd >= 0 and not process.watched:
                 self._watch(process)
@@ -470,24 +480,24 @@ class Processes:
 
     def _exit(self, gate: Gate, call: Notification) -> None:
         process = self._find(call.pid)
-        if process is None:
+        if process is None or process.ending:
             gate.listener.proceed(call.id)
             return
         pid = process.entry.pid
         cpu = pidfd.cpu_ns(pid)
         attempt = process.attempt
         executed = attempt is not None and self._has_executed(process, attempt, call.instruction_pointer)
-        peak = procfs.peak_resident(pid) if process.image is not None or executed else 0
+        peak, read = procfs.peak_resident(pid) if process.image is not None or executed else (0, -1)
         if not procfs.is_youngest(pid):
             for child in procfs.children(pid, pid):
                 if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
                     self._orphans[child] = process
         gate.listener.proceed(call.id)
-        self._forget(process)
         process.ending = True
+        self._ending.append(_End(process, executed, cpu, (call.arg0 & 0xFF) << 8, peak, read, time.time_ns()))
+        self._unwatch(process)
         if not self._due:
             self._come_round()
-        self._ending.append(_End(process, executed, cpu, (call.arg0 & 0xFF) << 8, peak, time.time_ns()))
         if process is self._root or len(self._ending) >= _ENDING_LIMIT:
             self._write_ends()
         if process is self._root:  # what is left is killed next: the later it is measured, the less is a bound
@@ -495,12 +505,13 @@ class Processes:
 
     def _write_ends(self) -> None:
         """Of those that were let go, a few milliseconds ago at most."""
-        ending, self._ending = self._ending, []
-        for process, executed, cpu, status, peak, at in ending:
+        boot = now() - time.time_ns() / _NS
+        while self._ending:
+            process, executed, cpu, status, peak, read, at = self._ending.popleft()
+            if read >= 0:
+                os.close(read)
+            self._forget(process, boot + at / _NS)
             process.ending = False
-            if process.pidfd >= 0:
-                os.close(process.pidfd)
-                process.pidfd = -1
             self._settle(process, executed=executed, ends=True)
             if process.image is not None:
                 self._peak_memory = max(self._peak_memory, peak)
@@ -519,10 +530,7 @@ class Processes:
             lost = "its end was not seen" if status is None else "it was ended from outside"
             self._spans.end(process.image, ended, cpu, status=status, lost=lost)
         self._spans.write()
-        self._forget(process)
-        if process.pidfd >= 0:
-            os.close(process.pidfd)
-            process.pidfd = -1
+        self._forget(process, now())
         self._limits.exited(process.entry, cpu)
 
     # -- limits --------------------------------------------------------------------------------------------------------
