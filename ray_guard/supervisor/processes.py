@@ -247,7 +247,9 @@ class Processes:
         """The process of a thread; None: it is leaving, or gone."""
         process = self._known.get(tid) or self._threads.get(tid)
         if process is not None:
-            return process
+            if not process.ending:
+                return process
+            self._write_ends()  # its number may be another's by now
         descriptor = pidfd.opened(tid)
         if descriptor < 0 and (pid := procfs.thread_group(tid)) != tid:
             process = None if pid is None else self._find(pid)
@@ -385,11 +387,11 @@ class Processes:
     ) -> _Attempt | None:
         """What a process is about to execute; None: that cannot be read, and the kernel will say so."""
         tid, pid = call.pid, process.entry.pid
-        command = read_command(tid, *pointers)
+        command = read_command(tid, *pointers)  # by number: whose memory it was is certain only if it still waits
         if command is None or not gate.listener.is_valid(call.id):
             return None
         if not command.path and folder != "cwd":
-            command = command._replace(path=os.fsencode(_link(f"/proc/{tid}/{folder}")))
+            command = command._replace(path=_link(f"/proc/{tid}/{folder}"))
         if not process.forked and not process.program:
             process.program = procfs.program(pid)
         parent = process.parent
@@ -480,7 +482,7 @@ class Processes:
 
     def _exit(self, gate: Gate, call: Notification) -> None:
         process = self._find(call.pid)
-        if process is None or process.ending:
+        if process is None:
             gate.listener.proceed(call.id)
             return
         pid = process.entry.pid
@@ -571,8 +573,8 @@ class Processes:
         )
 
 
-def _link(path: str) -> str:
+def _link(path: str) -> bytes:
     try:
-        return os.readlink(path)
+        return os.readlink(path.encode())
     except OSError:
-        return ""
+        return b""
