@@ -28,6 +28,7 @@ except ImportError:
 SHOWN: Final = 64
 SHOWN_LENGTH: Final = 256
 _NAME_SHOWN: Final = 128
+JUDGED: Final = 10_000
 _WINDOW: Final = 4096
 _LONG_WINDOW: Final = 4 * _WINDOW
 _PAGE: Final = 4096
@@ -39,6 +40,22 @@ _PATH_LIMIT: Final = 4096
 _POINTERS_LIMIT: Final = 4096
 _BYTES_LIMIT: Final = 1 << 18
 _ENCODING: Final = sys.getfilesystemencoding()
+
+
+class Program(NamedTuple):
+    """A program and its arguments.
+
+    Attributes:
+        path: decoded, as it was given.
+        shown: the arguments as they are recorded.
+        whole: as far as they are judged, where not all is shown; secrets are still in them. Empty: all is shown.
+        form: as it is recorded.
+    """
+
+    path: str
+    shown: tuple[str, ...]
+    whole: tuple[str, ...]
+    form: ProcessForm
 
 
 class Command(NamedTuple):
@@ -54,19 +71,20 @@ class Command(NamedTuple):
     whole: bool = True
     short: bool = False
 
-    def form(self) -> ProcessForm:
-        """As it is recorded. The arguments' hash is over all of them, joined by NUL; none where they are not whole."""
-        return _short_form(self) if self.short else _form(self)
+    def program(self) -> Program:
+        """To be recorded. The arguments' hash is over all of them, joined by NUL; none where they are not whole."""
+        return _short_program(self) if self.short else _program(self)
 
 
-def _form(command: Command) -> ProcessForm:
+def _program(command: Command) -> Program:
     path = command.path.decode(_ENCODING, "surrogateescape")
-    words = shown([word.decode(_ENCODING, "surrogateescape") for word in command.arguments[:SHOWN]])
+    argv = [word.decode(_ENCODING, "surrogateescape") for word in command.arguments]
+    words = shown(argv)
     hashed = sha256(b"\0".join(command.arguments)).hexdigest() if command.whole else ""
-    return process_form(path.rpartition("/")[2][:_NAME_SHOWN], path, words, hashed)
+    return Program(path, words, unseen(argv), process_form(path.rpartition("/")[2][:_NAME_SHOWN], path, words, hashed))
 
 
-_short_form = functools.lru_cache(maxsize=256)(_form)  # what is executed once is often executed again
+_short_program = functools.lru_cache(maxsize=256)(_program)  # what is executed once is often executed again
 
 
 def shown(argv: Sequence[str]) -> tuple[str, ...]:
@@ -200,6 +218,22 @@ class _Memory:
             pointers += more
             size = _WINDOW
         return pointers
+
+
+def unseen(argv: Sequence[str]) -> tuple[str, ...]:
+    """The arguments, as :func:`judged`, where not all of them is shown; empty: all is."""
+    return judged(argv) if len(argv) > SHOWN or any(len(word) > SHOWN_LENGTH for word in argv) else ()
+
+
+def judged(argv: Sequence[str]) -> tuple[str, ...]:
+    """The first :data:`JUDGED` characters of the arguments: whatever they are, a packet holds them."""
+    room, words = JUDGED, []
+    for word in argv:
+        words.append(word[:room])
+        room -= len(word)
+        if room <= 0:
+            break
+    return tuple(words)
 
 
 def runnable(tid: int, path: str, folder: str = "cwd") -> bool:

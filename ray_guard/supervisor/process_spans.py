@@ -9,12 +9,13 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from ray_guard.evidence.journal import JournalError
-from ray_guard.evidence.otlp import ProcessForm, ProcessLine, fragment, tail
+from ray_guard.evidence.otlp import ProcessLine, fragment, tail
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
 from ray_guard.records import AttributeValue, StatusCode
 
 if TYPE_CHECKING:
+    from ray_guard.supervisor.arguments import Program
     from ray_guard.supervisor.target import Origin, Target
 
 log = logger("ray_guard.processes")
@@ -31,7 +32,7 @@ class Image(NamedTuple):
     """A program in a process.
 
     Attributes:
-        form: what it is, as the process said.
+        program: as the process gave it.
         span, parent: ids; the parent is the span of the program that forked this process.
         began: Unix time in nanoseconds.
         cpu_ns: what the process had used by then.
@@ -39,7 +40,7 @@ class Image(NamedTuple):
 
     pid: int
     parent_pid: int
-    form: ProcessForm
+    program: Program
     span: str
     parent: str
     began: int
@@ -83,14 +84,19 @@ class ProcessSpans:
 
     def open(self, image: Image) -> OpenImage | None:
         """As :meth:`begin`, for one that has ended: that is all there will be to write."""
+        program = image.program
         if self.full:
             self.left_out += 1
+            self._target.unseen(self._origin, image.parent, program.whole or program.shown, program.path)
             return None
+        if program.whole:
+            self._target.unseen(self._origin, image.span, program.whole, program.path)
+            image = image._replace(program=program._replace(whole=()))  # it may live long
         self._begun += 1
         self._origin.tally.another(self._origin)
         line = self._target.encoder.process_line(
             self._origin.trace_id, image.span, image.parent, self._origin.identity.encoded,
-            form=image.form, start_ns=image.began, pid=image.pid, parent_pid=image.parent_pid,
+            form=program.form, start_ns=image.began, pid=image.pid, parent_pid=image.parent_pid,
         )  # fmt: skip
         return OpenImage(image, line)
 
@@ -122,10 +128,11 @@ class ProcessSpans:
             more += _EXITED if status == 0 else f",{fragment(exit_attributes(status)).encoded}"
         if lost:
             more += _LOST
-        events, told = self._target.offences(image.span)
+        events, told, error = self._target.offences(image.span)
         if events:
             more += f",{fragment(told).encoded}"
-            said = tail(events, StatusCode.ERROR, lost)
+            failed = error or status or lost
+            said = tail(events, StatusCode.ERROR if failed else StatusCode.UNSET, lost)
         else:
             said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         self._ended.append(begun.line.ended(max(at, image.began), more, said))

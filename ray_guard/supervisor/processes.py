@@ -241,6 +241,10 @@ class Processes:
             process.origin = self._origin._replace(parent_id=process.span)
         return process.origin
 
+    def has(self, span: str) -> bool:
+        """Whether that is the span of a program of a process that lives."""
+        return any(process.span == span for process in self._known.values())
+
     # -- who calls -----------------------------------------------------------------------------------------------------
 
     def _find(self, tid: int) -> Process | None:
@@ -400,7 +404,7 @@ class Processes:
         image = Image(
             pid,
             process.parent_pid if parent is None else parent.entry.pid,
-            command.form(),
+            command.program(),
             new_span_id(),
             (self._root if parent is None else parent).span,
             time.time_ns(),

@@ -32,9 +32,9 @@ def read(*strings: bytes, end: int | None = 0, path: bytes = b"/bin/sh") -> Comm
 
 def packed(*strings: bytes) -> Command | None:
     """As :func:`read`, where they lie side by side, as shells have them."""
-    block = ctypes.create_string_buffer(b"\0".join(strings), 4096)
+    block = ctypes.create_string_buffer(b"\0".join(strings), 1 << 15)
     starts = [ctypes.addressof(block) + sum(len(each) + 1 for each in strings[:n]) for n in range(len(strings))]
-    pointers = (ctypes.c_uint64 * 20)(*starts)
+    pointers = (ctypes.c_uint64 * max(20, len(starts) + 1))(*starts)
     name = ctypes.create_string_buffer(b"/bin/sh", 256)
     return read_command(os.getpid(), ctypes.addressof(name), ctypes.addressof(pointers))
 
@@ -42,7 +42,7 @@ def packed(*strings: bytes) -> Command | None:
 def recorded(command: Command | None) -> tuple[list[str], str]:
     """The arguments shown, and their hash."""
     assert command is not None
-    found = {each["key"]: each["value"] for each in json.loads(f"[{command.form().attributes}]")}
+    found = {each["key"]: each["value"] for each in json.loads(f"[{command.program().form.attributes}]")}
     shown = [each["stringValue"] for each in found["process.command_args"]["arrayValue"]["values"]]
     return shown, found.get("ray_guard.arguments.sha256", {}).get("stringValue", "")
 
@@ -66,7 +66,7 @@ def test_they_are_read_and_hashed_as_a_start_is(reading: Callable[..., Command |
     assert (found.path, found.arguments) == (b"/bin/sh", (b"sh", b"-c", "ä".encode()))
     assert recorded(found) == (["sh", "-c", "ä"], hashlib.sha256("sh\0-c\0ä".encode()).hexdigest())
     assert recorded(found)[1] == arguments.digest(("sh", "-c", "ä"))
-    assert found.form().name == '"process sh"'
+    assert found.program().form.name == '"process sh"'
 
 
 def test_what_lies_side_by_side_is_read_at_one_go_and_formed_once() -> None:
@@ -74,10 +74,10 @@ def test_what_lies_side_by_side_is_read_at_one_go_and_formed_once() -> None:
     assert one is not None
     assert other is not None
     assert one.short
-    assert one.form() is other.form()
+    assert one.program() is other.program()
     longer = packed(b"sh", b"-c", b"true", b"")
     assert longer is not None
-    assert longer.form() != one.form(), "an empty one at the end is one more"
+    assert longer.program() != one.program(), "an empty one at the end is one more"
 
 
 def test_secrets_are_not_shown() -> None:
@@ -98,6 +98,20 @@ def test_long_ones_are_cut_and_hashed_whole() -> None:
     assert shown[0] == "x" * arguments.SHOWN_LENGTH + "…"
     assert len(shown) == arguments.SHOWN
     assert digest == hashlib.sha256(b"\0".join([b"x" * 10_000, *[b"y"] * 100])).hexdigest()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("reading", [read, packed])
+def test_what_is_not_all_shown_is_judged_whole(reading: Callable[..., Command | None]) -> None:
+    def whole(*strings: bytes) -> tuple[str, ...]:
+        found = reading(*strings)
+        assert found is not None
+        return found.program().whole
+
+    assert whole(b"x" * 300, b"y") == ("x" * 300, "y")
+    assert whole(b"x" * 256, b"y") == ()
+    assert whole(b"x" * 300, *[b"y"] * 100) == ("x" * 300, *["y"] * 100)
+    assert whole(b"x" * 10_000, b"y") == ("x" * arguments.JUDGED,)
 
 
 @pytest.mark.usefixtures("way")
