@@ -369,9 +369,14 @@ class Gate:
             "process_vm_readv": self._process_vm,
             "process_vm_writev": self._process_vm,
         }
-        by_name |= {name: functools.partial(handler, self) for name, handler in more.items()}
         self._handlers = {NUMBERS[name]: handler for name, handler in by_name.items() if name in NUMBERS}
+        self.hand_over(more)
         self._loop.watch(listener.fd, select.EPOLLIN, self.ready)
+
+    def hand_over(self, more: Mapping[str, Handler]) -> None:
+        """From now on these handle the calls of that name: see ``more`` above."""
+        handlers = {name: functools.partial(handler, self) for name, handler in more.items()}
+        self._handlers |= {NUMBERS[name]: handler for name, handler in handlers.items() if name in NUMBERS}
 
     def ready(self, events: int) -> None:
         """The loop's callback: one notification, or the end."""

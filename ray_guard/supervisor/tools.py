@@ -361,6 +361,8 @@ class Tool:
             pages=self._pages,
         )
         self._warn_of_time()
+        if self._gate is not None:
+            self._gate.hand_over(self._processes.handlers)  # nobody stands between any more
         if self._ring is not None:
             self._ring.root = self._pid
             self._ring.origin_of = self._processes.origin_of
