@@ -196,6 +196,7 @@ _SIGNALLING: Final = ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigque
 _OPENING: Final = (("open", 1), ("openat", 2))
 """Calls that open by path, and which argument says how."""
 _F_SETOWN, _F_SETOWN_EX = 8, 15
+_F_SETLEASE, _F_SETDELEG = 1024, 1040
 _PRIO_USER, _IOPRIO_WHO_USER = 2, 3
 
 
@@ -275,6 +276,8 @@ def _bystanders() -> list[Rule]:
     rules += [Rule(name, NOTIFY, (differs(1, 0),)) for name in ("setpriority", "ioprio_set")]
     rules += pointer_given("prlimit64", NOTIFY, 2, differs(0, 0))
     rules += [Rule(f"sched_set{what}", NOTIFY, (differs(0, 0),)) for what in ("affinity", "param", "scheduler", "attr")]
+    # whoever opens a leased file waits, /etc/hosts too, and to read it is enough to lease it
+    rules += [Rule("fcntl", refuse(errno.EINVAL), (equals(1, command),)) for command in (_F_SETLEASE, _F_SETDELEG)]
     return rules
 
 
