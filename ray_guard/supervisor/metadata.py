@@ -196,7 +196,10 @@ def _pinned(tid: int, folder: int, path: bytes, *, follow: bool) -> int:
             return os.open(path, flags)
         if not path.startswith(b"/"):
             start = f"/proc/{tid}/cwd" if folder == _AT_FDCWD else f"/proc/{tid}/fd/{folder}"
-            at = os.open(start, os.O_PATH | os.O_CLOEXEC)
+            try:
+                at = os.open(start, os.O_PATH | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise BadAddress(errno.EBADF) from error
         with libc.without_capabilities():
             return os.open(path, flags, dir_fd=at)
     except OSError as error:
