@@ -39,6 +39,16 @@ def refused(action, *args, **kwargs):
 """
 
 
+def _namespace(process: psutil.Process) -> int | None:
+    """Its mount namespace; None: an ordinary user's own, which does not let it be asked."""
+    try:
+        return os.stat(f"/proc/{process.pid}/ns/mnt").st_ino
+    except PermissionError:
+        if os.geteuid() == 0 or process.uids().real != os.geteuid():
+            raise
+        return None
+
+
 def supervisor() -> int:
     """The one of this namespace. Its zygote and leaders have its command line too."""
     here = os.stat("/proc/self/ns/mnt").st_ino
@@ -46,7 +56,7 @@ def supervisor() -> int:
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error, OSError):
             ours = "ray_guard.supervisor.__main__" in " ".join(process.info["cmdline"] or ())
-            if ours and os.stat(f"/proc/{process.pid}/ns/mnt").st_ino == here:
+            if ours and _namespace(process) in (here, None):
                 below[process.pid] = [child.pid for child in process.children()]
     (found,) = below.keys() - {child for children in below.values() for child in children}
     return found
