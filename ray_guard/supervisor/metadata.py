@@ -29,6 +29,7 @@ _VALUE_LIMIT: Final = 1 << 16
 _AT_FDCWD: Final = 0xFFFFFF9C
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _AT_EMPTY_PATH: Final = 0x1000
+_SHARED_MEMORY: Final = "/dev/shm/"  # noqa: S108 - with a mount namespace the call's own
 _NOWHERE: Final = ("pipe:", "socket:", "anon_inode:", "/memfd:")
 """What lies in no folder: descriptors of the tool's own."""
 
@@ -167,7 +168,7 @@ class Metadata:
         try:
             if not gate.listener.is_valid(n.id):  # the thread's descriptors may be another's by now
                 return
-            if not self._view.enforced or self._may_change(pinned):
+            if not self._view.enforced or self._may_change(n.pid, pinned):
                 with libc.without_capabilities():
                     act(f"/proc/self/fd/{pinned}")
             else:
@@ -178,9 +179,21 @@ class Metadata:
             os.close(pinned)
         gate.listener.answer(n.id, error=error)
 
-    def _may_change(self, pinned: int) -> bool:
+    def _may_change(self, tid: int, pinned: int) -> bool:
         path = os.readlink(f"/proc/self/fd/{pinned}")
-        return path.startswith(_NOWHERE) or self._view.may_change(path.removesuffix(" (deleted)"))
+        if path.startswith(_NOWHERE):
+            return True
+        if f"{path}/".startswith(_SHARED_MEMORY) and not _is_seen_by(tid, pinned):
+            return False  # by a symbolic link, for one: what this process sees there is the host's
+        return self._view.may_change(path.removesuffix(" (deleted)"))
+
+
+def _is_seen_by(tid: int, pinned: int) -> bool:
+    """Whether what lies in /dev/shm lies in the thread's: a call has one of its own."""
+    try:
+        return os.stat(f"/proc/{tid}/root{_SHARED_MEMORY}").st_dev == os.fstat(pinned).st_dev
+    except OSError:
+        return False
 
 
 def _pinned(tid: int, folder: int, path: bytes, *, follow: bool) -> int:
@@ -189,6 +202,8 @@ def _pinned(tid: int, folder: int, path: bytes, *, follow: bool) -> int:
     for prefix, instead in own.items():  # would mean this process
         if path.startswith(prefix):
             path = instead % tid + path[len(prefix) :]
+    if (path + b"/").startswith(_SHARED_MEMORY.encode()):
+        path = b"/proc/%d/root%s" % (tid, path)
     at = None
     flags = os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
