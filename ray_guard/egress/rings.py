@@ -152,8 +152,8 @@ _VOLUME_IOCTLS = (
     *(0x50009401, 0x5000940E, 0x5000940F, 0x50009417, 0x50009418, 0x5000943F, 0x4008941A, 0xC0C89425),
     *(0x40806685, 0x800C6613),
 )
-"""btrfs: subvolumes and snapshots made, removed, made read-only; FS_IOC_ENABLE_VERITY, SET_ENCRYPTION_POLICY. All work on
-a descriptor that was opened for reading; a snapshot appears where no Landlock lets anything be made."""
+"""btrfs: subvolumes and snapshots made, removed, made read-only; FS_IOC_ENABLE_VERITY and SET_ENCRYPTION_POLICY. All
+work on a descriptor that was opened for reading; a snapshot appears where no Landlock lets anything be made."""
 
 
 def _files() -> list[Rule]:

@@ -181,11 +181,27 @@ class Metadata:
 
     def _may_change(self, tid: int, pinned: int) -> bool:
         path = os.readlink(f"/proc/self/fd/{pinned}")
-        if path.startswith(_NOWHERE):
-            return True
+        if path.startswith(_NOWHERE):  # by /proc/PID/fd it may be somebody else's, whom Landlock keeps apart
+            return _is_held_by(tid, pinned)
         if f"{path}/".startswith(_SHARED_MEMORY) and not _is_seen_by(tid, pinned):
             return False  # by a symbolic link, for one: what this process sees there is the host's
         return self._view.may_change(path.removesuffix(" (deleted)"))
+
+
+def _is_held_by(tid: int, pinned: int) -> bool:
+    """Whether the thread has a descriptor of it."""
+    found = os.fstat(pinned)
+    try:
+        numbers = os.listdir(f"/proc/{tid}/fd")
+    except OSError:
+        return False
+    for number in numbers:
+        try:
+            if os.path.samestat(os.stat(f"/proc/{tid}/fd/{number}"), found):
+                return True
+        except OSError:  # closed meanwhile
+            continue
+    return False
 
 
 def _is_seen_by(tid: int, pinned: int) -> bool:

@@ -636,6 +636,31 @@ def test_shared_memory_of_the_host_is_not_changed(stage: Stage, folder: Path, na
         victim.unlink()
 
 
+@pytest.mark.parametrize("by", ["P", "F + '/link'"])
+def test_a_file_in_memory_of_another_process_is_not_changed(stage: Stage, folder: Path, by: str) -> None:
+    """An engine's memfd: its descriptor cannot be opened from within a call, but it has a path."""
+    program = "import os, time; number = os.memfd_create('x'); os.fchmod(number, 0o600); print(number, flush=True); time.sleep(600)"
+    victim = subprocess.Popen([PYTHON, "-I", "-S", "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert victim.stdout is not None
+        path = f"/proc/{victim.pid}/fd/{int(victim.stdout.readline())}"
+        attack = f"import os, sys\nP, F = sys.argv[1:]\nos.symlink(P, F + '/link')\nos.chmod({by}, 0o666)"
+        argv = [PYTHON, "-I", "-S", "-c", attack, path, str(folder)]
+        stage.host().run("call", argv)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        (folder / "link").unlink()
+        subprocess.run(argv, check=True)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
+    finally:
+        victim.kill()
+        victim.communicate()
+
+
+def test_a_call_changes_modes_of_its_own_files_in_memory(stage: Stage) -> None:
+    program = "import os\nn = os.memfd_create('x')\nos.fchmod(n, 0o600)\nos.chmod(f'/proc/self/fd/{n}', 0o640)\nos.chmod(f'/proc/{os.getpid()}/fd/{n}', 0o644)\nprint(oct(os.fstat(n).st_mode))"
+    assert stage.host().run("call", [PYTHON, "-I", "-S", "-c", program]).stdout == "0o100644\n"
+
+
 def test_a_call_changes_modes_in_its_own_shared_memory(stage: Stage) -> None:
     program = "import os\nopen('/dev/shm/own', 'w').close()\nos.chmod('/dev/shm/own', 0o640)\nos.utime('/dev/shm/own', (1, 1))\nprint(oct(os.stat('/dev/shm/own').st_mode), os.stat('/dev/shm/own').st_mtime)"
     if lacks("mount namespaces") or not mounting.works():
