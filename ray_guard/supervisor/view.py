@@ -119,13 +119,14 @@ class View(NamedTuple):
         """Where the call's mounts are in a user namespace; in a process that does nothing else."""
         try:
             _enter_namespace(tid, mounting.CLONE_NEWUSER)
-            libc.capset(0, 0, 0)  # it gives all of them
             self._bound_to_writable()
         except OSError:
             return -errno.EACCES
         return libc.bind(duplicate, raw)
 
     def _bound_to_writable(self, elsewhere: frozenset[str] = frozenset()) -> None:
+        """From here on this thread has the rights of a tool, as far as sockets are concerned."""
+        libc.capset(0, 0, 0)
         libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
         for paths in self.writable:
             _allow_sockets(paths - elsewhere)

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from harness import (
     PYTHON,
+    ROOT,
     UNREADABLE,
     Attack,
     Host,
@@ -335,6 +337,17 @@ for where in (sys.argv[1], '/dev/shm', sys.argv[1] + '/kept', sys.argv[1] + '/ev
     assert len(said) == 5, outcome
     assert all(line.isdecimal() for line in said[2:]), outcome
     assert not (folder / "kept/s").exists()
+
+
+@pytest.mark.skipif(not ROOT, reason="missing: root, to have a folder of another user")
+def test_a_unix_socket_takes_no_capability_of_the_supervisor(stage: Stage, folder: Path) -> None:
+    """Root's tool has none, and so makes nothing in another user's folder, not even by who binds for it."""
+    os.chown(folder, 12345, 12345)
+    program = "import socket, sys; sock = socket.socket(1); sock.bind(sys.argv[1] + '/s')"
+    argv = [PYTHON, "-I", "-S", "-c", program, str(folder)]
+    assert "PermissionError" in stage.host().run("call", argv).stderr
+    assert not (folder / "s").exists()
+    subprocess.run(argv, check=True)  # with its capabilities root does
 
 
 @needs("pidfd_getfd")  # else no more than egress.made.HELD_LIMIT may be neither connected nor listening
