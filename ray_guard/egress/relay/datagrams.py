@@ -44,6 +44,9 @@ class Owner(Protocol):
     def takes(self, kind: str, size: int) -> bool:
         """Whether there is room for ``size`` bytes more of ``kind``; if so they count."""
 
+    def failed(self, error: int) -> None:
+        """It was never connected."""
+
     def opened(self, way: Way) -> None:
         """From here on there is something to :meth:`Way.close`."""
 
@@ -154,21 +157,21 @@ class Datagrams:
     def connect(self, sock: Socket, raw: bytes, owner: Owner) -> int:
         """Connects a target's socket by way of ours; 0 or why not (an errno)."""
         key = (_cookie(sock), b"")
-        try:
-            far = self._far(sock, raw)
-        except OSError as failure:
-            return failure.errno or errno.ENETUNREACH
         former = self._ways.get(key)
+        error = 0
+        ours: list[socket.socket] = []
         try:
-            near = _near(sock, raw)
+            ours.append(self._far(sock, raw))
+            ours.append(_near(sock, raw))
+            error = -libc.connect(sock.fileno(), _address(sock, ours[1]))
         except OSError as failure:
-            far.close()
-            return failure.errno or errno.ENOBUFS
-        result = libc.connect(sock.fileno(), _address(sock, near))
-        if result:
-            near.close()
-            far.close()
-            return -result
+            error = failure.errno or errno.ENETUNREACH
+        if error:
+            for each in ours:
+                each.close()
+            owner.failed(error)
+            return error
+        far, near = ours
         if former is not None:  # it was connected elsewhere until now
             former.close()
         self._begin(key, (near, far), sock, owner)
