@@ -901,8 +901,6 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
         if uncounted and any(layer.listen for layer in policy.layers):
             raise NotEnforced(uncounted, "bytes of accepted connections are not counted yet: drop listen or the cap")
-        if uncounted and policy.datagrams:
-            raise NotEnforced(uncounted, "bytes of connected UDP sockets are not counted yet: drop udp:// or the cap")
     if clustered and policy.role in _ENV_ROLES:
         # A Ray actor without its cluster is none: the role grants it to the actor's own process, listed or not.
         groups = {Group.CLUSTER} | ({Group.COLLECTIVES} if policy.role is Role.POLICY else set())

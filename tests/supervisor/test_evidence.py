@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, grants, read_journal, wait
+from harness import PYTHON, ROOT, Host, Namespace, grants, has_own_supervisors, read_journal, wait
 
 from ray_guard.evidence.verify.check import Kind, State, check
 from ray_guard.evidence.verify.seals import read_checkpoints
 
 pytestmark = [
     pytest.mark.kernel,
-    pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own, and so a mount namespace"),
+    pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own, and so a mount namespace"),
 ]
 
 _CONNECT = """
@@ -218,6 +218,7 @@ def test_a_segment_is_cut_behind_the_supervisors_back(namespace: Namespace, tmp_
     assert f"{len(lines) - 4} records are gone" in finding.text
 
 
+@pytest.mark.skipif(not ROOT, reason="missing: root, to mount a small disk")
 def test_a_full_disk(namespace_on_small_disk: tuple[Namespace, Path], tmp_path: Path, port: int) -> None:
     """Grants are refused, denials recorded, and both are told; with room again all is as before."""
     namespace, disk = namespace_on_small_disk

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, skip_without, wait
+from harness import PYTHON, Host, Namespace, has_own_supervisors, skip_without, wait
 
 from ray_guard.supervisor import memory_group
 from ray_guard.supervisor.leaf import place
 
-pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own")]
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own")]
 
 MIB = 1 << 20
 
@@ -28,7 +28,7 @@ import errno, os, platform, sys
 from ray_guard.kernel import mounting, seccomp
 for what in sys.argv[1].split():
     if what == "cgroup":
-        mounting.enter_own_namespace(mounting.Way.PRIVILEGED)
+        mounting.enter_own_namespace(mounting.way())
         mounting.mount("tmpfs", "/sys/fs/cgroup", "tmpfs", mounting.MS_RDONLY)
     elif what == "perf":
         rule = seccomp.Rule("perf_event_open", seccomp.refuse(errno.EPERM))
