@@ -124,7 +124,7 @@ class View(NamedTuple):
         """This thread sees what the call sees, from where it stands."""
         folder = os.open(f"/proc/{tid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         namespace = os.open(f"/proc/{tid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        mounting.unshare(mounting.CLONE_FS)
+        libc.unshare(mounting.CLONE_FS)
         mounting.setns(namespace, mounting.CLONE_NEWNS)
         os.fchdir(folder)
         os.close(folder)

@@ -33,6 +33,7 @@ from ray_guard.supervisor.keeping import Keeping
 from ray_guard.supervisor.leader import lead
 from ray_guard.supervisor.leaf import KILL_PATIENCE_S
 from ray_guard.supervisor.leftovers import Held, sweep
+from ray_guard.supervisor.rehearsal import rehearse
 
 
 def run(requests: socket.socket) -> NoReturn:
@@ -98,6 +99,7 @@ class _Zygote:
         self._supervisor = os.getppid()
         self._witness: socket.socket | None = None
         self._leaves: list[leaf.OwnLeaf] = []
+        self._rehearsed = False
 
     def step(self) -> bool:
         """Handles what has come; False: the supervisor is gone."""
@@ -171,7 +173,15 @@ class _Zygote:
             finally:
                 os._exit(0)
 
+    def _rehearse(self) -> None:
+        """Before the second leader: one is quick to be there, from two on their size counts."""
+        if self.leaders and not self._rehearsed:
+            self._rehearsed = True
+            rehearse(self._programs[False], self._system)
+            gc.freeze()
+
     def _fork_leader(self, line: int, covers: mounts.Covers, *, gpu: bool) -> None:
+        self._rehearse()
         self._leaves = [each for each in self._leaves if not each.remove()]
         own = leaf.new()
         try:
@@ -190,8 +200,10 @@ class _Zygote:
         try:
             # A leader's copies would keep alive the lines of targets that are the zygote's wards.
             close_all_but((0, 1, 2, line, *(() if own is None else (own.descriptor,))))
-            with contextlib.suppress(OSError):  # then each tool tries, and says so
+            try:
                 bound_capabilities()
+            except OSError:
+                pass  # then each tool tries, and says so
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
             code = lead(
                 sock, self._programs[gpu], self._system, covers, own.path if own is not None and own.joined else ""
