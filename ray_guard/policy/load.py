@@ -10,6 +10,7 @@ import os
 from typing import Any, Final
 
 from ray_guard.errors import PolicyError
+from ray_guard.policy import plain_yaml
 
 _MOST_BYTES: Final = 1 << 20
 _SMALLEST: Final = 'the smallest policy is "version: 1", which lets nothing out'
@@ -65,6 +66,9 @@ def _parse(text: str) -> object:
             return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             pass  # a YAML flow mapping, or broken: YAML's message says where
+    plain = plain_yaml.read(text)
+    if plain is not None:
+        return plain
     from ray_guard.policy import strict_yaml  # the parser takes longer to load than the policy to read
 
     try:

@@ -33,7 +33,6 @@ from ray_guard.supervisor.keeping import Keeping
 from ray_guard.supervisor.leader import lead
 from ray_guard.supervisor.leaf import KILL_PATIENCE_S
 from ray_guard.supervisor.leftovers import Held, sweep
-from ray_guard.supervisor.rehearsal import rehearse
 
 
 def run(requests: socket.socket) -> NoReturn:
@@ -177,6 +176,8 @@ class _Zygote:
         """Before the second leader: one is quick to be there, from two on their size counts."""
         if self.leaders and not self._rehearsed:
             self._rehearsed = True
+            from ray_guard.supervisor.rehearsal import rehearse  # here alone: nobody's first call waits for it
+
             rehearse(self._programs[False], self._system)
             gc.freeze()
 
