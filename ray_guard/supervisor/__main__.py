@@ -20,7 +20,7 @@ from ray_guard.supervisor import to_zygote
 def main(descriptor: int, prepared: int = 0) -> None:
     """Runs the supervisor on the listening socket ``descriptor`` until its last target has gone.
 
-    ``prepared``: how many tools its zygote makes ready at once, because they are to be started as soon as it is there.
+    ``prepared``: how many tools its zygote makes ready at once where it can, for they are to be started at once.
     """
     gc.disable()  # until all is loaded (serve)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
@@ -29,10 +29,11 @@ def main(descriptor: int, prepared: int = 0) -> None:
     # Begun here, so that the zygote goes by the same answers; nobody waits for them yet.
     trial.begin([borrowing.TRIAL, ipc.TRIAL, mounting.TRIAL])
     starts, zygote_pid = to_zygote.fork(close=[descriptor])
-    leaders = [to_zygote.ask_for_leader(starts) for _ in range(prepared)]
     log.to_stderr()
     from ray_guard.supervisor.service import serve
 
+    # Where tools have mounts, which ones is for their policy to say: a leader that is ready before would not fit.
+    leaders = [] if mounting.works() else [to_zygote.ask_for_leader(starts) for _ in range(prepared)]
     serve(descriptor, starts, zygote_pid, leaders)
 
 

@@ -71,21 +71,17 @@ _OWN_SWEPT: Final = 256
 """How often, in children, those that have ended are forgotten."""
 
 
+def _program(*, gpu: bool) -> bytes:
+    """The filter of a call."""
+    borrows, own_ipc = borrowing.works(), ipc.can_be_own()
+    ring = rings.call_ring(syscalls.MACHINE, landlock=landlock.abi(), borrows=borrows, own_ipc=own_ipc, gpu=gpu)
+    return seccomp.encode(ring)
+
+
 class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._programs = {
-            gpu: seccomp.encode(
-                rings.call_ring(
-                    syscalls.MACHINE,
-                    landlock=landlock.abi(),
-                    borrows=borrowing.works(),
-                    own_ipc=ipc.can_be_own(),
-                    gpu=gpu,
-                )
-            )
-            for gpu in (False, True)
-        }
+        self._programs = {False: _program(gpu=False)}
         self._system = domain.prepare()
         with contextlib.suppress(OSError):  # its leaders say so
             domain.Domain(self._system).close()  # what is kept of it once they share
@@ -183,6 +179,7 @@ class _Zygote:
 
     def _fork_leader(self, line: int, covers: mounts.Covers, *, gpu: bool) -> None:
         self._rehearse()
+        program = self._programs[gpu] = self._programs.get(gpu) or _program(gpu=gpu)
         self._leaves = [each for each in self._leaves if not each.remove()]
         own = leaf.new()
         try:
@@ -206,9 +203,7 @@ class _Zygote:
             except OSError:
                 pass  # then each tool tries, and says so
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
-            code = lead(
-                sock, self._programs[gpu], self._system, covers, own.path if own is not None and own.joined else ""
-            )
+            code = lead(sock, program, self._system, covers, own.path if own is not None and own.joined else "")
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
