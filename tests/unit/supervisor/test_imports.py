@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 
 def loaded_by(module: str) -> set[str]:
@@ -49,3 +50,12 @@ def test_a_supervisor_does_not_wait_for_what_its_first_call_does_not_need() -> N
 def test_a_command_that_runs_one_tool_loads_no_parser_and_no_model() -> None:
     loaded = loaded_by("ray_guard.cli.run")
     assert not loaded & {"argparse", "pydantic", "dataclasses", "pathlib", "tempfile", "subprocess", "yaml"}
+
+
+def test_a_plain_policy_is_read_without_loading_yaml(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("version: 1\negress:\n  allow: []  # nothing\n")
+    code = f"import sys; from ray_guard.policy.load import read_policy; print(read_policy({str(policy)!r}), *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("{'version': 1, 'egress': {'allow': []}}")
+    assert "yaml" not in done.stdout.split()
