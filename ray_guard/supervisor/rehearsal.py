@@ -28,15 +28,20 @@ def rehearse(program: bytes, system: Sequence[Grant]) -> None:
     Args:
         program, system: as a leader gets them.
     """
-    with contextlib.suppress(OSError, RuntimeError):
-        embryo = Embryo(program, system, (), "")
+    with contextlib.suppress(OSError, RuntimeError, seqpacket.BadPacket):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
-            if embryo.announce(theirs) and (received := seqpacket.receive(ours)) is not None:
-                line, listener = received[1]
-                os.close(listener)  # what is notified from here on fails with ENOSYS
-                _prepare(line)
-                embryo.await_start(-1)
+            embryo = Embryo(program, system, (), "")
+            if not embryo.announce(theirs):
+                return
+            try:
+                received = seqpacket.receive(ours, socket.MSG_DONTWAIT)  # nothing where it could not be sent
+                if received is not None:
+                    line, listener = received[1]
+                    os.close(listener)  # what is notified from here on fails with ENOSYS
+                    _prepare(line)
+            finally:
+                embryo.await_start(-1)  # nothing may be forked before its thread has gone, which its line's end ends
 
 
 def _prepare(line: int) -> None:
