@@ -152,7 +152,7 @@ def _enter_namespace(tid: int, user: int = 0) -> None:
         owner = os.open(f"/proc/{tid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         mounting.setns(owner, user)
         os.close(owner)
-    mounting.unshare(mounting.CLONE_FS)
+    libc.unshare(mounting.CLONE_FS)
     mounting.setns(namespace, mounting.CLONE_NEWNS)
     os.fchdir(folder)
     os.close(folder)
