@@ -254,6 +254,9 @@ def actor_ring(
     rules += [Rule(name, foreign) for name in _FOREIGN_PROCESS]
     rules.append(Rule("ptrace", _REFUSE, (differs(0, 0),)))
     rules += _keepers(keepers)
+    if role == "policy":  # it may outlive them: the next ones are in no filter
+        rules += [Rule("kill", RUN, (equals(0, 0),)), *(Rule(name, NOTIFY) for name in _SIGNALLING)]
+        rules += [Rule("fcntl", NOTIFY, (equals(1, _F_SETOWN), differs(2, 0))), *_bystanders()]
     if datagrams:
         rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
     else:

@@ -138,6 +138,11 @@ def resource_line(attributes: Attributes) -> bytes:
     )
 
 
+def resource_key(attributes: Attributes) -> str:
+    """Tells one resource from another, whether it was read or is about to be written."""
+    return _attributes({key: attributes[key] for key in sorted(attributes)})
+
+
 class Fragment(NamedTuple):
     """Attributes encoded once and put on many records (identity, source). Make it with :func:`fragment`."""
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, Validat
 from pydantic_core import ErrorDetails
 
 from ray_guard.errors import PolicyError
-from ray_guard.policy import values
+from ray_guard.policy import detection, values
 from ray_guard.policy.budgets import KINDS, Amount, Scope
 from ray_guard.policy.destination import Rule, parse_rule
 from ray_guard.policy.load import read_policy
@@ -108,6 +108,32 @@ class Files(_Model):
     protect: tuple[Annotated[str, _place()], ...] = ()
 
 
+SigmaRules = Annotated[str, BeforeValidator(detection.rules)]
+Detected = Annotated[str, BeforeValidator(detection.word)]
+
+
+class Detect(_Model):
+    """What is judged live, and what follows where it is found: kinds of findings, or ``all``.
+
+    A finding's strictest action holds. ``tag``: it is told on its spans; ``violation``: it counts as one, and
+    ``on_violation`` says what follows; the others end the call, its episode, or the actor. ``rules`` are Sigma rules
+    about processes, files or folders, that are judged by beside the own ones.
+    """
+
+    tag: tuple[Detected, ...] = ()
+    violation: tuple[Detected, ...] = ()
+    kill_call: tuple[Detected, ...] = ()
+    end_episode: tuple[Detected, ...] = ()
+    kill_actor: tuple[Detected, ...] = ()
+    rules: tuple[SigmaRules, ...] = ()
+
+    @model_validator(mode="after")
+    def _something_follows(self) -> Self:
+        if self.rules and not any(getattr(self, action) for action in detection.ACTIONS):
+            raise PolicyError("rules", self.rules, "say what follows what they find, such as tag: [all]")
+        return self
+
+
 class Budget(_Model):
     """The limits of one scope; None, the default, is no limit, and zero grants nothing.
 
@@ -167,6 +193,7 @@ class Policy(_Model):
     subprocess: Subprocess = "confine"
     survivors: Survivors = "kill"
     on_violation: OnViolation = "deny"
+    detect: Detect = Detect()
     require: tuple[Requirement, ...] = ("egress", "processes", "files")
 
     @classmethod

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ray_guard.errors import PolicyError
-from ray_guard.policy import values
+from ray_guard.policy import detection, values
 from ray_guard.policy.budgets import KINDS, Scope
 from ray_guard.policy.load import read_policy
 
@@ -43,6 +43,8 @@ def read(policy: Mapping[str, Any]) -> dict[str, Any] | None:
     explicit: list[str] = []
     try:
         wire = _section(policy, _KEYS, explicit, "")
+        if wire["detect"]["rules"] and not any(wire["detect"][action] for action in detection.ACTIONS):
+            raise _NotAtFirstSight
     except (PolicyError, _NotAtFirstSight, UnicodeEncodeError):
         return None
     wire["set"] = explicit
@@ -173,5 +175,9 @@ _KEYS: Final[Mapping[str, Any]] = {
     "subprocess": (_one_of("confine", "plain"), "confine"),
     "survivors": (_one_of("kill", "keep"), "kill"),
     "on_violation": (_one_of("deny", "kill_call", "end_episode", "kill_actor"), "deny"),
+    "detect": {
+        **{action: (_list_of(_checked(detection.word)), []) for action in detection.ACTIONS},
+        "rules": (_list_of(_checked(detection.rules)), []),
+    },
     "require": (_list_of(_one_of("egress", "processes", "files", "gpu")), ["egress", "processes", "files"]),
 }

@@ -23,6 +23,7 @@ except ImportError:
 
 SHOWN: Final = 64
 SHOWN_LENGTH: Final = 256
+JUDGED: Final = 10_000
 _WINDOW: Final = 4096
 _SHORT: Final = 1024
 _PATH_LIMIT: Final = 4096
@@ -32,10 +33,16 @@ _ENCODING: Final = sys.getfilesystemencoding()
 
 
 class Arguments(NamedTuple):
-    """``digest`` is over all of them, joined by NUL; empty: there are more than are read."""
+    """Of a program.
+
+    Attributes:
+        digest: over all of them, joined by NUL; empty: there are more than are read.
+        whole: as far as they are judged, where not all is shown; secrets are still in them. Empty: all is shown.
+    """
 
     shown: tuple[str, ...]
     digest: str
+    whole: tuple[str, ...] = ()
 
 
 def shown(argv: Sequence[str]) -> tuple[str, ...]:
@@ -109,7 +116,7 @@ class Memory:
         pointers = self._pointers(array)
         found = self._beside(pointers)
         if found is not None:
-            return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
+            return _read_as(found, sha256(b"\0".join(found)).hexdigest())
         room = _BYTES_LIMIT
         found = []
         for pointer in pointers:
@@ -117,10 +124,10 @@ class Memory:
             if argument is None:
                 if room > _BYTES_LIMIT // 2 and len(found) < _POINTERS_LIMIT and not self._read(pointer, 1):
                     return None
-                return Arguments(_decoded(found), "")
+                return _read_as(found, "")
             found.append(argument)
             room -= len(argument) + 1
-        return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
+        return _read_as(found, sha256(b"\0".join(found)).hexdigest())
 
     def _beside(self, pointers: Sequence[int]) -> list[bytes] | None:
         """The strings, where one short reading has them all: most arguments are few, and lie side by side."""
@@ -149,8 +156,25 @@ class Memory:
         return pointers
 
 
-def _decoded(arguments: list[bytes]) -> tuple[str, ...]:
-    return shown([argument.decode(_ENCODING, "surrogateescape") for argument in arguments[:SHOWN]])
+def unseen(argv: Sequence[str]) -> tuple[str, ...]:
+    """The arguments, as :func:`judged`, where not all of them is shown; empty: all is."""
+    return judged(argv) if len(argv) > SHOWN or any(len(word) > SHOWN_LENGTH for word in argv) else ()
+
+
+def judged(argv: Sequence[str]) -> tuple[str, ...]:
+    """The first :data:`JUDGED` characters of the arguments: whatever they are, a packet holds them."""
+    room, words = JUDGED, []
+    for word in argv:
+        words.append(word[:room])
+        room -= len(word)
+        if room <= 0:
+            break
+    return tuple(words)
+
+
+def _read_as(arguments: list[bytes], digest: str) -> Arguments:
+    argv = [argument.decode(_ENCODING, "surrogateescape") for argument in arguments]
+    return Arguments(shown(argv), digest, unseen(argv))
 
 
 def runnable(tid: int, path: str, folder: str = "cwd") -> bool:

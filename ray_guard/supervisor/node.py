@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ray_guard.supervisor.care import Care
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
+    from ray_guard.supervisor.judging import Judging
     from ray_guard.supervisor.leaf import Leaf
     from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.session import Session
@@ -87,6 +88,8 @@ class Node:
         """Takes care of targets should this process die; set by whoever has a zygote."""
         self.admit: Callable[[socket.socket], Session]
         """Begins a session on a target's line that a former supervisor had; set by whoever accepts targets."""
+        self.start_judge: Callable[[socket.socket], None] = lambda _line: None
+        """Starts a judge of journals at the other end of a line; set likewise."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
         self.end_adopted: Callable[[int], None] = lambda _leader: None
@@ -136,6 +139,13 @@ class Node:
         from ray_guard.kernel.sock_diag import SockDiag
 
         return Meter(SockDiag(), self.loop, self._flush, borrows=borrowing.works())
+
+    @functools.cached_property
+    def judging(self) -> Judging:
+        """What has the journals judged, where a policy asks for it."""
+        from ray_guard.supervisor.judging import Judging
+
+        return Judging(self.loop, self.start_judge)
 
     def _relay(self) -> Relay | None:
         """The relay, once anything has gone by it."""
@@ -201,6 +211,8 @@ class Node:
             self.means.impatience.end()
         if (relay := self._relay()) is not None:
             relay.close()
+        if "judging" in self.__dict__:
+            self.judging.close()
         self.sealer.close(ended=ended)
         for journal in self._journals.values():
             journal.close()
@@ -306,6 +318,8 @@ class Node:
         if target.run_id in self._jobs and not self.quotas.of_job(target.run_id):
             self.leases.leave(self._jobs[target.run_id])
         self.gpus.leave(target)
+        if "judging" in self.__dict__:
+            self.judging.leave(target)
         membership = self._memberships.pop(id(target), None)
         if membership is not None and all(m.address != membership.address for m in self._memberships.values()):
             directory = self._directories.pop(membership.address)

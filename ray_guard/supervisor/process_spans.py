@@ -85,14 +85,18 @@ class ProcessSpans:
         """As :meth:`begin`, for one that has ended: that is all there will be to write."""
         if self.full:
             self.left_out += 1
+            self._target.unseen(self._origin, image.parent, image.arguments.whole or image.arguments.shown, image.path)
             return None
+        if image.arguments.whole:
+            self._target.unseen(self._origin, image.span, image.arguments.whole, image.path)
+            image = image._replace(arguments=image.arguments._replace(whole=()))  # it may live long
         self._begun += 1
         self._origin.tally.another(self._origin)
-        shown, digest = image.arguments
         line = self._target.encoder.process_line(
             self._origin.trace_id, image.span, image.parent, self._origin.identity.encoded,
             program=image.path.rpartition("/")[2][:_NAME_SHOWN], start_ns=image.began,
-            pid=image.pid, parent_pid=image.parent_pid, path=image.path, arguments=shown, digest=digest,
+            pid=image.pid, parent_pid=image.parent_pid, path=image.path,
+            arguments=image.arguments.shown, digest=image.arguments.digest,
         )  # fmt: skip
         return OpenImage(image, line)
 
@@ -124,10 +128,11 @@ class ProcessSpans:
             more += _EXITED if status == 0 else f",{fragment(exit_attributes(status)).encoded}"
         if lost:
             more += _LOST
-        events, told = self._target.offences(image.span)
+        events, told, error = self._target.offences(image.span)
         if events:
             more += f",{fragment(told).encoded}"
-            said = tail(events, StatusCode.ERROR, lost)
+            failed = error or status or lost
+            said = tail(events, StatusCode.ERROR if failed else StatusCode.UNSET, lost)
         else:
             said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
         try:

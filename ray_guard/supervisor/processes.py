@@ -235,6 +235,10 @@ class Processes:
             process.origin = self._origin._replace(parent_id=process.span)
         return process.origin
 
+    def has(self, span: str) -> bool:
+        """Whether that is the span of a program of a process that lives."""
+        return any(process.span == span for process in self._known.values())
+
     # -- who calls -----------------------------------------------------------------------------------------------------
 
     def _find(self, tid: int) -> Process | None:

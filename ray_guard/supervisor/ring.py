@@ -512,6 +512,7 @@ class Connection:
         "_form",
         "_models",
         "_more",
+        "_offended",
         "_over",
         "_ring",
         "_span",
@@ -542,6 +543,7 @@ class Connection:
         self._more = ""
         """Attributes beyond those of the form, encoded: this is the path of every connect."""
         self._over = False
+        self._offended = False
 
     # -- decided -------------------------------------------------------------------------------------------------------
 
@@ -587,9 +589,10 @@ class Connection:
 
     def _offences(self) -> Sequence[SpanEvent]:
         """The violations that it has to tell; their kind goes among its attributes, beside its own ``error.type``."""
-        events, attributes = self._ring.target.offences(self._span)
+        events, attributes, error = self._ring.target.offences(self._span)
         if events:
             self._add({key: value for key, value in attributes.items() if key != "error.type"})
+        self._offended = self._offended or error
         return events
 
     def _ended(self, said: str = "") -> bytes:
@@ -695,7 +698,7 @@ class Connection:
         events, status, cut = self._offences(), StatusCode.UNSET, "a budget was reached" if self._over else why
         if cut:
             self._add({"error.type": "budget" if self._over else why})
-        if cut or events:
+        if cut or self._offended:
             status = StatusCode.ERROR
         return self._ended(tail(events, status, f"cut: {cut}" if cut else ""))
 

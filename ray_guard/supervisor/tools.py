@@ -326,6 +326,8 @@ class Tool:
             self._node.put_ceiling(self._leaf, self._policy, exact=self._origin.account.exact)
             stage = "journal"
             self._target.write(self._process_record(None), self._origin.identity, grants=True)
+            if whole := arguments.unseen(self._start.argv):
+                self._target.unseen(self._origin, self._span, whole, self._executable)
         except OSError as error:
             asked = "RAY_GUARD_NFTABLES asks for it: " if stage == "nftables" else ""
             log.warning("a tool was not started: %s", error)
@@ -575,6 +577,14 @@ class Tool:
     @property
     def call(self) -> str | None:
         return self._origin.call
+
+    @property
+    def origin(self) -> Origin:
+        return self._origin
+
+    def has(self, span: str) -> bool:
+        """Whether that is a program's of its tree, as far as is known."""
+        return span == self._span or (self._processes is not None and self._processes.has(span))
 
     @property
     def episode(self) -> str | None:

@@ -127,7 +127,7 @@ class _Zygote:
                 self.held.hold(str(message["path"]))
         elif operation == "sweep":
             self._sweep(str(message["path"]))
-        elif operation in ("mover", "signer", "recoverer", "witness"):
+        elif operation in ("mover", "signer", "recoverer", "judge", "witness"):
             self._fork_helper(operation, descriptors)
         elif operation == "end_adopted":
             self.end_adopted({int(message["leader"])})
@@ -225,6 +225,10 @@ class _Zygote:
                 from ray_guard.evidence import signer
 
                 signer.run(line)
+            if which == "judge":
+                from ray_guard.evidence import judge
+
+                judge.run(line)
             from ray_guard.evidence import recovery
 
             recovery.run(line)
@@ -262,7 +266,7 @@ class _Zygote:
 
                 traceback.print_exc()
         for number, estate in list(self.estates.held.items()):
-            if estate.pid in taken:
+            if number in taken:
                 self.keeping.unread.release(number)
                 self.keeping.wards.release_tree(estate.pid)
             else:
@@ -273,10 +277,12 @@ class _Zygote:
     def _offers(self) -> Iterator[handover.Offer]:
         for number, estate in self.estates.held.items():
             ward, line = self.keeping.wards.target(estate.pid), self.keeping.unread.line(number)
-            if ward is not None and ward.lifeline is not None and line is not None:
-                last = self.keeping.unread.last_of(number)
-                journaled = last is not None and self.keeping.unread.has_ended(number, str(last.get("span")))
-                yield handover.Offer(estate, ward.start_time, line, ward.lifeline, last, journaled)
+            if line is None or (estate.pid and (ward is None or ward.lifeline is None)):
+                continue
+            last = self.keeping.unread.last_of(number)
+            journaled = last is not None and self.keeping.unread.has_ended(number, str(last.get("span")))
+            tied = () if ward is None or ward.lifeline is None else (ward.lifeline,)
+            yield handover.Offer(estate, 0 if ward is None else ward.start_time, line, tied, last, journaled)
 
     def _start_supervisor(self, listener: socket.socket) -> None:
         if not self._is_parent(os.fork()):

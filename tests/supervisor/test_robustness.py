@@ -218,7 +218,7 @@ time.sleep(60)
             memory = resident(good.supervisor)
             bad.inside("tool = __import__('builtins').tool\ntool.kill()\ntool.wait(5)\ntool.stdout.close()")
             print(f"2000 pending: others {statistics.median(took):.3f} s, {held} descriptors, {memory >> 20} MiB")
-            assert held <= before + 1100
+            assert held <= before + 1024 + 256  # connects that wait, and what is not closed yet
             assert memory < 80 << 20
             assert statistics.median(took) < 2.0, took
             no_leak(good.supervisor, before, 10)

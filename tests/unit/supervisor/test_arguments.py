@@ -30,7 +30,7 @@ def read(*strings: bytes, end: int | None = 0) -> Arguments | None:
 
 def test_they_are_read_and_hashed_as_a_start_is() -> None:
     found = read(b"sh", b"-c", "ä".encode())
-    assert found == (("sh", "-c", "ä"), hashlib.sha256("sh\0-c\0ä".encode()).hexdigest())
+    assert found == (("sh", "-c", "ä"), hashlib.sha256("sh\0-c\0ä".encode()).hexdigest(), ())
     assert found is not None
     assert found.digest == arguments.digest(("sh", "-c", "ä"))
 
@@ -47,6 +47,10 @@ def test_long_ones_are_cut_and_hashed_whole() -> None:
     assert found.shown[0] == "x" * arguments.SHOWN_LENGTH + "…"
     assert len(found.shown) == arguments.SHOWN
     assert found.digest == hashlib.sha256(b"\0".join([b"x" * 10_000, *[b"y"] * 100])).hexdigest()
+    assert found.whole == ("x" * arguments.JUDGED,)
+    found = read(b"x" * 300, *[b"y"] * 100)
+    assert found is not None
+    assert found.whole == ("x" * 300, *["y"] * 100)
 
 
 def test_more_than_is_read_has_no_hash() -> None:
@@ -68,7 +72,7 @@ def test_what_cannot_be_read_is_none(address: int) -> None:
 
 def test_no_arguments_at_all() -> None:
     with closing(Memory(os.getpid())) as memory:
-        assert memory.arguments(0) == ((), hashlib.sha256().hexdigest())
+        assert memory.arguments(0) == ((), hashlib.sha256().hexdigest(), ())
 
 
 def test_a_thread_that_is_gone_reads_as_nothing() -> None:
