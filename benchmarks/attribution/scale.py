@@ -5,9 +5,10 @@
 Sizes are log lines by spans. Each figure is of a process of its own: wall clock, CPU time, peak resident memory.
 ``kernel`` is what of the join grows with the job: the product's own statement that finds the calls open when an alert
 fell, over as many calls as there are spans (eight at once on each machine), of tables that are in DuckDB already.
-``join`` is the whole ladder on the job's own tables. ``containment`` (a hash join on machine and 30 s bucket) and ``as-of`` are DuckDB alone, over the same spans, with alert
-times and addresses that are parsed and right already: the least that any answer from this evidence takes. The goals are
-for two cores: the kernel ≤ 2 s and ≤ 2 GiB, end to end ≤ 60 s and ≤ 4 GiB.
+``join`` is the whole ladder on the job's own tables. ``containment`` (a hash join on machine and 30 s bucket) and
+``as-of`` are DuckDB alone, over the same spans, with alert times and addresses that are parsed and right already: the
+least that any answer from this evidence takes. The goals are for two cores: the kernel ≤ 2 s and ≤ 2 GiB, end to end
+≤ 60 s and ≤ 4 GiB.
 """
 
 from __future__ import annotations
