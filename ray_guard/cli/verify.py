@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_proof(args: argparse.Namespace, keys: Sequence[Key], kept: Sequence[tuple[Note, Key | None]]) -> int:
-    """Says whether a proof holds. 0: it does; 1: not. Raises NotProven for what is none, BadNote without a key to believe."""
+    """Says whether a proof holds. 0: it does; 1: not. Raises NotProven: it is none; BadNote: no key to believe."""
     proofs = read_proofs(args.evidence)
     believed = [*keys, *(key for _, key in kept if key is not None)]
     if not believed:

@@ -56,6 +56,8 @@ _prctl = _libc.prctl
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
 _fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate  # musl has one, of 64 bits
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_process_vm_readv = _libc.process_vm_readv
+_process_vm_readv.restype = ctypes.c_ssize_t
 _connect = _libc.connect  # without argtypes: int and bytes go as they are, in two thirds of the time
 _bind = _libc.bind
 _bind.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
@@ -158,6 +160,30 @@ class Inbox:
         """How many have come (without waiting), or ``-errno``: ``-EAGAIN`` where none has."""
         received: int = _libc.recvmmsg(descriptor, self._headers, self.count, _MSG_DONTWAIT, None)
         return received if received >= 0 else -get_errno()
+
+
+class Peephole:
+    """process_vm_readv(2): other processes' memory, two pieces with one system call, into a buffer that is kept.
+
+    Args:
+        size: bytes it holds; of what is asked for beyond that nothing is read.
+    """
+
+    def __init__(self, size: int) -> None:
+        #: What was read last, the second piece right behind the first.
+        self.data = bytearray(size)
+        self._room = (ctypes.c_char * size).from_buffer(self.data)
+        self._vector = IOVec(ctypes.addressof(self._room), size)
+        self._pieces = (IOVec * 2)()
+        self._local, self._remote = ctypes.byref(self._vector), ctypes.byref(self._pieces)
+        self._where = memoryview(self._pieces).cast("B").cast("Q")
+
+    def read(self, tid: int, address: int, length: int, second: int = 0, its_length: int = 0) -> int:
+        """How many bytes could be read, from the first on, or ``-errno``: EPERM also where the call is refused."""
+        where = self._where
+        where[0], where[1], where[2], where[3] = address, length, second, its_length
+        count: int = _process_vm_readv(tid, self._local, 1, self._remote, 2, 0)
+        return count if count >= 0 else -get_errno()
 
 
 def write_word(pid: int, address: int, value: int) -> None:

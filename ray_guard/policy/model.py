@@ -48,12 +48,6 @@ OnViolation = Literal["deny", "kill_call", "end_episode", "kill_actor"]
 Requirement = Literal["egress", "processes", "files", "gpu"]
 
 
-def _scopes_of(kind: str) -> str:
-    return " or ".join(
-        f"a {scope.value}" for scope in (Scope.CALL, Scope.EPISODE, Scope.JOB) if scope in KINDS[kind]
-    ) + (" or an actor" if Scope.ACTOR in KINDS[kind] else "")
-
-
 class _Model(BaseModel):
     """Frozen, unknown keys refused, and every fault a :class:`PolicyError`."""
 
@@ -166,15 +160,6 @@ class Budgets(_Model):
     actor: Budget = Budget()
     job: Budget = Budget()
 
-    @model_validator(mode="after")
-    def _scopes_fit(self) -> Self:
-        for scope in Scope:
-            for kind, value in getattr(self, scope.value).limits().items():
-                if scope not in KINDS[kind]:
-                    remedy = f"it limits {_scopes_of(kind)}: set it there"
-                    raise PolicyError(f"{scope.value}.{kind}", value, remedy)
-        return self
-
 
 class Policy(_Model):
     """What a guarded process may do. The default lets nothing out and sets no limit.
@@ -240,9 +225,6 @@ class Policy(_Model):
             if path is None:
                 known = [*cls.model_fields, *_SHORTHAND]
                 raise PolicyError(name, value, f"no key of a policy{meant(name, known)}")
-            if path[0] == "budgets" and len(path) == 3 and Scope.ACTOR not in KINDS[name]:
-                remedy = f"it limits {_scopes_of(name)}: write call={{{name!r}: {value!r}}}"
-                raise PolicyError(name, value, remedy)
             _place_at(data, path, value)
         return cls.model_validate(data)
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ray_guard.errors import PolicyError
 from ray_guard.policy import detection, values
-from ray_guard.policy.budgets import KINDS, Scope
+from ray_guard.policy.budgets import Scope
 from ray_guard.policy.load import read_policy
 
 _Read = Callable[[Any], Any]
@@ -60,7 +60,7 @@ def _section(given: object, keys: Mapping[str, Any], explicit: list[str], prefix
         if isinstance(kind, Mapping):
             read[key] = _section(given.get(key, {}), kind, explicit, f"{prefix}{key}.")
         elif isinstance(kind, Scope):
-            read[key] = _limits(given.get(key, {}), kind, explicit, f"{prefix}{key}.")
+            read[key] = _limits(given.get(key, {}), explicit, f"{prefix}{key}.")
         else:
             take, default = kind
             if key in given:
@@ -71,7 +71,7 @@ def _section(given: object, keys: Mapping[str, Any], explicit: list[str], prefix
     return read
 
 
-def _limits(given: object, scope: Scope, explicit: list[str], prefix: str) -> dict[str, Any]:
+def _limits(given: object, explicit: list[str], prefix: str) -> dict[str, Any]:
     if type(given) is not dict or not given.keys() <= _LIMITS.keys():
         raise _NotAtFirstSight
     limits = {}
@@ -81,8 +81,6 @@ def _limits(given: object, scope: Scope, explicit: list[str], prefix: str) -> di
         explicit.append(prefix + kind)
         if given[kind] is not None:
             limits[kind] = take(given[kind])
-            if scope not in KINDS[kind]:
-                raise _NotAtFirstSight
     return limits
 
 

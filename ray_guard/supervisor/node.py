@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +16,7 @@ from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Bounds, Journal
 from ray_guard.kernel import borrowing, rtnetlink
 from ray_guard.log import logger
-from ray_guard.policy.budgets import Account, Amount, Near, Scope
+from ray_guard.policy.budgets import KINDS, WALL, Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.policy.values import parse_size
@@ -256,6 +258,7 @@ class Node:
         if account is None:
             account = self._jobs[run_id] = Account(Scope.JOB, run_id)
             account.near = self._job_is_near
+            account.began = time.monotonic()
         account.tighten(policy.limits(Scope.JOB), policy.watched(Scope.JOB))
         return account
 
@@ -309,9 +312,13 @@ class Node:
     ) -> list[tuple[Lease, Amount]]:
         """Leases of the job's limits of which nothing is known yet: to be waited for before a target's work begins."""
         account = self.job(run_id, policy)
-        if not account.limits:
+        if not account.limits_any(KINDS):
             return []
-        return self.leases.enter(account, f"{job_id}/{run_id}", self._directory(membership))
+        name, desk = f"{job_id}/{run_id}", self._directory(membership)
+        if account.began is not None and account.limits_any((WALL,)):
+            at = time.time() - (time.monotonic() - account.began)
+            desk.ask({"op": "began", "name": name, "at": at}, functools.partial(_began_before, account))
+        return self.leases.enter(account, name, desk)
 
     def leave(self, target: Target) -> None:
         self.quotas.leave(target)
@@ -375,6 +382,16 @@ class Node:
     def _changed(self) -> None:
         for callback in list(self.surroundings_changed):
             callback()
+
+
+def _began_before(account: Account, answer: Mapping[str, Any]) -> None:
+    """Another node may have seen the job earlier. Without an answer its time counts from when it came here."""
+    try:
+        passed = time.time() - float(answer["began"])
+    except (KeyError, TypeError, ValueError):
+        log.warning("when job %s began on other nodes is not known: %.200r", account.source, answer)
+        return
+    account.began = min(time.monotonic() - max(0.0, passed), account.began or math.inf)
 
 
 def inherit(account: Account, spent: Mapping[str, Amount], leases: Leases) -> None:

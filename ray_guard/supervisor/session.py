@@ -31,6 +31,7 @@ from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.consequences import Consequences, acts
+from ray_guard.supervisor.limits import PROCESSES
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.scratch import Scratches
@@ -42,9 +43,11 @@ from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Gate
+    from ray_guard.policy.budgets import Amount
     from ray_guard.supervisor.bequest import Bequest
     from ray_guard.supervisor.book import Estate
     from ray_guard.supervisor.care import Line
+    from ray_guard.supervisor.leases import Lease
     from ray_guard.supervisor.ring import Ring
 
 log = logger("ray_guard.session")
@@ -327,10 +330,7 @@ class Session:
             return False
         run_id, job_id = str(identity.get("run_id") or ""), str(identity.get("job_id") or "")
         unknown = self._node.must_lease(run_id, job_id, policy, membership)
-        if not unknown or message.get("waited"):
-            return False
-        self._node.leases.wait(unknown, self._later({**message, "waited": True}, descriptors))
-        return True
+        return self._must_grow(unknown, message, descriptors)
 
     def _joined(self, target: Target) -> None:
         target.warn = self._warn
@@ -674,12 +674,17 @@ class Session:
         if tries < _TRIES and quotas.must_wait(target, message):
             self._node.loop.later(_TRY_S, self._later({**message, "tries": tries + 1}, descriptors))
             return
-        lacking = [] if message.get("waited") else quotas.lacking(target, message)
-        if lacking:
-            self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
+        if not message.get("waited") and self._must_grow(quotas.lacking(target, message), message, descriptors):
             return
         answer, passed = quotas.reserve(target, message)
         self._reply(descriptors[0], answer, passed)
+
+    def _must_grow(self, lacking: list[tuple[Lease, Amount]], message: dict[str, Any], descriptors: list[int]) -> bool:
+        """Whether this message is handled once more when those leases have grown, or cannot."""
+        if not lacking or message.get("waited"):
+            return False
+        self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
+        return True
 
     def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         self._node.quotas.settle(self._known(), message)
@@ -712,6 +717,8 @@ class Session:
         target = self._known()
         if target.kind == "observer":
             raise NotEnforced(["subprocess"], "an observer has no policy to start a tool under")
+        if self._must_grow(self._node.leases.lacking(target.account.root, {PROCESSES: 1}), message, descriptors):
+            return
         if len(descriptors) < 3:
             raise seqpacket.BadPacket("a start needs a control line, a memory file and a working folder")
         try:
@@ -894,8 +901,6 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
         if uncounted and any(layer.listen for layer in policy.layers):
             raise NotEnforced(uncounted, "bytes of accepted connections are not counted yet: drop listen or the cap")
-        if uncounted and policy.datagrams:
-            raise NotEnforced(uncounted, "bytes of connected UDP sockets are not counted yet: drop udp:// or the cap")
     if clustered and policy.role in _ENV_ROLES:
         # A Ray actor without its cluster is none: the role grants it to the actor's own process, listed or not.
         groups = {Group.CLUSTER} | ({Group.COLLECTIVES} if policy.role is Role.POLICY else set())

@@ -68,7 +68,6 @@ class OpenSpan:
         self.episode = episode
         self.account = account
         self.violations = 0
-        self.began = time.monotonic()
         self.ended: Violation | None = None
         self.origin: Origin | None = None
         self.told = Told()
@@ -233,6 +232,7 @@ class Target:
             parent=parent,
         )
         account.near = self.near
+        account.began = time.monotonic()
         return account
 
     def _own_origin(self) -> Origin:
@@ -399,11 +399,6 @@ class Target:
         identity = fragment({**span.identity, "ray_guard.source": Source.SUPERVISOR.value})
         account = span.account or self.account
         return Origin(span.record.trace_id, span_id, identity, account, span_id, None, Tally())
-
-    def clocks(self, origin: Origin) -> list[tuple[Account, float]]:
-        """The open scopes whose elapsed time counts for ``origin``, with when each began (``time.monotonic()``)."""
-        spans = [self.open.get(span_id or "") for span_id in (origin.call, origin.episode)]
-        return [(span.account, span.began) for span in spans if span is not None and span.account is not None]
 
     def tag(self, span_id: str | None, event: SpanEvent) -> None:
         """Keeps what was found out about a span that is open for its end."""
