@@ -53,8 +53,8 @@ def main() -> None:
         environment = {**os.environ, "RAY_GUARD_EVIDENCE": str(folder / "evidence")}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled, as sandlock's is
 
-        policy = folder / "policy.yaml"
-        policy.write_text("version: 1\negress: {allow: []}\n")
+        policy = folder / "policy.json"  # YAML's parser alone would take longer to load than a tool to start
+        policy.write_text('{"version": 1, "egress": {"allow": []}}\n')
         command = str(Path(sys.executable).with_name("ray-guard"))
         sandlock = f"from sandlock import Sandbox; Sandbox(fs_readable=['/']).run(['{TRUE}'])"
         commands = {

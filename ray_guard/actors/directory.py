@@ -9,7 +9,7 @@ closes. ``{"op": "read"}`` gives::
 the agent's gRPC port and the ports of workers and drivers; for this node (``NODE_ID``) on loopback too. Never among
 them, and listed as ``control`` where Ray says where they are: the job API (8265), the agent's HTTP port (it takes jobs
 as well), the client server (10001), the runtime environment agent (it installs packages for whoever asks) and metrics.
-``claim`` and ``forget`` are about limits that hold over several nodes (:mod:`ray_guard.actors.job_budget`).
+``claim``, ``began`` and ``forget`` are about limits that hold over several nodes (:mod:`ray_guard.actors.job_budget`).
 A failed reading is ``{"error": …}``: the supervisor then keeps what it knew, and what it did not know stays refused.
 
 It is a process of its own because ray is too large for the supervisor. Measured: 77 MB resident, 39 of them its own,
@@ -155,7 +155,12 @@ def main(arguments: list[str]) -> int:
     def claim(question: dict[str, Any]) -> dict[str, Any]:
         return job_budget.claim(store(), question, 1 if tables is None else tables.nodes)
 
-    operations = {"read": read, "claim": claim, "forget": lambda question: job_budget.forget(store(), question)}
+    operations = {
+        "read": read,
+        "claim": claim,
+        "began": lambda question: job_budget.began(store(), question),
+        "forget": lambda question: job_budget.forget(store(), question),
+    }
 
     for line in sys.stdin:
         found = json.dumps(answer(line, operations))

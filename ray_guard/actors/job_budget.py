@@ -91,6 +91,23 @@ def claim(store: Store, question: dict[str, Any], nodes: int) -> dict[str, Any]:
     return {"claimed": claimed, "free": max(0, len(free) - len(claimed))}
 
 
+def began(store: Store, question: dict[str, Any]) -> dict[str, Any]:
+    """When a job began: the earliest that any node has said.
+
+    Args:
+        store: where.
+        question: ``name`` of the job, ``at``: when it began for whoever asks (seconds since 1970).
+
+    Returns:
+        ``began``: in the same unit, by the clocks of the nodes.
+    """
+    prefix = f"began/{question['name']}/"
+    mine = int(1000 * float(question["at"]))
+    if not any(int(key.removeprefix(prefix)) <= mine for key in store.keys(prefix)):
+        store.put_new(f"{prefix}{mine}", "")
+    return {"began": min(int(key.removeprefix(prefix)) for key in store.keys(prefix)) / 1000}
+
+
 def forget(store: Store, question: dict[str, Any]) -> dict[str, Any]:
     """A limit is over, whoever has parts of it: an episode has ended (``name``)."""
     store.delete_all(f"share/{question['name']}/")

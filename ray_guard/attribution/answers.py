@@ -213,8 +213,10 @@ class _About:
     def of(self, calls: Any) -> list[dict[str, Any]]:
         """What each is called, in the order asked; one dict for one call, however often it is asked."""
         distinct, back = np.unique(calls, return_inverse=True)
-        rows = self._table.take(np.searchsorted(self._calls, distinct)).to_pylist()
-        return [rows[n] for n in back]
+        rows = self._table.take(np.searchsorted(self._calls, distinct))
+        columns = (rows[name].to_pylist() for name in rows.column_names)
+        made = [dict(zip(rows.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [made[n] for n in back.tolist()]
 
 
 _TIER_SAYS: Final = {

@@ -118,9 +118,12 @@ def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: int) -> N
 
 
 def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
+    # Beside hard evidence an open call counts for nothing, unless the destination tells how many such calls there were.
     rows = db.execute(
-        """SELECT alert, call, tier, gap_ns, span_ns, reach, named, used, watched FROM candidate
-           ORDER BY alert, call"""
+        f"""SELECT alert, call, tier, gap_ns, span_ns, reach, named, used, watched FROM candidate
+            WHERE tier < {score.HARD_TIERS} OR named OR used
+              OR alert NOT IN (SELECT alert FROM candidate WHERE tier < {score.HARD_TIERS})
+            ORDER BY alert, call"""
     ).fetchnumpy()
     times = db.execute(
         """SELECT t.start_ns, t.end_ns, t.slack_ns, a.end_ns - a.start_ns AS width_ns

@@ -24,7 +24,19 @@ def join(db: duckdb.DuckDBPyConnection) -> None:
 
     Needs ``clock`` (source, skew_ns, drift, reference_ns, slack_ns) beside what :func:`store.prepare` makes.
     """
-    for statement in _JOIN:
+    for statement in _BEFORE:
+        db.execute(statement)
+    by_interval(db)
+    for statement in _AFTER:
+        db.execute(statement)
+
+
+def by_interval(db: duckdb.DuckDBPyConnection) -> None:
+    """Fills ``by_interval`` (alert, call, gap_ns): each call that was open, on the machine meant, when an alert fell.
+
+    The kernel of the join: needs ``alive``, ``timed`` and ``place``, and of each no more than numbers and times.
+    """
+    for statement in _BY_INTERVAL:
         db.execute(statement)
 
 
@@ -37,7 +49,25 @@ _MEET: Final = """w.bucket = greatest(w.first, o.first)
              AND w.end_ns + w.slack_ns > o.start_ns AND w.start_ns - w.slack_ns < o.end_ns"""
 _GAP: Final = "greatest(0, f.start_ns - s.end_ns, s.start_ns - f.end_ns)"
 
-_JOIN: Final = (
+_BY_INTERVAL: Final = (
+    # Bucketed as they stream by: spread out over their buckets, neither side need ever be in memory as a table.
+    f"""CREATE OR REPLACE TABLE by_interval AS
+         WITH o AS (
+           SELECT call, node, start_ns, end_ns, start_ns // {BUCKET_NS} AS first,
+             unnest(generate_series(start_ns // {BUCKET_NS}, end_ns // {BUCKET_NS})) AS bucket FROM alive),
+         w AS (
+           SELECT t.alert, p.node, t.start_ns, t.end_ns, t.slack_ns, (t.start_ns - t.slack_ns) // {BUCKET_NS} AS first,
+             unnest(generate_series(
+               (t.start_ns - t.slack_ns) // {BUCKET_NS}, (t.end_ns + t.slack_ns) // {BUCKET_NS})) AS bucket
+           FROM timed t JOIN place p USING (alert))
+         SELECT w.alert, o.call, {_APART} AS gap_ns
+         FROM w JOIN o ON o.node = w.node AND o.bucket = w.bucket AND {_MEET}
+         WHERE w.node IS NOT NULL
+         UNION ALL
+         SELECT w.alert, o.call, {_APART}
+         FROM (SELECT * FROM w WHERE node IS NULL) w JOIN o ON o.bucket = w.bucket AND {_MEET}""",
+)
+_BEFORE: Final = (
     # Alert times by the traces' clock, widened by what their semantics leave open.
     f"""CREATE OR REPLACE TABLE timed AS
           SELECT a.* EXCLUDE (start_ns, end_ns), k.slack_ns,
@@ -105,32 +135,19 @@ _JOIN: Final = (
             ("INSERT INTO by_process", "f.command = t.command AND t.command <> ''", "p.node IS NULL"),
         )
     ),
-    f"""CREATE OR REPLACE TABLE open_calls AS
-          SELECT *, start_ns // {BUCKET_NS} AS first,
-            unnest(generate_series(start_ns // {BUCKET_NS}, end_ns // {BUCKET_NS})) AS bucket FROM alive""",
-    f"""CREATE OR REPLACE TABLE wanted AS
-          SELECT t.alert, p.node, t.start_ns, t.end_ns, t.slack_ns, (t.start_ns - t.slack_ns) // {BUCKET_NS} AS first,
-            unnest(generate_series(
-              (t.start_ns - t.slack_ns) // {BUCKET_NS}, (t.end_ns + t.slack_ns) // {BUCKET_NS})) AS bucket
-          FROM timed t JOIN place p USING (alert)""",
-    # A pair may meet in several buckets: it counts in the first that both have.
-    f"""CREATE OR REPLACE TABLE by_interval AS
-         SELECT w.alert, o.call, 4 AS tier, {_APART} AS gap_ns
-         FROM wanted w JOIN open_calls o ON o.node = w.node AND o.bucket = w.bucket AND {_MEET}
-         WHERE w.node IS NOT NULL
-         UNION ALL
-         SELECT w.alert, o.call, 4, {_APART}
-         FROM wanted w JOIN open_calls o ON o.bucket = w.bucket AND {_MEET}
-         WHERE w.node IS NULL""",
+)
+_AFTER: Final = (
     """CREATE OR REPLACE TABLE watched AS SELECT DISTINCT call FROM flow WHERE call IS NOT NULL""",
+    # A call meets an alert in one interval only: what has to be brought together is the little hard evidence.
     """CREATE OR REPLACE TABLE best AS
          WITH met AS (
            SELECT alert, coalesce(c.call, b.call) AS call, tier, gap_ns FROM by_socket b
              LEFT JOIN call c ON b.one_of IS NOT NULL AND c.trace_id = b.trace_id AND c.span_id = b.one_of
-           UNION ALL SELECT * FROM by_process
-           UNION ALL SELECT * FROM by_interval)
-         SELECT alert, call, min(tier) AS tier, min(gap_ns) AS gap_ns FROM met WHERE call IS NOT NULL
-         GROUP BY alert, call""",
+           UNION ALL SELECT * FROM by_process),
+         hard AS (SELECT alert, call, min(tier) AS tier, min(gap_ns) AS gap_ns FROM met WHERE call IS NOT NULL
+           GROUP BY alert, call)
+         SELECT alert, call, coalesce(h.tier, 4) AS tier, least(h.gap_ns, i.gap_ns) AS gap_ns
+         FROM by_interval i FULL JOIN hard h USING (alert, call)""",
     # What a call's recorded sockets say of an alert's destination: asked of those who may have caused it alone, since
     # a place that everybody talks to would make a pair of every alert with every call.
     """CREATE OR REPLACE TABLE used AS
@@ -146,15 +163,15 @@ _JOIN: Final = (
          SELECT b.alert, b.call FROM best b JOIN timed t USING (alert)
            SEMI JOIN open o ON o.call = b.call AND o.host = t.host""",
     """CREATE OR REPLACE TABLE candidate AS
-         SELECT b.*, coalesce(l.end_ns - l.start_ns, 0) AS span_ns, t.source,
-           coalesce(w.reach, 1) AS reach,
-           coalesce(contains(w.text, t.dst_ip), false) OR coalesce(contains(w.text, t.src_ip), false)
-             OR coalesce(t.host <> '' AND contains(lower(w.text), t.host), false) AS named,
-           u.call IS NOT NULL AS used, v.call IS NOT NULL AS watched
-         FROM best b JOIN timed t USING (alert) LEFT JOIN alive l USING (call) LEFT JOIN words w USING (call)
-         LEFT JOIN used u USING (alert, call) LEFT JOIN watched v USING (call)""",
-    "DROP TABLE open_calls",
-    "DROP TABLE wanted",
+         WITH about AS (
+           SELECT call, l.end_ns - l.start_ns AS span_ns, w.reach, w.text, v.call IS NOT NULL AS watched
+           FROM alive l FULL JOIN watched v USING (call) LEFT JOIN words w USING (call))
+         SELECT b.*, coalesce(a.span_ns, 0) AS span_ns, t.source,
+           coalesce(a.reach, 1) AS reach,
+           coalesce(contains(a.text, t.dst_ip), false) OR coalesce(contains(a.text, t.src_ip), false)
+             OR coalesce(t.host <> '' AND contains(lower(a.text), t.host), false) AS named,
+           u.call IS NOT NULL AS used, coalesce(a.watched, false) AS watched
+         FROM best b JOIN timed t USING (alert) LEFT JOIN about a USING (call) LEFT JOIN used u USING (alert, call)""",
     "DROP TABLE by_interval",
     "DROP TABLE best",
     "DROP TABLE used",

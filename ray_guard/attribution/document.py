@@ -113,14 +113,18 @@ def _alert(alert: Attribution) -> str:
 
 
 _CLOSE: Final = "\n   "
-_SAID: Final = ("run", "iteration", "group", "rollout", "turn", "tool", "call_id", "trace_id", "span_id")
 
 
 def _candidate(candidate: Candidate) -> str:
-    about = {**candidate.about, "trace_id": candidate.about.get("shown_trace_id", candidate.about.get("trace_id"))}
-    said = "".join(f'     "{name}": {_value(about.get(name))},\n' for name in _SAID)
+    about = candidate.about
+    trace = about.get("shown_trace_id", about.get("trace_id"))
     return (
-        f'\n    {{\n     "confidence": {round(candidate.confidence, 6)!r},\n     "tier": "{candidate.tier}",\n{said}'
+        f'\n    {{\n     "confidence": {round(candidate.confidence, 6)!r},\n     "tier": "{candidate.tier}",\n'
+        f'     "run": {_value(about["run"])},\n     "iteration": {_value(about["iteration"])},\n'
+        f'     "group": {_value(about["group"])},\n     "rollout": {_value(about["rollout"])},\n'
+        f'     "turn": {_value(about["turn"])},\n     "tool": {_value(about["tool"])},\n'
+        f'     "call_id": {_value(about["call_id"])},\n     "trace_id": {_value(trace)},\n'
+        f'     "span_id": {_value(about["span_id"])},\n'
         f'     "evidence": {_list(candidate.evidence)},\n     "against": {_list(candidate.against)}\n    }}'
     )
 

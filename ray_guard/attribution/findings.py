@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
 from typing import Final
 
 import duckdb
@@ -81,15 +80,19 @@ def _stratum(across: bool) -> str:  # noqa: FBT001 - a row of the table above
 
 def _make_templates(db: duckdb.DuckDBPyConnection) -> None:
     """Fills ``templated``: call, words."""
-    db.execute("CREATE OR REPLACE TEMP TABLE templated (call BIGINT, words VARCHAR)")
+    db.execute("CREATE OR REPLACE TEMP TABLE template (text VARCHAR, words VARCHAR)")
     # Of its own: what is written meanwhile would end the reading.
     reading = db.cursor()
-    reading.execute("SELECT call, text FROM words WHERE text <> '' AND call IN (SELECT call FROM compared)")
-    known = lru_cache(maxsize=100_000)(template)
+    reading.execute("SELECT DISTINCT text FROM words WHERE text <> '' AND call IN (SELECT call FROM compared)")
     while rows := reading.fetchmany(_TEXTS):
-        db.register("made", pa.table({"call": [call for call, _ in rows], "words": [known(text) for _, text in rows]}))
-        db.execute("INSERT INTO templated SELECT * FROM made WHERE words <> ''")
+        texts = [text for (text,) in rows]
+        db.register("made", pa.table({"text": texts, "words": list(map(template, texts))}))
+        db.execute("INSERT INTO template SELECT * FROM made WHERE words <> ''")
         db.unregister("made")
+    db.execute(
+        """CREATE OR REPLACE TEMP TABLE templated AS
+           SELECT call, t.words FROM compared JOIN words w USING (call) JOIN template t ON t.text = w.text"""
+    )
 
 
 def association(result: Result, caused: Counter[int]) -> reward.Association:

@@ -64,10 +64,14 @@ def connect(memory: str = "2GB", threads: int | None = None) -> duckdb.DuckDBPyC
     )
     db.execute("SET enable_progress_bar = false")
     for name, schema in (("span", columns.SCHEMA), ("alert", ALERT_SCHEMA), ("nat", NAT_SCHEMA)):
-        db.register("nothing", pa.Table.from_batches([], schema=schema))
-        db.execute(f"CREATE TABLE {name} AS SELECT * FROM nothing")
-        db.unregister("nothing")
+        _create(db, name, schema)
     return db
+
+
+def _create(db: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema) -> None:
+    db.register("nothing", pa.Table.from_batches([], schema=schema))
+    db.execute(f"CREATE TABLE {name} AS SELECT * FROM nothing")
+    db.unregister("nothing")
 
 
 def add_spans(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[str]], quarantine: Quarantine) -> None:
@@ -84,6 +88,17 @@ def add_spans(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[s
     named = ", ".join(f'"{name}"' for name in columns.SCHEMA.names)
     more = "".join(f" UNION ALL SELECT {named} FROM read_parquet({_quoted(path)})" for path in lying)
     db.execute(f"CREATE VIEW span AS SELECT {named} FROM told{more}")
+
+
+def look_again(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Gives a store whose tables were made elsewhere (:mod:`~ray_guard.attribution.parts`) the ``span`` of the traces.
+
+    What could not be read was counted when the tables were made.
+    """
+    db.execute("DROP TABLE span")
+    _create(db, "span", columns.SCHEMA)
+    add_spans(db, paths, Quarantine())
+    settle(db)
 
 
 def parquet(db: duckdb.DuckDBPyConnection, paths: Sequence[str | os.PathLike[str]]) -> list[str]:

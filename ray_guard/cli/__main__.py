@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("doctor", "run", "report", "attribute", "detect", "verify", "export", "cost")
+COMMANDS = ("doctor", "run", "report", "attribute", "detect", "verify", "prove", "export", "cost")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import numpy as np
 
 from ray_guard import __version__
-from ray_guard.attribution import document
+from ray_guard.attribution import document, store
 from ray_guard.attribution.answers import Attribution
 from ray_guard.attribution.attribute import Result, Spread, attribute
 from ray_guard.attribution.intake import Options
@@ -76,10 +76,6 @@ def run(args: argparse.Namespace) -> int:
     except (ZoneInfoNotFoundError, ValueError):
         return failed("attribute", f"--tz {args.tz}: no such time zone; give a name such as Europe/Berlin, or UTC")
     options = Options(None if args.format == "auto" else args.format, zone, args.year)
-    if args.ray is not None and args.html is not None:
-        return failed(
-            "attribute", "--html needs all spans on this machine; with --ray there is --json, or leave it out"
-        )
     progress = _Progress()
     try:
         spread = None if args.ray is None else _ray(args.ray)
@@ -160,6 +156,8 @@ def _write(args: argparse.Namespace, result: Result) -> None:
     except OSError as error:
         raise _NotWritten(f"{args.json} cannot be written: {error.strerror}") from error
     if args.html is not None:
+        if args.ray is not None:
+            store.look_again(result.db, args.traces)
         page = _page(args, result, found, out.hexdigest())
         try:
             args.html.write_text(page, encoding="utf-8", newline="\n")

@@ -10,6 +10,7 @@ from typing import Any
 from ray_guard.compute import moe
 from ray_guard.errors import UnknownArchitecture
 
+_MOST_CONTEXT = 1 << 40
 _LARGE = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -57,8 +58,8 @@ def _context(text: str) -> int:
         value = int(text)
     except ValueError:
         value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens")
+    if not 0 <= value <= _MOST_CONTEXT:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of tokens")
     return value
 
 

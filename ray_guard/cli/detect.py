@@ -1,6 +1,6 @@
-"""``ray-guard detect``: judges command lines, or the first bytes of connections.
+"""``ray-guard detect``: judges command lines, the first bytes of connections, or recorded evidence.
 
-Runs later, on any machine. One line out for each line in.
+Runs later, on any machine. One line out for each line in; of evidence, one for each finding.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_guard.attribution.detect import commands, payloads
 from ray_guard.cli.output import failed, say
+from ray_guard.detect import commands, payloads
+from ray_guard.evidence.cases import Cases
+from ray_guard.evidence.reader import NotEvidence, open_segment, scan, segments
 
 if TYPE_CHECKING:
-    from ray_guard.attribution.detect.sigma import Rule
+    from ray_guard.detect.sigma import Rule
 
     # What add_subparsers() returns has no public name.
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
@@ -31,6 +33,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--commands", metavar="FILE", type=Path, help='lines {"command": "…"}')
     parser.add_argument("--payloads", metavar="FILE", type=Path, help='lines {"hex": "…", "direction": "sent"}')
+    parser.add_argument("--traces", metavar="PATH", nargs="+", help="evidence: its processes and flows, as live")
     parser.add_argument("--rules", metavar="PATH", type=Path, nargs="+", default=[], help="Sigma rules beside our own")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write the answers there instead of to stdout")
     return parser
@@ -38,11 +41,11 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Answers. 0; 1 where a line could not be judged (it is answered with its error); 2 where a file cannot be used."""
-    if args.commands is None and args.payloads is None:
-        return failed("detect", "nothing to judge: give --commands FILE or --payloads FILE")
+    if args.commands is None and args.payloads is None and args.traces is None:
+        return failed("detect", "nothing to judge: give --commands FILE, --payloads FILE or --traces PATH")
     rules: list[Rule] = []
     if args.rules:
-        from ray_guard.attribution.detect import sigma
+        from ray_guard.detect import sigma
 
         try:
             rules = sigma.load(args.rules)
@@ -56,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
             answers.extend(_answers(path, judge))
         except OSError as error:
             return failed("detect", f"{path} cannot be read: {error.strerror}")
+    if args.traces is not None:
+        try:
+            answers.extend(_findings(args.traces, args.rules))
+        except (NotEvidence, OSError) as error:
+            return failed("detect", str(error))
     text = "".join(json.dumps(each) + "\n" for each in answers)
     if args.json is None:
         say(text)
@@ -84,6 +92,19 @@ def _answers(path: Path, judge: Callable[[dict[str, Any]], dict[str, Any]]) -> I
                 yield {"flagged": False, "error": f"line {number}: {error}"}
 
 
+def _findings(paths: list[str], rules: list[Path]) -> Iterator[dict[str, Any]]:
+    """What is found in evidence. Raises NotEvidence, OSError."""
+    cases = Cases()
+    for each in rules:
+        cases.take(str(each))  # they were read before without complaint
+    for path in segments(paths):
+        with open_segment(path) as file:
+            for line in scan(file):
+                for case in cases.of(line.content or b""):
+                    told = {key: case[key] for key in ("kind", "rule", "trace", "span", "call")}
+                    yield {"flagged": True, **told, **case["identity"]}
+
+
 def _command(rules: list[Rule]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def judge(asked: dict[str, Any]) -> dict[str, Any]:
         text = asked.get("command")
@@ -95,7 +116,7 @@ def _command(rules: list[Rule]) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if found is not None:
             return {"flagged": True, "kind": found.kind.value, "rule": found.rule}
         if rules:
-            from ray_guard.attribution.detect import sigma
+            from ray_guard.detect import sigma
 
             for event in sigma.events(text):
                 for rule in rules:

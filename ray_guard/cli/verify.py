@@ -1,6 +1,7 @@
 """``ray-guard verify EVIDENCE``: proves that evidence is complete and unaltered, or says which record is not.
 
-Runs later, on any machine: needs nothing but the evidence, and whatever was kept elsewhere.
+Runs later, on any machine: needs nothing but the evidence, and whatever was kept elsewhere. In place of the evidence it
+takes a proof of single records, as ``ray-guard prove`` writes it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_guard.cli.output import failed, say
-from ray_guard.evidence.note import BadNote
+from ray_guard.evidence.note import BadNote, Key, Note
 from ray_guard.evidence.reader import NotEvidence
 from ray_guard.evidence.verify.check import Finding, LogReport, State, check
+from ray_guard.evidence.verify.proof import NotProven, hold, read_proofs
 from ray_guard.evidence.verify.seals import read_checkpoints, read_keys
 from ray_guard.report.text import printable
 
@@ -30,9 +33,14 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="prove that evidence is complete and unaltered",
         description="Holds every record of an evidence folder against the signed checkpoints beside it. Names each "
         "record that was edited, removed, reordered, duplicated or added, and logs that were cut. Exit status 0: "
-        "nothing is; 1: something is, or cannot be proven; 2: there is nothing to verify.",
+        "nothing is; 1: something is, or cannot be proven; 2: there is nothing to verify. Of a PROOF it says whether "
+        "its records are in the log of the given key.",
     )
-    parser.add_argument("evidence", metavar="EVIDENCE", help="evidence folder, with the seals beside the segments")
+    parser.add_argument(
+        "evidence",
+        metavar="EVIDENCE",
+        help="evidence folder, with the seals beside the segments; or a PROOF that `ray-guard prove` has written",
+    )
     parser.add_argument(
         "--key",
         metavar="KEY",
@@ -58,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         keys = [key for each in args.key for key in read_keys(each)]
         checkpoints = [each for path in args.checkpoint for each in read_checkpoints(path)]
+        if Path(args.evidence).is_file():
+            return _of_proof(args, keys, checkpoints)
         logs = check(args.evidence, keys=keys, checkpoints=checkpoints)
-    except (BadNote, NotEvidence) as error:
+    except (BadNote, NotEvidence, NotProven) as error:
         return failed("verify", str(error))
     sound = not any(log.findings for log in logs)
     if args.json:
@@ -67,6 +77,36 @@ def run(args: argparse.Namespace) -> int:
     else:
         seconds = time.monotonic() - began
         lines = _text(logs, seconds, sound=sound, believed=bool(keys or checkpoints))
+        say("".join(f"{printable(line)}\n" for line in lines))
+    return 0 if sound else 1
+
+
+def _of_proof(args: argparse.Namespace, keys: Sequence[Key], kept: Sequence[tuple[Note, Key | None]]) -> int:
+    """Says whether a proof holds. 0: it does; 1: not. Raises NotProven: it is none; BadNote: no key to believe."""
+    proofs = read_proofs(args.evidence)
+    believed = [*keys, *(key for _, key in kept if key is not None)]
+    if not believed:
+        raise BadNote("a proof is worth what its key is: give --key KEY, or --checkpoint FILE as it was exported")
+    lines: list[str] = []
+    found: list[dict[str, Any]] = []
+    sound = True
+    for proof in proofs:
+        try:
+            note = hold(proof, believed, [note for note, _ in kept])
+        except NotProven as error:
+            sound = False
+            lines.append(f"NOT PROVEN: {error}")
+            found.append({"key": str(proof.key), "ok": False, "text": str(error)})
+            continue
+        log, size = note.checkpoint.log, note.checkpoint.size
+        found.append({"key": str(proof.key), "ok": True, "log": log, "records": [each.index for each in proof.records]})
+        for each in proof.records:
+            lines += [f"{log}: record {each.index} of {size} is proven:", f"  {each.record.decode()}"]
+        lines += [f"  {log} continues its checkpoint over {size} records" for size in proof.continued]
+    if args.json:
+        said = {"schema": 1, "evidence": args.evidence, "ok": sound, "proofs": found}
+        say(json.dumps(said, indent=1) + "\n")
+    else:
         say("".join(f"{printable(line)}\n" for line in lines))
     return 0 if sound else 1
 

@@ -15,7 +15,7 @@ a bound may be too high by) and a ``variance`` that averages out (sampling). :me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -85,6 +85,9 @@ class Tick(NamedTuple):
     hidden: Hidden | None
     faults: tuple[str, ...]
     unmeasured: str
+    foreign: bool = False
+    """NVML goes on listing processes that do not exist here: an old driver, whose pids are another namespace's. Whoever
+    holds this GPU and is not listed may be one of them."""
 
 
 class Usage:
@@ -133,13 +136,19 @@ def memory(shares: Iterable[Share]) -> int | None:
 
 
 class GpuMeter:
-    """Accounts for one GPU, reading after reading."""
+    """Accounts for one GPU, reading after reading.
 
-    def __init__(self) -> None:
+    Args:
+        exists: whether there is a process of that number here. One that is not explains nothing.
+    """
+
+    def __init__(self, exists: Callable[[int], bool] = lambda _pid: True) -> None:
+        self._exists = exists
         self._last: Reading | None = None
         self._counted_us = 0
         self._residents: frozenset[int] = frozenset()
         self._unexplained = 0
+        self._strange = 0
         self._usual: dict[int, float] = {}
         """By process its share, smoothed: a reading of one sample says all or nothing, and knows no variance."""
 
@@ -149,13 +158,18 @@ class GpuMeter:
         faults: list[str] = []
         reading = _plausible(reading, faults)
         if isinstance(reading.processes, Missing):
-            self._unexplained = 0
+            self._unexplained = self._strange = 0
             return Tick(reading.device, 0.0, frozenset(), (), None, (), str(reading.processes))
-        resident = _residents(reading.processes, faults)
+        listed = _residents(reading.processes, faults)
+        resident = {pid: memory for pid, memory in listed.items() if self._exists(pid)}
+        strangers = sorted(listed.keys() - resident.keys())
+        self._strange = self._strange + 1 if strangers else 0
+        if strangers:
+            faults.append(f"processes {strangers[:8]} have a context, and do not exist here")
         passed = 0.0 if last is None else max(0.0, reading.monotonic - last.monotonic)
-        loads, method = self._loads(reading, resident, passed, faults)
+        loads, method = self._loads(reading, resident, passed, faults, alone=len(listed) == 1)
         self._remember(resident, loads)
-        memory = _memory(resident, reading.memory_used)
+        memory = _memory(listed, reading.memory_used)
         energy = None if last is None else _energy(last, reading)
         shares = tuple(
             _share(
@@ -171,10 +185,11 @@ class GpuMeter:
         )
         hidden = self._hidden(reading, resident, loads, method)
         self._residents = frozenset(resident)
-        return Tick(reading.device, passed, self._residents, shares, hidden, tuple(faults), "")
+        foreign = self._strange >= HIDDEN_READINGS
+        return Tick(reading.device, passed, self._residents, shares, hidden, tuple(faults), "", foreign)
 
     def _loads(
-        self, reading: Reading, resident: Mapping[int, int | None], passed: float, faults: list[str]
+        self, reading: Reading, resident: Mapping[int, int | None], passed: float, faults: list[str], *, alone: bool
     ) -> tuple[dict[int, _Load], Method]:
         """By process the share of the interval it computed in, and how many samples say so."""
         samples = reading.samples
@@ -188,7 +203,7 @@ class GpuMeter:
                 faults.append("process utilization: rows that cannot be true")
             else:
                 faults.append(f"no reading for {passed:.1f} s: NVML remembers {MEMORY_S:g}")
-        elif len(resident) == 1 and isinstance(reading.utilization, int) and 0 <= reading.utilization <= 100:
+        elif alone and resident and isinstance(reading.utilization, int) and 0 <= reading.utilization <= 100:
             faults.append(str(samples))
             return {next(iter(resident)): _Load(reading.utilization / 100, _count(passed))}, Method.DEVICE
         else:

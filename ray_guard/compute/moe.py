@@ -299,6 +299,7 @@ def _qwen3(config: _Config) -> Shape:
         raise UnknownArchitecture("decoder_sparse_step", step, "a whole number above zero")
     sparse = [at for at in range(layers) if at not in dense_layers and (at + 1) % step == 0]
     dense = layers - len(sparse)
+    inner = config.maybe("shared_expert_intermediate_size", 0)  # no published one has it; vLLM builds it where stated
     return Shape(
         hidden=hidden,
         layers=layers,
@@ -310,7 +311,7 @@ def _qwen3(config: _Config) -> Shape:
         expert=_gated_mlp(hidden, config.count("moe_intermediate_size")),
         experts=experts,
         chosen=config.count("num_experts_per_tok"),
-        shared=Weights(0),
+        shared=_gated_mlp(hidden, inner) + _linear(hidden, 1) if inner else Weights(0),
         router=_linear(hidden, experts),
         mlp=_gated_mlp(hidden, config.count("intermediate_size")) if dense else Weights(0),
     )
@@ -396,6 +397,8 @@ def _first_dense(config: _Config, attention: Weights, context: int, *, corrected
     """
     hidden, inner = config.count("hidden_size"), config.count("moe_intermediate_size")
     layers, experts = config.layers(), config.count("n_routed_experts")
+    if (most := config.maybe("index_topk", 0)) != 0:
+        raise UnknownArchitecture("index_topk", most, "no sparse attention: what its indexer costs is not known")
     if config.maybe("moe_layer_freq", 1) != 1:
         raise UnknownArchitecture("moe_layer_freq", config.maybe("moe_layer_freq", 1), "1: no other is in use")
     dense = config.stated("first_k_dense_replace")

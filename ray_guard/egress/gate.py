@@ -48,6 +48,8 @@ from ray_guard.policy.destination import Transport
 
 if TYPE_CHECKING:
     from ray_guard.egress.relay.crossing import Owner
+    from ray_guard.egress.relay.datagrams import Datagrams
+    from ray_guard.egress.relay.datagrams import Owner as DatagramOwner
     from ray_guard.egress.relay.front import Relay
 
 log = logger("ray_guard.gate")
@@ -122,6 +124,8 @@ class Ruling(NamedTuple):
     """Set where it does not go direct: the connect is made by :class:`~ray_guard.egress.relay.front.Relay`."""
     resolver: NameServer | None = None
     mute: bool = False
+    counted: DatagramOwner | None = None
+    """Set where datagrams are counted one by one: they go by :class:`~ray_guard.egress.relay.datagrams.Datagrams`."""
 
 
 class Judge(Protocol):
@@ -158,6 +162,9 @@ class Judge(Protocol):
 
     def listening(self, address: str, port: int) -> None:
         """A TCP socket of the target now listens."""
+
+    def counts(self) -> bool:
+        """Whether bytes are limited: then no datagram comes in but by way of whoever counts it."""
 
     def hears(self) -> bool:
         """Whether datagrams may come in at all: the policy grants some to be sent, which are answered."""
@@ -304,6 +311,7 @@ class Means:
         """Called when the relay listens at more ports; set by whoever must know."""
         self.relaying: Relay | None = None
         """The relay, once anything goes by it."""
+        self._datagrams: Datagrams | None = None
 
     @property
     def relay(self) -> Relay:
@@ -315,6 +323,15 @@ class Means:
             self.relaying.start = self.start_mover
             self.relaying.opened = self.relay_opened
         return self.relaying
+
+    @property
+    def datagrams(self) -> Datagrams:
+        """Made for the first that is counted, like :attr:`relay`."""
+        if self._datagrams is None:
+            from ray_guard.egress.relay.datagrams import Datagrams
+
+            self._datagrams = Datagrams(self.loop)
+        return self._datagrams
 
     def threads(self) -> Threads:
         """For one ring: how its descriptors are come by on this host."""
@@ -369,9 +386,14 @@ class Gate:
             "process_vm_readv": self._process_vm,
             "process_vm_writev": self._process_vm,
         }
-        by_name |= {name: functools.partial(handler, self) for name, handler in more.items()}
         self._handlers = {NUMBERS[name]: handler for name, handler in by_name.items() if name in NUMBERS}
+        self.hand_over(more)
         self._loop.watch(listener.fd, select.EPOLLIN, self.ready)
+
+    def hand_over(self, more: Mapping[str, Handler]) -> None:
+        """From now on these handle the calls of that name: see ``more`` above."""
+        handlers = {name: functools.partial(handler, self) for name, handler in more.items()}
+        self._handlers |= {NUMBERS[name]: handler for name, handler in handlers.items() if name in NUMBERS}
 
     def ready(self, events: int) -> None:
         """The loop's callback: one notification, or the end."""
@@ -582,6 +604,8 @@ class Gate:
         """The outcome where the target is connected to the relay or the resolver instead; None: it goes direct."""
         if ruling.relayed is not None and cookie is not None:
             return self._means.relay.connect(self, notification, sock, raw, cookie=cookie, owner=ruling.relayed)
+        if ruling.counted is not None:
+            return self._means.datagrams.connect(sock, raw, ruling.counted)
         if ruling.resolver is not None:
             return self._connect_resolver(notification, sock, raw, ruling.resolver, stream=cookie is not None)
         if ruling.mute:
@@ -826,6 +850,10 @@ class Gate:
             )
             if ruling.error:
                 return -ruling.error
+        elif _type(duplicate) != _STREAM and self._judge.counts():
+            from ray_guard.egress.relay.datagrams import is_mapped, loopback
+
+            raw = loopback(raw[0], 0, mapped=is_mapped(raw))
         elif _type(duplicate) != _STREAM and not self._judge.hears():
             sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
             try:
@@ -1003,6 +1031,8 @@ class Gate:
         name, name_length, vector, vector_length, control, control_length, _flags = fields
         if vector_length > _ENTRIES_LIMIT:
             raise sockaddr.BadAddress(errno.EMSGSIZE)
+        if name_length < 1 << 31:  # longer than any address: cut short, as the kernel does here and nowhere else
+            name_length = min(name_length, sockaddr.STORAGE)
         address = self.read_address(notification, name, name_length) if name else b""
         room = _PAYLOAD_LIMIT
         parts = []
@@ -1133,6 +1163,8 @@ class Gate:
             )
             if ruling.resolver is not None:
                 self._send_to_resolver(notification, duplicate, message, ruling.resolver)
+            if ruling.counted is not None:
+                return self._send_counted(duplicate, message, ruling.counted)
             return ruling.error
         if isinstance(address, sockaddr.Netlink):
             return 0 if address.port_id == 0 and address.groups == 0 else errno.EPERM
@@ -1141,6 +1173,19 @@ class Gate:
             message.pin(pinned)
             return self._judge_unix(notification, pinned, size=len(message.data))
         return errno.EAFNOSUPPORT
+
+    def _send_counted(self, duplicate: int, message: _Message, owner: DatagramOwner) -> int:
+        sock = _Socket(_AF_INET, _SOCK_STREAM, 0, duplicate)
+        try:
+            way = self._means.datagrams.way(sock, message.address, owner)
+        except OSError as error:
+            return error.errno or errno.ENOBUFS
+        finally:
+            sock.detach()
+        if not way.takes(len(message.data)):
+            return errno.EACCES
+        message.go_by(way.far)
+        return 0
 
     def _send_to_resolver(
         self, notification: Notification, duplicate: int, message: _Message, resolver: NameServer
@@ -1234,13 +1279,14 @@ _HARMLESS_CONTROL = frozenset(
 class _Message:
     """One message, read whole from the target. ``address`` is empty where none was given or the socket ignores it."""
 
-    __slots__ = ("_control", "_to_close", "address", "data", "granted", "resolver")
+    __slots__ = ("_by", "_control", "_to_close", "address", "data", "granted", "resolver")
 
     def __init__(self, data: bytes, address: bytes, control: bytes, descriptors: list[int]) -> None:
         self.data = data
         self.address = address
         self.granted = False
         self.resolver: NameServer | None = None
+        self._by: socket.socket | None = None
         self._to_close = list(descriptors)
         self._control = control
         if descriptors:
@@ -1253,8 +1299,14 @@ class _Message:
         self._to_close.append(descriptor)
         self.address = sockaddr.through_descriptor(descriptor)
 
+    def go_by(self, sock: socket.socket) -> None:
+        """It is sent from this socket, which is connected, in place of the target's."""
+        self._by, self.address = sock, b""
+
     def send(self, descriptor: int, flags: int) -> int:
         """Bytes sent, or ``-errno``."""
+        if self._by is not None:
+            descriptor = self._by.fileno()  # -1 where that has ended while this waited
         return libc.sendmsg(descriptor, self.data, self.address, self._control, flags)
 
     def close(self) -> None:

@@ -148,12 +148,18 @@ setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr
 _NEWER_METADATA = ("fchmodat2", "setxattrat", "removexattrat", "file_setattr")
 _FLAG_IOCTLS = (0x40086602, 0x40046602, 0x401C5820, 0x40087602, 0x40047602, 0x40047211)
 """FS_IOC_SETFLAGS, its 32-bit form, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION and its 32-bit form, FAT's attributes."""
+_VOLUME_IOCTLS = (
+    *(0x50009401, 0x5000940E, 0x5000940F, 0x50009417, 0x50009418, 0x5000943F, 0x4008941A, 0xC0C89425),
+    *(0x40806685, 0x800C6613),
+)
+"""btrfs: subvolumes and snapshots made, removed, made read-only; FS_IOC_ENABLE_VERITY and SET_ENCRYPTION_POLICY. All
+work on a descriptor that was opened for reading; a snapshot appears where no Landlock lets anything be made."""
 
 
 def _files() -> list[Rule]:
     rules = [Rule(name, NOTIFY) for name in _METADATA]
     rules += [Rule(name, _ABSENT) for name in _NEWER_METADATA]
-    return rules + [Rule("ioctl", _NO_IOCTL, (equals(1, number),)) for number in _FLAG_IOCTLS]
+    return rules + [Rule("ioctl", _NO_IOCTL, (equals(1, number),)) for number in (*_FLAG_IOCTLS, *_VOLUME_IOCTLS)]
 
 
 def _no_gpu() -> list[Rule]:
@@ -196,6 +202,7 @@ _SIGNALLING: Final = ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigque
 _OPENING: Final = (("open", 1), ("openat", 2))
 """Calls that open by path, and which argument says how."""
 _F_SETOWN, _F_SETOWN_EX = 8, 15
+_F_SETLEASE, _F_SETDELEG = 1024, 1040
 _PRIO_USER, _IOPRIO_WHO_USER = 2, 3
 
 
@@ -254,6 +261,9 @@ def actor_ring(
     rules += [Rule(name, foreign) for name in _FOREIGN_PROCESS]
     rules.append(Rule("ptrace", _REFUSE, (differs(0, 0),)))
     rules += _keepers(keepers)
+    if role == "policy":  # it may outlive them: the next ones are in no filter
+        rules += [Rule("kill", RUN, (equals(0, 0),)), *(Rule(name, NOTIFY) for name in _SIGNALLING)]
+        rules += [Rule("fcntl", NOTIFY, (equals(1, _F_SETOWN), differs(2, 0))), *_bystanders()]
     if datagrams:
         rules += [Rule("sendmsg", NOTIFY), Rule("sendmmsg", NOTIFY)]
     else:
@@ -275,6 +285,8 @@ def _bystanders() -> list[Rule]:
     rules += [Rule(name, NOTIFY, (differs(1, 0),)) for name in ("setpriority", "ioprio_set")]
     rules += pointer_given("prlimit64", NOTIFY, 2, differs(0, 0))
     rules += [Rule(f"sched_set{what}", NOTIFY, (differs(0, 0),)) for what in ("affinity", "param", "scheduler", "attr")]
+    # whoever opens a leased file waits, /etc/hosts too, and to read it is enough to lease it
+    rules += [Rule("fcntl", refuse(errno.EINVAL), (equals(1, command),)) for command in (_F_SETLEASE, _F_SETDELEG)]
     return rules
 
 

@@ -100,6 +100,13 @@ class Note(NamedTuple):
     signatures: tuple[tuple[str, bytes, bytes], ...]
     """(name, key id, signature)"""
 
+    @property
+    def whole(self) -> str:
+        """The note as it was read."""
+        return f"{self.text}\n" + "".join(
+            f"{_SIGNATURE}{name} {_encode(identifier + signature)}\n" for name, identifier, signature in self.signatures
+        )
+
     @classmethod
     def parse(cls, note: str) -> Note:
         """Raises BadNote for what is no checkpoint of ours."""

@@ -138,6 +138,11 @@ def resource_line(attributes: Attributes) -> bytes:
     )
 
 
+def resource_key(attributes: Attributes) -> str:
+    """Tells one resource from another, whether it was read or is about to be written."""
+    return _attributes({key: attributes[key] for key in sorted(attributes)})
+
+
 class Fragment(NamedTuple):
     """Attributes encoded once and put on many records (identity, source). Make it with :func:`fragment`."""
 
@@ -201,6 +206,29 @@ class EgressForm:
         return b"".join((self._before, span_id.encode("ascii"), self._between, times, self._after, end))
 
 
+class ProcessForm(NamedTuple):
+    """What the ``process`` spans of one command have in common, encoded once; see :func:`process_form`."""
+
+    name: str
+    attributes: str
+
+
+def process_form(program: str, path: str, arguments: Sequence[str], digest: str) -> ProcessForm:
+    """The path of every exec, and so without a mapping and its loop.
+
+    Args:
+        program: its name.
+        digest: of all its arguments; empty: it is not known.
+    """
+    words = ",".join([f'{{"stringValue":{_string(word)}}}' for word in arguments])
+    hashed = f',{{"key":"ray_guard.arguments.sha256","value":{{"stringValue":"{digest}"}}}}' if digest else ""
+    return ProcessForm(
+        _string(f"process {program}"),
+        f'{{"key":"process.executable.path","value":{{"stringValue":{_string(path)}}}}},'
+        f'{{"key":"process.command_args","value":{{"arrayValue":{{"values":[{words}]}}}}}}{hashed}',
+    )
+
+
 class ProcessLine(NamedTuple):
     """The two lines of one ``process`` span; see :meth:`LineEncoder.process_line`."""
 
@@ -253,25 +281,19 @@ class LineEncoder:
 
     def process_line(
         self, trace_id: str, span_id: str, parent_id: str, identity: str, *,
-        program: str, start_ns: int, pid: int, parent_pid: int, path: str, arguments: Sequence[str], digest: str,
+        form: ProcessForm, start_ns: int, pid: int, parent_pid: int,
     ) -> ProcessLine:  # fmt: skip
-        """A ``process`` span: the path of every exec, and so without a mapping and its loop.
+        """A ``process`` span.
 
         Args:
             identity: further attributes, encoded, as in :meth:`egress_form`.
-            program: its name.
-            digest: of all its arguments; empty: it is not known.
         """
         parent = f',"parentSpanId":"{parent_id}"' if parent_id else ""
-        words = ",".join([f'{{"stringValue":{_string(word)}}}' for word in arguments])
-        hashed = f',{{"key":"ray_guard.arguments.sha256","value":{{"stringValue":"{digest}"}}}}' if digest else ""
         return ProcessLine(
-            f'{self._head}"{trace_id}","spanId":"{span_id}"{parent},"name":{_string(f"process {program}")},"kind":1,'
-            f'"startTimeUnixNano":"{start_ns}',
+            f'{self._head}"{trace_id}","spanId":"{span_id}"{parent},"name":{form.name},"kind":1,"startTimeUnixNano":"'
+            f"{start_ns}",
             f'","attributes":[{identity},{{"key":"process.pid","value":{{"intValue":"{pid}"}}}},'
-            f'{{"key":"process.parent_pid","value":{{"intValue":"{parent_pid}"}}}},'
-            f'{{"key":"process.executable.path","value":{{"stringValue":{_string(path)}}}}},'
-            f'{{"key":"process.command_args","value":{{"arrayValue":{{"values":[{words}]}}}}}}{hashed}',
+            f'{{"key":"process.parent_pid","value":{{"intValue":"{parent_pid}"}}}},{form.attributes}',
         )
 
     def encode(self, record: SpanRecord, fixed: Fragment | None = None) -> bytes:

@@ -82,9 +82,11 @@ def redact(text: str) -> str:
     if _may_hold_one(text.lower()):
         for pattern, replacement in _patterns():
             text = pattern.sub(replacement, text)
-    if len(text) >= _LONG:
-        text = _random().sub(_unless_chosen, text)
-    return text
+    return _without_random(text)
+
+
+def _without_random(text: str) -> str:
+    return _random().sub(_unless_chosen, text) if len(text) >= _LONG else text
 
 
 def _may_hold_one(lowered: str) -> bool:
@@ -121,9 +123,10 @@ def is_secret_name(name: str) -> bool:
 
 def redact_arguments(arguments: tuple[str, ...]) -> tuple[str, ...]:
     """A command's arguments, each redacted, and those that follow an option such as ``--password``."""
-    joined = "\0".join(arguments)
-    if not _may_hold_one(joined.lower()) and max(map(len, arguments), default=0) < _LONG:
-        return arguments
+    if not _may_hold_one("\0".join(arguments).lower()):
+        if max(map(len, arguments), default=0) < _LONG:
+            return arguments
+        return tuple([_without_random(argument) for argument in arguments])
     found: list[str] = []
     before = ""
     for argument in arguments:

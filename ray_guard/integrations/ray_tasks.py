@@ -9,6 +9,7 @@ Ray's object store, which spills to disk. Plain tasks, not Ray Data: that needs 
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -25,6 +26,11 @@ from ray_guard.evidence.reader import Quarantine, read, segments
 PART_BYTES: Final = 128 << 20
 """Bytes of traces, as they lie on disk, that one part should have at most."""
 
+PATIENCE_S: Final = 10.0
+"""How long an address may take to answer, its connecting and its first word together."""
+_SETTINGS: Final = b"\x04"
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + bytes(5)
+
 
 class _Piece(NamedTuple):
     """What one task reads. ``group``: of a Parquet file, which row group; None: a segment."""
@@ -34,9 +40,26 @@ class _Piece(NamedTuple):
 
 
 def join(address: str) -> None:
-    """Joins a cluster, unless this process is in one. Raises ConnectionError."""
+    """Joins a cluster, unless this process is in one. Raises ConnectionError, after :data:`PATIENCE_S` at the latest
+    where nobody answers: Ray by itself tries for minutes."""
     if not ray.is_initialized():
+        _knock(os.environ.get("RAY_ADDRESS") or address if address == "auto" else address)
         ray.init(address=address, log_to_driver=False)
+
+
+def _knock(address: str) -> None:
+    """Raises ConnectionError unless ``host:port`` answers as a gRPC server does (HTTP/2: its settings come first)."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto`, `local`: Ray looks for it among this machine's processes
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S / 2) as line:
+            if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
+                line.sendall(_PREFACE)
+                if line.recv(9)[3:4] != _SETTINGS:
+                    raise ConnectionError("what listens there is not Ray")
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error) or type(error).__name__) from error
 
 
 def spread(

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 _DELETED = " (deleted)"
 _NR_CLONE3 = 435
 _CLONE_INTO_CGROUP = 1 << 33
-_api = ctypes.pythonapi
-_holding = ctypes.PyDLL(None, use_errno=True)
-"""The C library, called without letting go of the interpreter's lock: a child must have it."""
+_before_fork = ctypes.pythonapi["PyOS_BeforeFork"]
+_after_fork_here = ctypes.pythonapi["PyOS_AfterFork_Parent"]
+_after_fork_in_child = ctypes.pythonapi["PyOS_AfterFork_Child"]
+_holding_syscall = ctypes.PyDLL(None, use_errno=True)["syscall"]
+"""Called without letting go of the interpreter's lock: a child must have it."""
 
 
 def read(pid: int) -> bytes:
@@ -86,12 +88,12 @@ def fork_into(group: int) -> int:
         OSError: ENOSYS (before Linux 5.7, or refused), EACCES, EBUSY, ENODEV: as clone(2) says.
     """
     arguments = _CloneArgs(flags=_CLONE_INTO_CGROUP, exit_signal=signal.SIGCHLD, cgroup=group)
-    _api.PyOS_BeforeFork()
-    pid: int = _holding.syscall(_NR_CLONE3, ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)))
+    _before_fork()
+    pid: int = _holding_syscall(_NR_CLONE3, ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)))
     if pid == 0:
-        _api.PyOS_AfterFork_Child()
+        _after_fork_in_child()
     else:
-        _api.PyOS_AfterFork_Parent()
+        _after_fork_here()
     if pid < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "clone3")

@@ -7,6 +7,7 @@ once, before the zygote forks anything.
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 from ray_guard.kernel import libc
@@ -20,6 +21,7 @@ def enter_own_namespace() -> None:
     libc.unshare(_CLONE_NEWIPC)
 
 
+@functools.cache
 def can_be_own() -> bool:
     """Whether :func:`enter_own_namespace` works here. Tried once per process; a forked one keeps the answer."""
     return TRIAL.outcome == 0

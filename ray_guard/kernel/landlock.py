@@ -58,7 +58,8 @@ class Scope(IntFlag):
 
 OF_FILES: Final = Fs.EXECUTE | Fs.WRITE_FILE | Fs.READ_FILE | Fs.TRUNCATE | Fs.IOCTL_DEV
 """What a rule for anything but a folder may name; the kernel refuses such a rule with more."""
-_OF_FILES, _REFER, _SIGNAL = int(OF_FILES), int(Fs.REFER), int(Scope.SIGNAL)
+# Plain numbers: flags of enum are slow to combine, and whatever code a leader runs is memory of its own.
+_OF_FILES, _REFER, _MAKE_BLOCK, _SIGNAL = int(OF_FILES), int(Fs.REFER), int(Fs.MAKE_BLOCK), int(Scope.SIGNAL)
 _LAST_RIGHT: Final = {0: 0, 1: 13, 2: 14, 3: 15, 4: 15, 5: 16, 6: 16, 7: 16, 8: 16}
 """How many rights each interface version knows."""
 
@@ -156,8 +157,8 @@ def enter_process_scope() -> None:
     version = abi()
     # Every domain that judges files at all denies renames and links between folders in *each* layer that does not say
     # otherwise: so this layer, which is not about files, has to. The first version has no word for it, and needs one.
-    right = Fs.REFER if version >= REFER_ABI else Fs.MAKE_BLOCK
-    ruleset = Ruleset(right, Scope.SIGNAL & known_scopes(version))
+    right = _REFER if version >= REFER_ABI else _MAKE_BLOCK
+    ruleset = Ruleset(right, _SIGNAL if version >= SIGNAL_SCOPE_ABI else 0)
     try:
         root = os.open("/", os.O_PATH | os.O_CLOEXEC)
         ruleset.allow(root, right)

@@ -52,10 +52,18 @@ class IOVec(ctypes.Structure):
 _unshare = _libc.unshare
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+_by_number = c_library["syscall"]  # function objects of their own: with its types known a call costs a third
+_by_number.restype = ctypes.c_long
+_by_number.argtypes = (ctypes.c_long,) * 7
+_UNUSED: Final = (0,) * 6
 _prctl = _libc.prctl
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_prctl_text = c_library["prctl"]
+_prctl_text.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
 _fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate  # musl has one, of 64 bits
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_process_vm_readv = _libc.process_vm_readv
+_process_vm_readv.restype = ctypes.c_ssize_t
 _connect = _libc.connect  # without argtypes: int and bytes go as they are, in two thirds of the time
 _bind = _libc.bind
 _bind.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
@@ -71,11 +79,16 @@ def check(result: int, call: str) -> int:
 
 def syscall(number: int, *args: int) -> int:
     """Any system call by number, integer arguments only."""
-    return check(_syscall(ctypes.c_long(number), *(ctypes.c_long(a) for a in args)), f"syscall {number}")
+    return check(_by_number(number, *args, *_UNUSED[len(args) :]), f"syscall {number}")
 
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     return check(_prctl(option, arg2, arg3, arg4, arg5), f"prctl {option}")
+
+
+def set_name(name: bytes) -> None:
+    """The calling thread's, of at most 15 bytes."""
+    check(_prctl_text(PR_SET_NAME, name, 0, 0, 0), "prctl PR_SET_NAME")
 
 
 FALLOC_FL_KEEP_SIZE: Final = 0x01
@@ -160,6 +173,30 @@ class Inbox:
         return received if received >= 0 else -get_errno()
 
 
+class Peephole:
+    """process_vm_readv(2): other processes' memory, two pieces with one system call, into a buffer that is kept.
+
+    Args:
+        size: bytes it holds; of what is asked for beyond that nothing is read.
+    """
+
+    def __init__(self, size: int) -> None:
+        #: What was read last, the second piece right behind the first.
+        self.data = bytearray(size)
+        self._room = (ctypes.c_char * size).from_buffer(self.data)
+        self._vector = IOVec(ctypes.addressof(self._room), size)
+        self._pieces = (IOVec * 2)()
+        self._local, self._remote = ctypes.byref(self._vector), ctypes.byref(self._pieces)
+        self._where = memoryview(self._pieces).cast("B").cast("Q")
+
+    def read(self, tid: int, address: int, length: int, second: int = 0, its_length: int = 0) -> int:
+        """How many bytes could be read, from the first on, or ``-errno``: EPERM also where the call is refused."""
+        where = self._where
+        where[0], where[1], where[2], where[3] = address, length, second, its_length
+        count: int = _process_vm_readv(tid, self._local, 1, self._remote, 2, 0)
+        return count if count >= 0 else -get_errno()
+
+
 def write_word(pid: int, address: int, value: int) -> None:
     """Stores 32 bits in another process, where a call made for it must; a page it may not write stays as it is."""
     word = ctypes.c_uint32(value)
@@ -183,7 +220,7 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-_openat2 = c_library["syscall"]  # a function object of its own: with its types known the call costs a third
+_openat2 = c_library["syscall"]
 _openat2.restype = ctypes.c_long
 _openat2.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t)
 
@@ -211,19 +248,30 @@ class _CapData(ctypes.Structure):
     _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
 
 
+_CapSets = _CapData * 2
 _CAP_VERSION_3 = 0x20080522
+_capget, _capset = c_library["capget"], c_library["capset"]
 
 
 def capget() -> tuple[int, int, int]:
     """(effective, permitted, inheritable) capability sets of this thread, as bit masks."""
-    header, data = _CapHeader(_CAP_VERSION_3, 0), (_CapData * 2)()
-    check(_libc.capget(ctypes.byref(header), data), "capget")
+    header, data = _CapHeader(_CAP_VERSION_3, 0), _CapSets()
+    check(_capget(ctypes.byref(header), data), "capget")
     effective, permitted, inheritable = (
         data[0].effective | data[1].effective << 32,
         data[0].permitted | data[1].permitted << 32,
         data[0].inheritable | data[1].inheritable << 32,
     )
     return effective, permitted, inheritable
+
+
+@functools.cache
+def count_capabilities() -> int:
+    """How many this kernel knows."""
+    for capability in range(64):
+        if _prctl(PR_CAPBSET_READ, capability, 0, 0, 0) < 0:  # EINVAL: past the last
+            return capability
+    return 64
 
 
 @contextlib.contextmanager
@@ -255,9 +303,9 @@ def give_up(capability: int) -> None:
 
 def capset(effective: int, permitted: int, inheritable: int) -> None:
     """Sets this thread's capability sets."""
-    header, data = _CapHeader(_CAP_VERSION_3, 0), (_CapData * 2)()
+    header, data = _CapHeader(_CAP_VERSION_3, 0), _CapSets()
     for half, shift in ((0, 0), (1, 32)):
         data[half].effective = effective >> shift & 0xFFFFFFFF
         data[half].permitted = permitted >> shift & 0xFFFFFFFF
         data[half].inheritable = inheritable >> shift & 0xFFFFFFFF
-    check(_libc.capset(ctypes.byref(header), data), "capset")
+    check(_capset(ctypes.byref(header), data), "capset")

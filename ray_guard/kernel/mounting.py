@@ -6,6 +6,7 @@ Source: mount(2), mount_setattr(2), mount_namespaces(7).
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from enum import Enum
 from typing import Final
@@ -29,30 +30,39 @@ _AT_RECURSIVE = 0x8000
 _MOUNT_ATTR_RDONLY = 1
 
 
+_mount = libc.c_library["mount"]
+_mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_setns = libc.c_library["setns"]
+_setns.argtypes = (ctypes.c_int, ctypes.c_int)
+
+
 class _MountAttr(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
 
 
+_READ_ONLY: Final = _MountAttr(_MOUNT_ATTR_RDONLY, 0, 0, 0)
+_mount_setattr = libc.c_library["syscall"]
+_mount_setattr.restype = ctypes.c_long
+_mount_setattr.argtypes = (
+    ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.POINTER(_MountAttr), ctypes.c_size_t
+)  # fmt: skip
+
+
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    texts = [os.fsencode(text) for text in (source, target, kind, options)]
-    libc.check(libc.c_library.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount {target}")
+    code = _mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, options.encode())
+    libc.check(code, f"mount {target}")
 
 
 def make_read_only(target: str) -> None:
     """The mount at ``target`` and all below it."""
-    name = ctypes.create_string_buffer(os.fsencode(target))
-    attributes = _MountAttr(_MOUNT_ATTR_RDONLY, 0, 0, 0)
-    size = ctypes.sizeof(attributes)
-    address = ctypes.addressof(attributes)
-    libc.syscall(_NR_MOUNT_SETATTR, libc.AT_FDCWD, ctypes.addressof(name), _AT_RECURSIVE, address, size)
-
-
-def unshare(flags: int) -> None:
-    libc.check(libc.c_library.unshare(ctypes.c_int(flags)), "unshare")
+    code = _mount_setattr(
+        _NR_MOUNT_SETATTR, libc.AT_FDCWD, os.fsencode(target), _AT_RECURSIVE, _READ_ONLY, ctypes.sizeof(_READ_ONLY)
+    )
+    libc.check(code, f"mount_setattr {target}")
 
 
 def setns(descriptor: int, kind: int) -> None:
-    libc.check(libc.c_library.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
+    libc.check(_setns(descriptor, kind), "setns")
 
 
 class Way(Enum):
@@ -74,7 +84,7 @@ def enter_own_namespace(how: Way) -> None:
     """
     if how is Way.USER:
         user, group = os.geteuid(), os.getegid()
-        unshare(CLONE_NEWUSER | CLONE_NEWNS)
+        libc.unshare(CLONE_NEWUSER | CLONE_NEWNS)
         for name, content in (
             ("setgroups", "deny"),  # or no group could be mapped
             ("uid_map", f"{user} {user} 1"),
@@ -83,16 +93,18 @@ def enter_own_namespace(how: Way) -> None:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(content)
     else:
-        unshare(CLONE_NEWNS)
+        libc.unshare(CLONE_NEWNS)
     mount("none", "/", "none", MS_REC | MS_SLAVE)
 
 
+@functools.cache
 def way() -> Way:
     """How this process and its children could have one, and mount in it; tried once, and a forked one keeps it."""
     outcome = TRIAL.outcome
     return Way.NONE if outcome == FAILED else Way(outcome)
 
 
+@functools.cache
 def works() -> bool:
     return way() is not Way.NONE
 

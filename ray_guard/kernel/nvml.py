@@ -72,6 +72,8 @@ class Reading(NamedTuple):
 
     device: int
     uuid: str
+    minor: int | Missing
+    """Of its device node."""
     monotonic: float
     time_us: int
     mig: bool | Missing
@@ -119,7 +121,7 @@ class Nvml:
     """NVML, loaded and initialised from the library at ``path``.
 
     Raises:
-        NotLoaded: it is not there, or does not fit its driver.
+        NotLoaded: it is not there, does not fit its driver, or sees no GPU: what is used of one it would not tell.
     """
 
     def __init__(self, path: str) -> None:
@@ -135,6 +137,9 @@ class Nvml:
             self._devices = [pynvml.nvmlDeviceGetHandleByIndex(at) for at in range(pynvml.nvmlDeviceGetCount())]
         except pynvml.NVMLError as error:
             raise NotLoaded(f"{path}: {self._name(error)}: {error}") from error
+        if not self._devices:
+            raise NotLoaded(f"{path}: it sees no GPU")
+        self._minors = [self._map("nvmlDeviceGetMinorNumber", int, device) for device in self._devices]
         self._uuids = [_text(self._try("nvmlDeviceGetUUID", device)) for device in self._devices]
         self._since_us = [0] * len(self._devices)
 
@@ -153,6 +158,7 @@ class Nvml:
         return Reading(
             device=index,
             uuid=self._uuids[index],
+            minor=self._minors[index],
             monotonic=time.monotonic(),
             time_us=time.time_ns() // 1000,
             mig=self._mig(device),

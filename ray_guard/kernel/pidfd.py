@@ -35,15 +35,22 @@ def exit_status(pidfd: int, pid: int) -> int | None:
 
     The descriptor must have been opened before the process was waited for.
     """
+    status = _told_exit(pidfd)
+    if status is None:  # not waited for yet, then the pid is still its own
+        status = procfs.zombie_status(pid)
+    if status is None:  # it was waited for just now
+        status = _told_exit(pidfd)
+    return status
+
+
+def _told_exit(pidfd: int) -> int | None:
     found = bytearray(_INFO.pack(_WANTS_EXIT, *(0,) * 13))
     try:
         fcntl.ioctl(pidfd, _GET_INFO, found, True)
-        about = _INFO.unpack(found)
-        if about[0] & _WANTS_EXIT:
-            return int(about[-1])
-    except OSError:
-        pass  # ENOTTY: an older kernel; ESRCH: it has been waited for
-    return procfs.zombie_status(pid)  # not waited for yet, then the pid is still its own
+    except OSError:  # ENOTTY: an older kernel; ESRCH: it has been waited for
+        return None
+    about = _INFO.unpack(found)
+    return int(about[-1]) if about[0] & _WANTS_EXIT else None
 
 
 def cpu_ns(pid: int) -> int | None:

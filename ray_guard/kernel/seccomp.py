@@ -233,6 +233,7 @@ _ERESTARTNOINTR: Final = 513
 _OLDEST, _LATER = 1 << 14, 1 << 12
 """How far back a call may wait for its answer, and how many notifications one round of the loop may receive."""
 _ioctl = fcntl.ioctl
+_tuple = tuple.__new__
 
 
 class Notification(NamedTuple):
@@ -310,8 +311,9 @@ class Listener:
             if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                 return None
             raise
-        notification = Notification._make(_NOTIFICATION.unpack(buffer))
-        self.last, tid = notification[:2]
+        notification = _tuple(Notification, _NOTIFICATION.unpack(buffer))
+        self.last = notification[0]
+        tid = notification[1]
         if (tid != self._caller or self._crowd) and self.sync_wake_up:
             self._met(tid)
         return notification

@@ -37,7 +37,7 @@ class Bill:
     """
 
     def __init__(self, payers: Iterable[Account], *, besides: Collection[Account] = ()) -> None:
-        charged = dict.fromkeys(node for payer in payers for node in payer._upwards())
+        charged = dict.fromkeys(node for payer in payers for node in payer.upwards())
         self.payers = tuple(node for node in charged if node not in besides)
         for node in self.payers:
             if node.closed:

@@ -63,34 +63,31 @@ CONNECTIONS: Final = "connections"
 NETWORK_KINDS: Final = (CONNECTIONS, EGRESS, SENT, RECEIVED)
 """What a new connection needs room in."""
 
-KINDS: Final[Mapping[str, frozenset[Scope]]] = MappingProxyType(
-    {
-        EGRESS: frozenset(Scope),
-        SENT: frozenset(Scope),
-        RECEIVED: frozenset(Scope),
-        CONNECTIONS: frozenset(Scope),
-        "cpu_seconds": frozenset(Scope),
-        "gpu_seconds": frozenset(Scope),
-        "tokens": frozenset(Scope),
-        "flops": frozenset(Scope),
-        # Levels of a live process tree, not sums: a job has trees on many nodes, and no moment they share.
-        "memory": frozenset({Scope.CALL, Scope.EPISODE, Scope.ACTOR}),
-        "processes": frozenset({Scope.CALL, Scope.EPISODE, Scope.ACTOR}),
-        "gpu_memory": frozenset({Scope.CALL, Scope.ACTOR}),
-        # Elapsed time of something that ends by itself; an actor lives as long as its job.
-        "wall_seconds": frozenset({Scope.CALL, Scope.EPISODE}),
-    }
+WALL: Final = "wall_seconds"
+KINDS: Final = (
+    EGRESS,
+    SENT,
+    RECEIVED,
+    CONNECTIONS,
+    "cpu_seconds",
+    "gpu_seconds",
+    "tokens",
+    "flops",
+    "memory",
+    "processes",
+    "gpu_memory",
+    WALL,
 )
-"""Every limit of the policy, and the scopes it can be set for."""
+"""Every limit of the policy. Each can be set for each scope."""
 
 NEAR: Final = 0.8
 """The share of a limit at which it is warned of."""
 
-_LEVELS: Final = frozenset({"memory", "processes"})
+_LEVELS: Final = frozenset({"memory", "processes", "gpu_memory"})
 """Kinds that are held and given back, never used up."""
 _BYTES: Final = frozenset({EGRESS, SENT, RECEIVED})
 _EXACT_SCOPES: Final = frozenset({Scope.CALL, Scope.EPISODE})
-_FRACTIONAL: Final = frozenset({"cpu_seconds", "gpu_seconds", "wall_seconds", "flops"})
+_FRACTIONAL: Final = frozenset({"cpu_seconds", "gpu_seconds", WALL, "flops"})
 _CHARGED: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {**{kind: (kind,) for kind in KINDS if kind != EGRESS}, SENT: (SENT, EGRESS), RECEIVED: (RECEIVED, EGRESS)}
 )
@@ -134,8 +131,8 @@ def limits_from_wire(scope: Scope, limits: object, *, key: str = "budgets") -> d
         raise PolicyError(key, limits, "limits are a mapping from kind to number")
     checked: dict[str, Amount] = {}
     for kind, value in limits.items():
-        if not isinstance(kind, str) or scope not in KINDS.get(kind, ()):
-            raise PolicyError(f"{key}.{kind}", value, f"not a limit of scope {scope.value}")
+        if kind not in KINDS:
+            raise PolicyError(f"{key}.{kind}", value, f"no limit of a scope, {scope.value} or other")
         fits = isinstance(value, int) or (isinstance(value, float) and kind in _FRACTIONAL and math.isfinite(value))
         if not fits or isinstance(value, bool) or value < 0:
             raise PolicyError(f"{key}.{kind}", value, "a limit is a number, not negative, in the limit's own unit")
@@ -190,6 +187,10 @@ class Account:
         """By kind, from where on a limit of this scope is almost reached, until that was told."""
         self.near: Callable[[Near], None] = lambda _near: None
         """Told when a limit of this scope is almost reached. It must not raise."""
+        self.began: float | None = None
+        """Since when its time counts (its owner's clock); None: it does not."""
+        self.grow: Callable[[str], bool] = lambda _kind: False
+        """Asks for more of a limit of which this node has only a part; whether there may soon be some."""
         self._refused = 0
         self._closed = False
         self.closing = False
@@ -255,7 +256,7 @@ class Account:
         """What may still be reserved: the least room of this scope and those around it; never negative."""
         _known(kind)
         least: Amount | Literal[Unlimited.UNLIMITED] = UNLIMITED
-        for node in self._upwards():
+        for node in self.upwards():
             if kind in node._limits:
                 own = max(0, node._limits[kind] - node._taken(kind))
                 least = own if least is UNLIMITED else min(least, own)
@@ -264,7 +265,7 @@ class Account:
     def calm(self, kind: str) -> Amount | Literal[Unlimited.UNLIMITED]:
         """:meth:`room`, up to the next warning where one is still to come: nothing need be looked at before that."""
         least = self.room(kind)
-        for node in self._upwards():
+        for node in self.upwards():
             if kind in node._limits and kind not in node._warned:
                 own = max(0, math.ceil(NEAR * node._limits[kind]) - 1 - node._taken(kind))
                 least = own if least is UNLIMITED else min(least, own)
@@ -289,7 +290,7 @@ class Account:
 
     def limits_any(self, kinds: Iterable[str]) -> bool:
         """Whether this scope or one around it limits (or watches) any of ``kinds``."""
-        return any(kind in node._limits or kind in node._watched for node in self._upwards() for kind in kinds)
+        return any(kind in node._limits or kind in node._watched for node in self.upwards() for kind in kinds)
 
     def count(self, kind: str, amount: int = 1) -> None:
         """:meth:`charge` where nothing limits ``kind`` (see :attr:`free`): this stands on every connect."""
@@ -338,7 +339,7 @@ class Account:
         self.settle(kind, reserved, 0)
 
     def measured(self, kind: str, value: Amount) -> Exceeded | None:
-        """Judges a level (``gpu_memory``, ``wall_seconds``) of this scope alone; nothing is booked."""
+        """Judges a value (``wall_seconds``) by this scope's limit alone; nothing is booked."""
         self._warn(_known(kind), value)
         for limits, report_only in ((self._limits, False), (self._watched, True)):
             if kind in limits and not value <= limits[kind]:
@@ -346,7 +347,7 @@ class Account:
         return None
 
     def level(self, kind: str, before: Amount, now: Amount) -> Exceeded | None:
-        """Something that is held (``memory``, ``processes``) has changed, whether there is room or not.
+        """Something that is held (``memory``, ``processes``, ``gpu_memory``) has changed, whether there is room or not.
 
         Args:
             before: what of it is reserved here already, and given back.
@@ -410,7 +411,7 @@ class Account:
         return self._refused
 
     def count_refused(self) -> None:
-        for node in self._upwards():
+        for node in self.upwards():
             node._refused += 1
 
     def on_close(self, told: Callable[[], None]) -> None:
@@ -452,7 +453,8 @@ class Account:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _upwards(self) -> Iterable[Account]:
+    def upwards(self) -> Iterable[Account]:
+        """This scope and those around it."""
         node: Account | None = self
         while node is not None:
             yield node

@@ -50,6 +50,7 @@ from typing import Any, Final, TypeVar
 
 from ray_guard.errors import PolicyError
 from ray_guard.named import NamedTuple
+from ray_guard.policy import detection
 from ray_guard.policy.budgets import (
     CONNECTIONS,
     EGRESS,
@@ -521,6 +522,10 @@ class CompiledPolicy(NamedTuple):
     subprocess: str = "confine"
     survivors: str = "kill"
     on_violation: str = "deny"
+    detect: detection.Actions = detection.NOTHING
+    """What follows a finding, by its kind."""
+    rules: tuple[str, ...] = ()
+    """Paths of Sigma rules that findings are made by, too."""
     require: frozenset[str] = frozenset()
     wires: tuple[Mapping[str, Any], ...] = ()
     """What each was built from (:meth:`ray_guard.Policy.to_wire`), for what is enforced elsewhere."""
@@ -532,6 +537,11 @@ class CompiledPolicy(NamedTuple):
         """REPORT only when every policy is in that mode."""
         reports = self.layers and all(layer.mode is Mode.REPORT for layer in self.layers)
         return Mode.REPORT if reports else Mode.ENFORCE
+
+    @property
+    def ends_scopes(self) -> bool:
+        """Whether a violation, or what is found out, ends more than the call that was refused."""
+        return self.on_violation != "deny" or detection.acts(self.detect)
 
     @property
     def names(self) -> bool:
@@ -600,6 +610,8 @@ class CompiledPolicy(NamedTuple):
             subprocess=_stricter(_STRICTER_SUBPROCESS, ours.subprocess, theirs.subprocess),
             survivors=_stricter(_STRICTER_SURVIVORS, ours.survivors, theirs.survivors),
             on_violation=_stricter(_STRICTER_VIOLATION, ours.on_violation, theirs.on_violation),
+            detect=detection.stricter(self.detect, other.detect),
+            rules=tuple(dict.fromkeys(self.rules + other.rules)),
             require=self.require | other.require,
             wires=self.wires + other.wires,
             limits_enforced={scope: tightest(self.limits(scope), other.limits(scope)) for scope in Scope},
@@ -689,7 +701,7 @@ class _Wire:
 
 _KEYS: Final = (
     *("version", "mode", "role", "egress", "model_endpoint", "gpu", "files", "budgets"),
-    *("subprocess", "survivors", "on_violation", "require", "set"),
+    *("subprocess", "survivors", "on_violation", "detect", "require", "set"),
 )
 
 
@@ -710,11 +722,19 @@ def _compile(wire: _Wire, role: Role | None) -> CompiledPolicy:
         subprocess=wire.word("subprocess", _STRICTER_SUBPROCESS),
         survivors=wire.word("survivors", _STRICTER_SURVIVORS),
         on_violation=wire.word("on_violation", _STRICTER_VIOLATION),
+        detect=_detect(wire.child("detect"), mode),
+        rules=tuple(detection.rules(each) for each in wire.child("detect").texts("rules")),
         require=frozenset(wire.texts("require")),
         wires=(MappingProxyType({str(key): value for key, value in wire.value.items()}),),
         limits_enforced=limits if mode is Mode.ENFORCE else {},
         limits_watched=limits if mode is Mode.REPORT else {},
     )
+
+
+def _detect(wire: _Wire, mode: Mode) -> detection.Actions:
+    wire.only(*detection.ACTIONS, "rules")
+    said = {action: [detection.word(each) for each in wire.texts(action)] for action in detection.ACTIONS}
+    return detection.actions(said, enforced=mode is Mode.ENFORCE)
 
 
 def _layer(egress: _Wire, mode: Mode, model: Endpoint | None) -> Layer:
@@ -827,7 +847,7 @@ def decide(policy: CompiledPolicy, surroundings: Surroundings, usage: Account, r
 
 def _may_be_cut(policy: CompiledPolicy, usage: Account) -> bool:
     """Whether a flow may have to end before its time: at a byte cap, or with a scope that is ended for a violation."""
-    return usage.limits_any((EGRESS, SENT, RECEIVED)) or policy.on_violation != "deny"
+    return usage.limits_any((EGRESS, SENT, RECEIVED)) or policy.ends_scopes
 
 
 def _concluded(granted: Decision | None, noticed: Decision | None) -> Decision:

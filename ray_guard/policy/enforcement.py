@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ray_guard.errors import PolicyError
+from ray_guard.policy import detection
 from ray_guard.policy.destination import AddressRule, GroupRule, NameRule, UnixRule, parse_rule
 
 SUPPORTED: Final = frozenset(
@@ -36,17 +37,17 @@ SUPPORTED: Final = frozenset(
                 "gpu_seconds",
                 "tokens",
                 "flops",
+                "gpu_memory",
+                "memory",
+                "processes",
+                "wall_seconds",
             )
         ),
-        # of tool processes, as cpu_seconds is
-        *(f"budgets.{scope}.{kind}" for scope in ("call", "episode", "actor") for kind in ("memory", "processes")),
-        "budgets.call.wall_seconds",
-        *(f"budgets.{scope}.gpu_memory" for scope in ("call", "actor")),
         "gpu.engine",
         "gpu.none",
         "model_endpoint",
-        "budgets.episode.wall_seconds",
         *(f"on_violation.{action}" for action in ("deny", "kill_call", "end_episode", "kill_actor")),
+        *(f"detect.{key}" for key in (*detection.ACTIONS, "rules")),
         "subprocess.confine",
         "subprocess.plain",
         "survivors.kill",
@@ -69,6 +70,7 @@ _ASKS_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {
     "egress.proxy": (None,),
     "model_endpoint": (None,),
     "gpu": ("any",),
+    **{f"detect.{key}": ([],) for key in (*detection.ACTIONS, "rules")},
     "files.hide": ([],),
     "files.protect": ([],),
 }

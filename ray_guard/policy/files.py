@@ -58,7 +58,9 @@ _SYSTEM_SECRETS: Final = (
     *("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-", "/etc/sudoers", "/etc/sudoers.d"),
     *("/etc/krb5.keytab", "/etc/kubernetes", "/etc/docker", "/etc/wireguard", "/etc/ssl/private"),
     *("/etc/security/opasswd", "/etc/ssh/ssh_host_rsa_key", "/etc/ssh/ssh_host_ecdsa_key"),
-    "/etc/ssh/ssh_host_ed25519_key",
+    *("/etc/ssh/ssh_host_ed25519_key", "/etc/ssh/ssh_host_dsa_key", "/etc/pki/tls/private", "/etc/letsencrypt"),
+    *("/etc/ipsec.secrets", "/etc/openvpn", "/etc/ppp", "/etc/NetworkManager/system-connections"),
+    *("/etc/rancher", "/etc/munge", "/etc/mysql/debian.cnf"),
 )  # fmt: skip
 """Below ``system``, and yet nobody's business; ``read`` may list them."""
 _DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")

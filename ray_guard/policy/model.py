@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, Validat
 from pydantic_core import ErrorDetails
 
 from ray_guard.errors import PolicyError
-from ray_guard.policy import values
+from ray_guard.policy import detection, values
 from ray_guard.policy.budgets import KINDS, Amount, Scope
 from ray_guard.policy.destination import Rule, parse_rule
 from ray_guard.policy.load import read_policy
@@ -46,12 +46,6 @@ Subprocess = Literal["confine", "plain"]
 Survivors = Literal["kill", "keep"]
 OnViolation = Literal["deny", "kill_call", "end_episode", "kill_actor"]
 Requirement = Literal["egress", "processes", "files", "gpu"]
-
-
-def _scopes_of(kind: str) -> str:
-    return " or ".join(
-        f"a {scope.value}" for scope in (Scope.CALL, Scope.EPISODE, Scope.JOB) if scope in KINDS[kind]
-    ) + (" or an actor" if Scope.ACTOR in KINDS[kind] else "")
 
 
 class _Model(BaseModel):
@@ -108,6 +102,32 @@ class Files(_Model):
     protect: tuple[Annotated[str, _place()], ...] = ()
 
 
+SigmaRules = Annotated[str, BeforeValidator(detection.rules)]
+Detected = Annotated[str, BeforeValidator(detection.word)]
+
+
+class Detect(_Model):
+    """What is judged live, and what follows where it is found: kinds of findings, or ``all``.
+
+    A finding's strictest action holds. ``tag``: it is told on its spans; ``violation``: it counts as one, and
+    ``on_violation`` says what follows; the others end the call, its episode, or the actor. ``rules`` are Sigma rules
+    about processes, files or folders, that are judged by beside the own ones.
+    """
+
+    tag: tuple[Detected, ...] = ()
+    violation: tuple[Detected, ...] = ()
+    kill_call: tuple[Detected, ...] = ()
+    end_episode: tuple[Detected, ...] = ()
+    kill_actor: tuple[Detected, ...] = ()
+    rules: tuple[SigmaRules, ...] = ()
+
+    @model_validator(mode="after")
+    def _something_follows(self) -> Self:
+        if self.rules and not any(getattr(self, action) for action in detection.ACTIONS):
+            raise PolicyError("rules", self.rules, "say what follows what they find, such as tag: [all]")
+        return self
+
+
 class Budget(_Model):
     """The limits of one scope; None, the default, is no limit, and zero grants nothing.
 
@@ -140,15 +160,6 @@ class Budgets(_Model):
     actor: Budget = Budget()
     job: Budget = Budget()
 
-    @model_validator(mode="after")
-    def _scopes_fit(self) -> Self:
-        for scope in Scope:
-            for kind, value in getattr(self, scope.value).limits().items():
-                if scope not in KINDS[kind]:
-                    remedy = f"it limits {_scopes_of(kind)}: set it there"
-                    raise PolicyError(f"{scope.value}.{kind}", value, remedy)
-        return self
-
 
 class Policy(_Model):
     """What a guarded process may do. The default lets nothing out and sets no limit.
@@ -167,6 +178,7 @@ class Policy(_Model):
     subprocess: Subprocess = "confine"
     survivors: Survivors = "kill"
     on_violation: OnViolation = "deny"
+    detect: Detect = Detect()
     require: tuple[Requirement, ...] = ("egress", "processes", "files")
 
     @classmethod
@@ -213,9 +225,6 @@ class Policy(_Model):
             if path is None:
                 known = [*cls.model_fields, *_SHORTHAND]
                 raise PolicyError(name, value, f"no key of a policy{meant(name, known)}")
-            if path[0] == "budgets" and len(path) == 3 and Scope.ACTOR not in KINDS[name]:
-                remedy = f"it limits {_scopes_of(name)}: write call={{{name!r}: {value!r}}}"
-                raise PolicyError(name, value, remedy)
             _place_at(data, path, value)
         return cls.model_validate(data)
 

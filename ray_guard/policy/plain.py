@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ray_guard.errors import PolicyError
-from ray_guard.policy import values
-from ray_guard.policy.budgets import KINDS, Scope
+from ray_guard.policy import detection, values
+from ray_guard.policy.budgets import Scope
 from ray_guard.policy.load import read_policy
 
 _Read = Callable[[Any], Any]
@@ -43,6 +43,8 @@ def read(policy: Mapping[str, Any]) -> dict[str, Any] | None:
     explicit: list[str] = []
     try:
         wire = _section(policy, _KEYS, explicit, "")
+        if wire["detect"]["rules"] and not any(wire["detect"][action] for action in detection.ACTIONS):
+            raise _NotAtFirstSight
     except (PolicyError, _NotAtFirstSight, UnicodeEncodeError):
         return None
     wire["set"] = explicit
@@ -58,7 +60,7 @@ def _section(given: object, keys: Mapping[str, Any], explicit: list[str], prefix
         if isinstance(kind, Mapping):
             read[key] = _section(given.get(key, {}), kind, explicit, f"{prefix}{key}.")
         elif isinstance(kind, Scope):
-            read[key] = _limits(given.get(key, {}), kind, explicit, f"{prefix}{key}.")
+            read[key] = _limits(given.get(key, {}), explicit, f"{prefix}{key}.")
         else:
             take, default = kind
             if key in given:
@@ -69,7 +71,7 @@ def _section(given: object, keys: Mapping[str, Any], explicit: list[str], prefix
     return read
 
 
-def _limits(given: object, scope: Scope, explicit: list[str], prefix: str) -> dict[str, Any]:
+def _limits(given: object, explicit: list[str], prefix: str) -> dict[str, Any]:
     if type(given) is not dict or not given.keys() <= _LIMITS.keys():
         raise _NotAtFirstSight
     limits = {}
@@ -79,8 +81,6 @@ def _limits(given: object, scope: Scope, explicit: list[str], prefix: str) -> di
         explicit.append(prefix + kind)
         if given[kind] is not None:
             limits[kind] = take(given[kind])
-            if scope not in KINDS[kind]:
-                raise _NotAtFirstSight
     return limits
 
 
@@ -173,5 +173,9 @@ _KEYS: Final[Mapping[str, Any]] = {
     "subprocess": (_one_of("confine", "plain"), "confine"),
     "survivors": (_one_of("kill", "keep"), "kill"),
     "on_violation": (_one_of("deny", "kill_call", "end_episode", "kill_actor"), "deny"),
+    "detect": {
+        **{action: (_list_of(_checked(detection.word)), []) for action in detection.ACTIONS},
+        "rules": (_list_of(_checked(detection.rules)), []),
+    },
     "require": (_list_of(_one_of("egress", "processes", "files", "gpu")), ["egress", "processes", "files"]),
 }

@@ -25,6 +25,7 @@ class Kind(Enum):
     PROCESS = "process"
     FLOW = "flow"
     VIOLATION = "violation"
+    DETECTION = "finding"
     GPU = "GPU usage"
     WARNING = "budget warning"
     OTHER = "other"
@@ -35,6 +36,7 @@ _BY_NAME: Final = {
     "rl.turn": Kind.TURN,
     "egress connect": Kind.FLOW,
     "ray_guard.violation": Kind.VIOLATION,
+    "ray_guard.detection": Kind.DETECTION,
     "ray_guard.gpu": Kind.GPU,
     "ray_guard.budget_warning": Kind.WARNING,
 }
@@ -46,7 +48,7 @@ _BY_FIRST_WORD: Final = {
 }
 _IDENTITY: Final = ("rl.run.id", "rl.iteration", "rl.group.id", "rl.rollout.id", "rl.turn", "rl.policy.version")
 #: What only the supervisor can know. A target's claim of one of these is no fact.
-_NEEDS_PROOF: Final = frozenset({Kind.PROCESS, Kind.FLOW, Kind.VIOLATION, Kind.GPU, Kind.WARNING})
+_NEEDS_PROOF: Final = frozenset({Kind.PROCESS, Kind.FLOW, Kind.VIOLATION, Kind.DETECTION, Kind.GPU, Kind.WARNING})
 
 
 def kind_of(span: SpanRecord) -> Kind:

@@ -110,6 +110,19 @@ class Violations:
 
 
 @dataclass(slots=True)
+class Findings:
+    """What one rule found in the calls of one tool. ``count``: of programs and flows that showed it."""
+
+    kind: str
+    rule: str
+    tool: str
+    first_ns: int
+    count: int = 0
+    calls: set[str] = field(default_factory=set)
+    rollouts: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
 class Warnings:
     """Scopes in which one limit was almost reached."""
 
@@ -181,6 +194,7 @@ class Summary:
     destinations: dict[tuple[Destination, str, str], Flows] = field(default_factory=dict)
     refusals: dict[tuple[str, ...], Refusal] = field(default_factory=dict)
     violations: dict[tuple[str, str, float | None], Violations] = field(default_factory=dict)
+    findings: dict[tuple[str, str, str], Findings] = field(default_factory=dict)
     warnings: dict[tuple[str, str, float | None], Warnings] = field(default_factory=dict)
     unfinished: list[Unfinished] = field(default_factory=list)
     iterations: list[Iteration] = field(default_factory=list)
@@ -207,6 +221,7 @@ def summarise(index: Index) -> Summary:
         (_process, Kind.PROCESS),
         (_flow, Kind.FLOW),
         (_violation, Kind.VIOLATION),
+        (_finding, Kind.DETECTION),
         (_warning, Kind.WARNING),
         (_gpu, Kind.GPU),
     ):
@@ -418,6 +433,17 @@ def _moved(entry: Entry, way: str) -> _Moved:
     refused = attributes.get("ray_guard.egress.decision") == "deny"
     failed = entry.span.end_ns is not None and entry.span.status is StatusCode.ERROR
     return _Moved(0, refused or failed or attributes.get("network.transport") == "unix")
+
+
+def _finding(summary: Summary, entry: Entry, place: Place) -> None:
+    kind, rule = (str(entry.span.attributes.get(f"ray_guard.detection.{name}", "unnamed")) for name in ("kind", "rule"))
+    key = (kind, rule, tool_of(place))
+    found = summary.findings.setdefault(key, Findings(*key, entry.span.start_ns))
+    found.count += 1
+    if place.call is not None:
+        found.calls.add(place.call.span.span_id)
+    if place.rollout is not None:
+        found.rollouts.add(place.rollout)
 
 
 def _violation(summary: Summary, entry: Entry, place: Place) -> None:

@@ -85,6 +85,7 @@ def report(summary: Summary, quarantine: Quarantine, source: str, files: int) ->
     tables = [
         _refused(summary),
         _violations(summary),
+        _findings(summary),
         _warnings(summary),
         _destinations(summary),
         _rewards(summary),
@@ -176,6 +177,31 @@ def _refused(summary: Summary) -> Table:
 def _callers(refusals: Iterable[Refusal]) -> str:
     calls = {item.place.call.span.span_id for item in refusals if item.place.call is not None}
     return text.plural(len(calls), "call")
+
+
+def _findings(summary: Summary) -> Table:
+    rows = [
+        [
+            _cell(item.kind, Tone.BAD),
+            _cell(item.rule),
+            _cell(item.tool),
+            Cell(f"{item.count:,}"),
+            _count(len(item.calls)),
+            _count(len(item.rollouts)),
+            Cell(text.clock(item.first_ns), Tone.DIM),
+        ]
+        for item in sorted(summary.findings.values(), key=lambda item: (-item.count, item.kind, item.rule, item.tool))
+    ]
+    columns = [
+        Column("kind"),
+        Column("rule", least=10),
+        Column("tool"),
+        Column("count", right=True),
+        Column("calls", right=True),
+        Column("rollouts", right=True),
+        Column("first, UTC"),
+    ]
+    return Table("Findings", f"{sum(item.count for item in summary.findings.values()):,} by the judge", columns, rows)
 
 
 def _violations(summary: Summary) -> Table:

@@ -24,7 +24,7 @@ CONTROL: Final = "Controllability"
 TRUST: Final = "Trustworthiness"
 
 _TRUST: Final = frozenset({"evidence"})
-_SAFETY: Final = frozenset({"egress", "egress_denied", "connect", "send", "bind", "listen"})
+_SAFETY: Final = frozenset({"egress", "egress_denied", "connect", "send", "bind", "listen", "detection"})
 #: GPUs that were taken, not limits of those that were granted.
 _TAKEN: Final = frozenset({"gpu_process", "gpu_hidden_tenant", "gpu_idle_use", "gpu_census"})
 

@@ -6,6 +6,8 @@ direction, for the caller chooses the pointers: an array without end, a megabyte
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import stat
 import struct
@@ -13,7 +15,9 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from ray_guard.evidence.otlp import ProcessForm, process_form
 from ray_guard.evidence.redact import MARGIN, redact_arguments
+from ray_guard.kernel.libc import Peephole
 from ray_guard.named import NamedTuple
 
 try:  # as ``random`` does with its own: hashlib loads OpenSSL, which takes longer than a tool to start
@@ -23,19 +27,64 @@ except ImportError:
 
 SHOWN: Final = 64
 SHOWN_LENGTH: Final = 256
+_NAME_SHOWN: Final = 128
+JUDGED: Final = 10_000
 _WINDOW: Final = 4096
-_SHORT: Final = 1024
+_LONG_WINDOW: Final = 4 * _WINDOW
+_PAGE: Final = 4096
+_FEW: Final = struct.Struct("=17Q")
+"""The pointers of most arguments, with the end of the array."""
+_AROUND: Final = 1024
+"""Bytes on either side of the path, or from the first argument on."""
 _PATH_LIMIT: Final = 4096
 _POINTERS_LIMIT: Final = 4096
 _BYTES_LIMIT: Final = 1 << 18
 _ENCODING: Final = sys.getfilesystemencoding()
 
 
-class Arguments(NamedTuple):
-    """``digest`` is over all of them, joined by NUL; empty: there are more than are read."""
+class Program(NamedTuple):
+    """A program and its arguments.
 
+    Attributes:
+        path: decoded, as it was given.
+        shown: the arguments as they are recorded.
+        whole: as far as they are judged, where not all is shown; secrets are still in them. Empty: all is shown.
+        form: as it is recorded.
+    """
+
+    path: str
     shown: tuple[str, ...]
-    digest: str
+    whole: tuple[str, ...]
+    form: ProcessForm
+
+
+class Command(NamedTuple):
+    """What is to be executed, as it lies in the caller's memory.
+
+    Attributes:
+        whole: there are no more arguments than were read.
+        short: it was read at one go, as most are.
+    """
+
+    path: bytes
+    arguments: tuple[bytes, ...]
+    whole: bool = True
+    short: bool = False
+
+    def program(self) -> Program:
+        """To be recorded. The arguments' hash is over all of them, joined by NUL; none where they are not whole."""
+        return _short_program(self) if self.short else _program(self)
+
+
+def _program(command: Command) -> Program:
+    path = command.path.decode(_ENCODING, "surrogateescape")
+    argv = [word.decode(_ENCODING, "surrogateescape") for word in command.arguments]
+    words = shown(argv)
+    hashed = sha256(b"\0".join(command.arguments)).hexdigest() if command.whole else ""
+    return Program(path, words, unseen(argv), process_form(path.rpartition("/")[2][:_NAME_SHOWN], path, words, hashed))
+
+
+_short_program = functools.lru_cache(maxsize=256)(_program)  # what is executed once is often executed again
 
 
 def shown(argv: Sequence[str]) -> tuple[str, ...]:
@@ -49,39 +98,81 @@ def digest(argv: tuple[str, ...]) -> str:
     return found
 
 
-class Memory:
-    """The memory of one thread, as it is now: once another program is executed nothing of it is left.
+_peephole = Peephole(_LONG_WINDOW)
 
-    To be closed. What cannot be read is missing: no error leaves here.
+
+def read_command(tid: int, path: int, array: int) -> Command | None:
+    """What a thread gives to execve. None: something of it is unreadable, so that the kernel will say EFAULT."""
+    return _read_short(tid, path, array) or _Memory(tid).command(path, array)
+
+
+def _read_short(tid: int, path: int, array: int) -> Command | None:
+    """The command, where one or two readings have it all: most arguments are few, and lie side by side.
+
+    Shells have them beside the path: all around it on its page is read, and the array. None: it is not so.
     """
+    data = _peephole.data
+    page = path & -_PAGE
+    begin, end = max(page, path - _AROUND), min(page + _PAGE, path + _AROUND)
+    room = end - begin
+    if _peephole.read(tid, begin, room, array, _FEW.size) != room + _FEW.size:
+        return None
+    pointers = _FEW.unpack_from(data, room)
+    stop = data.find(b"\0", path - begin, room)
+    if stop < 0 or 0 not in pointers:
+        return None
+    name = bytes(data[path - begin : stop])
+    pointers = pointers[: pointers.index(0)]
+    if not pointers:
+        return Command(name, (), short=True)
+    first, last = min(pointers), max(pointers)
+    if first < begin or last >= end:
+        if last - first >= _AROUND:
+            return None
+        begin, room = first, _peephole.read(tid, first, _AROUND)
+        if room <= 0:
+            return None
+    words = []
+    for pointer in pointers:
+        stop = data.find(b"\0", pointer - begin, room)
+        if stop < 0:
+            return None
+        words.append(bytes(data[pointer - begin : stop]))
+    return Command(name, tuple(words), short=True)
+
+
+class _Memory:
+    """The memory of one thread, as it is now. What cannot be read is missing: no error leaves here."""
 
     def __init__(self, tid: int) -> None:
-        try:
-            self._descriptor = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self._descriptor = -1
+        self._tid = tid
         self._base = 0
         self._window = b""
 
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def is_gone(self) -> bool:
-        """Whether no process has that memory any more; False where it was closed."""
-        try:
-            return self._descriptor >= 0 and not os.pread(self._descriptor, 1, self._base)
-        except OSError:  # it is unmapped there by now
-            return False
+    def command(self, path: int, array: int) -> Command | None:
+        name = self.string(path, _PATH_LIMIT)
+        return None if name is None else self._arguments(array, name)
 
     def _read(self, address: int, length: int) -> bytes:
-        if self._descriptor < 0:
+        try:
+            size = _peephole.read(self._tid, address, length)
+        except ValueError:  # no number of 64 bits: nobody's address
+            return b""
+        if size in (-errno.EPERM, -errno.ENOSYS):  # as Docker's default profile had it for years
+            return self._read_file(address, length)
+        return bytes(_peephole.data[:size]) if size > 0 else b""
+
+    def _read_file(self, address: int, length: int) -> bytes:
+        try:
+            descriptor = os.open(f"/proc/{self._tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
             return b""
         try:
-            return os.pread(self._descriptor, length, address)
+            return os.pread(descriptor, length, address)
         except (OSError, OverflowError):
             return b""
+        finally:
+            os.close(descriptor)
 
     def string(self, address: int, limit: int) -> bytes | None:
         """The NUL-terminated string there; None: it is unreadable, or longer than ``limit``."""
@@ -91,52 +182,32 @@ class Memory:
         end = self._window.find(b"\0", at)
         found = self._window[at : end if end >= 0 else None]
         while end < 0 and 0 < len(found) <= limit:
-            more = self._read(address + len(found), _WINDOW * 4)
+            more = self._read(address + len(found), _LONG_WINDOW)
             if not more:
                 return None
             end = more.find(b"\0")
             found += more[: end if end >= 0 else None]
         return found if end >= 0 and len(found) <= limit else None
 
-    def path(self, address: int) -> str | None:
-        found = self.string(address, _PATH_LIMIT)
-        return None if found is None else found.decode(_ENCODING, "surrogateescape")
-
-    def arguments(self, array: int) -> Arguments | None:
-        """None: the array or a string in it is unreadable, so that the kernel will say EFAULT."""
+    def _arguments(self, array: int, path: bytes) -> Command | None:
+        """The rest of a command whose arguments may be any."""
         if array == 0:
-            return Arguments((), sha256().hexdigest())
-        pointers = self._pointers(array)
-        found = self._beside(pointers)
-        if found is not None:
-            return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
+            return Command(path, ())
         room = _BYTES_LIMIT
-        found = []
-        for pointer in pointers:
+        found: list[bytes] = []
+        for pointer in self._pointers(array):
             argument = self.string(pointer, room) if room > 0 and len(found) < _POINTERS_LIMIT else None
             if argument is None:
                 if room > _BYTES_LIMIT // 2 and len(found) < _POINTERS_LIMIT and not self._read(pointer, 1):
                     return None
-                return Arguments(_decoded(found), "")
+                return Command(path, tuple(found), whole=False)
             found.append(argument)
             room -= len(argument) + 1
-        return Arguments(_decoded(found), sha256(b"\0".join(found)).hexdigest())
-
-    def _beside(self, pointers: Sequence[int]) -> list[bytes] | None:
-        """The strings, where one short reading has them all: most arguments are few, and lie side by side."""
-        first = pointers[0] if pointers else 0
-        if not 0 < len(pointers) <= SHOWN or not 0 <= max(pointers) - first < _SHORT or min(pointers) < first:
-            return None
-        self._base, self._window = first, self._read(first, _SHORT)
-        window, end_of = self._window, self._window.find
-        ends = [end_of(b"\0", pointer - first) for pointer in pointers]
-        if -1 in ends:
-            return None
-        return [window[pointer - first : end] for pointer, end in zip(pointers, ends, strict=True)]
+        return Command(path, tuple(found))
 
     def _pointers(self, array: int) -> list[int]:
         pointers: list[int] = []
-        size = 136  # of most, whole: 16 arguments and the end
+        size = _FEW.size
         while len(pointers) <= _POINTERS_LIMIT:
             data = self._read(array + 8 * len(pointers), size)
             more = struct.unpack_from(f"={len(data) // 8}Q", data)
@@ -145,12 +216,24 @@ class Memory:
             if not more:
                 return [*pointers, 0]  # unreadable, as a string at 0 is
             pointers += more
-            size = 1 << 12
+            size = _WINDOW
         return pointers
 
 
-def _decoded(arguments: list[bytes]) -> tuple[str, ...]:
-    return shown([argument.decode(_ENCODING, "surrogateescape") for argument in arguments[:SHOWN]])
+def unseen(argv: Sequence[str]) -> tuple[str, ...]:
+    """The arguments, as :func:`judged`, where not all of them is shown; empty: all is."""
+    return judged(argv) if len(argv) > SHOWN or any(len(word) > SHOWN_LENGTH for word in argv) else ()
+
+
+def judged(argv: Sequence[str]) -> tuple[str, ...]:
+    """The first :data:`JUDGED` characters of the arguments: whatever they are, a packet holds them."""
+    room, words = JUDGED, []
+    for word in argv:
+        words.append(word[:room])
+        room -= len(word)
+        if room <= 0:
+            break
+    return tuple(words)
 
 
 def runnable(tid: int, path: str, folder: str = "cwd") -> bool:

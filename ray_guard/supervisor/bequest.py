@@ -1,6 +1,6 @@
-"""What a supervisor leaves of a policy actor to the next one, should it die: kept up to date. Runs in the supervisor.
+"""What a supervisor leaves of a target to the next one, should it die: kept up to date. Runs in the supervisor.
 
-Loaded with the first policy actor: see :mod:`ray_guard.supervisor.handover`.
+Loaded with the first policy actor or driver: see :mod:`ray_guard.supervisor.handover`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ log = logger("ray_guard.bequest")
 
 
 class Bequest:
-    """One policy actor's. Where its book cannot be kept any more it ends with this supervisor, as an env actor does.
+    """One policy actor's or driver's. Where its book cannot be kept any more, the actor ends with this supervisor, as
+    an env actor does, and the driver has to find the next one itself.
 
     Args:
+        listener: None: a driver, which is observed and has no budgets.
         hello: how it introduced itself.
         warded: its line, in care.
         said: what it has said under former supervisors.
@@ -40,7 +42,7 @@ class Bequest:
         self,
         loop: Loop,
         target: Target,
-        listener: Listener,
+        listener: Listener | None,
         warded: Line,
         hello: dict[str, Any],
         *,
@@ -56,9 +58,11 @@ class Bequest:
         for span_id in target.open:
             self._note_limits(span_id)
         self._book: Book | None = Book(hello, target.key, said)
-        warded.bequeath(listener.fd, self._book.fileno(), None if stopper is None else stopper.fileno())
+        armed = () if listener is None else (listener.fd,)
+        warded.bequeath(self._book.fileno(), armed if stopper is None else (*armed, stopper.fileno()))
         self._book.renewed = warded.renew_book
-        loop.each_round.append(self._keep)
+        if listener is not None:
+            loop.each_round.append(self._keep)
 
     def take(self, message: dict[str, Any]) -> None:
         """The target has said that, and it was taken."""
@@ -75,7 +79,8 @@ class Bequest:
         if self._book is not None:
             self._book.close()
             self._book = None
-            self._loop.each_round.remove(self._keep)
+            if self._listener is not None:
+                self._loop.each_round.remove(self._keep)
             with contextlib.suppress(OSError):
                 self._warded.disinherit()
 
@@ -86,12 +91,12 @@ class Bequest:
 
     def _keep(self) -> None:
         """What was used, after each round of the loop."""
-        if (book := self._book) is not None:
-            self._write(lambda: book.use(self._target.account, self._limited, self._listener.last))
+        if (book := self._book) is not None and (listener := self._listener) is not None:
+            self._write(lambda: book.use(self._target.account, self._limited, listener.last))
 
     def _write(self, write: Callable[[], None]) -> None:
         try:
             write()
         except OSError as error:
-            log.warning("the book of target %d is not kept, so it ends with us: %s", self._target.pid, error)
+            log.warning("the book of target %d is not kept, so it is not handed on: %s", self._target.pid, error)
             self.close()

@@ -51,15 +51,15 @@ class Care:
         self._lines: dict[int, Line] = {}
         self._numbers = itertools.count()
 
-    def take(self, line: socket.socket, about: About, pid: int, lifeline: socket.socket) -> Line:
+    def take(self, line: socket.socket, about: About, pid: int, lifeline: socket.socket | None) -> Line:
         """Puts a target into care.
 
         Args:
-            pid: of the process that ends with this one; 0: an observer, which nobody ends.
-            lifeline: held open, here too: when all who hold it are gone the kernel kills the process.
+            lifeline: held open, here too: when all who hold it are gone the kernel kills the process. None: an
+                observer, which nobody ends.
         """
         ward = None
-        if pid:
+        if lifeline is not None:
             born = procfs.start_time(pid) or 0  # 0: it has ended already, but what it said is kept
             ward = Ward(pid, born, os.dup(lifeline.fileno()), pid)
             self.wards.add(ward)
@@ -158,14 +158,13 @@ class Line:
         self._about = self._about._replace(resource=dict(resource))
         self._care.tell({"op": "rename", "line": self.number, "resource": resource})
 
-    def bequeath(self, listener: int, book: int, stopper: int | None) -> None:
+    def bequeath(self, book: int, armed: tuple[int, ...]) -> None:
         """It is handed on, should this process die: see :mod:`ray_guard.supervisor.handover`.
 
         Args:
-            stopper: the end of its lifeline that stops it; None: it holds that itself.
+            armed: its listener, and the end of its lifeline that stops it, unless it holds that itself; none: a driver.
         """
-        passed = (listener, book, *(() if stopper is None else (stopper,)))
-        self._care.tell_zygote({"op": "bequeath", "pid": self.pid, "line": self.number}, passed)
+        self._care.tell_zygote({"op": "bequeath", "pid": self.pid, "line": self.number}, (book, *armed))
 
     def renew_book(self, book: int) -> None:
         """Its book was written anew."""

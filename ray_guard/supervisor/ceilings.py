@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from ray_guard.kernel import cgroup, mounting, nftables
+from ray_guard.kernel import cgroup, libc, nftables
 from ray_guard.kernel.nftables import Table
 from ray_guard.policy.ceiling import Ceiling, ceiling
 from ray_guard.records import Mode
@@ -155,7 +155,7 @@ def probe() -> str:
 
 
 def _trial() -> int:
-    mounting.unshare(_CLONE_NEWNET)
+    libc.unshare(_CLONE_NEWNET)
     _raise_loopback()
     leaf = OwnLeaf(place())
     try:

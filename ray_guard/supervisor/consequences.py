@@ -1,9 +1,9 @@
-"""What follows a violation beyond the refusal itself: ``on_violation``. Runs in the supervisor.
+"""What follows a violation beyond the refusal itself: ``on_violation``, or ``detect`` where it was found out.
 
-The system call is refused in any case. ``kill_call`` and ``end_episode`` then bar the scope that offended, so that no
-more is granted to it whatever its code does with exceptions, and end its tool processes; ``kill_actor`` ends the
-process. A violation of no known scope (one outside any episode, or of a thread that nobody spoke for) is refused and
-recorded, and nobody is ended for it on a guess.
+Runs in the supervisor. The system call is refused in any case. ``kill_call`` and ``end_episode`` then bar the scope
+that offended, so that no more is granted to it whatever its code does with exceptions, and end its tool processes;
+``kill_actor`` ends the process. A violation of no known scope (one outside any episode, or of a thread that nobody
+spoke for) is refused and recorded, and nobody is ended for it on a guess.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 log = logger("ray_guard.consequences")
 
+DENY: Final = "deny"
 END_EPISODE: Final = "end_episode"
 KILL_ACTOR: Final = "kill_actor"
 
 
 def acts(policy: CompiledPolicy) -> bool:
     """Whether a violation has consequences under this policy."""
-    return policy.mode is Mode.ENFORCE and policy.on_violation != "deny"
+    return policy.mode is Mode.ENFORCE and policy.ends_scopes
 
 
 class Consequences:
@@ -58,7 +59,9 @@ class Consequences:
         """Called for each violation, once it stands in the journal."""
         if not acts(self._target.policy):
             return
-        action = self._target.policy.on_violation
+        action = violation.action or self._target.policy.on_violation
+        if action == DENY:
+            return
         if action == KILL_ACTOR:
             log.warning("%s %d is ended: %s", self._target.kind, self._target.pid, violation.text())
             self._kill()

@@ -19,26 +19,27 @@ from ray_guard.kernel.landlock import Fs
 from ray_guard.policy.files import DEVICE, LIST, READ, WRITE, Grant, device_grants, system_grants
 
 _RIGHTS: Final = {
-    READ: Fs.READ_FILE | Fs.READ_DIR | Fs.EXECUTE,
-    LIST: Fs.READ_DIR,
-    WRITE: Fs.WRITE_FILE | Fs.TRUNCATE | Fs.REMOVE_DIR | Fs.REMOVE_FILE | Fs.MAKE_DIR | Fs.MAKE_REG | Fs.MAKE_SOCK
-    | Fs.MAKE_FIFO | Fs.MAKE_SYM | Fs.REFER,
-    DEVICE: Fs.READ_FILE | Fs.WRITE_FILE | Fs.IOCTL_DEV | Fs.TRUNCATE,
+    READ: int(Fs.READ_FILE | Fs.READ_DIR | Fs.EXECUTE),
+    LIST: int(Fs.READ_DIR),
+    WRITE: int(Fs.WRITE_FILE | Fs.TRUNCATE | Fs.REMOVE_DIR | Fs.REMOVE_FILE | Fs.MAKE_DIR | Fs.MAKE_REG | Fs.MAKE_SOCK
+    | Fs.MAKE_FIFO | Fs.MAKE_SYM | Fs.REFER),
+    DEVICE: int(Fs.READ_FILE | Fs.WRITE_FILE | Fs.IOCTL_DEV | Fs.TRUNCATE),
 }  # fmt: skip
 """No letter stands for making device nodes."""
 _READING, _WRITING, _OF_TERMINALS = int(Fs.READ_FILE), int(Fs.WRITE_FILE | Fs.TRUNCATE), int(Fs.IOCTL_DEV)
 
 
+_DEVICES: Final = device_grants()
 _NOTHING_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
 """Not there, or not for this user: then nothing is granted."""
 
 
 @functools.cache
 def _rights(letters: str) -> int:
-    rights = Fs(0)
+    rights = 0
     for letter in letters:
         rights |= _RIGHTS[letter]
-    return int(rights)
+    return rights
 
 
 def prepare() -> tuple[Grant, ...]:
@@ -72,7 +73,7 @@ class Domain:
 
     def _ruleset(self, grants: Iterable[Grant]) -> landlock.Ruleset:
         ruleset = landlock.Ruleset(landlock.known_rights(self._abi), landlock.known_scopes(self._abi))
-        _add(ruleset, device_grants())
+        _add(ruleset, _DEVICES)
         _add(ruleset, grants)
         return ruleset
 
@@ -152,5 +153,5 @@ def _add_streams(ruleset: landlock.Ruleset, streams: Iterable[int]) -> None:
 
 def read_view(descriptor: int) -> dict[str, Any]:
     """The view in a memory file."""
-    view: dict[str, Any] = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+    view: dict[str, Any] = json.loads(str(os.pread(descriptor, os.fstat(descriptor).st_size, 0), "utf-8"))
     return view

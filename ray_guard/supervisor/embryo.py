@@ -103,8 +103,7 @@ class Embryo:
         try:
             self._thread = _thread.get_native_id()
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they are the leader's
-            name = ctypes.create_string_buffer(self._name.encode())
-            libc.prctl(libc.PR_SET_NAME, ctypes.addressof(name))
+            libc.set_name(self._name.encode())
             bound_capabilities()
             if ipc.can_be_own():
                 ipc.enter_own_namespace()
@@ -209,13 +208,9 @@ def bound_capabilities() -> None:
         return
     if libc.prctl(libc.PR_CAPBSET_READ, 0) == 0:
         return  # the zygote has done it for all
-    try:
-        libc.prctl(libc.PR_CAP_AMBIENT, libc.PR_CAP_AMBIENT_CLEAR_ALL)
-        for capability in range(64):
-            libc.prctl(libc.PR_CAPBSET_DROP, capability)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # EINVAL: past the last capability of this kernel
-            raise
+    libc.prctl(libc.PR_CAP_AMBIENT, libc.PR_CAP_AMBIENT_CLEAR_ALL)
+    for capability in range(libc.count_capabilities()):
+        libc.prctl(libc.PR_CAPBSET_DROP, capability)
 
 
 def _inherit(start: Start) -> None:

@@ -86,6 +86,8 @@ class Gpus:
         self._owners: dict[int, tuple[int, _Owner]] = {}
         """By pid (start time, owner): whoever was seen in a tree stays its, whatever becomes of its parents."""
         self._faults = 0
+        self._minors: frozenset[int] | None = None
+        """Of the GPUs that NVML reads; None: it does not say."""
 
     # -- targets come and go -------------------------------------------------------------------------------------------
 
@@ -271,7 +273,7 @@ class Gpus:
         self._ticks.clear()
         self._contexts.clear()
         self._owners.clear()
-        self._own = self._census = None
+        self._own = self._census = self._minors = None
         self._tried = float("-inf")
 
     # -- census --------------------------------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ class Gpus:
             kinds=frozenset(kinds),
             context=context,
             engine=owner.place is Place.OWN or watched.engines.find(held.pid, held.start_time) is not None,
-            measured=measuring and all(kinds.values()),
+            measured=measuring and all(kinds.values()) and (context or not self._foreign),
             unreadable=held.devices is None,
         )
         finding = judge(
@@ -347,6 +349,11 @@ class Gpus:
         return now - self._read < MEMORY_S and not any(t.unmeasured for t in self._ticks.values())
 
     @property
+    def _foreign(self) -> bool:
+        """Whether a process that NVML does not list may be one of those that it does, under another number."""
+        return any(tick.foreign for tick in self._ticks.values())
+
+    @property
     def _others(self) -> bool:
         """Whether there are GPUs that NVML knows nothing of."""
         return any(kind in (Kind.DRM, Kind.KFD) for kind in self._majors.values())
@@ -355,7 +362,10 @@ class Gpus:
         """By kind, whether NVML covers all of them."""
         found: dict[Kind, bool] = {}
         for device, kind in self._labelled(devices):
-            covered = kind in (Kind.NVIDIA, Kind.NVIDIA_CONTROL) or gpu_devices.rendered_by(device) == "nvidia"
+            if kind is Kind.NVIDIA:
+                covered = self._minors is None or os.minor(device) in self._minors
+            else:
+                covered = kind is Kind.NVIDIA_CONTROL or gpu_devices.rendered_by(device) == "nvidia"
             found[kind] = found.get(kind, True) and covered
         return found
 
@@ -396,11 +406,13 @@ class Gpus:
 
     def _take(self, readings: list[Reading]) -> None:
         self._read = time.monotonic()
+        minors = [reading.minor for reading in readings if isinstance(reading.minor, int)]
+        self._minors = frozenset(minors) if len(minors) == len(readings) else None
         contexts: dict[int, int] = {}
         shares: dict[int, list[tuple[Share, Origin | None]]] = {}
         computed: dict[tuple[int, int], float] = {}
         for reading in readings:
-            tick = self._meters.setdefault(reading.device, GpuMeter()).take(reading)
+            tick = self._meters.setdefault(reading.device, GpuMeter(_exists)).take(reading)
             self._ticks[reading.device] = tick
             self._note(reading, tick)
             if tick.hidden is not None:
@@ -445,6 +457,17 @@ class Gpus:
             self._faults += 1
             if self._faults <= _FAULTS_TOLD:
                 log.warning("GPU %d: %s", reading.device, fault)
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is such a process, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _phase(name: str) -> Phase:

@@ -62,6 +62,9 @@ class GpuTarget:
         self._unknown: set[Account] = set()
         """Whose memory NVML does not tell, though it is limited."""
         self._over_memory: set[Account] = set()
+        """Who pays for memory that some limit around has no room for."""
+        self._levels: dict[Account, int] = {}
+        """Bytes that each of them holds."""
         self._passed: set[tuple[str, str]] = set()
         """Limits that were passed, and told: kind, and whose."""
         self._span = new_span_id()
@@ -83,8 +86,8 @@ class GpuTarget:
     def exhausted(self, call: Origin | None) -> bool:
         """Whether one of them is used up. Zero grants nothing, not even a context."""
         account = self.account(call)
-        over = not self._over_memory.isdisjoint((account, self.target.account))
-        return over or any(account.room(kind) == 0 for kind in KINDS)
+        granted_none = any(each.limit(MEMORY) == 0 for each in account.upwards())
+        return granted_none or account in self._over_memory or account.room(SECONDS) == 0
 
     def measured(self, call: Origin | None) -> bool:
         """Whether the memory of such a process is known, as far as it must be."""
@@ -124,27 +127,36 @@ class GpuTarget:
             exceeded = account.charge(SECONDS, sum(share.seconds for share in by_payer[account]))
             if exceeded is not None:
                 self._exceeded(exceeded, call)
-        self._over_memory.clear()
         self._unknown.clear()
-        everything = [share for share, _ in shares]
-        for account, call in payers.items():
-            held = self.usage.level(everything) if call is None else memory(by_payer[account])
-            self._weigh(account, call, held)
+        self.usage.level(share for share, _ in shares)
+        self._hold({account: memory(by_payer[account]) for account in payers})
+        self._weigh(payers)
 
-    def _weigh(self, account: Account, call: Origin | None, held: int | None) -> None:
-        """Judges the memory that a call's tools hold, or all of the target's processes; None: unknown."""
-        if not account.limits_any((MEMORY,)):
-            return
-        if held is None:
-            self._unknown.add(account)
-            return
-        exceeded = account.measured(MEMORY, held)
-        if exceeded is None:
-            self._passed.discard((MEMORY, account.source))
-            return
-        if not exceeded.report_only:
-            self._over_memory.add(account)
-        self._exceeded(exceeded, call)
+    def _hold(self, held: Mapping[Account, int | None]) -> None:
+        """Notes what each who pays holds now, and so each scope around; None: unknown."""
+        for account in self._levels.keys() - held.keys():
+            account.level(MEMORY, self._levels.pop(account), 0)
+        for account, level in held.items():
+            if level is None:
+                if account.limits_any((MEMORY,)):
+                    self._unknown.add(account)
+            else:
+                account.level(MEMORY, self._levels.get(account, 0), level)
+                self._levels[account] = level
+
+    def _weigh(self, payers: Mapping[Account, Origin | None]) -> None:
+        """Judges it, once all is noted: the limits of the call, or the target's own, and those around."""
+        passed: dict[Account, Exceeded] = {}
+        for account, level in self._levels.items():
+            exceeded = account.level(MEMORY, level, level)
+            # What passes this node's part of a job's limit is judged by the next reading, where there may be more.
+            if exceeded is not None and not (exceeded.scope is Scope.JOB and account.root.grow(MEMORY)):
+                passed[account] = exceeded
+        self._over_memory = {account for account, exceeded in passed.items() if not exceeded.report_only}
+        sources = {exceeded.source for exceeded in passed.values()}
+        self._passed = {(kind, source) for kind, source in self._passed if kind != MEMORY or source in sources}
+        for account, exceeded in passed.items():
+            self._exceeded(exceeded, payers[account])
 
     def _exceeded(self, exceeded: Exceeded, call: Origin | None) -> None:
         key = (exceeded.kind, exceeded.source)

@@ -1,4 +1,4 @@
-"""Policy actors outlive their supervisor: their zygote hands them to the next one. Runs in the zygote.
+"""Policy actors and drivers outlive their supervisor: their zygote hands them to the next one. Runs in the zygote.
 
 A policy actor holds an engine whose start takes minutes. When its supervisor dies, the kernel stops it (the lifeline's
 F_SETSIG), and what its tree asks is not answered: its zygote holds the listener, so that the kernel keeps these calls
@@ -6,6 +6,8 @@ waiting instead of failing them. With the listener the zygote holds the actor's 
 the end of another whose closing kills it, and its book (:mod:`ray_guard.supervisor.book`). All that goes to the next
 supervisor: the one that somebody has started meanwhile, or one that the zygote forks. What nobody has taken over in
 :data:`PATIENCE_S` is ended with all below it.
+
+Of a driver, which is only observed, there is but its line and its book: what it says meanwhile waits on that line.
 """
 
 from __future__ import annotations
@@ -30,25 +32,27 @@ _LISTENER: Final = 3
 
 
 class Estate(NamedTuple):
-    """What is held of one policy actor.
+    """What is held of one policy actor or driver.
 
     Attributes:
+        pid: of the process that ends where nobody takes it over; 0: a driver, which does not.
         line: the number of its line to the supervisor, which is held elsewhere.
+        listener: none of a driver.
         stopper: the end of a line that stops it; none: it holds that itself.
     """
 
     pid: int
     line: int
-    listener: int
     book: int
+    listener: tuple[int, ...]
     stopper: tuple[int, ...]
 
     def close(self) -> None:
-        seqpacket.close_all((self.listener, self.book, *self.stopper))
+        seqpacket.close_all((self.book, *self.listener, *self.stopper))
 
 
 class Estates:
-    """All that a zygote holds, by the number of the actor's line."""
+    """All that a zygote holds, by the number of the line."""
 
     def __init__(self) -> None:
         self.held: dict[int, Estate] = {}
@@ -57,9 +61,9 @@ class Estates:
         """The supervisor's word. The descriptors are ours from here on."""
         number = int(message["line"])
         if message["op"] == "bequeath":
-            listener, book, *stopper = descriptors
+            book, *armed = descriptors
             self.release(number)
-            self.held[number] = Estate(int(message["pid"]), number, listener, book, tuple(stopper))
+            self.held[number] = Estate(int(message["pid"]), number, book, tuple(armed[:1]), tuple(armed[1:]))
         elif message["op"] == "disinherit":
             self.release(number)
         else:  # "book"
@@ -77,11 +81,11 @@ class Estates:
 
 
 class Offer(NamedTuple):
-    """A policy actor that the next supervisor may take over.
+    """A target that the next supervisor may take over.
 
     Attributes:
         line: its line to the supervisor.
-        lifeline: the end of another whose closing kills it.
+        lifeline: the end of another whose closing kills it; none: a driver.
         last: what it has said that the supervisor had read and not done with.
         journaled: it is the end of a span, and journaled all the same.
     """
@@ -89,13 +93,13 @@ class Offer(NamedTuple):
     estate: Estate
     start_time: int
     line: int
-    lifeline: int
+    lifeline: tuple[int, ...]
     last: dict[str, Any] | None
     journaled: bool
 
 
 def hand_over(offers: Iterable[Offer], until: float, start: Callable[[socket.socket], None]) -> set[int]:
-    """Offers all to the next supervisor; the pids of those that it has taken.
+    """Offers all to the next supervisor; the numbers of those lines that it has taken.
 
     Args:
         until: when it is too late (``time.monotonic()``).
@@ -112,17 +116,17 @@ def hand_over(offers: Iterable[Offer], until: float, start: Callable[[socket.soc
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             answers.enter_context(ours)
             with theirs, contextlib.suppress(OSError):
-                passed = [theirs.fileno(), line, estate.listener, lifeline, estate.book]
+                passed = [theirs.fileno(), line, estate.book, *estate.listener, *lifeline]
                 said = {"op": "adopt", "start_time": start_time, "last": last, "journaled": journaled}
                 seqpacket.send(sock, said, passed)
-                waiting[ours.fileno()] = ours, estate.pid
+                waiting[ours.fileno()] = ours, estate.line
                 poll.register(ours, select.POLLIN)
         while waiting and (left := until - time.monotonic()) > 0:
             for descriptor, _ in poll.poll(left * 1000):
                 poll.unregister(descriptor)
-                answer, pid = waiting.pop(descriptor)
+                answer, number = waiting.pop(descriptor)
                 if _agrees(answer):
-                    taken.add(pid)
+                    taken.add(number)
     return taken
 
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from ray_guard.kernel import landlock, libc, mounting, procfs, seqpacket
@@ -41,7 +41,7 @@ def lead(
     Args:
         leaf: the folder of the control group that it was born into, its own; empty: there is none.
     """
-    signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
+    signal.signal(signal.SIGCHLD, _wake)
     for descriptor in (0, 1, 2):
         os.set_inheritable(descriptor, False)  # a tool has what it was given, and nothing of ours
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -66,7 +66,11 @@ def lead(
     if obstacle is not None:
         stage, what, why = obstacle
         return _unfit(line, {"stage": stage, "errno": why.errno, "text": f"{what}: {why.strerror or why}"})
-    return _serve(line, wake_read, lambda: Embryo(program, system, covers, leaf))
+    return _serve(line, wake_read, partial(Embryo, program, system, covers, leaf))
+
+
+def _wake(_signal: int, _frame: object) -> None:
+    """What matters is written to the wake-up descriptor."""
 
 
 def _serve(line: socket.socket, wake: int, conceive: Callable[[], Embryo]) -> int:
@@ -97,6 +101,14 @@ def _unfit(line: socket.socket, fault: dict[str, Any]) -> int:
     except (OSError, seqpacket.BadPacket):
         pass
     return 0
+
+
+def _say(line: socket.socket, message: dict[str, Any]) -> None:
+    """Tells whoever is there to hear it."""
+    try:
+        seqpacket.send(line, message)
+    except OSError:
+        pass
 
 
 class _Call:
@@ -152,8 +164,8 @@ class _Call:
         if goes:
             os.kill(self._pid, signal.SIGCONT)  # the supervisor has stopped it: see embryo
         for descriptor in asking:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor) as line, suppress(OSError):
-                seqpacket.send(line, started)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor) as line:
+                _say(line, started)
         timed_out = goes and self._attend()
         kept = self._survivors() if self._keeps and not timed_out and self._status is not None else 0
         if kept:
@@ -178,10 +190,7 @@ class _Call:
         return sum(not procfs.is_zombie(pid) for pid in procfs.descendants(os.getpid()))
 
     def _tell(self, message: dict[str, Any]) -> None:
-        try:
-            seqpacket.send(self._line, message)
-        except OSError:
-            pass  # the supervisor is gone: its end of the line says so too, and everything ends
+        _say(self._line, message)  # or else its end of the line says that it is gone, and everything ends
 
     def _attend(self) -> bool:
         """Waits for the tool's end, or where that is past for that of all it left; whether the call's time ran out."""

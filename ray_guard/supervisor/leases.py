@@ -15,10 +15,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ray_guard.log import logger
-from ray_guard.policy.budgets import UNLIMITED, Account, Amount, Limits
+from ray_guard.policy.budgets import UNLIMITED, WALL, Account, Amount, Limits
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Waiting
@@ -83,6 +84,8 @@ class Lease:
         self._last = 1
         """Parts in the last lease."""
         self._asked = False
+        self._failed = False
+        """The last answer was none."""
         self._tried = float("-inf")
         self._waiting: list[_Waiter] = []
         self._seen: Amount = account.used(kind)
@@ -125,6 +128,12 @@ class Lease:
             return False
         return bool(self._free) or time.monotonic() - self._tried >= RETRY_S
 
+    def grow(self) -> bool:
+        """Asks for more of a limit whose part here was passed; whether some may come within :data:`PATIENCE_S`."""
+        if not self._asked and self.lacks(0):
+            self._ask()
+        return self._asked and not self._failed and time.monotonic() - self._tried < PATIENCE_S
+
     def fetch(self, amount: Amount, again: Callable[[], None]) -> None:
         """Claims what ``amount`` needs; ``again`` is called when it is known what there is."""
         self._waiting.append(_Waiter(amount, again))
@@ -157,8 +166,9 @@ class Lease:
             self._free = int(answer["free"])
         except (KeyError, ValueError, TypeError):
             log.warning("no part of %s: %.200r", self._name, answer)
+            self._failed = True
         else:
-            self.known = True
+            self.known, self._failed = True, False
             self._mine += claimed
             self._last = len(claimed) or self._last
             self._spread()
@@ -233,11 +243,12 @@ class Leases:
         Args:
             name: of the account, the same on every node.
             desk: where parts are claimed.
-            kinds: of limits; None: all.
+            kinds: of limits; None: all, but for time, which passes on all nodes alike.
             parts, ahead: see :class:`Lease`.
         """
         leases = self._leases.setdefault(account, {})
-        for kind in account.limits if kinds is None else kinds:
+        account.grow = partial(self._grow, account)
+        for kind in account.limits.keys() - {WALL} if kinds is None else kinds:
             if kind not in leases and account.limits.get(kind):  # zero grants nothing anywhere
                 leases[kind] = Lease(account, kind, f"{name}/{kind}", self._holder, parts=parts, ahead=ahead)
         for lease in leases.values():
@@ -247,6 +258,10 @@ class Leases:
             self._looking = True
             self._loop.later(LOOK_S, self._look)
         return [(lease, 0) for lease in leases.values() if not lease.known]
+
+    def _grow(self, account: Account, kind: str) -> bool:
+        lease = self._leases.get(account, {}).get(kind)
+        return lease is not None and lease.grow()
 
     def covers(self, account: Account, kind: str) -> bool:
         """Whether that limit of this scope alone is under a lease."""

@@ -21,7 +21,7 @@ from ray_guard.compute import memory, tree
 from ray_guard.compute.ledger import Entry, Ledger
 from ray_guard.kernel import pidfd
 from ray_guard.kernel.perf import TreeClock
-from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded
+from ray_guard.policy.budgets import UNLIMITED, Account, Exceeded, Scope
 from ray_guard.supervisor.leaf import Leaf, LeafClock
 from ray_guard.supervisor.memory_group import MemoryGroup
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 CPU: Final = "cpu_seconds"
 MEMORY: Final = "memory"
 PROCESSES: Final = "processes"
-WALL: Final = "wall_seconds"
 
 SAMPLE_MOST_S: Final = 0.25
 SAMPLE_LEAST_S: Final = 0.005
@@ -134,6 +133,7 @@ class Limits:
         self._held = {PROCESSES: 1, MEMORY: 0}
         self._looked = now()
         self._over = False
+        self._waits = False
         if account.limits_any((PROCESSES,)):
             census.watch(self)
         if self._weighs or self._times:
@@ -141,12 +141,15 @@ class Limits:
 
     def count(self) -> None:
         """Counts the processes."""
+        self._waits = False
         if not self._over:
             exceeded = self._hold(PROCESSES, self._living_at_least())
             if exceeded is None:
                 exceeded = self._hold(PROCESSES, len(tree.members(self._leader)))
             if exceeded is not None:
-                self._tell(exceeded)
+                self._waits = self._grows(exceeded)
+                if not self._waits:
+                    self._tell(exceeded)
 
     def _living_at_least(self) -> int:
         """How many its control group tells of: with one reading, where the tree, which has zombies too, takes many."""
@@ -159,6 +162,8 @@ class Limits:
 
     def room(self) -> float:
         """How many may be born before they must be counted again."""
+        if self._waits:
+            return -1  # for what may be leased meanwhile
         room = self._account.calm(PROCESSES)
         return 0 if room is UNLIMITED else room
 
@@ -207,7 +212,7 @@ class Limits:
     def _weigh_group(self, pages: MemoryGroup) -> None:
         exceeded = self._hold(MEMORY, max(pages.resident(), pages.overrun()))
         self.peak_memory = max(self.peak_memory, self._held[MEMORY])
-        if exceeded is not None:
+        if exceeded is not None and not self._grows(exceeded):
             self._tell(exceeded)
 
     def _weigh_tree(self) -> None:
@@ -217,8 +222,12 @@ class Limits:
         if exceeded is not None:  # what processes share was counted in each: to divide it among them takes longer
             exceeded = self._hold(MEMORY, memory.divided(pids, kept))
         self.peak_memory = max(self.peak_memory, self._held[MEMORY])
-        if exceeded is not None:
+        if exceeded is not None and not self._grows(exceeded):
             self._tell(exceeded)
+
+    def _grows(self, exceeded: Exceeded) -> bool:
+        """Whether it is a part of a job's limit that was passed, and there may be more: the next sample will tell."""
+        return exceeded.scope is Scope.JOB and self._account.root.grow(exceeded.kind)
 
     def _tell(self, exceeded: Exceeded) -> None:
         self._passed(exceeded)

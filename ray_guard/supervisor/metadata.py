@@ -29,6 +29,7 @@ _VALUE_LIMIT: Final = 1 << 16
 _AT_FDCWD: Final = 0xFFFFFF9C
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _AT_EMPTY_PATH: Final = 0x1000
+_SHARED_MEMORY: Final = "/dev/shm/"  # noqa: S108 - with a mount namespace the call's own
 _NOWHERE: Final = ("pipe:", "socket:", "anon_inode:", "/memfd:")
 """What lies in no folder: descriptors of the tool's own."""
 
@@ -167,7 +168,7 @@ class Metadata:
         try:
             if not gate.listener.is_valid(n.id):  # the thread's descriptors may be another's by now
                 return
-            if not self._view.enforced or self._may_change(pinned):
+            if not self._view.enforced or self._may_change(n.pid, pinned):
                 with libc.without_capabilities():
                     act(f"/proc/self/fd/{pinned}")
             else:
@@ -178,9 +179,37 @@ class Metadata:
             os.close(pinned)
         gate.listener.answer(n.id, error=error)
 
-    def _may_change(self, pinned: int) -> bool:
+    def _may_change(self, tid: int, pinned: int) -> bool:
         path = os.readlink(f"/proc/self/fd/{pinned}")
-        return path.startswith(_NOWHERE) or self._view.may_change(path.removesuffix(" (deleted)"))
+        if path.startswith(_NOWHERE):  # by /proc/PID/fd it may be somebody else's, whom Landlock keeps apart
+            return _is_held_by(tid, pinned)
+        if f"{path}/".startswith(_SHARED_MEMORY) and not _is_seen_by(tid, pinned):
+            return False  # by a symbolic link, for one: what this process sees there is the host's
+        return self._view.may_change(path.removesuffix(" (deleted)"))
+
+
+def _is_held_by(tid: int, pinned: int) -> bool:
+    """Whether the thread has a descriptor of it."""
+    found = os.fstat(pinned)
+    try:
+        numbers = os.listdir(f"/proc/{tid}/fd")
+    except OSError:
+        return False
+    for number in numbers:
+        try:
+            if os.path.samestat(os.stat(f"/proc/{tid}/fd/{number}"), found):
+                return True
+        except OSError:  # closed meanwhile
+            continue
+    return False
+
+
+def _is_seen_by(tid: int, pinned: int) -> bool:
+    """Whether what lies in /dev/shm lies in the thread's: a call has one of its own."""
+    try:
+        return os.stat(f"/proc/{tid}/root{_SHARED_MEMORY}").st_dev == os.fstat(pinned).st_dev
+    except OSError:
+        return False
 
 
 def _pinned(tid: int, folder: int, path: bytes, *, follow: bool) -> int:
@@ -189,6 +218,8 @@ def _pinned(tid: int, folder: int, path: bytes, *, follow: bool) -> int:
     for prefix, instead in own.items():  # would mean this process
         if path.startswith(prefix):
             path = instead % tid + path[len(prefix) :]
+    if (path + b"/").startswith(_SHARED_MEMORY.encode()):
+        path = b"/proc/%d/root%s" % (tid, path)
     at = None
     flags = os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -196,7 +227,10 @@ def _pinned(tid: int, folder: int, path: bytes, *, follow: bool) -> int:
             return os.open(path, flags)
         if not path.startswith(b"/"):
             start = f"/proc/{tid}/cwd" if folder == _AT_FDCWD else f"/proc/{tid}/fd/{folder}"
-            at = os.open(start, os.O_PATH | os.O_CLOEXEC)
+            try:
+                at = os.open(start, os.O_PATH | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise BadAddress(errno.EBADF) from error
         with libc.without_capabilities():
             return os.open(path, flags, dir_fd=at)
     except OSError as error:

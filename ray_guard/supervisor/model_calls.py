@@ -81,6 +81,9 @@ class _Call(NamedTuple):
     bill: Bill
     reserved: int
     copies: int
+    choices: int
+    again: float
+    """FLOPs of computing the prompt once more for each further choice, at most; reserved beside the tokens'."""
     price: Price | None
     word: str
 
@@ -141,7 +144,8 @@ class ModelCalls:
 
         leases, price = self._ring.node.leases, self._price(message)
         most = _plan(message, UNLIMITED).reserve
-        amounts: dict[str, Amount] = {TOKENS: most, FLOPS: 0 if price is None else price.flops(most)}
+        flops = 0 if price is None else price.flops(most) + _again(message, price)
+        amounts: dict[str, Amount] = {TOKENS: most, FLOPS: flops}
         account = self._origin.account
         payers = () if account.closed else Bill([account]).payers
         if account.limits_any((TOKENS, FLOPS)):
@@ -161,10 +165,11 @@ class ModelCalls:
         if account.closed or account.barred:
             return _error(403, "ended", "its call has ended: nothing more is granted to it")
         bill, price = Bill([account]), self._price(message)
+        again = 0.0 if price is None else _again(message, price)
         room = account.room(TOKENS)
         if price is not None:
             if (flops := account.room(FLOPS)) is not UNLIMITED:
-                affordable = price.tokens(flops)
+                affordable = price.tokens(max(0.0, flops - again))
                 room = affordable if room is UNLIMITED else min(room, affordable)
             # An engine that says its price looks whether its job has room for one token, before it reads whose it is.
             room = room if room is UNLIMITED else max(0, room - 1)
@@ -176,7 +181,7 @@ class ModelCalls:
             self._target.violation(self._origin, record.span_id, FLOPS, reason="unmeasured", destination=self._where)
             self._target.write(_failed(record, FLOPS, text), self._origin.identity)
             return _error(429, "insufficient_quota", text)
-        exceeded = bill.reserve({TOKENS: reserved, FLOPS: 0 if price is None else price.flops(reserved)})
+        exceeded = bill.reserve({TOKENS: reserved, FLOPS: 0 if price is None else price.flops(reserved) + again})
         if exceeded is not None:
             if not exceeded.report_only:
                 text = str(exceeded.error())
@@ -190,7 +195,8 @@ class ModelCalls:
         except JournalError:
             bill.release()
             raise
-        self._call = _Call(int(message["call"]), record, bill, reserved, int(message["copies"]), price, word)
+        copies, choices = int(message["copies"]), int(message["choices"])
+        self._call = _Call(int(message["call"]), record, bill, reserved, copies, choices, again, price, word)
         self._paid[word] = Paid(record.trace_id, record.span_id, bill.payers)
         return {
             "fill": planned.fill,
@@ -256,8 +262,7 @@ class ModelCalls:
         attributes |= {"ray_guard.tokens.charged": actual, "ray_guard.tokens.bound": bound}
         flops = 0.0
         if call.price is not None:
-            measured = taken is not None
-            flops = call.price.answers(taken, output, call.copies) if measured else call.price.flops(actual)
+            flops = _cost(call, call.price, actual, taken, output)
             attributes["ray_guard.flops"] = flops
         if message["cached"] is not None:
             attributes["gen_ai.usage.cache_read.input_tokens"] = message["cached"]
@@ -324,6 +329,17 @@ def announced(run_id: str, message: Message) -> dict[tuple[str, str], Price]:
 
 def _plan(message: Message, room: Amount | Literal[Unlimited.UNLIMITED]) -> Plan:
     return plan(int(message["prompt"]), int(message["copies"]), message["output"], message["length"], room)
+
+
+def _again(message: Message, price: Price) -> float:
+    return max(0, int(message["choices"]) - 1) * price.flops(int(message["prompt"]))
+
+
+def _cost(call: _Call, price: Price, charged: int, taken: int | None, output: int) -> float:
+    """FLOPs of what an engine has told it took, else of the tokens that are charged for it."""
+    if taken is not None:
+        return price.answers(taken, output, call.copies, call.choices)
+    return price.flops(charged) + (call.again if charged else 0.0)
 
 
 def _error(status: int, code: str, text: str) -> Message:

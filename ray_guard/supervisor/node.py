@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +16,7 @@ from ray_guard.evidence.forwarder import forwarder_argv
 from ray_guard.evidence.journal import Bounds, Journal
 from ray_guard.kernel import borrowing, rtnetlink
 from ray_guard.log import logger
-from ray_guard.policy.budgets import Account, Amount, Near, Scope
+from ray_guard.policy.budgets import KINDS, WALL, Account, Amount, Near, Scope
 from ray_guard.policy.decide import CompiledPolicy, Surroundings
 from ray_guard.policy.destination import canonical_address
 from ray_guard.policy.values import parse_size
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from ray_guard.supervisor.care import Care
     from ray_guard.supervisor.ceilings import Ceilings
     from ray_guard.supervisor.cluster import Directory
+    from ray_guard.supervisor.judging import Judging
     from ray_guard.supervisor.leaf import Leaf
     from ray_guard.supervisor.model_calls import Paid
     from ray_guard.supervisor.session import Session
@@ -87,6 +90,8 @@ class Node:
         """Takes care of targets should this process die; set by whoever has a zygote."""
         self.admit: Callable[[socket.socket], Session]
         """Begins a session on a target's line that a former supervisor had; set by whoever accepts targets."""
+        self.start_judge: Callable[[socket.socket], None] = lambda _line: None
+        """Starts a judge of journals at the other end of a line; set likewise."""
         self.remove: Callable[[str], None] = lambda _path: None
         """Has the zygote take away a folder; set likewise."""
         self.end_adopted: Callable[[int], None] = lambda _leader: None
@@ -136,6 +141,13 @@ class Node:
         from ray_guard.kernel.sock_diag import SockDiag
 
         return Meter(SockDiag(), self.loop, self._flush, borrows=borrowing.works())
+
+    @functools.cached_property
+    def judging(self) -> Judging:
+        """What has the journals judged, where a policy asks for it."""
+        from ray_guard.supervisor.judging import Judging
+
+        return Judging(self.loop, self.start_judge)
 
     def _relay(self) -> Relay | None:
         """The relay, once anything has gone by it."""
@@ -201,6 +213,8 @@ class Node:
             self.means.impatience.end()
         if (relay := self._relay()) is not None:
             relay.close()
+        if "judging" in self.__dict__:
+            self.judging.close()
         self.sealer.close(ended=ended)
         for journal in self._journals.values():
             journal.close()
@@ -244,6 +258,7 @@ class Node:
         if account is None:
             account = self._jobs[run_id] = Account(Scope.JOB, run_id)
             account.near = self._job_is_near
+            account.began = time.monotonic()
         account.tighten(policy.limits(Scope.JOB), policy.watched(Scope.JOB))
         return account
 
@@ -297,15 +312,21 @@ class Node:
     ) -> list[tuple[Lease, Amount]]:
         """Leases of the job's limits of which nothing is known yet: to be waited for before a target's work begins."""
         account = self.job(run_id, policy)
-        if not account.limits:
+        if not account.limits_any(KINDS):
             return []
-        return self.leases.enter(account, f"{job_id}/{run_id}", self._directory(membership))
+        name, desk = f"{job_id}/{run_id}", self._directory(membership)
+        if account.began is not None and account.limits_any((WALL,)):
+            at = time.time() - (time.monotonic() - account.began)
+            desk.ask({"op": "began", "name": name, "at": at}, functools.partial(_began_before, account))
+        return self.leases.enter(account, name, desk)
 
     def leave(self, target: Target) -> None:
         self.quotas.leave(target)
         if target.run_id in self._jobs and not self.quotas.of_job(target.run_id):
             self.leases.leave(self._jobs[target.run_id])
         self.gpus.leave(target)
+        if "judging" in self.__dict__:
+            self.judging.leave(target)
         membership = self._memberships.pop(id(target), None)
         if membership is not None and all(m.address != membership.address for m in self._memberships.values()):
             directory = self._directories.pop(membership.address)
@@ -361,6 +382,16 @@ class Node:
     def _changed(self) -> None:
         for callback in list(self.surroundings_changed):
             callback()
+
+
+def _began_before(account: Account, answer: Mapping[str, Any]) -> None:
+    """Another node may have seen the job earlier. Without an answer its time counts from when it came here."""
+    try:
+        passed = time.time() - float(answer["began"])
+    except (KeyError, TypeError, ValueError):
+        log.warning("when job %s began on other nodes is not known: %.200r", account.source, answer)
+        return
+    account.began = min(time.monotonic() - max(0.0, passed), account.began or math.inf)
 
 
 def inherit(account: Account, spent: Mapping[str, Amount], leases: Leases) -> None:

@@ -15,13 +15,14 @@ from ray_guard.named import NamedTuple
 from ray_guard.records import AttributeValue, StatusCode
 
 if TYPE_CHECKING:
-    from ray_guard.supervisor.arguments import Arguments
+    from ray_guard.supervisor.arguments import Program
     from ray_guard.supervisor.target import Origin, Target
 
 log = logger("ray_guard.processes")
 
 SPANS_LIMIT: Final = 4096
-_NAME_SHOWN: Final = 128
+_TOGETHER: Final = 32
+"""Ends that one write takes: with the longest arguments they are a fraction of what a journal takes."""
 _EXITED: Final = "," + fragment({"process.exit.code": 0}).encoded
 _LOST: Final = "," + fragment({"ray_guard.ended_by": "supervisor"}).encoded
 _FAILED: Final = tail((), StatusCode.ERROR)
@@ -31,7 +32,7 @@ class Image(NamedTuple):
     """A program in a process.
 
     Attributes:
-        path, arguments: as the process gave them.
+        program: as the process gave it.
         span, parent: ids; the parent is the span of the program that forked this process.
         began: Unix time in nanoseconds.
         cpu_ns: what the process had used by then.
@@ -39,8 +40,7 @@ class Image(NamedTuple):
 
     pid: int
     parent_pid: int
-    path: str
-    arguments: Arguments
+    program: Program
     span: str
     parent: str
     began: int
@@ -61,6 +61,7 @@ class ProcessSpans:
         self._target = target
         self._origin = origin
         self._begun = 0
+        self._ended: list[bytes] = []
         self.left_out = 0
 
     @property
@@ -83,16 +84,19 @@ class ProcessSpans:
 
     def open(self, image: Image) -> OpenImage | None:
         """As :meth:`begin`, for one that has ended: that is all there will be to write."""
+        program = image.program
         if self.full:
             self.left_out += 1
+            self._target.unseen(self._origin, image.parent, program.whole or program.shown, program.path)
             return None
+        if program.whole:
+            self._target.unseen(self._origin, image.span, program.whole, program.path)
+            image = image._replace(program=program._replace(whole=()))  # it may live long
         self._begun += 1
         self._origin.tally.another(self._origin)
-        shown, digest = image.arguments
         line = self._target.encoder.process_line(
             self._origin.trace_id, image.span, image.parent, self._origin.identity.encoded,
-            program=image.path.rpartition("/")[2][:_NAME_SHOWN], start_ns=image.began,
-            pid=image.pid, parent_pid=image.parent_pid, path=image.path, arguments=shown, digest=digest,
+            form=program.form, start_ns=image.began, pid=image.pid, parent_pid=image.parent_pid,
         )  # fmt: skip
         return OpenImage(image, line)
 
@@ -105,7 +109,7 @@ class ProcessSpans:
     def end(
         self, begun: OpenImage, at: int, cpu_ns: int | None, *, status: int | None = None, peak: int = 0, lost: str = ""
     ) -> None:
-        """Ends it at ``at``.
+        """Ends it at ``at``; it is journaled with the next :meth:`write`.
 
         Args:
             cpu_ns: the process's clock by then; None: nobody could read it.
@@ -124,16 +128,25 @@ class ProcessSpans:
             more += _EXITED if status == 0 else f",{fragment(exit_attributes(status)).encoded}"
         if lost:
             more += _LOST
-        events, told = self._target.offences(image.span)
+        events, told, error = self._target.offences(image.span)
         if events:
             more += f",{fragment(told).encoded}"
-            said = tail(events, StatusCode.ERROR, lost)
+            failed = error or status or lost
+            said = tail(events, StatusCode.ERROR if failed else StatusCode.UNSET, lost)
         else:
             said = _FAILED if status and not lost else "" if not lost else tail((), StatusCode.ERROR, lost)
-        try:
-            self._keep(begun.line.ended(max(at, image.began), more, said))
-        except JournalError:
-            log.exception("the end of a process could not be journaled")
+        self._ended.append(begun.line.ended(max(at, image.began), more, said))
+        if len(self._ended) >= _TOGETHER:
+            self.write()
+
+    def write(self) -> None:
+        """Journals the ends that were told, all with one write."""
+        if self._ended:
+            lines, self._ended = b"".join(self._ended), []
+            try:
+                self._keep(lines)
+            except JournalError:
+                log.exception("the end of a process could not be journaled")
 
 
 def exit_attributes(status: int) -> dict[str, AttributeValue]:

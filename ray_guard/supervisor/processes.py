@@ -20,6 +20,7 @@ import os
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +30,7 @@ from ray_guard.ids import new_span_id
 from ray_guard.kernel import pidfd, procfs
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
-from ray_guard.supervisor.arguments import Memory, runnable
+from ray_guard.supervisor.arguments import read_command, runnable
 from ray_guard.supervisor.leaf import Leaf
 from ray_guard.supervisor.limits import Limits, now
 from ray_guard.supervisor.memory_group import MemoryGroup
@@ -47,11 +48,14 @@ log = logger("ray_guard.processes")
 _KNOWN_LIMIT: Final = 4096
 _WATCHED_LIMIT: Final = 256
 """How many processes of a call are watched by a pidfd: descriptors are for all calls. The others are looked for."""
-_ROUND_S: Final = 0.004
+_ROUND_S: Final = 0.016
 """After so long at most what has ended is written; after one to two of them a new process, or program, is looked at."""
 _ENDING_LIMIT: Final = 64
 """Each holds two descriptors until its end is written."""
+_NS: Final = 1_000_000_000
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
+_FAR: Final = 1 << 24
+"""Bytes: no library that makes system calls is that large."""
 _AT_FDCWD: Final = -100 & 0xFFFFFFFF
 
 
@@ -59,16 +63,16 @@ class _Attempt:
     """An exec that was let through.
 
     Attributes:
-        memory: the process's, as it was before.
+        at: where the call was made: the instruction's address.
         there: there is a program to execute.
         begun: its span, once that has begun.
     """
 
-    __slots__ = ("begun", "image", "memory", "there")
+    __slots__ = ("at", "begun", "image", "there")
 
-    def __init__(self, image: Image, memory: Memory, *, there: bool) -> None:
+    def __init__(self, image: Image, at: int, *, there: bool) -> None:
         self.image = image
-        self.memory = memory
+        self.at = at
         self.there = there
         self.begun: OpenImage | None = None
 
@@ -124,6 +128,7 @@ class _End(NamedTuple):
         executed: what it attempted last.
         cpu_ns: its clock by then; None: nobody could read it.
         peak: bytes of resident memory it had at most; 0: it has no span.
+        read: the descriptor that this was read from; -1: none.
         at: Unix time in nanoseconds.
     """
 
@@ -132,6 +137,7 @@ class _End(NamedTuple):
     cpu_ns: int | None
     status: int
     peak: int
+    read: int
     at: int
 
 
@@ -191,7 +197,7 @@ class Processes:
         self._spans = ProcessSpans(target, origin)
         self._executed = 0
         self._peak_memory = 0
-        self._paths: set[str] = set()
+        self._paths: set[bytes] = set()
         self._told: set[tuple[str, bool]] = set()
         self._closed = False
         self._known: dict[int, Process] = {}
@@ -202,7 +208,7 @@ class Processes:
         self._newest: list[Process] = []
         """And since then. Most are gone by the time that it would be their turn."""
         self._due = False
-        self._ending: list[_End] = []
+        self._ending: deque[_End] = deque()
         """Whose records are still to be written: a handful at once takes a third of what each takes by itself."""
         self._ended: dict[int, float] = {}
         """When a process has ended, or has said so: /proc shows it for a while yet."""
@@ -235,13 +241,19 @@ class Processes:
             process.origin = self._origin._replace(parent_id=process.span)
         return process.origin
 
+    def has(self, span: str) -> bool:
+        """Whether that is the span of a program of a process that lives."""
+        return any(process.span == span for process in self._known.values())
+
     # -- who calls -----------------------------------------------------------------------------------------------------
 
     def _find(self, tid: int) -> Process | None:
         """The process of a thread; None: it is leaving, or gone."""
         process = self._known.get(tid) or self._threads.get(tid)
         if process is not None:
-            return process
+            if not process.ending:
+                return process
+            self._write_ends()  # its number may be another's by now
         descriptor = pidfd.opened(tid)
         if descriptor < 0 and (pid := procfs.thread_group(tid)) != tid:
             process = None if pid is None else self._find(pid)
@@ -279,25 +291,31 @@ class Processes:
         self._known[pid] = process
         return process
 
-    def _forget(self, process: Process) -> None:
-        """It has ended, or is just about to."""
+    def _forget(self, process: Process, ended: float) -> None:
+        """It has ended, or said so, by then."""
         pid = process.entry.pid
         if len(self._ended) >= _KNOWN_LIMIT:
             for old in list(self._ended)[: _KNOWN_LIMIT // 2]:
                 del self._ended[old]
-        self._ended[pid] = now()
+        self._ended[pid] = ended
         if self._known.get(pid) is process:
             del self._known[pid]
         if self._threads:
             self._threads = {tid: other for tid, other in self._threads.items() if other is not process}
         if process.pidfd >= 0:
             self._watched -= 1
-            if process.watched:
-                self._loop.forget(process.pidfd)
+            self._unwatch(process)
+            os.close(process.pidfd)
+            process.pidfd = -1
+
+    def _unwatch(self, process: Process) -> None:
+        if process.watched:
+            process.watched = False
+            self._loop.forget(process.pidfd)
 
     def _forget_dead(self) -> None:
         for process in list(self._known.values()):
-            if process.pidfd < 0 and procfs.parent(process.entry.pid) is None:
+            if process.pidfd < 0 and not process.ending and procfs.parent(process.entry.pid) is None:
                 self._died(process)
 
     def _look_later(self, process: Process) -> None:
@@ -317,18 +335,18 @@ class Processes:
             self._come_round()
         self._write_ends()
         self._look(new)
+        self._spans.write()
 
     def _look(self, new: list[Process]) -> None:
         """What was new a few milliseconds ago and is still there: its end is watched for."""
         for process in new:
-            if self._known.get(process.entry.pid) is not process:
+            if process.ending or self._known.get(process.entry.pid) is not process:
                 continue
             if process.pidfd >= 0 and not process.watched:
                 self._watch(process)
             attempt = process.attempt
             if attempt is None:
                 continue
-            attempt.memory.close()  # descriptors are for all calls
             if self._now_runs_another(process):
                 self._settle(process, executed=True)
             elif attempt.there and attempt.begun is None:  # the kernel may be about to
@@ -365,7 +383,7 @@ class Processes:
             if attempt is not None and attempt.there:
                 attempt.begun = self._spans.begin(attempt.image)  # or it does not happen
         gate.listener.proceed(call.id)
-        if process is not None and attempt is not None:
+        if process is not None and attempt is not None and self._newest[-1:] != [process]:
             self._look_later(process)
 
     def _attempt(
@@ -373,14 +391,11 @@ class Processes:
     ) -> _Attempt | None:
         """What a process is about to execute; None: that cannot be read, and the kernel will say so."""
         tid, pid = call.pid, process.entry.pid
-        memory = Memory(tid)
-        name = memory.path(pointers[0])
-        arguments = None if name is None else memory.arguments(pointers[1])
-        if name is None or arguments is None or not gate.listener.is_valid(call.id):
-            memory.close()
+        command = read_command(tid, *pointers)  # by number: whose memory it was is certain only if it still waits
+        if command is None or not gate.listener.is_valid(call.id):
             return None
-        if not name and folder != "cwd":
-            name = _link(f"/proc/{tid}/{folder}")
+        if not command.path and folder != "cwd":
+            command = command._replace(path=_link(f"/proc/{tid}/{folder}"))
         if not process.forked and not process.program:
             process.program = procfs.program(pid)
         parent = process.parent
@@ -389,21 +404,21 @@ class Processes:
         image = Image(
             pid,
             process.parent_pid if parent is None else parent.entry.pid,
-            name,
-            arguments,
+            command.program(),
             new_span_id(),
             (self._root if parent is None else parent).span,
             time.time_ns(),
             pidfd.cpu_ns(pid) or process.entry.cpu_ns,
         )
-        return _Attempt(image, memory, there=not self._spans.full and self._is_there(tid, name, folder))
+        there = not self._spans.full and self._is_there(tid, command.path, folder)
+        return _Attempt(image, call.instruction_pointer, there=there)
 
-    def _is_there(self, tid: int, path: str, folder: str) -> bool:
+    def _is_there(self, tid: int, path: bytes, folder: str) -> bool:
         """Whether there is a program at ``path``: one that was there before, most often."""
         if path in self._paths:
             return True
-        there = runnable(tid, path, folder)
-        if there and path[:1] == "/" and len(self._paths) < _KNOWN_LIMIT:
+        there = runnable(tid, os.fsdecode(path), folder)
+        if there and path[:1] == b"/" and len(self._paths) < _KNOWN_LIMIT:
             self._paths.add(path)
         return there
 
@@ -414,6 +429,7 @@ class Processes:
         elif process.attempt is not None:
             executed = self._now_runs_another(process)
             self._settle(process, executed=process.attempt.there if executed is None else executed)
+            self._spans.write()
 
     def _now_runs_another(self, process: Process) -> bool | None:
         """Whether it has executed something since its last attempt; None: it is gone, or unreadable."""
@@ -422,11 +438,13 @@ class Processes:
         program = procfs.program(process.entry.pid)
         return program != process.program if program else None
 
-    def _has_executed(self, process: Process, attempt: _Attempt) -> bool:
-        """Whether a process that is about to end has executed what it attempted."""
-        if attempt.memory.is_gone():
-            return True
-        return self._now_runs_another(process) is not False  # it may have called vfork: its parent has it still
+    def _has_executed(self, process: Process, attempt: _Attempt, at: int) -> bool:
+        """Whether a process that is about to end, by a call made ``at`` there, has executed what it attempted.
+
+        Both calls are the same library's, so where they are far apart another program is loaded. (A process can make
+        it look like that, as it can execute what it likes.) Where they are not, addresses may not be random.
+        """
+        return abs(at - attempt.at) >= _FAR or self._now_runs_another(process) is not False
 
     def _settle(self, process: Process, *, executed: bool, ends: bool = False) -> None:
         """The process's last exec has happened, or has not. ``ends``: it is ending, and its span with it."""
@@ -434,7 +452,6 @@ class Processes:
         if attempt is None:
             return
         process.attempt = None
-        attempt.memory.close()
         if not executed:
             if attempt.there:  # there was a program, and the kernel would not run it
                 begun = attempt.begun or self._spans.open(attempt.image)
@@ -475,18 +492,18 @@ class Processes:
         pid = process.entry.pid
         cpu = pidfd.cpu_ns(pid)
         attempt = process.attempt
-        executed = attempt is not None and self._has_executed(process, attempt)
-        peak = procfs.peak_resident(pid) if process.image is not None or executed else 0
+        executed = attempt is not None and self._has_executed(process, attempt, call.instruction_pointer)
+        peak, read = procfs.peak_resident(pid) if process.image is not None or executed else (0, -1)
         if not procfs.is_youngest(pid):
             for child in procfs.children(pid, pid):
                 if child not in self._known and len(self._orphans) < _KNOWN_LIMIT:
                     self._orphans[child] = process
         gate.listener.proceed(call.id)
-        self._forget(process)
         process.ending = True
+        self._ending.append(_End(process, executed, cpu, (call.arg0 & 0xFF) << 8, peak, read, time.time_ns()))
+        self._unwatch(process)
         if not self._due:
             self._come_round()
-        self._ending.append(_End(process, executed, cpu, (call.arg0 & 0xFF) << 8, peak, time.time_ns()))
         if process is self._root or len(self._ending) >= _ENDING_LIMIT:
             self._write_ends()
         if process is self._root:  # what is left is killed next: the later it is measured, the less is a bound
@@ -494,17 +511,19 @@ class Processes:
 
     def _write_ends(self) -> None:
         """Of those that were let go, a few milliseconds ago at most."""
-        ending, self._ending = self._ending, []
-        for process, executed, cpu, status, peak, at in ending:
+        boot = now() - time.time_ns() / _NS
+        while self._ending:
+            process, executed, cpu, status, peak, read, at = self._ending.popleft()
+            if read >= 0:
+                os.close(read)
+            self._forget(process, boot + at / _NS)
             process.ending = False
-            if process.pidfd >= 0:
-                os.close(process.pidfd)
-                process.pidfd = -1
             self._settle(process, executed=executed, ends=True)
             if process.image is not None:
                 self._peak_memory = max(self._peak_memory, peak)
                 self._spans.end(process.image, at, cpu, status=status, peak=peak)
             self._limits.exited(process.entry, cpu)
+        self._spans.write()
 
     def _died(self, process: Process) -> None:
         """It has ended without saying so: by a signal, for the most part."""
@@ -516,10 +535,8 @@ class Processes:
             status = pidfd.exit_status(process.pidfd, pid) if process.pidfd >= 0 else None
             lost = "its end was not seen" if status is None else "it was ended from outside"
             self._spans.end(process.image, ended, cpu, status=status, lost=lost)
-        self._forget(process)
-        if process.pidfd >= 0:
-            os.close(process.pidfd)
-            process.pidfd = -1
+        self._spans.write()
+        self._forget(process, now())
         self._limits.exited(process.entry, cpu)
 
     # -- limits --------------------------------------------------------------------------------------------------------
@@ -560,8 +577,8 @@ class Processes:
         )
 
 
-def _link(path: str) -> str:
+def _link(path: str) -> bytes:
     try:
-        return os.readlink(path)
+        return os.readlink(path.encode())
     except OSError:
-        return ""
+        return b""

@@ -33,8 +33,10 @@ def restore(node: Node, target: Target, estate: Estate) -> None:
     for opened in estate.opened:
         target.begin(opened)
         span = target.open[opened["span"]]
-        span.began -= max(0, time.time_ns() - span.record.start_ns) / 1e9
+        if span.account is not None and span.account.began is not None:
+            span.account.began -= max(0, time.time_ns() - span.record.start_ns) / 1e9
         node.quotas.opened(target, span.record.span_id)
+    _since_it_started(target)
     used = estate.used
     inherit(target.account, used.actor, node.leases)
     node.inherit_job(target.run_id, used.job)
@@ -45,6 +47,16 @@ def restore(node: Node, target: Target, estate: Estate) -> None:
     for scope in used.barred:
         if scope in accounts:
             accounts[scope].bar()
+
+
+def _since_it_started(target: Target) -> None:
+    """Its time, and its job's, count from its process's start: when it was armed, which was later, nobody remembers."""
+    started = procfs.start_time(target.pid)
+    if started is None:
+        return
+    began = time.monotonic() - (procfs.uptime() - started / os.sysconf("SC_CLK_TCK"))
+    for account in (target.account, target.account.root):
+        account.began = began if account.began is None else min(account.began, began)
 
 
 def require_countable(target: Target) -> None:

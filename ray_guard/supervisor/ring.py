@@ -20,7 +20,7 @@ from ray_guard.evidence.otlp import EgressForm, fragment, tail
 from ray_guard.ids import new_span_id
 from ray_guard.kernel import libc, procfs
 from ray_guard.log import logger
-from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Account, Exceeded
+from ray_guard.policy.budgets import CONNECTIONS, EGRESS, RECEIVED, SENT, Account, Exceeded, Scope
 from ray_guard.policy.decide import (
     CompiledPolicy,
     Decision,
@@ -41,6 +41,7 @@ from ray_guard.supervisor.target import Origin, Target
 
 if TYPE_CHECKING:
     from ray_guard.egress.relay.crossing import Crossing, End
+    from ray_guard.egress.relay.datagrams import Way
     from ray_guard.egress.relay.proxy import Proxied
     from ray_guard.supervisor.model_calls import ModelCalls
     from ray_guard.supervisor.node import Node
@@ -98,6 +99,7 @@ class Ring:
         """Destinations of connects that :meth:`again` may grant, see :meth:`_is_repeatable`."""
         self._texts: dict[tuple[object, ...], str] = {}
         self._datagrams: dict[tuple[str, int, str | None], Connection] = {}
+        self._ways: set[Way] = set()
         self._names: Names | None = Names(self) if policy.names else None
         self._missed: dict[tuple[str, int], float] = {}
         node.surroundings_changed.append(self._forget_surroundings)
@@ -203,6 +205,12 @@ class Ring:
         if self.policy.role is Role.POLICY:
             self._node.announce(self.target, address, port)
 
+    def counts(self) -> bool:
+        account = self.target.account if self._origin is None else self._origin.account
+        return self.policy.datagrams and (
+            account.limits_any(_BYTES) or any(kind in self.policy.limits(scope) for scope in Scope for kind in _BYTES)
+        )
+
     def hears(self) -> bool:
         return self.policy.datagrams or self.policy.names
 
@@ -224,6 +232,8 @@ class Ring:
         self._meter.finish(list(self._flows.values()))
         for crossing in list(self._crossings):
             self._node.means.relay.finish(crossing)
+        for way in list(self._ways):
+            way.finish()
         for connection in list(self._datagrams.values()):
             connection.finish()
         self._datagrams.clear()
@@ -376,6 +386,8 @@ class Ring:
                 if decision.model is not None:
                     connection.calls_model(decision, decision.model)
                     return Ruling(0, relayed=connection)
+                if request.transport is Transport.UDP and self.counts():
+                    return Ruling(0, counted=connection)
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
                     from ray_guard.supervisor import relayed
 
@@ -424,10 +436,12 @@ class Ring:
             if len(self._datagrams) >= _DATAGRAM_FLOWS_LIMIT:
                 return Ruling(errno.ENOBUFS)
             ruling = self._connect(request, decision, origin)
-            if ruling.error or not isinstance(ruling.attempt, Connection):
+            granted = ruling.attempt or ruling.counted
+            if ruling.error or not isinstance(granted, Connection):
                 return ruling
-            connection = ruling.attempt
-            self._datagrams[key] = connection
+            connection = self._datagrams[key] = granted
+        if request.transport is Transport.UDP and self.counts():
+            return Ruling(0, counted=connection)  # whoever sends it reserves
         exceeded = origin.account.reserve(SENT, size)
         if exceeded is not None and not exceeded.report_only:
             connection.over_budget(exceeded)
@@ -435,6 +449,12 @@ class Ring:
         origin.account.settle(SENT, size, size)
         connection.sent += size
         return Ruling(0)
+
+    def way_opened(self, way: Way) -> None:
+        self._ways.add(way)
+
+    def way_closed(self, way: Way) -> None:
+        self._ways.discard(way)
 
     # -- inward --------------------------------------------------------------------------------------------------------
 
@@ -512,6 +532,7 @@ class Connection:
         "_form",
         "_models",
         "_more",
+        "_offended",
         "_over",
         "_ring",
         "_span",
@@ -520,6 +541,7 @@ class Connection:
         "flow",
         "origin",
         "proxied",
+        "received",
         "request",
         "sent",
         "speech",
@@ -531,7 +553,7 @@ class Connection:
         self.origin = origin = origin.tally.placed(ring.target, origin)
         self.request = request
         self.flow: Flow | None = None
-        self.sent = 0
+        self.sent = self.received = 0
         self.speech: dict[str, Any] = {}
         """What may be spoken, where it is relayed."""
         self.proxied: Proxied | None = None
@@ -542,6 +564,7 @@ class Connection:
         self._more = ""
         """Attributes beyond those of the form, encoded: this is the path of every connect."""
         self._over = False
+        self._offended = False
 
     # -- decided -------------------------------------------------------------------------------------------------------
 
@@ -587,9 +610,10 @@ class Connection:
 
     def _offences(self) -> Sequence[SpanEvent]:
         """The violations that it has to tell; their kind goes among its attributes, beside its own ``error.type``."""
-        events, attributes = self._ring.target.offences(self._span)
+        events, attributes, error = self._ring.target.offences(self._span)
         if events:
             self._add({key: value for key, value in attributes.items() if key != "error.type"})
+        self._offended = self._offended or error
         return events
 
     def _ended(self, said: str = "") -> bytes:
@@ -652,6 +676,33 @@ class Connection:
             self.flow = None
         self._end(StatusCode.ERROR, os.strerror(error))
 
+    # -- whose datagrams are counted one by one ------------------------------------------------------------------------
+
+    def takes(self, kind: str, size: int) -> bool:
+        account = self.origin.account
+        if account.closed or account.barred:
+            return False
+        exceeded = account.reserve(kind, size)
+        if exceeded is not None and not exceeded.report_only:
+            self.over_budget(exceeded)
+            return False
+        account.settle(kind, size, size)
+        if kind == SENT:
+            self.sent += size
+        else:
+            self.received += size
+        return True
+
+    def opened(self, way: Way) -> None:
+        self._ring.way_opened(way)
+
+    def closed(self, way: Way) -> None:
+        self._ring.way_closed(way)
+        if self.request.operation is Operation.CONNECT:  # of a message's destination: see finish()
+            self._add({"ray_guard.egress.route": "relay"})
+            line = self._counted(way.local, way.sent, way.received, exact=True)
+            self._journaled(self._ring.target.journal.keep, line)
+
     # -- FlowOwner -----------------------------------------------------------------------------------------------------
 
     def progressed(self, sent: int, received: int) -> bool:
@@ -695,7 +746,7 @@ class Connection:
         events, status, cut = self._offences(), StatusCode.UNSET, "a budget was reached" if self._over else why
         if cut:
             self._add({"error.type": "budget" if self._over else why})
-        if cut or events:
+        if cut or self._offended:
             status = StatusCode.ERROR
         return self._ended(tail(events, status, f"cut: {cut}" if cut else ""))
 
@@ -709,6 +760,8 @@ class Connection:
     def finish(self) -> None:
         """A datagram destination is done with: its call has ended."""
         self._add({"ray_guard.egress.bytes_sent": self.sent})
+        if self.request.transport is Transport.UDP and self._ring.counts():
+            self._add({"ray_guard.egress.bytes_received": self.received})
         self._end()
 
     def _end(self, status: StatusCode = StatusCode.UNSET, message: str = "") -> None:

@@ -51,6 +51,7 @@ def serve(descriptor: int, starts: socket.socket, zygote_pid: int, leaders: Sequ
     node.start_mover = partial(to_zygote.start_mover, starts)
     node.sealer.start = partial(to_zygote.start_signer, starts)
     node.sealer.recover = partial(to_zygote.start_recoverer, starts)
+    node.start_judge = partial(to_zygote.start_judge, starts)
     node.remove = partial(to_zygote.remove, starts)
     node.end_adopted = partial(to_zygote.end_adopted, starts)
 

@@ -15,7 +15,7 @@ import signal
 import socket
 import stat
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ray_guard import errors
@@ -31,6 +31,7 @@ from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.records import Mode, Resource, Role
 from ray_guard.supervisor import fields
 from ray_guard.supervisor.consequences import Consequences, acts
+from ray_guard.supervisor.limits import PROCESSES
 from ray_guard.supervisor.node import Endpoint, Membership, Node, resource_attributes
 from ray_guard.supervisor.quota import FLOPS, TOKENS
 from ray_guard.supervisor.scratch import Scratches
@@ -42,9 +43,11 @@ from ray_guard.supervisor.view import Views, refused_descriptor, unavailable
 
 if TYPE_CHECKING:
     from ray_guard.egress.gate import Gate
+    from ray_guard.policy.budgets import Amount
     from ray_guard.supervisor.bequest import Bequest
     from ray_guard.supervisor.book import Estate
     from ray_guard.supervisor.care import Line
+    from ray_guard.supervisor.leases import Lease
     from ray_guard.supervisor.ring import Ring
 
 log = logger("ray_guard.session")
@@ -198,7 +201,7 @@ class Session:
         self._require_own_user()
         identity = dict(message.get("identity") or {})
         policy, membership = self._asked_of(message)
-        if self._waits_for_gpus(policy, message, descriptors):
+        if self._waits_for_gpus(policy, message, descriptors) or self._waits_for_rules(policy, message, descriptors):
             return
         if kind != "observer" and self._must_lease(identity, message, descriptors, policy, membership):
             return
@@ -229,6 +232,8 @@ class Session:
                 "names": policy.names,
                 **self._told_of(target),
             }
+            if kind == "observer":
+                self._bequeath(target, None, message)
             self._reply(descriptors[0], welcome, (stops.fileno(), kills.fileno()))
 
     def _require_own_user(self) -> None:
@@ -302,6 +307,16 @@ class Session:
         gpus.admit(policy)
         return False
 
+    def _waits_for_rules(self, policy: CompiledPolicy, message: dict[str, Any], descriptors: list[int]) -> bool:
+        """Whether this message is handled again when the policy's Sigma rules are read. Raises NotEnforced."""
+        if not policy.rules:
+            return False
+        if message.get("rules_read"):
+            self._node.judging.digests(policy.rules)
+            return False
+        self._node.judging.read_rules(policy.rules, self._later({**message, "rules_read": True}, descriptors))
+        return True
+
     def _must_lease(
         self,
         identity: dict[str, Any],
@@ -315,15 +330,14 @@ class Session:
             return False
         run_id, job_id = str(identity.get("run_id") or ""), str(identity.get("job_id") or "")
         unknown = self._node.must_lease(run_id, job_id, policy, membership)
-        if not unknown or message.get("waited"):
-            return False
-        self._node.leases.wait(unknown, self._later({**message, "waited": True}, descriptors))
-        return True
+        return self._must_grow(unknown, message, descriptors)
 
     def _joined(self, target: Target) -> None:
         target.warn = self._warn
         Consequences(target, lambda: self._tools, cut=self._cut_barred, kill=self._kill)
         self._node.quotas.join(target)
+        if target.policy.detect:
+            self._node.judging.join(target, lambda: self._tools)
         if target.kind == "run":
             self._node.gpus.join(target)
 
@@ -370,14 +384,15 @@ class Session:
         if missing:
             raise NotEnforced(missing, "without it no call of this process could be judged: CAP_SYS_PTRACE would help")
 
-    def _ward(self, target: Target, held: socket.socket) -> None:
+    def _ward(self, target: Target, held: socket.socket | None) -> None:
         """Puts the target's tree into care, should this process die.
 
         Args:
-            held: the end of a line whose closing kills it.
+            held: the end of a line whose closing kills it; None: an observer, which nobody ends.
         """
         about = About(target.journal.folder, target.run_id, dict(target.resource.attributes))
-        self._warded = self._node.care.take(self._sock, about, 0 if target.kind == "observer" else target.pid, held)
+        tied = None if target.kind == "observer" else held
+        self._warded = self._node.care.take(self._sock, about, target.pid, tied)
 
     def _peer(self) -> tuple[int, int]:
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -431,13 +446,20 @@ class Session:
 
         listener = Listener(descriptor)
         self._ring = arming.Ring(self._node, target, target.policy, target.pid)
-        self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered)
+        handlers: Mapping[str, arming.Handler] = {}
+        if target.policy.role is Role.POLICY:
+            from ray_guard.supervisor import keepers
+
+            handlers = keepers.handlers()
+        self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
         self._node.gpus.join(target)
         return listener
 
     def _tighten(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """A second policy inside a confined process: what both allow."""
         target = self._known()
+        if self._waits_for_rules(self._added(target, message), message, descriptors):
+            return
         tries = int(message.get("tries") or 0)
         if tries < _TRIES and not self._node.quotas.collect((target.account.root,)):
             self._node.loop.later(_TRY_S, self._later({**message, "tries": tries + 1}, descriptors))
@@ -447,13 +469,18 @@ class Session:
             self._bequest.take({"op": "tighten", "policy": message["policy"]})
         self._reply(descriptors[0], {"ok": True, **self._told_of(target)})
 
-    def _tighten_by(self, target: Target, message: dict[str, Any]) -> None:
+    def _added(self, target: Target, message: dict[str, Any]) -> CompiledPolicy:
         clustered = self._node.directory(target) is not None
-        added = _policy(message["policy"], target.kind, clustered=clustered, borrows=borrowing.works())
+        return _policy(message["policy"], target.kind, clustered=clustered, borrows=borrowing.works())
+
+    def _tighten_by(self, target: Target, message: dict[str, Any]) -> None:
+        added = self._added(target, message)
         self._require_means(added)
         target.policy = target.policy.intersect(added)
         target.account.tighten(added.limits(Scope.ACTOR), added.watched(Scope.ACTOR))
         self._node.job(target.run_id, added)
+        if target.policy.detect:
+            self._node.judging.join(target, lambda: self._tools)
         if self._ring is not None:
             self._ring.tighten(target.policy)
 
@@ -462,7 +489,7 @@ class Session:
     def _bequeath(
         self,
         target: Target,
-        listener: Listener,
+        listener: Listener | None,
         hello: dict[str, Any],
         said: Sequence[dict[str, Any]] = (),
         stopper: socket.socket | None = None,
@@ -485,7 +512,7 @@ class Session:
         if self._target is not None:
             raise seqpacket.BadPacket("a target hands nobody on")
         self._require_own_user()
-        _, line, listener, lifeline, written = descriptors
+        _, line, written, *armed = descriptors
         estate = book.read(written, message.get("last"), journaled=bool(message.get("journaled")))
         policy, membership = self._asked_of(estate.hello)
         identity = dict(estate.hello.get("identity") or {})
@@ -495,8 +522,12 @@ class Session:
             return
         heir = self._node.admit(_line(line))
         try:
-            with _line(lifeline) as held:
-                heir.inherit(estate, policy, membership, int(message["start_time"]), os.dup(listener), held)
+            if armed:
+                listener, lifeline = armed
+                with _line(lifeline) as held:
+                    heir.inherit(estate, policy, membership, int(message["start_time"]), os.dup(listener), held)
+            else:
+                heir.observe_on(estate, policy)
         except BaseException:
             heir.disown()
             raise
@@ -536,13 +567,7 @@ class Session:
             os.close(listener)
             raise
         armed = self._arm(target, listener)
-        for said in estate.said:
-            if said["op"] == "tighten":
-                self._tighten_by(target, said)
-            else:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # who asked has its answer
-                with ours:
-                    self._handle(said, [theirs.detach()])
+        self._hear_again(target, estate)
         rearming.restore(self._node, target, estate)
         rearming.require_countable(target)
         self._ward(target, held)
@@ -550,10 +575,37 @@ class Session:
         with stopper:
             rearming.tie(stopper, target.pid)
             self._bequeath(target, armed, estate.hello, [*estate.said, *estate.opened], stopper)
+        self._hear_rest(target, estate)
+        rearming.go_on(armed, estate.notification, target.pid)
+
+    def observe_on(self, estate: Estate, policy: CompiledPolicy) -> None:
+        """Goes on with a driver whose supervisor is gone."""
+        from ray_guard.supervisor import rearming
+
+        target = self._target_of(estate.hello, policy)
+        target.key = estate.key
+        self._enter(target, estate.hello)
+        self._hear_again(target, estate)
+        rearming.restore(self._node, target, estate)
+        self._ward(target, None)
+        self._bequeath(target, None, estate.hello, [*estate.said, *estate.opened])
+        self._hear_rest(target, estate)
+
+    def _hear_again(self, target: Target, estate: Estate) -> None:
+        """What it has said to the supervisor before, and has its answer to."""
+        for said in estate.said:
+            if said["op"] == "tighten":
+                self._tighten_by(target, said)
+            else:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                with ours:
+                    self._handle(said, [theirs.detach()])
+
+    def _hear_rest(self, target: Target, estate: Estate) -> None:
+        """What it had said last; and no span of it was left open."""
         for said in estate.pending:
             self._handle(said, [])
         target.journal.continued.update(target.open)
-        rearming.go_on(armed, estate.notification, target.pid)
         log.warning("%s is taken over from a supervisor that is gone", self._name())
 
     def disown(self) -> None:
@@ -622,12 +674,17 @@ class Session:
         if tries < _TRIES and quotas.must_wait(target, message):
             self._node.loop.later(_TRY_S, self._later({**message, "tries": tries + 1}, descriptors))
             return
-        lacking = [] if message.get("waited") else quotas.lacking(target, message)
-        if lacking:
-            self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
+        if not message.get("waited") and self._must_grow(quotas.lacking(target, message), message, descriptors):
             return
         answer, passed = quotas.reserve(target, message)
         self._reply(descriptors[0], answer, passed)
+
+    def _must_grow(self, lacking: list[tuple[Lease, Amount]], message: dict[str, Any], descriptors: list[int]) -> bool:
+        """Whether this message is handled once more when those leases have grown, or cannot."""
+        if not lacking or message.get("waited"):
+            return False
+        self._node.leases.wait(lacking, self._later({**message, "waited": True}, descriptors))
+        return True
 
     def _settle(self, message: dict[str, Any], _descriptors: list[int]) -> None:
         self._node.quotas.settle(self._known(), message)
@@ -660,6 +717,8 @@ class Session:
         target = self._known()
         if target.kind == "observer":
             raise NotEnforced(["subprocess"], "an observer has no policy to start a tool under")
+        if self._must_grow(self._node.leases.lacking(target.account.root, {PROCESSES: 1}), message, descriptors):
+            return
         if len(descriptors) < 3:
             raise seqpacket.BadPacket("a start needs a control line, a memory file and a working folder")
         try:
@@ -842,8 +901,6 @@ def _policy(wire: Any, kind: str, *, clustered: bool, borrows: bool) -> Compiled
         uncounted = [f"budgets.{scope.value}.egress_bytes" for scope in capped]
         if uncounted and any(layer.listen for layer in policy.layers):
             raise NotEnforced(uncounted, "bytes of accepted connections are not counted yet: drop listen or the cap")
-        if uncounted and policy.datagrams:
-            raise NotEnforced(uncounted, "bytes of connected UDP sockets are not counted yet: drop udp:// or the cap")
     if clustered and policy.role in _ENV_ROLES:
         # A Ray actor without its cluster is none: the role grants it to the actor's own process, listed or not.
         groups = {Group.CLUSTER} | ({Group.COLLECTIVES} if policy.role is Role.POLICY else set())

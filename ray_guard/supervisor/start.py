@@ -34,18 +34,18 @@ class Start(NamedTuple):
     def parse(cls, data: bytes) -> Start:
         """Raises ValueError for anything that is not a start."""
         try:
-            fields = json.loads(data)
+            fields = json.loads(str(data, "utf-8"))
             return cls(
                 argv=tuple(_texts(fields["argv"])),
                 executable=None if fields["executable"] is None else str(fields["executable"]),
-                environment={str(key): str(value) for key, value in fields["environment"].items()},
+                environment=dict(zip(fields["environment"], map(str, fields["environment"].values()), strict=True)),
                 umask=int(fields["umask"]) & 0o777,
                 group=int(fields["group"]),
-                groups=tuple(int(group) for group in fields["groups"]),
+                groups=tuple(map(int, fields["groups"])),
                 nice=int(fields["nice"]),
                 limits={str(name): (int(soft), int(hard)) for name, (soft, hard) in fields["limits"].items()},
-                affinity=tuple(int(cpu) for cpu in fields["affinity"]),
-                descriptors=tuple(int(number) for number in fields["descriptors"]),
+                affinity=tuple(map(int, fields["affinity"])),
+                descriptors=tuple(map(int, fields["descriptors"])),
                 terminal=None if fields["terminal"] is None else int(fields["terminal"]),
                 restore_signals=bool(fields["restore_signals"]),
             )
@@ -54,7 +54,7 @@ class Start(NamedTuple):
 
 
 def _texts(values: object) -> list[str]:
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, list) or not values or set(map(type, values)) != {str}:
         raise ValueError("argv must be a list of strings, not empty")
     return values
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from ray_guard.egress.resolver.told import Told
 from ray_guard.errors import PolicyError
 from ray_guard.evidence.journal import Journal, JournalError
-from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment
+from ray_guard.evidence.otlp import EgressForm, Fragment, LineEncoder, fragment, resource_key
 from ray_guard.ids import new_span_id, new_trace_id
 from ray_guard.kernel.seqpacket import BadPacket
 from ray_guard.log import logger
@@ -35,7 +36,11 @@ _VIOLATIONS_KEPT: Final = 10_000
 _OPEN_LIMIT: Final = 100_000
 _OFFENDERS_KEPT: Final = 4096
 _OFFENCES_TOLD: Final = 32
-_TOLD: Final = ("ray_guard.violation.kind", "ray_guard.violation.limit", "ray_guard.violation.value", "error.type")
+_KIND: Final = "ray_guard.violation.kind"
+_TOLD: Final = (
+    *(_KIND, "ray_guard.violation.limit", "ray_guard.violation.value", "error.type"),
+    *("ray_guard.detection.kind", "ray_guard.detection.rule"),
+)
 
 
 class OpenSpan:
@@ -63,7 +68,6 @@ class OpenSpan:
         self.episode = episode
         self.account = account
         self.violations = 0
-        self.began = time.monotonic()
         self.ended: Violation | None = None
         self.origin: Origin | None = None
         self.told = Told()
@@ -99,6 +103,8 @@ class Violation(NamedTuple):
     episode: str | None
     source: str = ""
     """Id of the scope whose limit it is."""
+    action: str = ""
+    """What follows, whatever ``on_violation`` says; empty: that."""
 
     def text(self) -> str:
         where = f" {self.destination}" if self.destination else ""
@@ -109,8 +115,23 @@ class Violation(NamedTuple):
         return {**{name: getattr(self, name) for name in names}, "time": self.time_ns}
 
 
+class SaidAtEnd(NamedTuple):
+    """What is said of a span at its end. ``attributes``: of the first violation and finding; ``error``: of one that is
+    a violation."""
+
+    events: tuple[SpanEvent, ...] = ()
+    attributes: Mapping[str, AttributeValue] = MappingProxyType({})
+    error: bool = False
+
+
+_NOTHING: Final = SaidAtEnd()
+
+
 class Offences:
-    """Violations of spans that have not ended: each is told there too, by an event, its kind and the status ERROR."""
+    """Violations of spans that have not ended: each is told there too, by an event, its kind and the status ERROR.
+
+    So is what was found out about them (:mod:`ray_guard.supervisor.judging`), but that alone is no error.
+    """
 
     def __init__(self) -> None:
         self._events: dict[str, list[SpanEvent]] = {}
@@ -124,22 +145,26 @@ class Offences:
         if len(events) < _OFFENCES_TOLD:
             events.append(event)
 
-    def take(self, span_id: str) -> tuple[tuple[SpanEvent, ...], dict[str, AttributeValue]]:
-        """What a span that ends has to tell: events, and the attributes of the first."""
+    def take(self, span_id: str) -> SaidAtEnd:
+        """What a span that ends has to tell."""
         events = self._events.pop(span_id, None)
         if events is None:
-            return (), {}
-        told = {key: value for key, value in events[0].attributes.items() if key in _TOLD}
-        return tuple(events), told
+            return _NOTHING
+        told: dict[str, AttributeValue] = {}
+        for event in events:
+            if event.attributes.keys().isdisjoint(told):
+                told |= {key: value for key, value in event.attributes.items() if key in _TOLD}
+        return SaidAtEnd(tuple(events), told, error=_KIND in told)
 
     def told(self, record: SpanRecord) -> SpanRecord:
         """``record``, which ends its span, with what its span has to tell."""
-        events, attributes = self.take(record.span_id)
+        events, attributes, error = self.take(record.span_id)
         if not events:
             return record
+        record = record._replace(attributes={**attributes, **record.attributes}, events=(*record.events, *events))
+        if not error:
+            return record
         return record._replace(
-            attributes={**attributes, **record.attributes},
-            events=(*record.events, *events),
             status=StatusCode.ERROR,
             status_message=record.status_message
             or f"{attributes['ray_guard.violation.kind']}: {attributes['error.type']}",
@@ -183,6 +208,9 @@ class Target:
         """Reads what the target has sent so far; set by its session."""
         self.offended: Callable[[Origin, Violation], None] = lambda _origin, _violation: None
         """Told of every violation that stands in the journal; see :mod:`ray_guard.supervisor.consequences`."""
+        self.unseen: Callable[[Origin, str, Sequence[str], str], None] = lambda _origin, _span, _argv, _path: None
+        """Told of every program that is executed and not recorded, or not with all its arguments: the call, the span
+        that it is put down to, arguments and path. See :mod:`ray_guard.supervisor.judging`."""
         self.warn: Callable[[str], None] = lambda _text: None
         """Has the target log a warning; set by its session."""
         self.account = self._scope_account(Scope.ACTOR, actor_id, around)
@@ -204,6 +232,7 @@ class Target:
             parent=parent,
         )
         account.near = self.near
+        account.began = time.monotonic()
         return account
 
     def _own_origin(self) -> Origin:
@@ -357,6 +386,11 @@ class Target:
             span.origin = Origin(span.record.trace_id, call, identity, account, span.episode, call, Tally())
         return span.origin if parent is None else span.origin._replace(parent_id=parent)
 
+    def episode_of(self, trace_id: str) -> str | None:
+        """The open episode of a trace."""
+        spans = (span for span in self.open.values() if span.scope == "episode")
+        return next((span.episode for span in spans if span.record.trace_id == trace_id), None)
+
     def origin_of(self, span: OpenSpan) -> Origin:
         """An open call, or an open episode, of which then no call is known."""
         span_id = span.record.span_id
@@ -366,10 +400,14 @@ class Target:
         account = span.account or self.account
         return Origin(span.record.trace_id, span_id, identity, account, span_id, None, Tally())
 
-    def clocks(self, origin: Origin) -> list[tuple[Account, float]]:
-        """The open scopes whose elapsed time counts for ``origin``, with when each began (``time.monotonic()``)."""
-        spans = [self.open.get(span_id or "") for span_id in (origin.call, origin.episode)]
-        return [(span.account, span.began) for span in spans if span is not None and span.account is not None]
+    def tag(self, span_id: str | None, event: SpanEvent) -> None:
+        """Keeps what was found out about a span that is open for its end."""
+        if span_id is not None:
+            self._offences.add(span_id, event)
+
+    def is_of(self, key: str) -> bool:
+        """Whether what is recorded with that resource (:func:`ray_guard.evidence.otlp.resource_key`) is of this one."""
+        return resource_key(self.resource.attributes) == key
 
     # -- violations ----------------------------------------------------------------------------------------------------
 
@@ -385,6 +423,7 @@ class Target:
         value: AttributeValue | None = None,
         source: str = "",
         report_only: bool = False,
+        action: str = "",
     ) -> None:
         """Journals a violation below ``span_id``, remembers it, and keeps it for the end of the offending span."""
         now = time.time_ns()
@@ -410,7 +449,7 @@ class Target:
         self.write(record, origin.identity)
         origin.tally.another(origin)
         offending = span_id or origin.call or origin.episode or ""
-        found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode, source)
+        found = Violation(kind, limit, value, offending, now, reason, destination, origin.episode, source, action)
         self.violations.append(found)
         below = origin.parent_id if origin.link is None else origin.link[1]
         self._offences.add(span_id or below or offending, SpanEvent("ray_guard.violation", now, attributes))

@@ -69,6 +69,11 @@ def start_signer(starts: socket.socket, line: socket.socket) -> None:
     seqpacket.send(starts, {"op": "signer"}, [line.fileno()])
 
 
+def start_judge(starts: socket.socket, line: socket.socket) -> None:
+    """Starts the judge of what is recorded at this end of its line."""
+    seqpacket.send(starts, {"op": "judge"}, [line.fileno()])
+
+
 def start_witness(starts: socket.socket, line: socket.socket) -> None:
     """Starts the witness at this end of its line."""
     seqpacket.send(starts, {"op": "witness"}, [line.fileno()])

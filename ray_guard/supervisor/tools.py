@@ -28,13 +28,13 @@ from ray_guard.kernel import landlock, pidfd, seqpacket
 from ray_guard.kernel.seccomp import Listener
 from ray_guard.log import logger
 from ray_guard.named import NamedTuple
-from ray_guard.policy.budgets import NEAR, UNLIMITED, Account, Exceeded
+from ray_guard.policy.budgets import NEAR, UNLIMITED, WALL, Account, Exceeded
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.records import AttributeValue, Role, SpanKind, SpanRecord, StatusCode
 from ray_guard.supervisor import arguments, cgroups, memory_group, rlimits
 from ray_guard.supervisor.leaders import Leader
 from ray_guard.supervisor.leaf import KILL_PATIENCE_S, Leaf, OwnLeaf
-from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES, WALL
+from ray_guard.supervisor.limits import CPU, MEMORY, PROCESSES
 from ray_guard.supervisor.memory_group import MemoryGroup
 from ray_guard.supervisor.node import Node
 from ray_guard.supervisor.process_spans import exit_attributes
@@ -132,7 +132,6 @@ class Tool:
             self._origin = self._find_origin(call)
             self._origin.tally.another(self._origin)  # the process that it begins with
             self._held = self._origin.account.limits_any((CPU,))  # a clock must be there before it runs
-            self._clocks = [*target.clocks(self._origin), *self._own_clock()]
             self._admit()
         except BaseException:
             target.scratches.leave(self._call, last=self._call == self._span)
@@ -183,14 +182,16 @@ class Tool:
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
-    def _own_clock(self) -> list[tuple[Account, float]]:
-        return [] if self._account is None else [(self._account, time.monotonic())]
+    def _clocks(self) -> list[tuple[Account, float]]:
+        """The scopes whose time counts for this tool, with how much of it has passed."""
+        now = time.monotonic()
+        return [(each, now - each.began) for each in self._origin.account.upwards() if each.began is not None]
 
     def _enter(self) -> Exceeded | None:
         """Takes the room that a tool needs; the limit that leaves none."""
         account = self._origin.account
         found = [
-            *(account.measured(WALL, time.monotonic() - began) for account, began in self._clocks),
+            *(account.measured(WALL, passed) for account, passed in self._clocks()),
             account.charge(CPU, 0),
             self._node.census.reserve(account),
         ]
@@ -214,25 +215,24 @@ class Tool:
 
     def _time_left(self) -> float | None:
         """Seconds until the first ``wall_seconds`` around this tool are over."""
-        limits = [(account.limit(WALL), began) for account, began in self._clocks]
-        left = [limit - (time.monotonic() - began) for limit, began in limits if limit is not UNLIMITED]
+        limits = [(account.limit(WALL), passed) for account, passed in self._clocks()]
+        left = [limit - passed for limit, passed in limits if limit is not UNLIMITED]
         return max(0.0, min(left)) if left else None
 
     def _warn_of_time(self) -> None:
         """Has it noticed when a ``wall_seconds`` around this tool is almost over; all other limits are looked at."""
-        for account, began in self._clocks:
+        for account, passed in self._clocks():
             limit = account.limit(WALL)
             if limit is not UNLIMITED:
-                left = NEAR * limit - (time.monotonic() - began)
-                self._node.loop.later(left, partial(_notice_time, account, began))
+                self._node.loop.later(max(0.0, NEAR * limit - passed), partial(_notice_time, account))
 
     def _over(self, exceeded: Exceeded) -> None:
         """The tree has passed a limit that ends it."""
         self.end(str(exceeded.error()))
 
     def _judge_time(self, *, timed_out: bool) -> None:
-        for account, began in self._clocks:
-            exceeded = account.measured(WALL, time.monotonic() - began)
+        for account, passed in self._clocks():
+            exceeded = account.measured(WALL, passed)
             if exceeded is not None and (timed_out or exceeded.report_only):
                 self._target.exceeded(self._origin, self._span, exceeded)
                 self._why = self._why or str(exceeded.error())
@@ -326,6 +326,8 @@ class Tool:
             self._node.put_ceiling(self._leaf, self._policy, exact=self._origin.account.exact)
             stage = "journal"
             self._target.write(self._process_record(None), self._origin.identity, grants=True)
+            if whole := arguments.unseen(self._start.argv):
+                self._target.unseen(self._origin, self._span, whole, self._executable)
         except OSError as error:
             asked = "RAY_GUARD_NFTABLES asks for it: " if stage == "nftables" else ""
             log.warning("a tool was not started: %s", error)
@@ -359,6 +361,8 @@ class Tool:
             pages=self._pages,
         )
         self._warn_of_time()
+        if self._gate is not None:
+            self._gate.hand_over(self._processes.handlers)  # nobody stands between any more
         if self._ring is not None:
             self._ring.root = self._pid
             self._ring.origin_of = self._processes.origin_of
@@ -577,6 +581,14 @@ class Tool:
         return self._origin.call
 
     @property
+    def origin(self) -> Origin:
+        return self._origin
+
+    def has(self, span: str) -> bool:
+        """Whether that is a program's of its tree, as far as is known."""
+        return span == self._span or (self._processes is not None and self._processes.has(span))
+
+    @property
     def episode(self) -> str | None:
         return self._origin.episode
 
@@ -595,9 +607,9 @@ class Tool:
             self._failed({"stage": "leader", "text": "the call ended before the tool was started"})
 
 
-def _notice_time(account: Account, began: float) -> None:
-    if not account.closed:
-        account.measured(WALL, time.monotonic() - began)
+def _notice_time(account: Account) -> None:
+    if not account.closed and account.began is not None:
+        account.measured(WALL, time.monotonic() - account.began)
 
 
 def _executable(start: Start) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from ray_guard.kernel import cgroup, devices, landlock, libc, mounting
+from ray_guard.kernel.trial import Trial
 from ray_guard.named import NamedTuple
 from ray_guard.policy.decide import CompiledPolicy
 from ray_guard.policy.files import (
@@ -96,45 +97,66 @@ class View(NamedTuple):
         """
         if not self.enforced:
             return libc.bind(duplicate, raw)
+        elsewhere = frozenset(path for paths in self.writable for path in paths if self._is_elsewhere(path))
         results = [-errno.EACCES]
-        thread = threading.Thread(target=lambda: results.append(self._bind(duplicate, raw, tid)))
+        thread = threading.Thread(target=lambda: results.append(self._bind(duplicate, raw, tid, elsewhere)))
         thread.start()
         thread.join()
+        if elsewhere and results[-1] == -errno.EACCES:  # a thread cannot enter a user namespace, a process can
+            return -Trial(lambda: -self._bind_inside(duplicate, raw, tid)).outcome
         return results[-1]
 
-    def _bind(self, duplicate: int, raw: bytes, tid: int) -> int:
+    def _bind(self, duplicate: int, raw: bytes, tid: int, elsewhere: frozenset[str]) -> int:
         try:
             if mounting.way() is mounting.Way.PRIVILEGED:
-                self._enter_namespace(tid)
-            libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-            for paths in self.writable:
-                _allow_sockets(path for path in paths if not self._is_elsewhere(path))
+                _enter_namespace(tid)
+            self._bound_to_writable(elsewhere)
         except OSError as error:
             return -(error.errno or errno.EACCES)
         return libc.bind(duplicate, raw)
 
+    def _bind_inside(self, duplicate: int, raw: bytes, tid: int) -> int:
+        """Where the call's mounts are in a user namespace; in a process that does nothing else."""
+        try:
+            _enter_namespace(tid, mounting.CLONE_NEWUSER)
+            self._bound_to_writable()
+        except OSError:
+            return -errno.EACCES
+        return libc.bind(duplicate, raw)
+
+    def _bound_to_writable(self, elsewhere: frozenset[str] = frozenset()) -> None:
+        """From here on this thread has the rights of a tool, as far as sockets are concerned."""
+        libc.capset(0, 0, 0)
+        libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+        for paths in self.writable:
+            _allow_sockets(paths - elsewhere)
+
     def _is_elsewhere(self, folder: str) -> bool:
-        """Whether the call sees something else there, in a namespace that this process cannot enter."""
+        """Whether the call sees something else there, in a namespace that a thread of this process cannot enter."""
         if mounting.way() is not mounting.Way.USER:
             return False
         return folder == _SHARED_MEMORY or any(cover.path.startswith(folder + "/") for cover in self.covers)
-
-    @staticmethod
-    def _enter_namespace(tid: int) -> None:
-        """This thread sees what the call sees, from where it stands."""
-        folder = os.open(f"/proc/{tid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        namespace = os.open(f"/proc/{tid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        mounting.unshare(mounting.CLONE_FS)
-        mounting.setns(namespace, mounting.CLONE_NEWNS)
-        os.fchdir(folder)
-        os.close(folder)
-        os.close(namespace)
 
     def descriptor(self) -> int:
         """A memory file of it, for the tool's process to read."""
         memory = os.memfd_create("ray_guard-view", os.MFD_CLOEXEC)
         os.write(memory, self.payload)
         return memory
+
+
+def _enter_namespace(tid: int, user: int = 0) -> None:
+    """This thread sees what the call sees, from where it stands; ``user``: CLONE_NEWUSER, where that leads there."""
+    folder = os.open(f"/proc/{tid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    namespace = os.open(f"/proc/{tid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    if user:
+        owner = os.open(f"/proc/{tid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        mounting.setns(owner, user)
+        os.close(owner)
+    libc.unshare(mounting.CLONE_FS)
+    mounting.setns(namespace, mounting.CLONE_NEWNS)
+    os.fchdir(folder)
+    os.close(folder)
+    os.close(namespace)
 
 
 def _allow_sockets(paths: Iterable[str]) -> None:

@@ -71,21 +71,17 @@ _OWN_SWEPT: Final = 256
 """How often, in children, those that have ended are forgotten."""
 
 
+def _program(*, gpu: bool) -> bytes:
+    """The filter of a call."""
+    borrows, own_ipc = borrowing.works(), ipc.can_be_own()
+    ring = rings.call_ring(syscalls.MACHINE, landlock=landlock.abi(), borrows=borrows, own_ipc=own_ipc, gpu=gpu)
+    return seccomp.encode(ring)
+
+
 class _Zygote:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
-        self._programs = {
-            gpu: seccomp.encode(
-                rings.call_ring(
-                    syscalls.MACHINE,
-                    landlock=landlock.abi(),
-                    borrows=borrowing.works(),
-                    own_ipc=ipc.can_be_own(),
-                    gpu=gpu,
-                )
-            )
-            for gpu in (False, True)
-        }
+        self._programs = {False: _program(gpu=False)}
         self._system = domain.prepare()
         with contextlib.suppress(OSError):  # its leaders say so
             domain.Domain(self._system).close()  # what is kept of it once they share
@@ -98,6 +94,7 @@ class _Zygote:
         self._supervisor = os.getppid()
         self._witness: socket.socket | None = None
         self._leaves: list[leaf.OwnLeaf] = []
+        self._rehearsed = False
 
     def step(self) -> bool:
         """Handles what has come; False: the supervisor is gone."""
@@ -127,7 +124,7 @@ class _Zygote:
                 self.held.hold(str(message["path"]))
         elif operation == "sweep":
             self._sweep(str(message["path"]))
-        elif operation in ("mover", "signer", "recoverer", "witness"):
+        elif operation in ("mover", "signer", "recoverer", "judge", "witness"):
             self._fork_helper(operation, descriptors)
         elif operation == "end_adopted":
             self.end_adopted({int(message["leader"])})
@@ -171,7 +168,18 @@ class _Zygote:
             finally:
                 os._exit(0)
 
+    def _rehearse(self) -> None:
+        """Before the second leader: one is quick to be there, from two on their size counts."""
+        if self.leaders and not self._rehearsed:
+            self._rehearsed = True
+            from ray_guard.supervisor.rehearsal import rehearse  # here alone: nobody's first call waits for it
+
+            rehearse(self._programs[False], self._system)
+            gc.freeze()
+
     def _fork_leader(self, line: int, covers: mounts.Covers, *, gpu: bool) -> None:
+        self._rehearse()
+        program = self._programs[gpu] = self._programs.get(gpu) or _program(gpu=gpu)
         self._leaves = [each for each in self._leaves if not each.remove()]
         own = leaf.new()
         try:
@@ -190,12 +198,12 @@ class _Zygote:
         try:
             # A leader's copies would keep alive the lines of targets that are the zygote's wards.
             close_all_but((0, 1, 2, line, *(() if own is None else (own.descriptor,))))
-            with contextlib.suppress(OSError):  # then each tool tries, and says so
+            try:
                 bound_capabilities()
+            except OSError:
+                pass  # then each tool tries, and says so
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, line)
-            code = lead(
-                sock, self._programs[gpu], self._system, covers, own.path if own is not None and own.joined else ""
-            )
+            code = lead(sock, program, self._system, covers, own.path if own is not None and own.joined else "")
         except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
             import traceback
 
@@ -225,6 +233,10 @@ class _Zygote:
                 from ray_guard.evidence import signer
 
                 signer.run(line)
+            if which == "judge":
+                from ray_guard.evidence import judge
+
+                judge.run(line)
             from ray_guard.evidence import recovery
 
             recovery.run(line)
@@ -262,7 +274,7 @@ class _Zygote:
 
                 traceback.print_exc()
         for number, estate in list(self.estates.held.items()):
-            if estate.pid in taken:
+            if number in taken:
                 self.keeping.unread.release(number)
                 self.keeping.wards.release_tree(estate.pid)
             else:
@@ -273,10 +285,12 @@ class _Zygote:
     def _offers(self) -> Iterator[handover.Offer]:
         for number, estate in self.estates.held.items():
             ward, line = self.keeping.wards.target(estate.pid), self.keeping.unread.line(number)
-            if ward is not None and ward.lifeline is not None and line is not None:
-                last = self.keeping.unread.last_of(number)
-                journaled = last is not None and self.keeping.unread.has_ended(number, str(last.get("span")))
-                yield handover.Offer(estate, ward.start_time, line, ward.lifeline, last, journaled)
+            if line is None or (estate.pid and (ward is None or ward.lifeline is None)):
+                continue
+            last = self.keeping.unread.last_of(number)
+            journaled = last is not None and self.keeping.unread.has_ended(number, str(last.get("span")))
+            tied = () if ward is None or ward.lifeline is None else (ward.lifeline,)
+            yield handover.Offer(estate, 0 if ward is None else ward.start_time, line, tied, last, journaled)
 
     def _start_supervisor(self, listener: socket.socket) -> None:
         if not self._is_parent(os.fork()):

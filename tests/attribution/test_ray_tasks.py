@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,20 +70,27 @@ def attribute(job: Path, out: str, *more: str) -> subprocess.CompletedProcess[st
 
 
 def test_two_nodes_give_the_same_bytes_as_one_machine(job: Path, two_nodes: str) -> None:
-    alone = attribute(job, "alone.json")
-    spread = attribute(job, "spread.json", "--ray", two_nodes)
+    alone = attribute(job, "answer.json", "--html", "report.html")
+    by_one = {name: (job / name).read_bytes() for name in ("answer.json", "report.html")}
+    spread = attribute(job, "answer.json", "--html", "report.html", "--ray", two_nodes)
     assert alone.returncode == 0, alone.stderr
     assert spread.returncode == 0, spread.stderr
     assert spread.stdout == alone.stdout
-    assert (job / "spread.json").read_bytes() == (job / "alone.json").read_bytes()
-    answer = json.loads((job / "alone.json").read_text())
+    assert {name: (job / name).read_bytes() for name in by_one} == by_one
+    answer = json.loads(by_one["answer.json"])
     assert answer["traces"]["quarantined"] == {"torn": 1}
     assert sum(alert["verdict"] == "attributed" for alert in answer["alerts"]) >= 20
     assert answer["recurrence"]
 
 
-def test_what_it_cannot_do_is_said(job: Path) -> None:
-    page = attribute(job, "a.json", "--html", "a.html", "--ray")
-    assert page.returncode == 2
-    assert "--html needs all spans on this machine" in page.stderr
+def test_an_address_where_no_cluster_answers_is_named_soon(job: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        silent = f"127.0.0.1:{mute.getsockname()[1]}"
+        begun = time.monotonic()
+        tried = attribute(job, "a.json", "--ray", silent)
+    assert time.monotonic() - begun < 60  # Ray itself tries for more than two minutes
+    refused = attribute(job, "a.json", "--ray", silent)
+    for each in (tried, refused):
+        assert each.returncode == 2
+        assert f"--ray {silent}: no such cluster (" in each.stderr
     assert not (job / "a.json").exists()

@@ -10,8 +10,11 @@ stands there survives the job. ``s ID NUMBER``: the call has begun, as far as it
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -103,9 +106,29 @@ class Job:
             self._ledger.note(f"f {span}")
         return self._number
 
-    def flow(self) -> None:
-        """Makes calls without a pause until it is killed."""
-        threading.Thread(target=self.calls, args=(10**9,), daemon=True).start()
+    def touches(self, pid: int) -> list[int]:
+        """What comes of reaching for a process, in ways that would do it no harm: error numbers."""
+
+        def came(attempt: Callable[..., object], *arguments: Any) -> int:
+            try:
+                attempt(*arguments)
+            except OSError as error:
+                return error.errno or -1
+            return 0
+
+        return [
+            came(os.kill, pid, signal.SIGCONT),
+            came(os.kill, -os.getpgid(pid), signal.SIGCONT),
+            came(signal.pidfd_send_signal, os.pidfd_open(pid), signal.SIGCONT),
+            came(fcntl.fcntl, 0, fcntl.F_SETOWN, pid),
+            came(os.sched_setaffinity, pid, os.sched_getaffinity(pid)),
+            came(os.setpriority, os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, pid)),
+            came(resource.prlimit, pid, resource.RLIMIT_CORE, resource.prlimit(pid, resource.RLIMIT_CORE)),
+        ]
+
+    def flow(self, kind: str = "calls") -> None:
+        """Makes calls (or ``spans``) without a pause until it is killed."""
+        threading.Thread(target=getattr(self, kind), args=(10**9,), daemon=True).start()
 
     def hold(self, argv: list[str]) -> int:
         """A call that starts ``argv`` and does not end; the process's pid."""

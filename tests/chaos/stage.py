@@ -35,7 +35,10 @@ def lives(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except ProcessLookupError:  # it is about to go
+        return []
 
 
 _SUPERVISOR = b"ray_guard.supervisor.__main__"

@@ -8,6 +8,7 @@ sinks saw, whether the victim lives; the attacker's own word counts for nothing 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -188,25 +189,44 @@ def wait(condition: Callable[[], Any], what: str, seconds: float = 5.0) -> Any:
 # confined hosts
 
 
+@functools.cache
+def _may_have_namespaces() -> bool:
+    """Whether an ordinary user gets a mount namespace, in a user namespace of its own."""
+    if launcher.current() not in ("", "unprivileged"):  # what simulates a host does not reach into it
+        return False
+    command = ["unshare", "--user", "--map-current-user", "--mount", "true"]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def has_own_supervisors() -> bool:
+    """Whether each :class:`Namespace` has a supervisor that nobody else uses."""
+    return ROOT or _may_have_namespaces()
+
+
 class Namespace:
     """A mount namespace of our own: a supervisor belongs to a set of namespaces, and ours must be nobody else's.
 
-    Without the right to make one (unprivileged) the user's own supervisor is used: nobody else should use it then.
+    Where an ordinary user gets none the user's own supervisor is used: nobody else should use it then.
     """
 
     def __init__(self, *, network: bool = False) -> None:
         self.prefix: list[str] = []
         self._holder: subprocess.Popen[bytes] | None = None
-        if ROOT:
+        if has_own_supervisors():
             flags = ["-m", *(["-n"] if network else [])]
-            entered = launcher.prefix()  # in the mount namespace that it makes, if it makes one
+            made, entered = (
+                (flags, flags)
+                if ROOT
+                else (["-U", "--map-current-user", *flags], ["-U", "--preserve-credentials", *flags])
+            )
+            within = launcher.prefix()  # in the mount namespace that it makes, if it makes one
             self._holder = subprocess.Popen(
-                ["unshare", *flags, "--propagation", "private", *entered, "sh", "-c", "echo; exec sleep 1000"],
+                ["unshare", *made, "--propagation", "private", *within, "sh", "-c", "echo; exec sleep 1000"],
                 stdout=subprocess.PIPE,
             )
             assert self._holder.stdout is not None
             self._holder.stdout.readline()
-            self.prefix = ["nsenter", "-t", str(self._holder.pid), *flags, f"--wdns={os.getcwd()}"]
+            self.prefix = ["nsenter", "-t", str(self._holder.pid), *entered, f"--wdns={os.getcwd()}"]
         self.outside = list(self.prefix)
         """The same, but not on the simulated host: that may refuse to mount what a test needs."""
         self.prefix += launcher.prefix()  # RAY_GUARD_TEST_HOST: all that is started here runs on a simulated host

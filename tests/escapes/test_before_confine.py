@@ -25,7 +25,7 @@ def send(step):
         try: sock.sendmsg([step.encode()], [], 0, where[name]); said[f'{step} {name}'] = 'sent'
         except OSError as error: said[f'{step} {name}'] = error.errno
 send('before')
-try: ray_guard.confine({'egress': {'allow': ['udp://192.0.2.7:9']}, 'budgets': {'actor': {'egress_bytes': 9}}})
+try: ray_guard.confine({'egress': {'allow': ['udp://192.0.2.7:9'], 'listen': [9]}, 'budgets': {'actor': {'egress_bytes': 9}}})
 except ray_guard.NotEnforced: send('refused')
 ray_guard.confine({'egress': {'allow': []}})
 send('confined')

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
 import subprocess
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +94,58 @@ def test_a_bystander_is_left_alone(stage: Stage, attack: Attack, ring: str, monk
     finally:
         while _bystanders:
             _bystanders.popitem()[1].close()
+
+
+_kept_waiting: set[str] = set()
+"""Folders of attacks for which somebody outside could not open a file."""
+
+
+@contextlib.contextmanager
+def _reader(told: dict[str, Any]) -> Iterator[None]:
+    """Outside: opens the file that the attack may read, as soon as that says so."""
+    folder, over = Path(told["folder"]), threading.Event()
+    (folder / "shared").write_text("shared")
+
+    def read() -> None:
+        while not (folder / "ready").exists():
+            if over.wait(0.005):
+                return
+        try:
+            os.close(os.open(folder / "shared", os.O_RDONLY | os.O_NONBLOCK))
+        except BlockingIOError:
+            _kept_waiting.add(told["folder"])
+        (folder / "over").touch()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5)
+
+
+LEASE = Attack(
+    "lease of a file that others read",
+    """
+def main():
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    descriptor = os.open(A['folder'] + '/shared', os.O_RDONLY)
+    call(72, descriptor, 1024, 1)  # F_SETLEASE, F_WRLCK: who opens it waits for 45 seconds
+    open(A['folder'] + '/ready', 'w').close()
+    while not os.path.exists(A['folder'] + '/over'): time.sleep(0.005)
+""",
+    sink="",
+    refused=("EINVAL",),
+    rings=("call",),
+    judge=lambda told: "others wait for it" if told["folder"] in _kept_waiting else "",
+    beside=_reader,
+)
+
+
+@cases([LEASE], "other processes")
+def test_nobody_waits_for_a_file(stage: Stage, attack: Attack, ring: str) -> None:
+    escape(stage, attack, ring)
 
 
 def test_within_its_call_a_tool_reschedules_and_limits(stage: Stage) -> None:

@@ -589,6 +589,85 @@ print(len(open('/dev/stdin').read()))
     assert ground.harm("victim") == ""
 
 
+_SHARED = [
+    ("chmod", "os.chmod(P, 0o777)"),
+    ("chmod by a symbolic link", "os.symlink(P, F + '/link'); os.chmod(F + '/link', 0o777)"),
+    ("chmod by dots", "os.chmod('/dev/./shm/../shm/' + N, 0o777)"),
+    ("chmod from within", "os.chdir('/dev/shm'); os.chmod(N, 0o777)"),
+    ("utime", "os.utime(P, (1, 1))"),
+    ("setxattr", "os.setxattr(P, 'user.left', b'behind')"),
+    ("chmod of the folder", "os.chmod('/dev/shm', 0o755)"),
+]
+
+
+@pytest.mark.parametrize(("name", "program"), [pytest.param(*each, id=each[0]) for each in _SHARED])
+def test_shared_memory_of_the_host_is_not_changed(stage: Stage, folder: Path, name: str, program: str) -> None:
+    """A call has a /dev/shm of its own, and who changes modes on its behalf sees the host's: the engine's buffers."""
+    victim = Path(f"/dev/shm/ray_guard_victim_{folder.name}")
+
+    def state() -> tuple[object, ...]:
+        found, above = victim.stat(), victim.parent.stat()
+        return found.st_mode, found.st_mtime_ns, sorted(os.listxattr(victim)), above.st_mode
+
+    argv = [
+        PYTHON,
+        "-I",
+        "-S",
+        "-c",
+        f"import os, sys\nP, N, F = sys.argv[1:]\n{program}",
+        str(victim),
+        victim.name,
+        str(folder),
+    ]
+    victim.write_text("the engine's")
+    before = state()
+    mode = before[-1]
+    try:
+        stage.host().run("call", argv)
+        assert state() == before
+        (folder / "link").unlink(missing_ok=True)
+        done = subprocess.run(argv, capture_output=True, text=True)
+        if done.returncode and ("not supported" in done.stderr or "not permitted" in done.stderr):
+            pytest.skip(f"{name}: does not work unconfined either: {done.stderr.splitlines()[-1]}")
+        assert state() != before, f"the attack does not even work unconfined: {done}"
+    finally:
+        if victim.parent.stat().st_mode != mode:
+            victim.parent.chmod(mode)
+        victim.unlink()
+
+
+@pytest.mark.parametrize("by", ["P", "F + '/link'"])
+def test_a_file_in_memory_of_another_process_is_not_changed(stage: Stage, folder: Path, by: str) -> None:
+    """An engine's memfd: its descriptor cannot be opened from within a call, but it has a path."""
+    program = "import os, time; number = os.memfd_create('x'); os.fchmod(number, 0o600); print(number, flush=True); time.sleep(600)"
+    victim = subprocess.Popen([PYTHON, "-I", "-S", "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert victim.stdout is not None
+        path = f"/proc/{victim.pid}/fd/{int(victim.stdout.readline())}"
+        attack = f"import os, sys\nP, F = sys.argv[1:]\nos.symlink(P, F + '/link')\nos.chmod({by}, 0o666)"
+        argv = [PYTHON, "-I", "-S", "-c", attack, path, str(folder)]
+        stage.host().run("call", argv)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        (folder / "link").unlink()
+        subprocess.run(argv, check=True)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
+    finally:
+        victim.kill()
+        victim.communicate()
+
+
+def test_a_call_changes_modes_of_its_own_files_in_memory(stage: Stage) -> None:
+    program = "import os\nn = os.memfd_create('x')\nos.fchmod(n, 0o600)\nos.chmod(f'/proc/self/fd/{n}', 0o640)\nos.chmod(f'/proc/{os.getpid()}/fd/{n}', 0o644)\nprint(oct(os.fstat(n).st_mode))"
+    assert stage.host().run("call", [PYTHON, "-I", "-S", "-c", program]).stdout == "0o100644\n"
+
+
+def test_a_call_changes_modes_in_its_own_shared_memory(stage: Stage) -> None:
+    program = "import os\nopen('/dev/shm/own', 'w').close()\nos.chmod('/dev/shm/own', 0o640)\nos.utime('/dev/shm/own', (1, 1))\nprint(oct(os.stat('/dev/shm/own').st_mode), os.stat('/dev/shm/own').st_mtime)"
+    if lacks("mount namespaces") or not mounting.works():
+        pytest.skip("mount namespaces missing: calls have no /dev/shm")
+    assert stage.host().run("call", [PYTHON, "-I", "-S", "-c", program]).stdout == "0o100640 1.0\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what must work
 

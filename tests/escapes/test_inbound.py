@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, UNREADABLE, Attack, Stage, cases, escape, needs, skip_without
+from harness import (
+    PYTHON,
+    ROOT,
+    UNREADABLE,
+    Attack,
+    Host,
+    Namespace,
+    Stage,
+    cases,
+    escape,
+    lacks,
+    needs,
+    skip_without,
+)
+
+from ray_guard.kernel import mounting
 
 pytestmark = pytest.mark.kernel
 
@@ -294,6 +310,44 @@ client = socket.socket(socket.AF_UNIX); client.connect('./relative'); print(oct(
     with tempfile.TemporaryDirectory(dir=stage.folder) as folder:
         outcome = stage.host().run(ring, [PYTHON, "-I", "-S", "-c", "import os; os.umask(0o022)\n" + program, folder])
     assert outcome.stdout == "hello 0o755\nhello 0o755\n0o700 relative\n", outcome
+
+
+def test_own_unix_sockets_work_beside_what_is_protected(stage: Stage, folder: Path) -> None:
+    """An environment, or evidence, in the project's folder: an ordinary user's call has mounts there."""
+    (folder / "kept").mkdir()
+    program = """
+import os, socket, sys
+for where in (sys.argv[1], '/dev/shm', sys.argv[1] + '/kept', sys.argv[1] + '/evidence', os.path.dirname(sys.argv[1])):
+    server = socket.socket(socket.AF_UNIX); client = socket.socket(socket.AF_UNIX); path = os.path.join(where, 's')
+    try: server.bind(path); server.listen(); client.connect(path)
+    except OSError as error: print(error.errno)
+    else: print(oct(os.stat(path).st_mode))
+"""
+    files = {"read": ["system", "env"], "write": ["scratch", str(folder)], "protect": [str(folder / "kept")]}
+    namespace = Namespace()
+    host = Host({"egress": {"allow": []}, "files": files}, folder / "evidence", namespace)
+    try:
+        outcome = host.run("call", [PYTHON, "-I", "-S", "-c", program, str(folder)])
+    finally:
+        host.close()
+        namespace.close()
+    said = outcome.stdout.splitlines()
+    if mounting.works() and not lacks("mount namespaces"):
+        assert said[:2] == ["0o140755"] * 2, outcome
+    assert len(said) == 5, outcome
+    assert all(line.isdecimal() for line in said[2:]), outcome
+    assert not (folder / "kept/s").exists()
+
+
+@pytest.mark.skipif(not ROOT, reason="missing: root, to have a folder of another user")
+def test_a_unix_socket_takes_no_capability_of_the_supervisor(stage: Stage, folder: Path) -> None:
+    """Root's tool has none, and so makes nothing in another user's folder, not even by who binds for it."""
+    os.chown(folder, 12345, 12345)
+    program = "import socket, sys; sock = socket.socket(1); sock.bind(sys.argv[1] + '/s')"
+    argv = [PYTHON, "-I", "-S", "-c", program, str(folder)]
+    assert "PermissionError" in stage.host().run("call", argv).stderr
+    assert not (folder / "s").exists()
+    subprocess.run(argv, check=True)  # with its capabilities root does
 
 
 @needs("pidfd_getfd")  # else no more than egress.made.HELD_LIMIT may be neither connected nor listening

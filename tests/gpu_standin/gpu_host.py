@@ -35,6 +35,8 @@ class GpuHost:
         script = f"mount --bind {devices} /proc/devices && mount -t tmpfs tmpfs /run && chmod 755 /run"
         if nvml:
             self.nvml = Standin(folder)
+            self.nvml.gpus[0].minor = os.minor(self.gpu.stat().st_rdev)
+            self.nvml.write()
             script += f" && mkdir -p {where} && cp {self.nvml.library} {where} && chmod -R go-w /run/nvidia"
         subprocess.run([*self.namespace.outside, "sh", "-ec", script], check=True)
 

@@ -5,6 +5,7 @@
      device  INDEX MIG TOTAL USED RESERVED UTILIZATION ENERGY_MJ
      process INDEX LIST PID MEMORY GPU_INSTANCE COMPUTE_INSTANCE     LIST: compute or graphics
      sample  INDEX PID TIME_US SM
+     minor   INDEX MINOR                                             of its device node; not said: INDEX
      error   CALL CODE
      delay   CALL MILLISECONDS
 
@@ -84,6 +85,19 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
 int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned length) {
     snprintf(uuid, length, "GPU-%08ld", (long)handle - 1);
     return begin("nvmlDeviceGetUUID");
+}
+
+int nvmlDeviceGetMinorNumber(void *handle, unsigned *minor) {
+    char line[512];
+    long index;
+    unsigned value;
+    int code = begin("nvmlDeviceGetMinorNumber");
+    FILE *file = state();
+    if (!file) return UNKNOWN;
+    for (*minor = (long)handle - 1; fgets(line, sizeof line, file);)
+        if (sscanf(line, "minor %ld %u", &index, &value) == 2 && index == (long)handle - 1) *minor = value;
+    fclose(file);
+    return code;
 }
 
 int nvmlDeviceGetMigMode(void *handle, unsigned *current, unsigned *pending) {

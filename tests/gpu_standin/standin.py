@@ -30,6 +30,8 @@ class Gpu:
     reserved: int = GIB // 2
     utilization: int = 0
     energy: int = 1000
+    minor: int | None = None
+    """Of its device node; None: the GPU's index."""
     processes: list[tuple[str, int, int, int, int]] = field(default_factory=list)
     """(``compute`` or ``graphics``, pid, memory, GPU instance, compute instance)."""
     samples: list[tuple[int, int, int]] = field(default_factory=list)
@@ -66,6 +68,7 @@ class Standin:
         for index, gpu in enumerate(self.gpus):
             values = (int(gpu.mig), gpu.total, gpu.used, gpu.reserved, gpu.utilization, gpu.energy)
             lines.append(f"device {index} {' '.join(map(str, values))}")
+            lines += [] if gpu.minor is None else [f"minor {index} {gpu.minor}"]
             lines += [f"process {index} {' '.join(map(str, row))}" for row in gpu.processes]
             lines += [f"sample {index} {' '.join(map(str, row))}" for row in gpu.samples]
         lines += [f"error {call} {code}" for call, code in self.errors.items()]

@@ -6,18 +6,21 @@ Two raylets of one real cluster, each in namespaces and so with a supervisor of 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from ray_guard import BudgetExceeded, episode, guard, tool_call
+from ray_guard import BudgetExceeded, Popen, episode, guard, tool_call
+from ray_guard.actors.job_budget import Gcs
 from ray_guard.client import channel
 from ray_guard.client.quota import reserve
 
@@ -109,6 +112,53 @@ def test_the_sum_over_two_supervisors_never_passes_the_jobs_limit() -> None:
     again = Spender.options(resources={"second": 1}).remote()
     spent += sum(ray.get([actor.spend.remote(1, 1000) for actor in (here, again)]))
     assert spent <= _LIMIT
+
+
+@guard(allow=[], budgets={"job": {"memory": "300MiB", "processes": 40, "wall_seconds": 3600}})
+@ray.remote(num_cpus=0)
+class Holder:
+    def hold(self) -> bool:
+        """A tool takes 180 MiB; whether it has them."""
+        self._call = tool_call("hold")  # stays open
+        self._call.__enter__()
+        program = "import sys; m = bytearray(b'x') * (180 << 20); print(flush=True); sys.stdin.read()"
+        self._tool = Popen([sys.executable, "-I", "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._tool.stdout is not None
+        self._tool.stdout.readline()
+        try:
+            return self._tool.wait(1.5) is None
+        except subprocess.TimeoutExpired:
+            return True
+
+    def let_go(self) -> int:
+        """What ended it: the limit, or its input's end."""
+        self._tool.communicate()
+        return self._tool.wait()
+
+    def start_all(self) -> int:
+        """Starts as many tools as it may; how many those are, with the ones from before."""
+        self._many = getattr(self, "_many", [])
+        with suppress(BudgetExceeded):
+            while True:
+                self._many.append(Popen(["sleep", "600"]))
+        return len(self._many)
+
+
+def test_levels_are_one_jobs_on_two_nodes() -> None:
+    """What one node holds, of more than its first part of the limit, the other cannot have; what is free it can."""
+    here = Holder.options(resources=_FIRST).remote()
+    there = Holder.options(resources={"second": 1}).remote()
+    assert ray.get(here.hold.remote())
+    assert not ray.get(there.hold.remote())
+    assert ray.get([here.let_go.remote(), there.let_go.remote()]) == [0, -signal.SIGKILL]
+    gcs = Gcs(ray.get_runtime_context().gcs_address)
+    assert 1 <= len(list(gcs.keys("began/"))) <= 2, "when the job began is known to both"
+    ray.kill(there)
+    deadline = time.monotonic() + 25
+    while (started := ray.get(here.start_all.remote())) < 40 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert started == 40
+    ray.kill(here)
 
 
 @guard(allow=[], role="policy")

@@ -40,14 +40,18 @@ def refused(action, *args, **kwargs):
 
 
 def supervisor() -> int:
-    """The one of this namespace. Its zygote and leaders have its command line too."""
+    """The one of this namespace and user. Its zygote and leaders have its command line too."""
     here = os.stat("/proc/self/ns/mnt").st_ino
     below: dict[int, list[int]] = {}
-    for process in psutil.process_iter(["cmdline"]):
-        with contextlib.suppress(psutil.Error, OSError):
+    for process in psutil.process_iter(["cmdline", "uids"]):
+        with contextlib.suppress(psutil.Error, FileNotFoundError):
             ours = "ray_guard.supervisor.__main__" in " ".join(process.info["cmdline"] or ())
-            if ours and os.stat(f"/proc/{process.pid}/ns/mnt").st_ino == here:
-                below[process.pid] = [child.pid for child in process.children()]
+            if not ours or process.info["uids"].real != os.getuid():
+                continue
+            with contextlib.suppress(PermissionError):  # it is not dumpable: root alone may ask, and has it in many
+                if os.stat(f"/proc/{process.pid}/ns/mnt").st_ino != here:
+                    continue
+            below[process.pid] = [child.pid for child in process.children()]
     (found,) = below.keys() - {child for children in below.values() for child in children}
     return found
 

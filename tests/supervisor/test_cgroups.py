@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, wait
+from harness import PYTHON, Host, Namespace, has_own_supervisors, wait
 
 from ray_guard.kernel import procfs
 from ray_guard.supervisor.leaf import place
 
 pytestmark = [
     pytest.mark.kernel,
-    pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own"),
+    pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own"),
     pytest.mark.skipif(not place(), reason="missing: a cgroup2 hierarchy in which this process may make groups"),
 ]
 

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 from gpu_host import GpuHost, gpu_host
 from harness import PYTHON, Host, grants, wait
+from standin import UNAVAILABLE
 
 pytestmark = pytest.mark.kernel
 
 _TOLD_S = 1.0
 _ENDED_S = 2.0
 GIB = 1 << 30
+_NOBODY = (1 << 22) - 1
+"""The last number that a process can have on a large machine."""
 
 _HOLD = "import os, sys, time; print(os.getpid(), flush=True); os.open(sys.argv[1], os.O_RDONLY); time.sleep(8)"
 
@@ -253,6 +256,19 @@ def test_gpu_memory_is_held(fresh: GpuHost, tmp_path: Path) -> None:
         assert told["attributes"]["ray_guard.violation.value"] == 4 * GIB
 
 
+def test_memory_that_nobody_limits_need_not_be_known(fresh: GpuHost, tmp_path: Path) -> None:
+    nvml = fresh.nvml
+    assert nvml is not None
+    with confined(fresh, tmp_path, budgets={"actor": {"gpu_seconds": 100}}) as host:
+        pid = host.inside(_ENGINE, python=PYTHON, program=_HOLD, gpu=str(fresh.gpu))
+        nvml.gpus[0].runs(pid, UNAVAILABLE)
+        nvml.errors = dict.fromkeys(("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"), 3)
+        nvml.write()
+        time.sleep(1.5)
+        assert not gone(pid)
+        assert violations(host, "gpu_process") == []
+
+
 def test_a_context_without_a_descriptor_is_found(fresh: GpuHost, tmp_path: Path) -> None:
     nvml = fresh.nvml
     assert nvml is not None
@@ -326,6 +342,25 @@ def test_without_nvml_what_must_be_measured_is_refused(tmp_path: Path, require: 
             (told,) = violations(host, "gpu_process")
             assert told["attributes"]["error.type"] == "unmeasured"
             assert host.alive
+
+
+@pytest.mark.parametrize("blind", ["no GPU", "another GPU", "pids of another namespace"])
+def test_what_nvml_does_not_see_is_not_measured_as_nothing(fresh: GpuHost, tmp_path: Path, blind: str) -> None:
+    nvml = fresh.nvml
+    assert nvml is not None
+    if blind == "no GPU":
+        nvml.gpus = []
+    elif blind == "another GPU":
+        nvml.gpus[0].minor = 77
+    else:
+        nvml.gpus[0].runs(_NOBODY, 2 * GIB)
+    nvml.write()
+    with confined(fresh, tmp_path, budgets={"actor": {"gpu_seconds": 100}}) as host:
+        pid = host.inside(_ENGINE, python=PYTHON, program=_HOLD, gpu=str(fresh.gpu))
+        wait(lambda: gone(pid), "it computes, and nobody can say how much", 6.0)
+        (told,) = violations(host, "gpu_process")
+        assert told["attributes"]["error.type"] == "unmeasured"
+        assert len(violations(host, "gpu_hidden_tenant")) == (blind == "pids of another namespace")
 
 
 def test_without_nvml_the_census_goes_on(tmp_path: Path) -> None:
@@ -462,10 +497,11 @@ def test_gpu_seconds_of_a_call_and_of_an_episode(fresh: GpuHost, tmp_path: Path,
         assert host.alive
 
 
-def test_gpu_memory_of_a_call(fresh: GpuHost, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scope", "limit", "value"), [("call", 3, 4), ("episode", 5, 6), ("job", 5, 6)])
+def test_gpu_memory_of_tools(fresh: GpuHost, tmp_path: Path, scope: str, limit: int, value: int) -> None:
     nvml = fresh.nvml
     assert nvml is not None
-    with confined(fresh, tmp_path, gpu="any", budgets={"call": {"gpu_memory": "3GiB"}}) as host:
+    with confined(fresh, tmp_path, gpu="any", budgets={scope: {"gpu_memory": limit * GIB}}) as host:
         program = _HOLD.replace("sleep(8)", "sleep(20)")
         greedy, modest = host.inside(_CALLS, python=PYTHON, program=program, gpu=str(fresh.gpu))
         nvml.gpus[0].runs(greedy, 2 * GIB)
@@ -477,6 +513,9 @@ def test_gpu_memory_of_a_call(fresh: GpuHost, tmp_path: Path) -> None:
         nvml.write()
         wait(lambda: gone(greedy), "it keeps more than it may", _ENDED_S)
         (told,) = violations(host, "gpu_memory")
-        assert told["attributes"]["error.type"] == "call budget"
-        assert told["attributes"]["ray_guard.violation.value"] == 4 * GIB
-        assert not gone(modest)
+        assert told["attributes"]["error.type"] == f"{scope} budget"
+        assert told["attributes"]["ray_guard.violation.value"] == value * GIB
+        if scope == "call":
+            assert not gone(modest)
+        else:
+            wait(lambda: gone(modest), "together they hold more than they may", _ENDED_S)

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import PYTHON, ROOT, CannotBuild, Host, Namespace, Stage, wait
+from harness import PYTHON, ROOT, CannotBuild, Host, Namespace, Stage, has_own_supervisors, wait
 
 from ray_guard.kernel import procfs
 
-pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own")]
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own")]
 
 
 @pytest.fixture
@@ -217,6 +217,7 @@ held[0].wait()
     assert host.inside(code) is None, "it was waited for"
 
 
+@pytest.mark.skipif(not ROOT, reason="the supervisor is not dumpable: only root can count its descriptors")
 def test_descriptors_of_a_call_do_not_stay(host: Host) -> None:
     """Standard ones, the line, what wakes it, its next thread's line, news and ruleset, control group: no more."""
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, skip_without, wait
+from harness import PYTHON, Host, Namespace, has_own_supervisors, skip_without, wait
 
 from ray_guard.supervisor import memory_group
 from ray_guard.supervisor.leaf import place
 
-pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own")]
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own")]
 
 MIB = 1 << 20
 
@@ -28,7 +28,7 @@ import errno, os, platform, sys
 from ray_guard.kernel import mounting, seccomp
 for what in sys.argv[1].split():
     if what == "cgroup":
-        mounting.enter_own_namespace(mounting.Way.PRIVILEGED)
+        mounting.enter_own_namespace(mounting.way())
         mounting.mount("tmpfs", "/sys/fs/cgroup", "tmpfs", mounting.MS_RDONLY)
     elif what == "perf":
         rule = seccomp.Rule("perf_event_open", seccomp.refuse(errno.EPERM))
@@ -195,9 +195,10 @@ result = said
 """
     with limited(tmp_path / "a", call={"processes": 8}) as host:
         assert host.inside(code, counts=[7, 7, 7, 12]) == {"0": "all", "1": "all", "2": "all", "3": ""}
-    with limited(tmp_path / "b", actor={"processes": 8}) as host:
-        assert list(host.inside(code, counts=[5, 5]).values()).count("all") == 1
-        assert {violation["type"] for violation in violations(host)} == {"actor budget"}
+    for scope in ("actor", "job"):
+        with limited(tmp_path / scope, **{scope: {"processes": 8}}) as host:
+            assert list(host.inside(code, counts=[5, 5]).values()).count("all") == 1
+            assert {violation["type"] for violation in violations(host)} == {f"{scope} budget"}
 
 
 def test_two_tools_of_one_call_share_its_limit(tmp_path: Path) -> None:
@@ -485,6 +486,47 @@ with ray_guard.episode(id='e', group='g', iteration=1):
         assert second[0] == -signal.SIGTERM
         assert 0.2 <= second[1] <= 0.6
         assert over[0] == "episode wall_seconds"
+
+
+@pytest.mark.parametrize("scope", ["actor", "job"])
+def test_time_of_an_actor_and_of_a_job_ends_its_tools_and_starts_no_more(tmp_path: Path, scope: str) -> None:
+    code = """
+result = []
+while not result or not isinstance(result[-1], str):
+    with ray_guard.tool_call('t', {}):
+        try: result.append(ray_guard.run(['sleep', '60']).returncode)
+        except ray_guard.BudgetExceeded as error: result.append(f'{error.scope} {error.kind}')
+"""
+    with limited(tmp_path, **{scope: {"wall_seconds": 2}}) as host:
+        assert host.inside(code) == [-signal.SIGTERM, f"{scope} wall_seconds"]
+        found = violations(host)
+        assert [(each["kind"], each["type"], each["limit"]) for each in found] == [
+            ("wall_seconds", f"{scope} budget", 2)
+        ] * 2
+
+
+def test_memory_of_a_job_is_that_of_all_its_calls(tmp_path: Path) -> None:
+    hold = "m = bytearray(b'x') * (60 << 20); print(flush=True); input()"
+    code = """
+import select
+one, two = ray_guard.tool_call('one', {}), ray_guard.tool_call('two', {})
+one.__enter__()
+first = ray_guard.Popen([python, '-I', '-S', '-c', hold], stdin=-1, stdout=-1)
+first.stdout.readline()
+alone = first.poll()
+two.__enter__()
+second = ray_guard.Popen([python, '-I', '-S', '-c', hold], stdin=-1, stdout=-1)
+ended = select.poll()
+for each in (first, second): ended.register(each.stdout, select.POLLHUP)
+ended.poll(10_000)
+for each in (first, second): each.stdin.close()
+result = [alone, sorted([first.wait(), second.wait()])]
+"""
+    with limited(tmp_path, job={"memory": 100 * MIB}) as host:
+        alone, ended = host.inside(code, python=PYTHON, hold=hold)
+        assert alone is None
+        assert ended[0] == -signal.SIGKILL
+        assert violations(host)[0]["type"] == "job budget"
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,7 @@ def image(url: object) -> dict[str, Any]:
         ("/v1/responses", {"tools": [{"type": "mcp", "server_url": "http://x/"}]}, "remote_tool"),
         ("/v1/responses", {"previous_response_id": "resp_1"}, "stored_state"),
         ("/v1/completions", {"prompt_embeds": "AAAA"}, "code"),
+        ("/v1/completions", {"use_beam_search": True, "n": 4}, "uncounted"),
     ],
 )  # fmt: skip
 def test_the_engine_does_not_reach_out_for_a_tool(
@@ -413,6 +414,10 @@ def test_who_serves_the_model_says_its_price_and_does_not_charge_again(
     assert answers == [200]
     assert chats(asking)[0]["attributes"]["ray_guard.flops"] == 1000 * (PROMPT_TOKENS + 100)
     assert serving.inside(_SERVES + _RESERVES, most=600, word=word) == "job"  # once it has ended the word says nothing
+    # An engine without a cache computes the prompt again for each choice, and counts it once among the tokens.
+    choosing = scene.host(budgets={"call": {"flops": 1e9}})
+    assert scene.tool(choosing, _CHAT, {**HELLO, "n": 4})[0] == 200
+    assert chats(choosing)[0]["attributes"]["ray_guard.flops"] == 1000 * (4 * PROMPT_TOKENS + 4 * 3)
 
 
 def test_nobody_but_a_policy_actor_says_a_price(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,9 +217,9 @@ def test_without_verify_names_the_span_says_so(stage: Stage, sink: Peer) -> None
     assert (found["ray_guard.egress.verified"], found["ray_guard.egress.bytes_sent"]) == (False, 8)
 
 
-def test_tls_from_end_to_end(stage: Stage, tmp_path: Path) -> None:
-    """A real handshake with a real certificate, and data both ways through it."""
-    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+def _certified(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's context for index.example.org, and its certificate."""
+    key, cert = folder / "key.pem", folder / "cert.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
          "-subj", "/CN=index.example.org", "-addext", "subjectAltName=DNS:index.example.org",
@@ -228,6 +228,55 @@ def test_tls_from_end_to_end(stage: Stage, tmp_path: Path) -> None:
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
+    return context, cert
+
+
+_TWO_HELLOS = """
+def vector(size, data): return len(data).to_bytes(size, 'big') + data
+random, session = os.urandom(32), os.urandom(32)
+def hello(name, *shares):
+    def extension(kind, data): return struct.pack('>H', kind) + vector(2, data)
+    extensions = extension(0, vector(2, b'\\0' + vector(2, name.encode()))) + extension(43, b'\\2\\3\\4')
+    extensions += extension(13, vector(2, bytes.fromhex('040308040401'))) + extension(10, b'\\0\\2\\0\\x1d')
+    extensions += extension(51, vector(2, b''.join(b'\\0\\x1d' + vector(2, share) for share in shares)))
+    body = b'\\3\\3' + random + vector(1, session) + b'\\0\\2\\x13\\1' + b'\\1\\0' + vector(2, extensions)
+    return b'\\x16\\3\\1' + vector(2, b'\\1' + vector(3, body))
+sock = socket.create_connection(('index.example.org', int(sys.argv[1])), timeout=5)
+try:
+    sock.sendall(hello('index.example.org'))  # no key at all: the server asks for another hello
+    if sys.argv[3] == 'waits': sock.recv(1 << 16)
+    sock.sendall(hello(sys.argv[2], os.urandom(32)))
+    while sock.recv(1 << 16): pass
+except OSError as error: print(errno.errorcode.get(error.errno, error))
+"""
+
+
+@pytest.mark.parametrize("when", ["waits", "at once"])
+def test_a_second_hello_that_a_server_asks_for_names_the_same(stage: Stage, tmp_path: Path, when: str) -> None:
+    """HelloRetryRequest: OpenSSL serves the name of the second hello."""
+    context, _ = _certified(tmp_path)
+    named: list[str | None] = []
+    context.sni_callback = lambda _tls, name, _context: named.append(name)
+
+    def serve(peer: Peer, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            context.wrap_socket(sock, server_side=True)
+
+    with served(serve) as peer:
+        stage.unconfined(_TWO_HELLOS, peer.port, "evil.example.net", when)
+        assert named == ["index.example.org", "evil.example.net"], "the attack does not even work unconfined"
+        host = stage.host([f"tls://index.example.org:{peer.port}"])
+        named.clear()
+        host.run("call", stage.argv(_TWO_HELLOS, peer.port, "evil.example.net", when))
+        wait(lambda: reasons(host) == ["sni_mismatch"], f"it was not refused: {reasons(host)}")
+        host.run("call", stage.argv(_TWO_HELLOS, peer.port, "index.example.org", when))
+        wait(lambda: len(named) >= 2, "a second hello does not pass")
+        assert set(named) == {"index.example.org"}
+
+
+def test_tls_from_end_to_end(stage: Stage, tmp_path: Path) -> None:
+    """A real handshake with a real certificate, and data both ways through it."""
+    context, cert = _certified(tmp_path)
 
     def serve(peer: Peer, sock: socket.socket) -> None:
         with context.wrap_socket(sock, server_side=True) as tls:

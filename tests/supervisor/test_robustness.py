@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, Stage, grants, lacks, wait
+from harness import PYTHON, ROOT, Host, Namespace, Stage, grants, has_own_supervisors, lacks, wait
 
 pytestmark = pytest.mark.kernel
 
@@ -110,7 +110,7 @@ def works(host: Host, port: int) -> bool:
 # its socket
 
 
-@pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own, and so a mount namespace")
+@pytest.mark.skipif(not ROOT, reason="the supervisor is not dumpable: only root can count its descriptors")
 def test_garbage_on_the_socket(stage: Stage, tmp_path: Path) -> None:
     """Whoever may connect may send anything: nothing ends the supervisor, leaks, or keeps others waiting."""
     port = stage.sinks.address("granted")
@@ -218,7 +218,7 @@ time.sleep(60)
             memory = resident(good.supervisor)
             bad.inside("tool = __import__('builtins').tool\ntool.kill()\ntool.wait(5)\ntool.stdout.close()")
             print(f"2000 pending: others {statistics.median(took):.3f} s, {held} descriptors, {memory >> 20} MiB")
-            assert held <= before + 1100
+            assert held <= before + 1024 + 256  # connects that wait, and what is not closed yet
             assert memory < 80 << 20
             assert statistics.median(took) < 2.0, took
             no_leak(good.supervisor, before, 10)
@@ -353,13 +353,13 @@ tool.stdout.close()
 # its death
 
 
-@pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own, and so a mount namespace")
+@pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own, and so a mount namespace")
 def test_the_supervisor_is_killed(tmp_path: Path) -> None:
     """Actor, its children, tools and their established flows: dead within one second."""
     _kill_the_supervisor(tmp_path, ("child", "tool"))
 
 
-@pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own, and so a mount namespace")
+@pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own, and so a mount namespace")
 def test_the_supervisor_is_killed_and_an_actor_has_orphans(tmp_path: Path) -> None:
     _kill_the_supervisor(tmp_path, ("child", "tool", "orphan"))
 
@@ -412,7 +412,7 @@ if 'orphan' in files:
         assert max(gone.values()) < 1.0
 
 
-@pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own, and so a mount namespace")
+@pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own, and so a mount namespace")
 def test_without_a_supervisor_nothing_connects(stage: Stage, tmp_path: Path) -> None:
     """While the supervisor is stopped calls wait; once it is killed they fail: nothing ever gets through."""
     stage.sinks.clear()
@@ -465,7 +465,7 @@ result = builtins.keep.pid
 
 
 def test_the_supervisor_ends_after_its_last_target(tmp_path: Path) -> None:
-    if not ROOT:
+    if not has_own_supervisors():
         pytest.skip("needs a supervisor of its own, and so a mount namespace")
     with hosts(tmp_path, {"egress": {"allow": []}}) as (host,):
         supervisor = host.supervisor

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Host, Namespace, wait
+from harness import Host, Namespace, has_own_supervisors, wait
 
 from ray_guard.kernel import procfs
 
-pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own")]
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own")]
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, grants, wait
+from harness import PYTHON, Host, Namespace, grants, has_own_supervisors, wait
 
 from ray_guard.evidence.reader import Quarantine, merge, read
 from ray_guard.records import LINK, ROOT_TRACE, SpanRecord
 
-pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own")]
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own")]
 
 CONNECTS = 6000
 SCAN = f"""

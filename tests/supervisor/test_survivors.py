@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PYTHON, ROOT, Host, Namespace, host_in, wait
+from harness import PYTHON, Host, Namespace, has_own_supervisors, host_in, wait
 
-pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not ROOT, reason="needs a supervisor of its own")]
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not has_own_supervisors(), reason="needs a supervisor of its own")]
 
 
 class Sink:

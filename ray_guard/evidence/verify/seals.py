@@ -25,10 +25,14 @@ from ray_guard.evidence.reader import open_segment, scan
 class Sealed:
     """One checkpoint, and the short hashes of the records since the one before."""
 
-    checkpoint: Checkpoint
+    note: Note
     leaves: bytes | None
     """None: they are not those that were signed."""
     line: int
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.note.checkpoint
 
 
 @dataclass(slots=True)
@@ -178,7 +182,7 @@ def _take_checkpoint(seal: Seal, said: dict[str, Any], number: int, wrong: Calla
             wrong(
                 f"checkpoints are missing before this one: it follows {checkpoint.size - len(leaves) // SHORT} records"
             )
-        seal.sealed.append(Sealed(checkpoint, leaves, number))
+        seal.sealed.append(Sealed(note, leaves, number))
 
 
 def read_keys(path: os.PathLike[str] | str) -> list[Key]:

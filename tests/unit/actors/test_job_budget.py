@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ray_guard.actors.job_budget import claim, forget
+from ray_guard.actors.job_budget import began, claim, forget
 
 
 class Memory:
@@ -54,6 +54,15 @@ def test_what_is_given_back_is_free_and_nothing_is_claimed_with_it() -> None:
     mine = ask(store, "a", least=16)["claimed"]
     assert ask(store, "a", least=0, give=mine[:3]) == {"claimed": [], "free": 3}
     assert sorted(ask(store, "b", least=3)["claimed"]) == sorted(mine[:3])
+
+
+def test_a_job_began_when_the_first_node_saw_it() -> None:
+    store = Memory()
+    assert began(store, {"name": "job", "at": 1000.5}) == {"began": 1000.5}
+    assert began(store, {"name": "job", "at": 1200.0}) == {"began": 1000.5}
+    assert began(store, {"name": "job", "at": 900.0}) == {"began": 900.0}
+    assert began(store, {"name": "another", "at": 1200.0}) == {"began": 1200.0}
+    assert len(store.held) == 3
 
 
 def test_limits_are_apart() -> None:

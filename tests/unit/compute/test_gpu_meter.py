@@ -27,7 +27,7 @@ def at(second: float, **fields: Any) -> Reading:
         processes = tuple(Process(row[0], row[1], *(row[2:] or (None, None))) for row in processes)
     if not isinstance(samples, Missing):
         samples = tuple(Sample(pid, now - int(before * 1e6), sm) for pid, before, sm in samples)
-    return Reading(0, "GPU-0", second, now, processes=processes, samples=samples, **given)
+    return Reading(0, "GPU-0", 0, second, now, processes=processes, samples=samples, **given)
 
 
 def used(ticks: list[Tick], pid: int) -> Usage:
@@ -260,6 +260,24 @@ def test_what_is_explained_is_no_hidden_tenant() -> None:
     assert not any(hidden(memory_used=GIB, reserved_known=False)), "with the reserve in it"
     assert not any(hidden(processes=[(1, None)], memory_used=30 * GIB)), "unknown is not unexplained"
     assert not any(hidden(processes=[(1, GIB)], samples=_NOT_SUPPORTED, utilization=99, memory_used=GIB))
+
+
+def test_a_process_that_does_not_exist_here_explains_nothing() -> None:
+    """An old driver in a container tells pids of the host's: who holds the GPU may be any of them."""
+    meter = GpuMeter({1}.__contains__)
+    rows: dict[str, Any] = {"processes": [(1, GIB), (9, 2 * GIB)], "memory_used": 3 * GIB, "samples": [(9, 0.1, 80)]}
+    ticks = [meter.take(at(n * TICK, utilization=80, **rows)) for n in range(HIDDEN_READINGS + 1)]
+    assert [tick.foreign for tick in ticks] == [False] * (HIDDEN_READINGS - 1) + [True, True]
+    assert [tick.hidden for tick in ticks if tick.hidden] == [Hidden(2 * GIB, 80)]
+    assert all("[9]" in tick.faults[0] and 9 not in tick.residents for tick in ticks)
+    assert not meter.take(at(3, processes=[(1, GIB)], memory_used=GIB)).foreign, "it is gone"
+
+
+def test_the_gpus_own_utilization_is_not_put_down_to_one_of_two() -> None:
+    meter = GpuMeter({1}.__contains__)
+    rows: dict[str, Any] = {"processes": [(1, GIB), (9, GIB)], "samples": _NOT_SUPPORTED, "utilization": 10}
+    ticks = [meter.take(at(n * TICK, memory_used=2 * GIB, **rows)) for n in range(3)]
+    assert used(ticks, 1).methods == {Method.RESIDENCY}
 
 
 def test_a_tenant_that_comes_back_is_told_again() -> None:

@@ -121,6 +121,19 @@ def test_dense_layers_among_sparse_ones() -> None:
     assert every_second.total_params < cost(QWEN3_30B).total_params
 
 
+def test_a_shared_expert_that_vllm_would_build_is_counted() -> None:
+    """In each of the 48 layers: gate, up and down of 2048 × 512, and one weight per input that says how much of it."""
+    without, found = cost(QWEN3_30B), cost({**QWEN3_30B, "shared_expert_intermediate_size": 512})
+    more = 48 * (3 * 2048 * 512 + 2048)
+    assert found.total_params - without.total_params == more
+    assert found.flops_per_token - without.flops_per_token == 2 * more
+
+
+def test_sparse_attention_is_not_understood() -> None:
+    with pytest.raises(UnknownArchitecture, match="index_topk"):
+        cost({**DEEPSEEK_V3, "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128})
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -203,6 +216,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out) == cost(QWEN3_30B)._asdict()
     assert main(["cost", str(path), "--context", "1000"]) == 0
     assert "6.870 G" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["cost", str(path), "--context", "9" * 400])
+    assert "not a number of tokens" in capsys.readouterr().err
     path.write_text('{"model_type": "mamba"}')
     assert main(["cost", str(path)]) == 1
     assert "mamba" in capsys.readouterr().err

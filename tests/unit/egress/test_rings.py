@@ -119,6 +119,10 @@ TABLE = [
     ("ioctl", (3, 0x8912), ALLOW, ALLOW),  # SIOCGIFCONF
     ("ioctl", (3, 0x890B), EPERM, EPERM),  # SIOCADDRT
     ("ioctl", (3, 0xC0181B01), ALLOW, EPERM),  # RDMA verbs
+    ("ioctl", (3, 0x50009401), ALLOW, refuse(errno.ENOTTY)),  # BTRFS_IOC_SNAP_CREATE
+    ("ioctl", (3, 0x40806685), ALLOW, refuse(errno.ENOTTY)),  # FS_IOC_ENABLE_VERITY
+    ("ioctl", (3, 0x40049409), ALLOW, ALLOW),  # FICLONE
+    ("fcntl", (3, 1024, 1), ALLOW, refuse(errno.EINVAL)),  # F_SETLEASE
     ("setsockopt", (3, socket.IPPROTO_TCP, 30, SOMEWHERE, 4), refuse(errno.ENOPROTOOPT), refuse(errno.ENOPROTOOPT)),
     ("setsockopt", (3, socket.IPPROTO_TCP, socket.TCP_NODELAY, SOMEWHERE, 4), ALLOW, ALLOW),
 ]

@@ -413,7 +413,7 @@ def test_folders_that_are_no_evidence(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "file").write_text("x")
     for path, says in (
         (tmp_path, "it holds no"),
-        (tmp_path / "file", "needs the folder"),
+        (tmp_path / "file", "neither a folder of evidence nor a proof"),
         (tmp_path / "no", "no such"),
     ):
         assert main(["verify", str(path)]) == 2

@@ -155,6 +155,16 @@ def test_an_old_driver_tells_memory_without_its_reserve(reader: Reader) -> None:
     assert reader.one().memory_used == Missing("nvmlDeviceGetMemoryInfo", "UNKNOWN")
 
 
+@pytest.mark.parametrize("error", [0, 3])
+def test_a_gpu_is_told_by_the_minor_of_its_node(tmp_path: Path, error: int) -> None:
+    made = Standin(tmp_path)
+    made.gpus[0].minor, made.errors = 5, {"nvmlDeviceGetMinorNumber": error}
+    made.write()
+    reader = Reader(made)
+    assert reader.one().minor == (Missing("nvmlDeviceGetMinorNumber", "NOT_SUPPORTED") if error else 5)
+    reader.close()
+
+
 def test_two_gpus_are_two_readings(reader: Reader) -> None:
     reader.made.gpus.append(Gpu(utilization=40))
     reader.made.write()
@@ -176,6 +186,16 @@ def test_a_library_that_does_not_fit_its_driver_says_so(tmp_path: Path, code: in
     reader.close()
     assert error in reader.about["error"]
     assert str(made.library) in reader.about["error"]
+
+
+def test_a_library_that_sees_no_gpu_says_so(tmp_path: Path) -> None:
+    """What somebody uses of one all the same would be measured as nothing."""
+    made = Standin(tmp_path)
+    made.gpus = []
+    made.write()
+    reader = Reader(made)
+    assert "it sees no GPU" in reader.about["error"]
+    reader.close()
 
 
 def test_a_library_without_a_function_lacks_that_reading_alone(tmp_path: Path) -> None:
@@ -207,7 +227,7 @@ def test_the_library_is_roots_or_is_not_used(tmp_path: Path) -> None:
 
 
 def test_a_reading_survives_its_message() -> None:
-    reading = Reading(0, "GPU-1", 1.5, 10, Missing("a", "b"), 5, False, 3, Missing("c", "d"),
+    reading = Reading(0, "GPU-1", 3, 1.5, 10, Missing("a", "b"), 5, False, 3, Missing("c", "d"),
                       (Process(1, None, 2, None),), (Sample(1, 2, 3),))  # fmt: skip
     assert from_wire(json.loads(json.dumps(to_wire(reading)))) == reading
     for broken in ({}, {**to_wire(reading), "processes": [[1]]}, {**to_wire(reading), "mig": {"missing": []}}):

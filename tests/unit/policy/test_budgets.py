@@ -13,7 +13,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ray_guard.errors import PolicyError
 from ray_guard.policy.budgets import (
-    KINDS,
     UNLIMITED,
     Account,
     Exceeded,
@@ -298,10 +297,6 @@ def test_seconds_do_not_drift_below_zero(amounts: list[float]) -> None:
     assert call.held("gpu_seconds") >= 0
     assert job.held("gpu_seconds") >= 0
     assert job.used("gpu_seconds") == pytest.approx(sum(amounts))
-
-
-def test_every_limit_has_a_scope() -> None:
-    assert all(scopes for scopes in KINDS.values())
 
 
 def test_a_level_is_held_in_every_scope_and_replaced() -> None:

@@ -597,7 +597,7 @@ def test_intersections_flatten() -> None:
         (("budgets", "call"), {"egress_bytes": 1.5}, "budgets.call.egress_bytes"),
         (("budgets", "call"), {"flops": float("nan")}, "budgets.call.flops"),
         (("budgets", "call"), {"egress": 1}, "budgets.call.egress"),
-        (("budgets", "job"), {"memory": 1}, "budgets.job.memory"),
+        (("budgets", "job"), {"memories": 1}, "budgets.job.memories"),
         (("budgets", "week"), {}, "budgets.week"),
         (("subprocess",), "free", "subprocess"),
         (("require",), "egress", "require"),

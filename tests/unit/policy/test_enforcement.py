@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ray_guard.errors import PolicyError
 from ray_guard.policy.budgets import KINDS
 from ray_guard.policy.decide import intersect
+from ray_guard.policy.detection import ACTIONS
 from ray_guard.policy.enforcement import SUPPORTED, unenforced
 from ray_guard.policy.model import Policy
 
@@ -99,6 +100,7 @@ def test_every_supported_name_can_come_up() -> None:
         "model_endpoint": "engine:8000",
         "egress": {"listen": [1], "proxy": "http://p:3128", "verify_names": True},
         "files": {"read": ["cwd"], "write": ["cwd"], "hide": ["/a"], "protect": ["/a"]},
+        "detect": {**{action: ["all"] for action in ACTIONS}, "rules": ["/rules"]},
         "budgets": {
             scope: {kind: 1 for kind in KINDS if f"budgets.{scope}.{kind}" in SUPPORTED}
             for scope in ("call", "episode", "actor", "job")

@@ -167,15 +167,9 @@ def test_null_is_no_limit_and_zero_is_one() -> None:
 
 @pytest.mark.parametrize("scope", list(Scope))
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_limit_is_taken_where_it_makes_sense(scope: Scope, kind: str) -> None:
-    data = {"budgets": {scope.value: {kind: 1}}}
-    if scope in KINDS[kind]:
-        limits = getattr(Policy.model_validate(data).budgets, scope.value).limits()
-        assert limits == {kind: 1}
-    else:
-        with pytest.raises(PolicyError, match="set it there") as caught:
-            Policy.model_validate(data)
-        assert caught.value.key == f"budgets.{scope.value}.{kind}"
+def test_every_limit_is_taken_in_every_scope(scope: Scope, kind: str) -> None:
+    budgets = Policy.model_validate({"budgets": {scope.value: {kind: 1}}}).budgets
+    assert getattr(budgets, scope.value).limits() == {kind: 1}
 
 
 def test_the_model_and_the_budget_tree_know_the_same_limits() -> None:
@@ -262,7 +256,6 @@ def test_a_flood_of_faults_is_cut() -> None:
         lambda: Policy(foo=1),  # type: ignore[call-arg]
         lambda: Egress(allow=("x",)),
         lambda: Budget(connections=-1),
-        lambda: Budgets(job=Budget(memory=1)),
         lambda: Files(hide=("x",)),
         lambda: Policy.model_validate([]),
         lambda: Policy.model_validate(None),
@@ -354,7 +347,6 @@ def test_shorthand_goes_together_with_whole_parts() -> None:
         ({"xyzzy": 1}, "xyzzy", "no key of a policy$"),
         ({"allow": "cluster"}, "egress.allow", "a list"),
         ({"egress_bytes": "5MB"}, "budgets.actor.egress_bytes", "write 5MiB"),
-        ({"wall_seconds": 120}, "wall_seconds", r"call=\{'wall_seconds': 120\}"),
         ({"allow": [], "egress": {"allow": ["cluster"]}}, "egress.allow", "given twice"),
         ({"tokens": 1, "actor": {"tokens": 2}}, "budgets.actor.tokens", "given twice"),
         ({"allow": [], "egress": "cluster"}, "egress", "a mapping"),

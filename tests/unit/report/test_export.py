@@ -77,6 +77,7 @@ def test_training_data(evidence: Path) -> None:
     [
         ("egress", SAFETY),
         ("listen", SAFETY),
+        ("detection", SAFETY),
         ("gpu_process", SAFETY),
         ("gpu_seconds", CONTROL),
         ("egress_bytes", CONTROL),

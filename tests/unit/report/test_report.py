@@ -400,6 +400,19 @@ def test_violations_a_rollout_counts_itself_are_believed_upwards(writer: Any, tm
     assert summary.iterations[0].violating == 1
 
 
+def test_findings_by_rule_and_tool(writer: Any, tmp_path: Path) -> None:
+    writer.identity = {"rl.rollout.id": "r"}
+    call = writer.write("execute_tool bash", None, 0, 5, source="target", gen_ai__tool__name="bash")
+    said = {"ray_guard__detection__kind": "mining", "ray_guard__detection__rule": "mining.pool"}
+    for _ in range(2):
+        process = writer.write("process xmrig", call, 0, 1)
+        writer.write("ray_guard.detection", process, 1, 1, **said)
+    writer.write("ray_guard.detection", call, 1, 1, source="target", **said)  # nobody's word but its own
+    (found,) = load_summary(tmp_path / "evidence").findings.values()
+    assert (found.kind, found.rule, found.tool, found.count) == ("mining", "mining.pool", "bash", 2)
+    assert (len(found.calls), found.rollouts) == (1, {"r"})
+
+
 def test_identity_is_found_above_where_a_span_lacks_it(writer: Any, tmp_path: Path) -> None:
     writer.identity = {"rl.rollout.id": "r", "rl.iteration": "7", "rl.turn": 2.0}
     rollout = writer.write("invoke_agent x", None, 0, 1, source="target")

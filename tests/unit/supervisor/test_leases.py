@@ -105,6 +105,36 @@ def test_before_anybody_answers_nothing_is_granted() -> None:
     assert node.job.room("tokens") > 0  # a later answer is one
 
 
+def test_a_level_that_outgrows_its_part_is_given_more_while_there_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(Store(), {"memory": 1000, "wall_seconds": 5})
+    node.desk.answer()
+    assert not node.leases.covers(node.job, "wall_seconds"), "time passes on all nodes alike"
+    call = Account(Scope.CALL, "call", parent=node.job)
+    assert call.level("memory", 0, 900) is not None
+    assert node.job.grow("memory")
+    node.desk.answer()
+    assert call.level("memory", 900, 900) is None
+    assert call.level("memory", 900, 1100) is not None
+    while node.job.grow("memory"):
+        node.desk.answer()
+    assert call.level("memory", 1100, 1100) is not None, "all of it is here, and it is more"
+    assert not node.job.grow("tokens")
+
+
+@pytest.mark.parametrize("error", [None, "no GCS"])
+def test_who_outgrows_a_part_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, error: str | None) -> None:
+    node = Node(Store(), {"memory": 1000})
+    node.desk.answer()
+    Account(Scope.CALL, "call", parent=node.job).level("memory", 0, 900)
+    assert node.job.grow("memory")
+    if error:
+        node.desk.answer(error=error)
+    else:
+        now = time.monotonic() + leases.PATIENCE_S
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert not node.job.grow("memory")
+
+
 def test_what_was_used_before_the_limit_came_is_leased_too() -> None:
     node = Node(Store(), {})
     node.job.charge("tokens", 700)

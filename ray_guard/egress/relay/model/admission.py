@@ -22,11 +22,14 @@ class Price(NamedTuple):
         """Of ``tokens`` in a row: what as many cost at most, however they are shared out."""
         return tokens * self.per_token + tokens * (tokens - 1) / 2 * self.per_context_token
 
-    def answers(self, prompt: int, output: int, copies: int) -> float:
-        """Of a prompt and ``copies`` answers to it that are ``output`` tokens together, each as long as the others."""
+    def answers(self, prompt: int, output: int, copies: int, choices: int = 1) -> float:
+        """Of a prompt and ``copies`` answers to it that are ``output`` tokens together, each as long as the others.
+
+        ``choices``: how often the prompt is computed, at most: an engine's cache may save that, and need not.
+        """
         each = output / max(1, copies)
         seen = output * prompt + copies * each * (each - 1) / 2
-        return self.flops(prompt) + output * self.per_token + max(0.0, seen) * self.per_context_token
+        return choices * self.flops(prompt) + output * self.per_token + max(0.0, seen) * self.per_context_token
 
     def tokens(self, flops: float) -> int:
         """The most in a row that cost no more than ``flops``."""

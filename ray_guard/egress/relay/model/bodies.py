@@ -31,7 +31,7 @@ _VIDEO: Final = 1 << 17
 _SAMPLING: Final = frozenset(
     "model stream stream_options n temperature top_p top_k min_p seed stop stop_token_ids user frequency_penalty "
     "presence_penalty repetition_penalty length_penalty logit_bias logprobs top_logprobs prompt_logprobs "
-    "logprob_token_ids min_tokens ignore_eos use_beam_search bad_words allowed_token_ids skip_special_tokens "
+    "logprob_token_ids min_tokens ignore_eos bad_words allowed_token_ids skip_special_tokens "
     "spaces_between_special_tokens include_stop_str_in_output truncate_prompt_tokens truncation_side "
     "add_special_tokens response_format structured_outputs guided_json guided_regex guided_choice guided_grammar "
     "return_tokens_as_token_ids return_token_ids cache_salt prompt_cache_key metadata max_tokens".split()
@@ -58,6 +58,7 @@ _REFUSED: Final[Mapping[str, tuple[str, str]]] = {
         ("weights", "weights are not a tool's to choose: name a model"),
     ),
     **dict.fromkeys(("prompt_embeds", "chat_template", "logits_processors"), ("code", "the engine would run it")),
+    "use_beam_search": ("uncounted", "the prompt is computed again for every token, and the answer does not tell"),
     **dict.fromkeys(
         ("previous_response_id", "conversation", "background"), ("stored_state", "nothing is kept between requests")
     ),
@@ -93,6 +94,8 @@ class Ask(NamedTuple):
     model: str
     prompt: int
     """Tokens of the prompt, at most (of all prompts)."""
+    choices: int
+    """How many answers each prompt has: so often is it computed, at most."""
     copies: int
     """How many answers are generated."""
     output: int | None
@@ -141,6 +144,7 @@ def read(path: str, body: bytes) -> Ask:
         path=path,
         model=_model(content),
         prompt=prompt,
+        choices=choices,
         copies=choices * prompts,
         output=_output(path, content),
         stream=stream,
@@ -209,7 +213,7 @@ def _output(path: str, content: dict[str, Any]) -> int | None:
         content.setdefault("max_tokens", 16)
     names = ("max_output_tokens",) if path == RESPONSES else ("max_tokens", "max_completion_tokens")
     said = [_count(content, name, 0) for name in names if name in content]
-    return max(said) if said else None
+    return max(1, *said) if said else None  # asked for none, with ``echo``, vLLM generates one
 
 
 # -- how long the prompt can be ----------------------------------------------------------------------------------------

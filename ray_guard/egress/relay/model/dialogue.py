@@ -114,7 +114,8 @@ class Dialogue:
         """Whether more of the client can be taken. (While it waits for an answer too: its end must be noticed.)"""
         if self._transparent:
             return len(self.to_engine) < _UNSENT
-        return not self.closing and (self._state == "body" or self._requests.size < _AHEAD)
+        reading = self._state in ("idle", "body")  # a head or a body has a limit of its own, and is refused beyond it
+        return not self.closing and (reading or self._requests.size < _AHEAD)
 
     @property
     def hears_engine(self) -> bool:
@@ -206,7 +207,7 @@ class Dialogue:
         self._state = "asked"
         self._numbers += 1
         message = {"op": "ask", "call": self._numbers, "path": ask.path, "model": ask.model, "stream": ask.stream}
-        limits = {"prompt": ask.prompt, "copies": ask.copies, "output": ask.output}
+        limits = {"prompt": ask.prompt, "choices": ask.choices, "copies": ask.copies, "output": ask.output}
         found = {"length": self._catalogue.length(ask.model), "dropped": list(ask.dropped)}
         self.messages.append({**message, **limits, **found})
 

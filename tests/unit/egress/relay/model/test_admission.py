@@ -66,6 +66,8 @@ def test_answers_cost_no_more_than_all_their_tokens_in_a_row(
     whole = price.flops(prompt + output)
     assert price.answers(prompt, output, 1) == pytest.approx(whole)
     assert price.answers(prompt, output, copies) <= whole * (1 + 1e-9)
+    many, once = price.answers(prompt, output, copies, copies), price.answers(prompt, output, copies)
+    assert many == pytest.approx(once + (copies - 1) * price.flops(prompt)), "each choice may compute it again"
 
 
 @given(PRICES, st.floats(0, 1e18))

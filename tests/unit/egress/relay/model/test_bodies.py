@@ -25,8 +25,9 @@ def test_the_prompt_is_bounded_by_its_bytes() -> None:
     assert chat("a" * 1001).prompt - chat("a").prompt == 1000
     assert chat("é" * 1000).prompt - chat("").prompt == 2000
     asked = chat("a", n=3, max_tokens=7, max_completion_tokens=9)
-    assert (asked.copies, asked.output) == (3, 9)
+    assert (asked.choices, asked.copies, asked.output) == (3, 3, 9)
     assert chat("a").output is None
+    assert chat("a", max_tokens=0).output == 1, "so much an engine generates that is asked for none"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_the_prompt_is_bounded_by_its_bytes() -> None:
 )
 def test_prompts_of_a_completion(prompt: Any, prompts: int, tokens: int) -> None:
     asked = ask(COMPLETIONS, prompt=prompt, n=2)
-    assert asked.copies == 2 * prompts
+    assert (asked.choices, asked.copies) == (2, 2 * prompts)
     assert tokens <= asked.prompt - ask(COMPLETIONS, prompt=[0], n=2).prompt + 1 <= tokens + 40
     assert asked.output == asked.content["max_tokens"] == 16
 

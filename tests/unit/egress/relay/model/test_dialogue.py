@@ -89,6 +89,22 @@ def test_the_engine_sees_nothing_before_it_is_admitted() -> None:
     assert not line.dialogue.closing
 
 
+@pytest.mark.parametrize("enforced", [True, False])
+def test_a_head_is_read_to_its_limit_and_refused_beyond_it(enforced: bool) -> None:
+    """It is never left waiting: a client whose head is not read on would hang."""
+    for size, ends in ((40_000, True), (80_000, enforced)):
+        line = Line(enforced=enforced)
+        data = request("/v1/models", "GET", "X-Long: " + "x" * size)
+        for at in range(0, len(data), 1 << 14):
+            if line.dialogue.closing:
+                break
+            assert line.dialogue.hears_tool
+            line.dialogue.from_tool(data[at : at + (1 << 14)])
+        assert line.dialogue.closing == (ends and size > 65_536)
+        assert line.take("to_tool").startswith(b"HTTP/1.1 400") == line.dialogue.closing
+        assert bool(line.take("to_engine")) != line.dialogue.closing
+
+
 def test_who_waits_to_be_asked_for_the_body_is_asked() -> None:
     """As curl does with long ones; but not where the body is not wanted."""
     line = Line()

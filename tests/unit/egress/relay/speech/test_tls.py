@@ -83,7 +83,6 @@ def test_nothing_passes_before_the_last_byte() -> None:
         assert verifier.feed(data[:cut]) == b""
         assert not verifier.done
         assert verifier.feed(data[cut:]) == data
-        assert verifier.done
         assert verifier.name == "index.example.org"
         assert verifier.feed(b"more") == b"more"
 
@@ -146,6 +145,60 @@ def test_a_hello_over_many_records_is_put_together(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 3, 100_000])
 def test_what_does_not_agree_is_refused_with_its_reason(data: bytes, reason: str, size: int) -> None:
     assert fed(data, size) == reason
+
+
+CIPHERS = records(b"\x01", kind=20)
+ALERT = records(b"\x01\x5a", kind=21)
+EARLY = GOOD + extension(42, b"")
+
+
+def between(size: int, first: bytes, *more: bytes) -> tuple[bytes, str]:
+    """What passes when ``more`` follows a hello, and why it ends there; "": it does not."""
+    verifier, passed, data = ClientHello(NAMES), b"", b"".join((hello(first), *more))
+    try:
+        for at in range(0, len(data), size):
+            passed += verifier.feed(data[at : at + size])
+    except Refused as refused:
+        return passed[len(hello(first)) :], refused.reason
+    assert passed[: len(hello(first))] == hello(first)
+    return passed[len(hello(first)) :], ""
+
+
+@pytest.mark.parametrize("size", [1, 4, 10_000])
+@pytest.mark.parametrize("again", [hello(GOOD), records(handshake(body(GOOD)), 3)])
+def test_a_second_hello_that_was_asked_for_passes_if_it_names_the_same(again: bytes, size: int) -> None:
+    for before in ((), (CIPHERS,), (ALERT, CIPHERS)):
+        said = b"".join((*before, again, b"\x17\x03\x03\x00\x01x", again))
+        assert between(size, GOOD, *before, again, b"\x17\x03\x03\x00\x01x", again) == (said, "")
+
+
+@pytest.mark.parametrize("size", [1, 4, 10_000])
+@pytest.mark.parametrize("name", [b"evil.test", b"files.example.org"])  # a listed one too: it was not the first's
+def test_a_second_hello_never_passes_with_another_name(name: bytes, size: int) -> None:
+    application = records(bytes(300), kind=23, version=b"\x03\x03")
+    other = records(handshake(body(sni(name))), 5)
+    empty = b"\x14\x03\x03\x00\x00"
+    for first, before in (
+        (GOOD, ()),
+        (GOOD, (CIPHERS,)),
+        (GOOD, (ALERT, empty, CIPHERS, b"\x14\xff\xff\x00\x02ab")),
+        (EARLY, (application, CIPHERS, application)),  # a server that does not want early data reads past it
+    ):
+        passed, why = between(size, first, *before, other)
+        if size == 1:
+            assert passed == b"".join(before)
+        assert (passed in (b"", b"".join(before)), why) == (True, "sni_mismatch")
+    assert between(size, GOOD, b"\x16\x03\x03\x00\x00", other)[1] == "malformed_tls"
+    assert between(size, GOOD, hello(extension(10, b"\0\2\0\x17")))[1] == "sni_absent"
+
+
+def test_after_the_hellos_nothing_is_read() -> None:
+    for follows in (records(b"\x10", kind=22), records(b"x", kind=23), b"what is no record"):
+        verifier = ClientHello(NAMES)
+        verifier.feed(hello(GOOD) + CIPHERS)
+        assert not verifier.done
+        assert verifier.feed(follows) == follows
+        assert verifier.done
 
 
 def test_upper_case_is_the_same_name() -> None:

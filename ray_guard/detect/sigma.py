@@ -1,4 +1,4 @@
-"""Sigma rules, other people's, judged over command lines. Runs later, on any machine.
+"""Sigma rules, other people's, judged over command lines. Runs later, and in the judge.
 
 pySigma reads the rules and their conditions; what a condition says of a field is judged here, over the events that a
 command line makes: each program that it starts, and the line itself as its shell's.
@@ -6,6 +6,7 @@ command line makes: each program that it starts, and the line itself as its shel
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,8 +24,8 @@ from sigma.exceptions import SigmaError
 from sigma.rule import SigmaRule
 from sigma.types import SigmaBool, SigmaExists, SigmaNull, SigmaNumber, SigmaRegularExpression, SigmaString
 
-from ray_guard.attribution.detect import Kind
-from ray_guard.attribution.detect.shell import commands
+from ray_guard.detect import Kind
+from ray_guard.detect.shell import commands
 from ray_guard.errors import RayGuardError
 
 Event = Mapping[str, str]
@@ -85,6 +86,26 @@ class Rule:
         return any(_holds(condition, event) for condition in self._conditions)
 
 
+def digest(path: Path) -> str:
+    """Of all that :func:`load` would read there.
+
+    Raises:
+        BadRule: a file cannot be read.
+    """
+    found = hashlib.sha256()
+    for each in _files(path):
+        try:
+            text = each.read_bytes()
+        except OSError as error:
+            raise BadRule(str(each), f"cannot be read: {error.strerror}") from error
+        found.update(f"{each.name} {len(text)}\n".encode(errors="surrogateescape") + text)
+    return found.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(each for each in path.rglob("*.y*ml") if each.is_file()) if path.is_dir() else [path]
+
+
 def load(paths: Iterable[Path]) -> list[Rule]:
     """The rules in files and folders (``*.yml``, ``*.yaml``) about processes of Linux.
 
@@ -93,7 +114,7 @@ def load(paths: Iterable[Path]) -> list[Rule]:
     """
     rules: list[Rule] = []
     for given in paths:
-        files = sorted(each for each in given.rglob("*.y*ml") if each.is_file()) if given.is_dir() else [given]
+        files = _files(given)
         if not files:
             raise BadRule(str(given), "a folder without *.yml; name a rule, or a folder that holds some")
         for path in files:

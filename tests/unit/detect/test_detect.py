@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_guard.attribution.detect import commands, payloads, sigma
-from ray_guard.attribution.detect.shell import commands as split
-from ray_guard.attribution.detect.ssh import tunnels_back
+from ray_guard.detect import commands, payloads, sigma
+from ray_guard.detect.shell import commands as split
+from ray_guard.detect.ssh import tunnels_back
 
 _COMMANDS = Path(__file__).parent / "commands"
 

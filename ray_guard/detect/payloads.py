@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Final
 
-from ray_guard.attribution.detect import Finding, Kind
+from ray_guard.detect import Finding, Kind
 
 _MINING: Final = re.compile(
     rb'"method"\s*:\s*"(?:mining\.(?:subscribe|authorize|notify|submit|configure|set_difficulty|extranonce\.subscribe)|'
@@ -89,12 +89,12 @@ def _names_of(payload: bytes) -> bool:
         while at < len(message) and 0 < message[at] < 64 and at + message[at] < len(message):
             labels.append(message[at + 1 : at + 1 + message[at]])
             at += message[at] + 1
-        if at < len(message) and message[at] == 0 and labels and _carries(labels):
+        if at < len(message) and message[at] == 0 and labels and carries(labels):
             return True
     return False
 
 
-def _carries(labels: list[bytes]) -> bool:
+def carries(labels: list[bytes]) -> bool:
     """Labels that are data: long, or long together, and without the repetitions of words."""
     front = labels[:-2]
     text = b"".join(front)

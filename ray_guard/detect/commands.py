@@ -13,13 +13,11 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from ray_guard.attribution.detect import Finding, Kind, ssh
-from ray_guard.attribution.detect.shell import LONGEST, Command, commands, unhidden
+from ray_guard.detect import METADATA_ADDRESSES, Finding, Kind, ssh
+from ray_guard.detect.shell import LONGEST, Command, commands, unhidden
 
 _ADDRESS: Final = re.compile(r"(?<![\w.])(\d{1,3}(?:\.\d{1,3}){3})(?![\w.]*\w\.)")
-_METADATA: Final = frozenset(
-    map(ipaddress.ip_address, ("169.254.169.254", "169.254.170.2", "100.100.100.200", "fd00:ec2::254", "192.0.0.192"))
-)
+_METADATA: Final = frozenset(map(ipaddress.ip_address, METADATA_ADDRESSES))
 _METADATA_NAMES: Final = re.compile(
     r"(?i)metadata\.google\.internal|\bmetadata\.goog\b|metadata\.azure\.(?:internal|com)|instance-data\.ec2\.internal"
     r"|169-254-169-254|\$\{?(?:ECS_CONTAINER_METADATA_URI|AWS_CONTAINER_CREDENTIALS_)|//metadata/|/latest/meta-data|computeMetadata/v1|/metadata/instance\?api-version"
