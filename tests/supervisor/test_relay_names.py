@@ -260,7 +260,7 @@ def test_a_second_hello_that_a_server_asks_for_names_the_same(stage: Stage, tmp_
 
     def serve(peer: Peer, sock: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            context.wrap_socket(sock, server_side=True)
+            context.wrap_socket(sock, server_side=True).close()
 
     with served(serve) as peer:
         stage.unconfined(_TWO_HELLOS, peer.port, "evil.example.net", when)
