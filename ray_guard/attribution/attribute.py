@@ -158,7 +158,13 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
             rows["watched"].astype(bool),
         ),
         score.Groups(
-            group, np.arange(groups) % 2, room, foreign, times["slack_ns"], times["end_ns"] - times["start_ns"]
+            group,
+            np.arange(groups) % 2,
+            room,
+            np.arange(groups) // 4,
+            foreign,
+            times["slack_ns"],
+            times["end_ns"] - times["start_ns"],
         ),
         calls,
     )

@@ -32,6 +32,11 @@ _ELSEWHERE: Final = 0.03
 _FOREIGN: Final = 0.05
 """The alert's own address is private and no machine of this job has it."""
 _GAP_NS: Final = 1_000_000_000
+"""How hard evidence fades with the time that lies between."""
+_SCALES_NS: Final = (30_000_000, 200_000_000, 1_000_000_000)
+"""By how much a corrected time may be off: a clock's error is a mixture of these, learned from the alerts by it."""
+_PSEUDO_TIMES: Final = 1.0
+"""How many alerts' worth of experience says that each of these is as likely."""
 _ROUNDS: Final = 200
 _SETTLED: Final = 1e-3
 _PLAIN: Final = np.arange(2 * CLASSES) % CLASSES < 3
@@ -64,6 +69,7 @@ class Groups(NamedTuple):
         of: of each alert, its group.
         kind: of each group, 1 where its alerts are informational; what calls cause is learned for each kind.
         room: of each group, machines times seconds that are looked at.
+        clock: of each group, the clock that its times go by, counted from 0.
         foreign: for each alert, whether its own address belongs to no machine of the job.
         slack: for each alert, nanoseconds by which times may be off.
         width: of each alert, nanoseconds from its begin to its end.
@@ -72,6 +78,7 @@ class Groups(NamedTuple):
     of: _INTS
     kind: _INTS
     room: _FLOATS
+    clock: _INTS
     foreign: _BOOLS
     slack: _INTS
     width: _INTS
@@ -119,12 +126,9 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS) -> tuple[
     group = groups.of[rows.alert]
     known = np.where(rows.used, 2, np.where(rows.named, 1, 0))
     of_class = (groups.kind[group] * CLASSES + known * 4 + rows.reach).astype(np.int64)
-    # What an alert's chance adds up to wherever it may fall: a call's life, its own width, and margins, where it fades.
-    margin = 2 * _GAP_NS * (1 - np.exp(-groups.slack[rows.alert] / _GAP_NS))
-    life = (rows.span + groups.width[rows.alert] + margin) / 1e9
-    factor = np.exp(-rows.gap / _GAP_NS) * np.where(rows.watched & ~rows.used, _ELSEWHERE, 1.0)
+    factor = np.where(rows.watched & ~rows.used, _ELSEWHERE, 1.0)
     factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
-    density = np.where(soft, factor / life, 0.0)
+    density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, scale) for scale in _SCALES_NS])
 
     # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
     met = np.zeros(2 * CLASSES)
@@ -146,6 +150,14 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS) -> tuple[
     return probability, trust * learned.nobody + (1 - trust) * modest.nobody
 
 
+def _kernel(rows: Rows, groups: Groups, scale: int) -> _FLOATS:
+    """How likely (per second) a call's alert is to fall where this one fell, if times are off by about ``scale``."""
+    # What that adds up to wherever it may fall: a call's life, the alert's own width, and margins, where it fades.
+    margin = 2 * scale * (1 - np.exp(-groups.slack[rows.alert] / scale))
+    life = (rows.span + groups.width[rows.alert] + margin) / 1e9
+    return np.exp(-rows.gap / scale) / life
+
+
 class _Fit(NamedTuple):
     probability: _FLOATS
     nobody: _FLOATS
@@ -159,13 +171,14 @@ def _learn(  # noqa: PLR0917 - the arrays of one computation
     """Expectation-maximisation; classes in ``frozen`` keep the rate that was expected of them.
 
     Calls of one class that may have caused the same alert share its rate: they count as one until the end. Alerts that
-    no call may have caused are nobody's whatever the rates are.
+    no call may have caused are nobody's whatever the rates are. ``density`` has a row for each of the scales.
     """
     alerts, count = len(groups.of), len(groups.room)
-    some = np.flatnonzero(density)
+    some = np.flatnonzero(density.any(axis=0))
     pair, back = np.unique(alert[some] * (2 * CLASSES) + of_class[some], return_inverse=True)
     open_, of_open = np.unique(pair // (2 * CLASSES), return_inverse=True)
-    pair_class, pair_density = pair % (2 * CLASSES), np.bincount(back, density[some], len(pair))
+    pair_class = pair % (2 * CLASSES)
+    pair_density = np.stack([np.bincount(back, each[some], len(pair)) for each in density])
     group = groups.of[open_]
     pair_group = group[of_open]
     size = np.bincount(groups.of, minlength=count).astype(np.float64)
@@ -180,13 +193,17 @@ def _learn(  # noqa: PLR0917 - the arrays of one computation
     full = size > 0
     nobody, likelihood = np.ones(len(open_)), np.zeros(2)
     total, rate = np.ones(len(open_)), np.zeros((2 * CLASSES, count))
+    clocks = int(groups.clock.max(initial=0)) + 1
+    pair_clock = groups.clock[pair_group]
+    off = np.full((len(density), clocks), 1 / len(density))
     for _ in range(_ROUNDS):
         if frozen is not None:
             per_call = np.where(frozen, expected, per_call)
         caused = np.maximum(size - stray, 0) + 0.5
         share = caused / np.maximum(np.bincount(groups.kind, caused, 2)[groups.kind], 1e-9)
         rate = per_call[:, None] * share
-        weight = pair_density * rate[pair_class, pair_group]
+        by_scale = pair_density * off[:, pair_clock] * rate[pair_class, pair_group]
+        weight = by_scale.sum(axis=0)
         background = (stray + 0.5) / room
         here = background[group]
         total = np.bincount(of_open, weight, len(open_)) + here
@@ -196,11 +213,15 @@ def _learn(  # noqa: PLR0917 - the arrays of one computation
         likelihood = np.bincount(groups.kind, gained, 2).astype(np.float64)
         stray = np.bincount(group, nobody, count) + idle
         responsible = np.bincount(pair_class, weight / total[of_open], 2 * CLASSES)
+        off = np.stack([np.bincount(pair_clock, each / total[of_open], clocks) for each in by_scale]) + _PSEUDO_TIMES
+        off /= off.sum(axis=0)
         per_call = (responsible + expected * _PSEUDO_CALLS) / (exposed + _PSEUDO_CALLS)
         if np.abs(nobody - before).max(initial=0.0) < _SETTLED:
             break
     probability, everybody = np.zeros(len(alert)), np.ones(alerts)
     whole = np.ones(alerts)
     whole[open_], everybody[open_] = total, nobody
-    probability[some] = (density * rate[of_class, groups.of[alert]] / whole[alert])[some]
+    group = groups.of[alert[some]]
+    likely = (density[:, some] * off[:, groups.clock[group]]).sum(axis=0)
+    probability[some] = likely * rate[of_class[some], group] / whole[alert[some]]
     return _Fit(probability, everybody, likelihood)
