@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, overload
+from typing import Any, Final, NamedTuple, overload
 
 import duckdb
 import numpy as np
@@ -57,6 +57,20 @@ class Attribution:
         return "unobserved" if self.unobserved >= UNOBSERVED else "ambiguous"
 
 
+class Facts(NamedTuple):
+    """What is known of each record, arrays of one length.
+
+    Args:
+        informational: nobody objected.
+        placed: it says which machine of the job it is of.
+        unmapped: of an address whose NAT map knows nobody for its port.
+    """
+
+    informational: Any
+    placed: Any
+    unmapped: Any
+
+
 class Answers(Sequence[Attribution]):
     """The answers, in the records' order.
 
@@ -64,7 +78,7 @@ class Answers(Sequence[Attribution]):
         db: the store, for what calls are called.
         intake: the records.
         times: start_ns, end_ns (by the traces' clock) and width_ns of each.
-        informational: of each record.
+        facts: of each record.
         rows: the candidates: alert, call, tier, gap_ns, reach, named, used, watched, in any order.
         probability: of each row.
         nobody: of each record.
@@ -75,13 +89,13 @@ class Answers(Sequence[Attribution]):
         db: duckdb.DuckDBPyConnection,
         intake: Intake,
         times: Any,
-        informational: Any,
+        facts: Facts,
         rows: Any,
         probability: Any,
         nobody: Any,
     ) -> None:
         self._intake, self._times = intake, times
-        self.informational = informational
+        self._facts, self.informational = facts, facts.informational
         count = len(intake.source)
         order = np.lexsort((rows["call"], -probability, rows["alert"]))
         begin = np.searchsorted(rows["alert"][order], np.arange(count + 1))
@@ -148,6 +162,7 @@ class Answers(Sequence[Attribution]):
         rows = np.repeat(begin - until + size, size) + np.arange(until[-1])
         about = self._about.of(self._rows["call"][rows])
         columns = [column[rows].tolist() for column in self._rows.values()]
+        columns += [np.repeat(said[numbers], size).tolist() for said in (self._facts.placed, self._facts.unmapped)]
         candidates = [
             _candidate(confidence, each, *row)
             for confidence, each, row in zip(
@@ -237,12 +252,16 @@ def _candidate(  # noqa: PLR0917 - the columns of one row
     named: bool,  # noqa: FBT001
     used: bool,  # noqa: FBT001
     watched: bool,  # noqa: FBT001
+    placed: bool,  # noqa: FBT001
+    unmapped: bool,  # noqa: FBT001
 ) -> Candidate:
     tier = TIERS[rung]
     evidence, against = [], []
     if tier == "interval" and (named or used):
         tier = "destination"
-    if tier in _TIER_SAYS:
+    if tier == "interval" and not placed:
+        evidence.append("the call was open at that time; the record does not tell the machine")
+    elif tier in _TIER_SAYS:
         evidence.append(_TIER_SAYS[tier])
     if used and tier not in ("socket", "nat"):
         evidence.append("a socket to that destination was recorded in this call")
@@ -257,6 +276,8 @@ def _candidate(  # noqa: PLR0917 - the columns of one row
             against.append("the command does not use the network by itself")
         if watched and not used:
             against.append("sockets of this call were recorded, none of them to this destination")
+    if unmapped and tier in ("destination", "interval"):
+        against.append("the NAT map knows no machine behind this port at that time")
     if gap:
         against.append(f"{gap / _SECOND:.3g} s outside its life, by the corrected clock")
     return Candidate(confidence, tier, call, about, evidence, against)

@@ -14,7 +14,7 @@ import duckdb
 import numpy as np
 
 from ray_guard.attribution import candidates, clock, intake, nat, score, store
-from ray_guard.attribution.answers import Answers
+from ray_guard.attribution.answers import Answers, Facts
 from ray_guard.attribution.intake import Options, Source
 from ray_guard.attribution.sources.reader import FileReport
 from ray_guard.evidence.reader import Quarantine
@@ -141,6 +141,8 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     ).fetchall()
     for ip, met in strangers:
         foreign[met] = _private(ip)
+    unmapped = np.zeros(len(known), dtype=bool)
+    unmapped[db.execute("SELECT alert FROM unmapped").fetchnumpy()["alert"]] = True
     # An ordinary flow and an objection have nothing in common: each kind learns its own rates.
     group = np.array(logs.source, dtype=np.int64) * 4 + known * 2 + informational
     groups = 4 * len(logs.sources)
@@ -162,13 +164,13 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
             np.arange(groups) % 2,
             room,
             np.arange(groups) // 4,
-            foreign,
+            foreign | unmapped,
             times["slack_ns"],
             times["end_ns"] - times["start_ns"],
         ),
         calls,
     )
-    return Answers(db, logs, times, informational, rows, probability, nobody)
+    return Answers(db, logs, times, Facts(informational, known, unmapped), rows, probability, nobody)
 
 
 def _exposures(db: duckdb.DuckDBPyConnection, groups: int, group: Any, start: Any, end: Any) -> tuple[Any, Any]:

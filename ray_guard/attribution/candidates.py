@@ -22,6 +22,8 @@ def join(db: duckdb.DuckDBPyConnection) -> None:
     """Fills ``candidate``: alert, call, tier (its number), gap_ns (0 inside), span_ns (how long the call was alive),
     reach, named, used (the call has a recorded socket to there), watched (its sockets were recorded at all).
 
+    Fills ``unmapped`` (alert): those of an address whose NAT map knows nobody for their port.
+
     Needs ``clock`` (source, skew_ns, drift, reference_ns, slack_ns) beside what :func:`store.prepare` makes.
     """
     for statement in _BEFORE:
@@ -100,6 +102,17 @@ _BEFORE: Final = (
              AND (p.proto = '' OR m.proto = '' OR m.proto = p.proto)
              AND (m.peer_ip IS NULL OR p.peer_ip IS NULL OR m.peer_ip = p.peer_ip)
              AND p.end_ns + p.slack_ns > m.start_ns AND p.start_ns - p.slack_ns < m.end_ns""",
+    # Behind an address whose map was given stood somebody whom the map, as far as it reaches, does not know. What logs
+    # say of their own records' translation is no such map: it is silent of all that they do not record.
+    """CREATE OR REPLACE TABLE unmapped AS
+         WITH reach AS (
+           SELECT outside_ip, min(start_ns) AS start_ns, max(end_ns) AS end_ns FROM mapping
+           WHERE source NOT IN (SELECT source FROM alert)
+           GROUP BY outside_ip HAVING bool_and(outside_port IS NOT NULL))
+         SELECT DISTINCT s.alert FROM side s JOIN reach r ON r.outside_ip = s.local_ip
+           AND s.start_ns >= r.start_ns AND s.end_ns <= r.end_ns
+         WHERE NOT s.mapped AND s.local_port IS NOT NULL
+           AND s.alert NOT IN (SELECT alert FROM side WHERE mapped)""",
     f"""CREATE OR REPLACE TABLE by_socket AS
           SELECT s.alert,
             unnest(CASE WHEN f.ambiguous AND len(f.candidates) > 0 THEN f.candidates ELSE [NULL] END) AS one_of,

@@ -30,7 +30,7 @@ _PSEUDO_CALLS: Final = 4.0
 _ELSEWHERE: Final = 0.03
 """A call whose sockets were recorded, none of them to there: what was lost would have to be this one."""
 _FOREIGN: Final = 0.05
-"""The alert's own address is private and no machine of this job has it."""
+"""The alert's own address is of no machine of this job: a private one, or one whose NAT map does not lead to any."""
 _GAP_NS: Final = 1_000_000_000
 """How hard evidence fades with the time that lies between."""
 _SCALES_NS: Final = (30_000_000, 200_000_000, 1_000_000_000)
@@ -70,7 +70,7 @@ class Groups(NamedTuple):
         kind: of each group, 1 where its alerts are informational; what calls cause is learned for each kind.
         room: of each group, machines times seconds that are looked at.
         clock: of each group, the clock that its times go by, counted from 0.
-        foreign: for each alert, whether its own address belongs to no machine of the job.
+        foreign: for each alert, whether its own address, or who stands behind it, is of no machine of the job.
         slack: for each alert, nanoseconds by which times may be off.
         width: of each alert, nanoseconds from its begin to its end.
     """
@@ -155,7 +155,8 @@ def _kernel(rows: Rows, groups: Groups, scale: int) -> _FLOATS:
     # What that adds up to wherever it may fall: a call's life, the alert's own width, and margins, where it fades.
     margin = 2 * scale * (1 - np.exp(-groups.slack[rows.alert] / scale))
     life = (rows.span + groups.width[rows.alert] + margin) / 1e9
-    return np.exp(-rows.gap / scale) / life
+    density: _FLOATS = np.exp(-rows.gap / scale) / life
+    return density
 
 
 class _Fit(NamedTuple):

@@ -84,6 +84,27 @@ def test_spans_in_parquet_are_joined_where_they_lie(tmp_path: Path) -> None:
     assert json.loads(result.alerts.line(5))["src_ip"] == "203.0.113.9"
 
 
+def test_a_given_nat_map_speaks_against_ports_that_it_does_not_know(tmp_path: Path) -> None:
+    begin = BEGIN // SECOND
+    for number, address in ((1, "203.0.113.9"), (2, "203.0.113.10")):
+        rows = [
+            f"{begin},{begin + 10},10.0.0.5,39000,{address},61000,tcp",
+            f"{begin + 30},,10.0.0.5,39001,{address},1,tcp",
+        ]
+        (tmp_path / f"{number}.csv").write_text("\n".join(rows))
+    traces, alerts = written(tmp_path, SPANS[:1]), log(tmp_path)
+    unobserved, against = [], []
+    for maps in ([], [str(tmp_path / "2.csv")], [str(tmp_path / "1.csv")]):
+        stranger = attribute([traces], [alerts], maps=maps).alerts[4]  # of 203.0.113.9:40000, which no row translates
+        (only,) = stranger.candidates
+        assert "the call was open on that machine at that time" not in only.evidence
+        unobserved.append(stranger.unobserved)
+        against.append("the NAT map knows no machine behind this port at that time" in only.against)
+    assert against == [False, False, True]
+    assert unobserved[0] == pytest.approx(unobserved[1])
+    assert unobserved[2] > unobserved[0]
+
+
 def test_what_is_written_piece_by_piece_is_what_json_would_write(tmp_path: Path) -> None:
     for alerts in (log(tmp_path), str(tmp_path / "none.json")):
         (tmp_path / "none.json").touch()
