@@ -48,6 +48,12 @@ class Scenario:
     drift_ppm: float = 0.0
     lost: float = 0.0
     strays_per_hour: float = 40.0
+    processes: bool = False
+    """Between a call and its sockets hang processes: a shell, and what it started."""
+    flows: int = 1
+    """The most objected flows that a guilty call makes, all to one peer."""
+    aggregated: bool = False
+    """A FortiGate has one line for the flows of a machine to a peer within ten seconds, without source ports."""
     formats: tuple[str, ...] = ("suricata", "nftables", "fortigate")
 
 
@@ -56,6 +62,8 @@ SCENARIOS = {
     "socket-drift": Scenario(drift_ppm=200.0, minutes=240),
     "socket-lost": Scenario(lost=0.1),
     "nat-map": Scenario(nat="map"),
+    "socket-tree": Scenario(processes=True, flows=4),
+    "aggregated": Scenario(processes=True, flows=4, aggregated=True),
     "interval": Scenario(sockets=False, skew_s=0.0),
     "interval-skew": Scenario(sockets=False, skew_s=-112.0),
     "interval-bare": Scenario(sockets=False, arguments=False, skew_s=0.0),
@@ -144,21 +152,24 @@ class Job:
         if guilty:
             words = chance.choice(GUILTY).format(n=number, ip=peer, port=peer_port, p=chance.randrange(2000, 9000))
             survives = chance.random() < 0.15
-            start = call.start + int(chance.uniform(0.02, 0.8) * (call.end - call.start))
-            end = call.end + int(chance.uniform(5, 120) * SECOND) if survives and self.scenario.sockets else call.end
-            call.flows.append(
-                Flow(
-                    call.node,
-                    start,
-                    end,
-                    self.port(call.node),
-                    peer,
-                    peer_port,
-                    True,
-                    call.span,
-                    str(identity["rl.rollout.id"]),
+            for _ in range(chance.randint(1, self.scenario.flows) if self.scenario.flows > 1 else 1):
+                start = call.start + int(chance.uniform(0.02, 0.8) * (call.end - call.start))
+                end = (
+                    call.end + int(chance.uniform(5, 120) * SECOND) if survives and self.scenario.sockets else call.end
                 )
-            )
+                call.flows.append(
+                    Flow(
+                        call.node,
+                        start,
+                        end,
+                        self.port(call.node),
+                        peer,
+                        peer_port,
+                        True,
+                        call.span,
+                        str(identity["rl.rollout.id"]),
+                    )
+                )
         elif chance.random() < 0.25:
             words = chance.choice(TALKING).format(n=number)
             for _ in range(chance.randrange(1, 4)):
@@ -187,13 +198,14 @@ class Job:
         if self.scenario.arguments:
             attributes["gen_ai.tool.call.arguments"] = json.dumps({"command": words})
         self.span(call.trace, call.span, parent, "execute_tool bash", call.start, call.end, attributes, call.node)
+        parent = self.processes(call, words, identity) if self.scenario.processes else call.span
         for flow in call.flows:
             self.flows.append(flow)
             if self.scenario.sockets:
                 self.span(
                     call.trace,
                     self.identifier(8),
-                    call.span,
+                    parent,
                     "egress connect",
                     flow.start,
                     flow.end,
@@ -211,6 +223,22 @@ class Job:
                     flow.node,
                 )
         return guilty
+
+    def processes(self, call: Call, words: str, identity: dict[str, object]) -> str:
+        """A shell under the call, and under it the program that opens its sockets: the span that they hang under."""
+        above, end = call.span, max([call.end, *(flow.end for flow in call.flows)])
+        for command in (["bash", "-c", words], words.split()):
+            span = self.identifier(8)
+            about = {
+                **identity,
+                "process.pid": self.chance.randrange(1000, 60000),
+                "process.executable.path": f"/usr/bin/{command[0].removeprefix('./')}",
+                "process.command_args": command,
+                "ray_guard.source": "supervisor",
+            }
+            self.span(call.trace, span, above, f"process {command[0]}", call.start, end, about, call.node)
+            above = span
+        return above
 
     def strays(self, node: int) -> None:
         """What other programs of the machine, and other machines behind the same firewall, do."""
@@ -260,6 +288,8 @@ class Job:
 def _value(value: object) -> dict[str, object]:
     if isinstance(value, int):
         return {"intValue": str(value)}
+    if isinstance(value, list):
+        return {"arrayValue": {"values": [_value(each) for each in value]}}
     return {"doubleValue": value} if isinstance(value, float) else {"stringValue": value}
 
 
@@ -267,12 +297,14 @@ def logs(job: Job, folder: Path) -> None:
     """The firewall's logs, in several formats, by its own clock; and truth.jsonl: (path, byte offset, span or null)."""
     scenario, chance = job.scenario, job.chance
     out: dict[str, list[tuple[int, str, str | None, str | None, bool]]] = {name: [] for name in scenario.formats}
+    said: dict[tuple[int, str, int], int] = {}
     mappings = ["start,end,inside_ip,inside_port,outside_ip,outside_port,proto"]
     for flow in sorted(job.flows, key=lambda each: each.start):
         if not flow.objected and chance.random() > 0.2:
             continue
         seen = flow.start + int(chance.uniform(0, 0.05) * SECOND)
         theirs = seen + int(scenario.skew_s * SECOND + scenario.drift_ppm * 1e-6 * (seen - BEGIN))
+        port: int | None
         address, port = (f"10.0.0.{flow.node + 5}" if flow.node < 100 else f"10.0.9.{flow.node - 90}"), flow.local_port
         if scenario.nat != "none":
             address, port = "203.0.113.200", chance.randrange(1024, 65000)
@@ -283,6 +315,11 @@ def logs(job: Job, folder: Path) -> None:
                 else ""
             )
         kind = chance.choice(scenario.formats)
+        if scenario.aggregated and kind == "fortigate":
+            last = said.get((flow.node, flow.peer, flow.peer_port))
+            if last is not None and seen - last < 10 * SECOND:
+                continue
+            said[flow.node, flow.peer, flow.peer_port], port = seen, None
         out[kind].append(
             (
                 theirs,
@@ -307,7 +344,7 @@ def logs(job: Job, folder: Path) -> None:
         (folder / "nat.csv").write_text("\n".join(row for row in mappings if row) + "\n")
 
 
-def _line(kind: str, at: int, ours: tuple[str, int], theirs: tuple[str, int], *, objected: bool) -> str:
+def _line(kind: str, at: int, ours: tuple[str, int | None], theirs: tuple[str, int], *, objected: bool) -> str:
     moment = datetime.fromtimestamp(at // SECOND, UTC)
     micro = at % SECOND // 1000
     if kind == "suricata":
@@ -335,10 +372,10 @@ def _line(kind: str, at: int, ours: tuple[str, int], theirs: tuple[str, int], *,
             f"{moment:%b %e %H:%M:%S} gw kernel: {prefix}IN=eth1 OUT=eth0 SRC={ours[0]} DST={theirs[0]} LEN=60 "
             f"TOS=0x00 PREC=0x00 TTL=64 ID=1 DF PROTO=TCP SPT={ours[1]} DPT={theirs[1]} WINDOW=64240 SYN URGP=0"
         )
-    action = "deny" if objected else "accept"
+    action, port = "deny" if objected else "accept", "" if ours[1] is None else f"srcport={ours[1]} "
     return (
         f'date={moment:%Y-%m-%d} time={moment:%H:%M:%S} devname="fw" devid="FG1" eventtime={at} tz="+0000" '
-        f'logid="13" type="traffic" subtype="forward" srcip={ours[0]} srcport={ours[1]} '
+        f'logid="13" type="traffic" subtype="forward" srcip={ours[0]} {port}'
         f'dstip={theirs[0]} dstport={theirs[1]} proto=6 action="{action}" policyid=12'
     )
 
