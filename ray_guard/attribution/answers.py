@@ -275,7 +275,7 @@ def _candidate(  # noqa: PLR0917 - the columns of one row
         elif reach == 0:
             against.append("the command does not use the network by itself")
         if watched and not used:
-            against.append("sockets of this call were recorded, none of them to this destination")
+            against.append("sockets of its rollout were recorded, none of this call to this destination")
     if unmapped and tier in ("destination", "interval"):
         against.append("the NAT map knows no machine behind this port at that time")
     if gap:

@@ -147,6 +147,8 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     group = np.array(logs.source, dtype=np.int64) * 4 + known * 2 + informational
     groups = 4 * len(logs.sources)
     calls, room = _exposures(db, groups, group, times["start_ns"], times["end_ns"])
+    # A socket that hangs under no call is its rollout's; where calls are always there, it is because one was lost.
+    ((lost,),) = db.execute("SELECT coalesce(avg(CAST(call < 0 AS INTEGER)), 0.0) FROM flow").fetchall()
     probability, nobody = score.confidences(
         score.Rows(
             rows["alert"],
@@ -169,6 +171,7 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
             times["end_ns"] - times["start_ns"],
         ),
         calls,
+        lost=lost,
     )
     return Answers(db, logs, times, Facts(informational, known, unmapped), rows, probability, nobody)
 

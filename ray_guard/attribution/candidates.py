@@ -20,7 +20,7 @@ LOOKBACK_NS: Final = 300_000_000_000
 
 def join(db: duckdb.DuckDBPyConnection) -> None:
     """Fills ``candidate``: alert, call, tier (its number), gap_ns (0 inside), span_ns (how long the call was alive),
-    reach, named, used (the call has a recorded socket to there), watched (its sockets were recorded at all).
+    reach, named, used (the call has a recorded socket to there), watched (sockets of its rollout were recorded).
 
     Fills ``unmapped`` (alert): those of an address whose NAT map knows nobody for their port.
 
@@ -150,7 +150,9 @@ _BEFORE: Final = (
     ),
 )
 _AFTER: Final = (
-    """CREATE OR REPLACE TABLE watched AS SELECT DISTINCT call FROM flow WHERE call IS NOT NULL""",
+    # Who recorded one socket of a rollout would have recorded those of its other calls as well.
+    """CREATE OR REPLACE TABLE watched AS SELECT call FROM call SEMI JOIN flow USING (trace_id)
+         UNION SELECT call FROM flow WHERE call IS NOT NULL""",
     # A call meets an alert in one interval only: what has to be brought together is the little hard evidence.
     """CREATE OR REPLACE TABLE best AS
          WITH met AS (

@@ -28,7 +28,8 @@ _EXPECTED: Final = np.array([1e-4, 1e-3, 2e-3, 0.3, 0.05, 0.2, 0.2, 0.5, 0.2, 0.
 _PSEUDO_CALLS: Final = 4.0
 """How many calls' worth of experience the expectation counts for."""
 _ELSEWHERE: Final = 0.03
-"""A call whose sockets were recorded, none of them to there: what was lost would have to be this one."""
+"""A call of a rollout whose sockets were recorded, none of this call to there: this one would have to be lost.
+Of traces with more holes than that, as likely as their holes are."""
 _FOREIGN: Final = 0.05
 """The alert's own address is of no machine of this job: a private one, or one whose NAT map does not lead to any."""
 _GAP_NS: Final = 1_000_000_000
@@ -84,13 +85,14 @@ class Groups(NamedTuple):
     width: _INTS
 
 
-def confidences(rows: Rows, groups: Groups, calls: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
+def confidences(rows: Rows, groups: Groups, calls: _FLOATS, *, lost: float) -> tuple[_FLOATS, _FLOATS]:
     """(probability of each row, probability of nobody for each alert).
 
     Args:
         rows: the candidates.
         groups: what the alerts have in common.
         calls: how many calls of each reach there were at all.
+        lost: the share of recorded sockets whose call is not in the traces, as far as these have holes.
     """
     alerts = len(groups.of)
     hard = np.zeros(alerts, dtype=bool)
@@ -115,18 +117,18 @@ def confidences(rows: Rows, groups: Groups, calls: _FLOATS) -> tuple[_FLOATS, _F
 
     soft = ~hard[rows.alert]
     if soft.any():
-        soft_probability, soft_nobody = _mixture(rows, soft, groups, calls)
+        soft_probability, soft_nobody = _mixture(rows, soft, groups, calls, max(lost, _ELSEWHERE))
         probability[soft] = soft_probability[soft]
         open_ = ~hard
         nobody[open_] = soft_nobody[open_]
     return probability, nobody
 
 
-def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
+def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere: float) -> tuple[_FLOATS, _FLOATS]:
     group = groups.of[rows.alert]
     known = np.where(rows.used, 2, np.where(rows.named, 1, 0))
     of_class = (groups.kind[group] * CLASSES + known * 4 + rows.reach).astype(np.int64)
-    factor = np.where(rows.watched & ~rows.used, _ELSEWHERE, 1.0)
+    factor = np.where(rows.watched & ~rows.used, elsewhere, 1.0)
     factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
     density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, scale) for scale in _SCALES_NS])
 
