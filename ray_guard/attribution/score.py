@@ -161,6 +161,13 @@ def _kernel(rows: Rows, groups: Groups, scale: int) -> _FLOATS:
     return density
 
 
+def _shares(responsible: _FLOATS, clock: _INTS, clocks: int) -> _FLOATS:
+    """(scales × clocks): how often each clock is off by each scale, of (scales × pairs) what each explains."""
+    found = np.stack([np.bincount(clock, each, clocks) for each in responsible]) + _PSEUDO_TIMES
+    shares: _FLOATS = found / found.sum(axis=0)
+    return shares
+
+
 class _Fit(NamedTuple):
     probability: _FLOATS
     nobody: _FLOATS
@@ -196,30 +203,28 @@ def _learn(  # noqa: PLR0917 - the arrays of one computation
     full = size > 0
     nobody, likelihood = np.ones(len(open_)), np.zeros(2)
     total, rate = np.ones(len(open_)), np.zeros((2 * CLASSES, count))
-    clocks = int(groups.clock.max(initial=0)) + 1
     pair_clock = groups.clock[pair_group]
-    off = np.full((len(density), clocks), 1 / len(density))
+    learned_off = off = np.full((len(density), groups.clock.max(initial=0) + 1), 1 / len(density))
     for _ in range(_ROUNDS):
         if frozen is not None:
             per_call = np.where(frozen, expected, per_call)
         caused = np.maximum(size - stray, 0) + 0.5
+        off = learned_off
         share = caused / np.maximum(np.bincount(groups.kind, caused, 2)[groups.kind], 1e-9)
         rate = per_call[:, None] * share
         by_scale = pair_density * off[:, pair_clock] * rate[pair_class, pair_group]
         weight = by_scale.sum(axis=0)
         background = (stray + 0.5) / room
-        here = background[group]
-        total = np.bincount(of_open, weight, len(open_)) + here
-        before, nobody = nobody, here / total
+        total = np.bincount(of_open, weight, len(open_)) + background[group]
+        before, nobody = nobody, background[group] / total
         gained = np.bincount(group, np.log(total * (room / np.maximum(size, 1))[group]), count)
         gained[full] += idle[full] * np.log(background[full] * room[full] / size[full])
         likelihood = np.bincount(groups.kind, gained, 2).astype(np.float64)
         stray = np.bincount(group, nobody, count) + idle
         responsible = np.bincount(pair_class, weight / total[of_open], 2 * CLASSES)
-        off = np.stack([np.bincount(pair_clock, each / total[of_open], clocks) for each in by_scale]) + _PSEUDO_TIMES
-        off /= off.sum(axis=0)
+        learned_off = _shares(by_scale / total[of_open], pair_clock, off.shape[1])
         per_call = (responsible + expected * _PSEUDO_CALLS) / (exposed + _PSEUDO_CALLS)
-        if np.abs(nobody - before).max(initial=0.0) < _SETTLED:
+        if np.abs(nobody - before).max(initial=0.0) < _SETTLED and np.abs(learned_off - off).max() < 10 * _SETTLED:
             break
     probability, everybody = np.zeros(len(alert)), np.ones(alerts)
     whole = np.ones(alerts)

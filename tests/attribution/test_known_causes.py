@@ -36,7 +36,7 @@ def answer(tmp_path: Path, name: str, **changed: object) -> tuple[dict[str, Any]
     return found, run.score(tmp_path, found)
 
 
-@pytest.mark.parametrize("name", ["socket", "nat-map"])
+@pytest.mark.parametrize("name", ["socket-tree", "nat-map", "aggregated"])
 def test_recorded_sockets_name_the_call(tmp_path: Path, name: str) -> None:
     found, score = answer(tmp_path, name)
     assert score["caused"] >= 20
@@ -44,9 +44,8 @@ def test_recorded_sockets_name_the_call(tmp_path: Path, name: str) -> None:
     assert score["negatives_unobserved"] == 1
     assert all(source["skew_identifiable"] for source in found["sources"])
     assert all(abs(source["clock_skew_s"] - 37) < 0.5 for source in found["sources"])
-    assert {alert["candidates"][0]["tier"] for alert in found["alerts"] if alert["verdict"] == "attributed"} == {
-        "socket" if name == "socket" else "nat"
-    }
+    tiers = {alert["candidates"][0]["tier"] for alert in found["alerts"] if alert["verdict"] == "attributed"}
+    assert tiers == {"nat-map": {"nat"}, "socket-tree": {"socket"}, "aggregated": {"socket", "destination"}}[name]
 
 
 def test_without_sockets_the_text_tells_and_says_how_sure(tmp_path: Path) -> None:

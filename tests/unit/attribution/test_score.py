@@ -1,0 +1,50 @@
+"""What the weighing learns from alerts that only time connects with calls."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ray_guard.attribution.score import Groups, Rows, confidences
+
+SECOND = 1_000_000_000
+COUNT = 60
+
+
+def weighed(gap: float) -> tuple[float, float]:
+    """(the short call's probability, the long one's) for an alert that two calls were open for.
+
+    It comes with others, which only a short call may have caused, each ``gap`` seconds beside its life.
+    """
+    alert = np.array([0, 0, *range(1, COUNT)])
+    span = np.array([SECOND // 2, 3 * SECOND, *[SECOND // 2] * (COUNT - 1)])
+    none, some = np.zeros(len(alert), dtype=np.int64), np.zeros(len(alert), dtype=bool)
+    rows = Rows(
+        alert=alert,
+        call=np.arange(len(alert)),
+        tier=none + 4,
+        gap=np.array([0, 0, *[int(gap * SECOND)] * (COUNT - 1)]),
+        span=span,
+        reach=none + 1,
+        named=some,
+        used=some,
+        watched=some,
+    )
+    groups = Groups(
+        of=np.zeros(COUNT, dtype=np.int64),
+        kind=np.zeros(1, dtype=np.int64),
+        room=np.array([36000.0]),
+        clock=np.zeros(1, dtype=np.int64),
+        foreign=np.zeros(COUNT, dtype=bool),
+        slack=np.full(COUNT, 2 * SECOND),
+        width=np.zeros(COUNT, dtype=np.int64),
+    )
+    probability, nobody = confidences(rows, groups, np.array([0.0, 400.0, 0.0, 0.0]), lost=0.0)
+    assert np.allclose(np.bincount(alert, probability) + nobody, 1)
+    return float(probability[0]), float(probability[1])
+
+
+def test_how_far_times_are_off_is_learned_and_a_short_call_weighs_accordingly() -> None:
+    short, long = weighed(gap=0.0)
+    assert short / long > 5  # times are right: by their lengths alone, six
+    short, long = weighed(gap=0.9)
+    assert short / long < 3  # times are off by about a second, over which both are spread
