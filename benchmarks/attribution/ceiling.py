@@ -4,9 +4,11 @@ python benchmarks/attribution/ceiling.py [--seeds N]
 
 It is told what no reader of logs knows: the exact moment of each flow, how many calls are guilty, how many flows are
 strays, and how a guilty call spreads its flow over its life. It is not told the generator's list of commands: a
-command says only whether it names an address, and which. A goal well above this is one that the scenario rules out.
-It leaves out the ports that some commands name, which matter only where two guilty calls meet, or a guilty one and a
-stray: rare here, but it makes this a reference and not a proof.
+command says whether it names an address, and which, and whether its program can do anything at all (``python``,
+``bash``, ``make``) or does one known thing that nobody objects to (``ls``, ``pip``). A goal well above this is one that
+the scenario rules out. It leaves out the ports that some commands name, which matter only where two guilty calls meet,
+or a guilty one and a stray: rare here, but it makes this a reference and not a proof. "Nobody" is called so by the
+product's rule: where at least half of the probability is nobody's.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import json
 import re
 from dataclasses import dataclass
 
-from generate import FAR, GUILTY, SCENARIOS, Job, Scenario
+from generate import FAR, GUILTY, QUIET, SCENARIOS, Job, Scenario
 
 SECOND = 1_000_000_000
 NAMING = sum("{ip}" in each for each in GUILTY) / len(GUILTY)
+OPEN = ("python", "bash", "make")
+SILENT_OPEN = 0.75 * sum(each.startswith(OPEN) and "--url" not in each for each in QUIET) / len(QUIET)
+"""Of the calls that are not guilty, the share whose command names no address and could be anything."""
 ADDRESS = re.compile(r"\d+\.\d+\.\d+\.\d+")
 
 
@@ -33,6 +38,8 @@ class Open:
     end: int
     names: frozenset[str] | None
     """Addresses that its command names; None where the commands are not known."""
+    harmless: bool
+    """Its program does one known thing that nobody objects to."""
 
 
 def calls_of(job: Job) -> list[Open]:
@@ -45,8 +52,10 @@ def calls_of(job: Job) -> list[Open]:
             node = {each["key"]: each["value"].get("stringValue") for each in group["resource"]["attributes"]}
             text = about.get("gen_ai.tool.call.arguments")
             names = None if text is None else frozenset(ADDRESS.findall(text))
+            harmless = text is not None and not names and not json.loads(text)["command"].startswith(OPEN)
+            harmless |= text is not None and "--url" in text
             start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
-            found.append(Open(span["spanId"], str(node["host.name"]), start, end, names))
+            found.append(Open(span["spanId"], str(node["host.name"]), start, end, names, harmless))
     return found
 
 
@@ -55,13 +64,15 @@ def rate(call: Open, at: int, peer: str, scenario: Scenario) -> float:
     length = call.end - call.start
     if length <= 0 or not 0.02 * length <= at - call.start <= 0.8 * length:
         return 0.0
+    if call.harmless:
+        return 0.0
     if call.names is None:
         guilty = scenario.guilty / len(FAR)
     elif call.names:
         guilty = float(peer in call.names)
     else:
         unnamed = scenario.guilty * (1 - NAMING)
-        guilty = unnamed / (1 - scenario.guilty * NAMING) / len(FAR)
+        guilty = unnamed / (unnamed + (1 - scenario.guilty) * SILENT_OPEN) / len(FAR)
     return guilty / (0.78 * length / SECOND)
 
 
@@ -88,7 +99,7 @@ def ceiling(scenario: Scenario, seed: int) -> dict[str, float]:
         best = max(options, key=lambda span: options[span], default=None)
         if flow.cause is None:
             negatives += 1
-            seen += best is None or stray >= options[best]
+            seen += stray >= whole / 2
         else:
             caused += 1
             right += best == flow.cause
