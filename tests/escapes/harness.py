@@ -524,7 +524,10 @@ class Stage:
     def host(self, name: str = "plain") -> Host:
         """A confined process under the policy of that name (:meth:`policy`); a new one where the last has ended."""
         host = self._hosts.get(name)
-        if host is None or not host.alive:
+        if host is not None and not host.alive:
+            host.close()
+            host = None
+        if host is None:
             host = self._hosts[name] = Host(self.policy(name), self.evidence(name), self.namespace)
         return host
 
