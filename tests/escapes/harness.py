@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -61,6 +62,7 @@ class Sinks:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
         self._events: list[tuple[str, bytes | None]] = []
+        self._markers: deque[bytes] = deque(maxlen=4)  # the last ones: what comes late comes soon
         self._sockets: dict[str, socket.socket] = {}
         self._add("tcp", _inet(socket.SOCK_STREAM))
         self._add("granted", _inet(socket.SOCK_STREAM))
@@ -117,7 +119,8 @@ class Sinks:
 
     def _note(self, name: str, data: bytes | None) -> None:
         with self._lock:
-            self._events.append((name, data))
+            if data is None or not any(marker in data for marker in self._markers):
+                self._events.append((name, data))
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -140,12 +143,20 @@ class Sinks:
         with socket.socket(family, listening.type) as sock:
             sock.connect(("127.0.0.1", where) if isinstance(where, int) else where)
             sock.send(marker)
-            wait(lambda: marker in self.seen(name)[1], f"the marker did not reach {name}")
-        with self._lock:  # the marker's own connection does not count
-            events = self._events
-            events.remove((name, next(data for at, data in events if at == name and data and marker in data)))
+
+            def arrived() -> bool:
+                if marker in self.seen(name)[1]:
+                    return True
+                if listening.type == socket.SOCK_DGRAM:  # one that comes while the queue is full is lost
+                    sock.send(marker)
+                return False
+
+            wait(arrived, f"the marker did not reach {name}")
+        with self._lock:  # neither the marker nor its own connection counts, nor what comes of it later
+            self._markers.append(marker)
+            self._events = [(at, data) for at, data in self._events if data is None or marker not in data]
             if listening.type != socket.SOCK_DGRAM:
-                events.remove((name, None))
+                self._events.remove((name, None))
 
     def close(self) -> None:
         self._wake.send(b"x")
