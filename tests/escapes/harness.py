@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -222,7 +223,7 @@ class Namespace:
 
     def __init__(self, *, network: bool = False) -> None:
         self.prefix: list[str] = []
-        self._holder: subprocess.Popen[bytes] | None = None
+        self.close: Callable[[], object] = lambda: None
         if has_own_supervisors():
             flags = ["-m", *(["-n"] if network else [])]
             made, entered = (
@@ -231,21 +232,22 @@ class Namespace:
                 else (["-U", "--map-current-user", *flags], ["-U", "--preserve-credentials", *flags])
             )
             within = launcher.prefix()  # in the mount namespace that it makes, if it makes one
-            self._holder = subprocess.Popen(
+            holder = subprocess.Popen(
                 ["unshare", *made, "--propagation", "private", *within, "sh", "-c", "echo; exec sleep 1000"],
                 stdout=subprocess.PIPE,
             )
-            assert self._holder.stdout is not None
-            self._holder.stdout.readline()
-            self.prefix = ["nsenter", "-t", str(self._holder.pid), *entered, f"--wdns={os.getcwd()}"]
+            self.close = weakref.finalize(self, _end, holder)  # also where whoever made it has been skipped
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            self.prefix = ["nsenter", "-t", str(holder.pid), *entered, f"--wdns={os.getcwd()}"]
         self.outside = list(self.prefix)
         """The same, but not on the simulated host: that may refuse to mount what a test needs."""
         self.prefix += launcher.prefix()  # RAY_GUARD_TEST_HOST: all that is started here runs on a simulated host
 
-    def close(self) -> None:
-        if self._holder is not None:
-            self._holder.kill()
-            self._holder.communicate()
+
+def _end(holder: subprocess.Popen[bytes]) -> None:
+    holder.kill()
+    holder.communicate()
 
 
 def for_somebody_else() -> bool:
