@@ -602,10 +602,13 @@ class Session:
                     self._handle(said, [theirs.detach()])
 
     def _hear_rest(self, target: Target, estate: Estate) -> None:
-        """What it had said last; and no span of it was left open."""
+        """What it had said last. Nobody else ends what it has open, or ended just now."""
+        target.journal.continued.update(target.open)
         for said in estate.pending:
             self._handle(said, [])
-        target.journal.continued.update(target.open)
+        target.journal.continued.update(
+            target.open
+        )  # what the old log may hold the beginning of, though the book does not
         log.warning("%s is taken over from a supervisor that is gone", self._name())
 
     def disown(self) -> None:

@@ -48,6 +48,8 @@ class Unread:
 
     def __init__(self) -> None:
         self._lines: dict[int, tuple[socket.socket, About]] = {}
+        self._left: dict[str, str] = {}
+        """Of each folder the supervisor's log."""
         self._logs: dict[str, tuple[str, int]] = {}
         """Of each folder the log that is to be continued, and its locked seal."""
         self.inbox = -1
@@ -81,16 +83,16 @@ class Unread:
         return None if found is None or found[0] != number else found[1]
 
     def has_ended(self, number: int, span: str) -> bool:
-        """Whether the end of that span was the last that was journaled. To be asked after :meth:`shut`."""
+        """Whether the end of that span is among the last that was journaled. To be asked after :meth:`shut`, when the
+        supervisor has closed everything."""
         from pathlib import Path
 
         from ray_guard.evidence.reader import segments_of
 
         folder = self._lines[number][1].folder
-        if folder not in self._logs:
+        if folder not in self._left:
             return False
-        *_, last = segments_of(Path(folder), self._logs[folder][0])
-        with last.open("rb") as file:
+        with segments_of(Path(folder), self._left[folder])[-1].open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().rstrip(b"\0").split(b"\n")[:-1]
         return any(f'"spanId":"{span}"'.encode() in line and b'"endTimeUnixNano":' in line for line in lines)
@@ -116,6 +118,7 @@ class Unread:
             with contextlib.suppress(OSError):
                 # The supervisor's own, see journal._name: what went before one with a new key is vouched for.
                 for log in [each for each in unvouched(folder, "") if each.rsplit("-", 2)[1:2] == [str(supervisor)]]:
+                    self._left[folder] = log  # written on by us only where nobody else does
                     seal = os.open(f"{folder}/{log}{SEAL_SUFFIX}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                     if _locked(seal):
                         self._logs[folder] = log, seal

@@ -197,8 +197,12 @@ class Job:
 
     @property
     def zygote(self) -> int:
-        (zygote,) = (pid for pid in children(self.supervisor) if _SUPERVISOR in _command(pid))
-        return zygote
+        def found() -> list[int]:
+            return [pid for pid in children(self.supervisor) if _SUPERVISOR in _command(pid)]
+
+        # A supervisor that has only just begun tries what it may do on children of its own.
+        wait(lambda: len(found()) == 1, "there is no zygote, or more than one")
+        return found()[0]
 
     def await_witness(self) -> None:
         """Waits until three processes hold what is needed should two of them be killed."""

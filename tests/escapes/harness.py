@@ -21,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -61,6 +63,7 @@ class Sinks:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
         self._events: list[tuple[str, bytes | None]] = []
+        self._markers: deque[bytes] = deque(maxlen=4)  # the last ones: what comes late comes soon
         self._sockets: dict[str, socket.socket] = {}
         self._add("tcp", _inet(socket.SOCK_STREAM))
         self._add("granted", _inet(socket.SOCK_STREAM))
@@ -117,7 +120,8 @@ class Sinks:
 
     def _note(self, name: str, data: bytes | None) -> None:
         with self._lock:
-            self._events.append((name, data))
+            if data is None or not any(marker in data for marker in self._markers):
+                self._events.append((name, data))
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -140,12 +144,20 @@ class Sinks:
         with socket.socket(family, listening.type) as sock:
             sock.connect(("127.0.0.1", where) if isinstance(where, int) else where)
             sock.send(marker)
-            wait(lambda: marker in self.seen(name)[1], f"the marker did not reach {name}")
-        with self._lock:  # the marker's own connection does not count
-            events = self._events
-            events.remove((name, next(data for at, data in events if at == name and data and marker in data)))
+
+            def arrived() -> bool:
+                if marker in self.seen(name)[1]:
+                    return True
+                if listening.type == socket.SOCK_DGRAM:  # one that comes while the queue is full is lost
+                    sock.send(marker)
+                return False
+
+            wait(arrived, f"the marker did not reach {name}")
+        with self._lock:  # neither the marker nor its own connection counts, nor what comes of it later
+            self._markers.append(marker)
+            self._events = [(at, data) for at, data in self._events if data is None or marker not in data]
             if listening.type != socket.SOCK_DGRAM:
-                events.remove((name, None))
+                self._events.remove((name, None))
 
     def close(self) -> None:
         self._wake.send(b"x")
@@ -211,7 +223,7 @@ class Namespace:
 
     def __init__(self, *, network: bool = False) -> None:
         self.prefix: list[str] = []
-        self._holder: subprocess.Popen[bytes] | None = None
+        self.close: Callable[[], object] = lambda: None
         if has_own_supervisors():
             flags = ["-m", *(["-n"] if network else [])]
             made, entered = (
@@ -220,21 +232,22 @@ class Namespace:
                 else (["-U", "--map-current-user", *flags], ["-U", "--preserve-credentials", *flags])
             )
             within = launcher.prefix()  # in the mount namespace that it makes, if it makes one
-            self._holder = subprocess.Popen(
+            holder = subprocess.Popen(
                 ["unshare", *made, "--propagation", "private", *within, "sh", "-c", "echo; exec sleep 1000"],
                 stdout=subprocess.PIPE,
             )
-            assert self._holder.stdout is not None
-            self._holder.stdout.readline()
-            self.prefix = ["nsenter", "-t", str(self._holder.pid), *entered, f"--wdns={os.getcwd()}"]
+            self.close = weakref.finalize(self, _end, holder)  # also where whoever made it has been skipped
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            self.prefix = ["nsenter", "-t", str(holder.pid), *entered, f"--wdns={os.getcwd()}"]
         self.outside = list(self.prefix)
         """The same, but not on the simulated host: that may refuse to mount what a test needs."""
         self.prefix += launcher.prefix()  # RAY_GUARD_TEST_HOST: all that is started here runs on a simulated host
 
-    def close(self) -> None:
-        if self._holder is not None:
-            self._holder.kill()
-            self._holder.communicate()
+
+def _end(holder: subprocess.Popen[bytes]) -> None:
+    holder.kill()
+    holder.communicate()
 
 
 def for_somebody_else() -> bool:
@@ -524,7 +537,10 @@ class Stage:
     def host(self, name: str = "plain") -> Host:
         """A confined process under the policy of that name (:meth:`policy`); a new one where the last has ended."""
         host = self._hosts.get(name)
-        if host is None or not host.alive:
+        if host is not None and not host.alive:
+            host.close()
+            host = None
+        if host is None:
             host = self._hosts[name] = Host(self.policy(name), self.evidence(name), self.namespace)
         return host
 

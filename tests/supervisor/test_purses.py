@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 import pytest
-from reserving import Job, supervisor
+from reserving import Job
 
 from ray_guard.evidence.reader import Quarantine, merge, read
 
@@ -230,7 +230,8 @@ say([few, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), here, asked.count(
 def test_a_limit_holds_beyond_the_supervisor_that_filled_the_purse(job: Job) -> None:
     """What was in it counts as used under the next one, and may be drawn: altogether not one token too many."""
     program = f"""{_HOLDER}
-say(ray_guard.violations())  # by its next round the supervisor has written down what it had granted before
+ray_guard.violations()  # by its next round the supervisor has written down what it had granted before
+say(supervisors[-1])
 hear()
 more, refusal = until_refused()
 for each in held + more:
@@ -239,8 +240,7 @@ say([len(held) + len(more), refusal, refused(draw)])
 """
     started = job.start(program, {"role": "policy", "budgets": {"actor": {"tokens": 10_000}}})
     started.hears()
-    started.hears()
-    os.kill(supervisor(), signal.SIGKILL)
+    os.kill(started.hears(), signal.SIGKILL)
     started.says(None)
     granted, refusal, later = started.hears()
     assert granted == 1000

@@ -456,8 +456,9 @@ for host in ('127.0.0.1', 'proxy.example.org', '127.0.0.2'):
         sock.sendall(b'CONNECT evil.example.net:443 HTTP/1.1\\r\\n\\r\\n'); print('sent')
     except OSError as error: print(type(error).__name__)
 """
-    assert "sent" in stage.unconfined(program, proxy.port)
-    wait(lambda: proxy.asked, "the attack does not even work unconfined")
+    sent = stage.unconfined(program, proxy.port).count("sent")
+    assert sent, "the attack does not even work unconfined"
+    wait(lambda: len(proxy.asked) == sent, "the proxy has not heard all")
     proxy.asked.clear()
     before = proxy.connections
     for where in ("127.0.0.1", "proxy.example.org"):

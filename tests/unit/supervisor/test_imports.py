@@ -62,9 +62,9 @@ def test_a_command_that_runs_one_tool_loads_no_parser_and_no_model() -> None:
     assert not loaded & {"argparse", "pydantic", "dataclasses", "pathlib", "tempfile", "subprocess", "yaml"}
 
 
-def test_a_plain_policy_is_read_without_loading_yaml(tmp_path: Path) -> None:
-    policy = tmp_path / "policy.yaml"
-    policy.write_text("version: 1\negress:\n  allow: []  # nothing\n")
+def test_a_policy_in_json_is_read_without_loading_yaml(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"version": 1, "egress": {"allow": []}}\n')
     code = (
         f"import sys; from ray_guard.policy.load import read_policy; print(read_policy({str(policy)!r}), *sys.modules)"
     )
