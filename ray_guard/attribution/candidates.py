@@ -103,15 +103,18 @@ _BEFORE: Final = (
              AND (m.peer_ip IS NULL OR p.peer_ip IS NULL OR m.peer_ip = p.peer_ip)
              AND p.end_ns + p.slack_ns > m.start_ns AND p.start_ns - p.slack_ns < m.end_ns""",
     # Behind an address whose map was given stood somebody whom the map, as far as it reaches, does not know. What logs
-    # say of their own records' translation is no such map: it is silent of all that they do not record.
+    # say of their own records' translation is no such map: it is silent of all that they do not record. Nor is one of
+    # which no row fits any record of that address: its clock may be wrong.
     """CREATE OR REPLACE TABLE unmapped AS
          WITH reach AS (
            SELECT outside_ip, min(start_ns) AS start_ns, max(end_ns) AS end_ns FROM mapping
            WHERE source NOT IN (SELECT source FROM alert)
-           GROUP BY outside_ip HAVING bool_and(outside_port IS NOT NULL))
+           GROUP BY outside_ip HAVING bool_and(outside_port IS NOT NULL)),
+         fits AS (
+           SELECT DISTINCT p.local_ip FROM side p JOIN side m ON m.alert = p.alert AND m.mapped WHERE NOT p.mapped)
          SELECT DISTINCT s.alert FROM side s JOIN reach r ON r.outside_ip = s.local_ip
            AND s.start_ns >= r.start_ns AND s.end_ns <= r.end_ns
-         WHERE NOT s.mapped AND s.local_port IS NOT NULL
+         WHERE NOT s.mapped AND s.local_port IS NOT NULL AND s.local_ip IN (SELECT local_ip FROM fits)
            AND s.alert NOT IN (SELECT alert FROM side WHERE mapped)""",
     f"""CREATE OR REPLACE TABLE by_socket AS
           SELECT s.alert,

@@ -85,24 +85,22 @@ def test_spans_in_parquet_are_joined_where_they_lie(tmp_path: Path) -> None:
 
 
 def test_a_given_nat_map_speaks_against_ports_that_it_does_not_know(tmp_path: Path) -> None:
-    begin = BEGIN // SECOND
-    for number, address in ((1, "203.0.113.9"), (2, "203.0.113.10")):
-        rows = [
-            f"{begin},{begin + 10},10.0.0.5,39000,{address},61000,tcp",
-            f"{begin + 30},,10.0.0.5,39001,{address},1,tcp",
-        ]
-        (tmp_path / f"{number}.csv").write_text("\n".join(rows))
-    traces, alerts = written(tmp_path, SPANS[:1]), log(tmp_path)
-    unobserved, against = [], []
-    for maps in ([], [str(tmp_path / "2.csv")], [str(tmp_path / "1.csv")]):
-        stranger = attribute([traces], [alerts], maps=maps).alerts[4]  # of 203.0.113.9:40000, which no row translates
+    traces, alerts, said = written(tmp_path, SPANS[:1]), Path(log(tmp_path)), {}
+    lines = alerts.read_text().splitlines(keepends=True)
+    alerts.write_text("".join([*lines, lines[4].replace('"src_port": 40000', '"src_port": 61000')]))
+    for name, address, at in (("other", "203.0.113.10", 0), ("late", "203.0.113.9", -50), ("right", "203.0.113.9", 0)):
+        begin = BEGIN // SECOND + at
+        rows = [f"{begin},{begin + 20},10.0.0.5,39000,{address},61000,tcp", f"{begin + 90},,10.0.0.5,9,{address},1,tcp"]
+        (tmp_path / name).write_text("\n".join(rows))
+        stranger = attribute([traces], [alerts], maps=[tmp_path / name]).alerts[
+            4
+        ]  # port 40000, which no row translates
         (only,) = stranger.candidates
         assert "the call was open on that machine at that time" not in only.evidence
-        unobserved.append(stranger.unobserved)
-        against.append("the NAT map knows no machine behind this port at that time" in only.against)
-    assert against == [False, False, True]
-    assert unobserved[0] == pytest.approx(unobserved[1])
-    assert unobserved[2] > unobserved[0]
+        said[name] = "the NAT map knows no machine behind this port at that time" in only.against, stranger.unobserved
+    assert {name: spoken for name, (spoken, _) in said.items()} == {"other": False, "late": False, "right": True}
+    assert said["right"][1] > said["late"][1]
+    assert said["right"][1] > said["other"][1]
 
 
 def test_what_is_written_piece_by_piece_is_what_json_would_write(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ SECOND = 1_000_000_000
 COUNT = 60
 
 
-def weighed(gap: float) -> tuple[float, float]:
+def weighed(gap: float, *, watched: bool = False, lost: float = 0.0) -> tuple[float, float]:
     """(the short call's probability, the long one's) for an alert that two calls were open for.
 
     It comes with others, which only a short call may have caused, each ``gap`` seconds beside its life.
+    ``watched``: none of those calls' sockets is the alert's, though others of their rollouts were recorded.
     """
     alert = np.array([0, 0, *range(1, COUNT)])
     span = np.array([SECOND // 2, 3 * SECOND, *[SECOND // 2] * (COUNT - 1)])
@@ -27,7 +28,7 @@ def weighed(gap: float) -> tuple[float, float]:
         reach=none + 1,
         named=some,
         used=some,
-        watched=some,
+        watched=some | watched,
     )
     groups = Groups(
         of=np.zeros(COUNT, dtype=np.int64),
@@ -38,7 +39,7 @@ def weighed(gap: float) -> tuple[float, float]:
         slack=np.full(COUNT, 2 * SECOND),
         width=np.zeros(COUNT, dtype=np.int64),
     )
-    probability, nobody = confidences(rows, groups, np.array([0.0, 400.0, 0.0, 0.0]), lost=0.0)
+    probability, nobody = confidences(rows, groups, np.array([0.0, 400.0, 0.0, 0.0]), lost=lost)
     assert np.allclose(np.bincount(alert, probability) + nobody, 1)
     return float(probability[0]), float(probability[1])
 
@@ -48,3 +49,10 @@ def test_how_far_times_are_off_is_learned_and_a_short_call_weighs_accordingly() 
     assert short / long > 5  # times are right: by their lengths alone, six
     short, long = weighed(gap=0.9)
     assert short / long < 3  # times are off by about a second, over which both are spread
+
+
+def test_what_was_not_recorded_speaks_against_a_call_as_far_as_the_traces_have_no_holes() -> None:
+    unwatched, holes, whole = (
+        sum(weighed(0.0, watched=watched, lost=lost)) for watched, lost in ((False, 0.0), (True, 0.5), (True, 0.0))
+    )
+    assert unwatched > holes > whole
