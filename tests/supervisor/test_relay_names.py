@@ -251,6 +251,8 @@ except OSError as error: print(errno.errorcode.get(error.errno, error))
 """
 
 
+# CPython 3.11 leaves one open whose peer has hung up before the handshake.
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning")
 @pytest.mark.parametrize("when", ["waits", "at once"])
 def test_a_second_hello_that_a_server_asks_for_names_the_same(stage: Stage, tmp_path: Path, when: str) -> None:
     """HelloRetryRequest: OpenSSL serves the name of the second hello."""

@@ -23,7 +23,7 @@ from ray_guard.records import SpanRecord, StatusCode
 pytestmark = [pytest.mark.vllm, pytest.mark.kernel, pytest.mark.timeout(300)]
 
 LIMIT = 2500
-TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SPAN = "b7ad6b7169203331"
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,23 @@ def test_pieces_of_two_sequences_are_one_span(server: Any, chats: Callable[..., 
 # The OpenAI server -------------------------------------------------------------------------------------------------
 
 
+def ended(chats: Callable[..., list[SpanRecord]], trace: str) -> SpanRecord:
+    """The one span of that trace, once its end is journaled."""
+    deadline = time.monotonic() + 20
+    while True:
+        found = [each for each in chats() if each.trace_id == trace]
+        if found and all(each.end_ns is not None for each in found):
+            (span,) = found
+            return span
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
 def test_a_header_names_a_parent_and_no_budget(server: Any, chats: Callable[..., list[SpanRecord]]) -> None:
-    answer = post(server, {"traceparent": f"00-{TRACE}-{SPAN}-01"}, max_tokens=4)
+    trace = secrets.token_hex(16)
+    answer = post(server, {"traceparent": f"00-{trace}-{SPAN}-01"}, max_tokens=4)
     assert answer.status == 200
-    (span,) = [each for each in chats() if each.trace_id == TRACE]
+    span = ended(chats, trace)
     assert span.parent_id == SPAN
     assert used(span) == answer.json["usage"]["total_tokens"]
     assert span.attributes["ray_guard.charge_scope"] == "actor"
@@ -148,34 +161,30 @@ def test_a_stream_over_budget_ends_with_the_same_error(server: Any) -> None:
 
 
 @contextlib.contextmanager
-def halted(server: Any) -> Iterator[None]:
-    """The engine's own processes stand still; the one that serves goes on."""
-    started = [each for each in psutil.Process(server.process.pid).children(recursive=True) if "VLLM" in each.name()]
-    assert started, "vLLM names its processes"
-    for each in started:
+def halted(processes: list[psutil.Process]) -> Iterator[None]:
+    for each in processes:
         each.suspend()
     try:
         yield
     finally:
-        for each in started:
+        for each in processes:
             each.resume()
 
 
 def test_a_client_that_hangs_up_ends_its_request(server: Any, chats: Callable[..., list[SpanRecord]]) -> None:
+    started = psutil.Process(server.process.pid).children(recursive=True)  # now: to look for them takes a while
+    engine = [each for each in started if "VLLM" in each.name()]
+    assert engine, "vLLM names its processes"
     trace = secrets.token_hex(16)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     body = {"model": "tiny", "prompt": [5], "ignore_eos": True, "max_tokens": 1200, "stream": True}
     headers = {"Content-Type": "application/json", "traceparent": f"00-{trace}-{SPAN}-01"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
     assert connection.getresponse().readline().startswith(b"data: ")
-    with halted(server):  # else it may have said everything before anybody notices (1200 words take seconds)
+    with halted(engine):  # else it may have said everything before anybody notices (1200 words take seconds)
         connection.sock.close()
         connection.close()
-        deadline = time.monotonic() + 20
-        while not (ended := [each for each in chats() if each.trace_id == trace and each.end_ns is not None]):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    (span,) = ended
+        span = ended(chats, trace)
     assert reasons(span) == ["abort"]
     assert used(span) < 1201
 
