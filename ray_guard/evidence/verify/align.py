@@ -92,7 +92,11 @@ def differences(found: bytes, written: bytes, limit: int) -> tuple[list[Differen
         place = want.find(here, j + 1)
         later = have.find(due, i + 1)
         if place is not None and later is not None:
-            if place - j <= later - i:
+            copy = have.find(here, i + 1)
+            if copy is not None and want.find(here, place + 1) is None:
+                result.append(Difference(Change.DUPLICATED, i, j, other=copy))
+                i += 1
+            elif place - j <= later - i:
                 result.append(Difference(Change.REORDERED, i, j, other=later))
                 arrived.add(later)
                 j += 1

@@ -109,7 +109,7 @@ def test_any_single_change_is_found_and_named(original: Path, data: st.DataObjec
             del lines[at]
             expected = {Kind.REMOVED, Kind.TRUNCATED}
         elif kind == "duplicate":
-            to = data.draw(st.integers(at, count))
+            to = data.draw(st.integers(0, count))
             lines.insert(to, (lines[min(to, count - 1)][0], 0, line))
             expected = {Kind.DUPLICATED, Kind.INSERTED}  # after the log's end it is told as added there
             at = to + 1 if to == at else to
