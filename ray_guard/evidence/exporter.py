@@ -21,6 +21,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from ray_guard import __version__, records
+from ray_guard.evidence.answers import Answers
 from ray_guard.evidence.forwarder import ForwardError, endpoint
 from ray_guard.evidence.settings import check
 
@@ -44,6 +45,7 @@ def open_exporter(environ: Mapping[str, str]) -> OtlpExporter:
     if endpoint(environ) is None:
         raise ForwardError("no OTLP endpoint: set OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     exporter: SpanExporter
+    answers = Answers()
     spoken = protocol(environ, "TRACES")
     check(environ, "TRACES", spoken)
     if spoken == "grpc":
@@ -53,8 +55,8 @@ def open_exporter(environ: Mapping[str, str]) -> OtlpExporter:
     else:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
-        exporter = HttpExporter()
-    return OtlpExporter(exporter)
+        exporter = HttpExporter(session=answers.session(environ, "TRACES"))
+    return OtlpExporter(exporter, answers)
 
 
 def protocol(environ: Mapping[str, str], signal: str) -> str:
@@ -105,8 +107,9 @@ class LastWord(logging.Handler):
 class OtlpExporter:
     """Sends journal records (see :class:`ray_guard.evidence.forward.Exporter`)."""
 
-    def __init__(self, exporter: SpanExporter) -> None:
+    def __init__(self, exporter: SpanExporter, answers: Answers) -> None:
         self._exporter = exporter
+        self._answers = answers
         self._resources: dict[object, SdkResource] = {}
         # OTEL_RESOURCE_ATTRIBUTES says where this runs; what the journal says of a span's own resource wins.
         self._around = OTELResourceDetector().detect().attributes
@@ -114,11 +117,18 @@ class OtlpExporter:
 
     def export(self, spans: Sequence[tuple[records.Resource, records.SpanRecord]]) -> str | None:
         self._last.listen()
+        self._answers.forget()
         try:
             result = self._exporter.export([self.readable(resource, span) for resource, span in spans])
         except Exception as error:  # noqa: BLE001 - whatever a span does to the exporter, the journal keeps it
             return f"{type(error).__name__}: {error}"
         return None if result is SpanExportResult.SUCCESS else self._last.why()
+
+    def refused(self) -> tuple[int, str]:
+        return self._answers.refused
+
+    def pause_s(self) -> float:
+        return self._answers.pause_s
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

@@ -52,6 +52,12 @@ class Exporter(Protocol):
     def export(self, spans: Sequence[tuple[Resource, SpanRecord]]) -> str | None:
         """Sends the spans. None when the endpoint took them, else why not."""
 
+    def refused(self) -> tuple[int, str]:
+        """How many spans of an export that the endpoint took it did not keep, as it says itself, and why."""
+
+    def pause_s(self) -> float:
+        """How long the endpoint asked to be left alone when it last answered; 0 where it did not."""
+
     def shutdown(self) -> None:
         """Ends a running export soon; called from another thread."""
 
@@ -76,6 +82,7 @@ class Forwarder:
         self.sent = 0
         self.passed_over = 0
         self.failed = 0
+        self._remark = (False, "")
 
     def offset(self, segment: str) -> int:
         """How many bytes of a segment are done with. May be called from another thread."""
@@ -89,8 +96,7 @@ class Forwarder:
         spans = [pair for line in batch for pair in line.spans]
         why = self._exporter.export(spans) if spans else None
         if why is None:
-            self._taken(batch)
-            self.sent += len(spans)
+            self._taken(batch, len(spans))
             self._limit = min(self._most, self._limit * 2)
             if spans and self.failures:
                 _log.warning("the endpoint takes spans again")
@@ -106,7 +112,18 @@ class Forwarder:
         self._wait()
         return True
 
-    def _taken(self, batch: Sequence[Line]) -> None:
+    def _taken(self, batch: Sequence[Line], spans: int) -> None:
+        """The endpoint took so many spans of the batch; those it did not keep are not sent again (OTLP forbids it)."""
+        if spans:
+            refused, why = self._exporter.refused()
+            refused = min(refused, spans)
+            remark = (refused > 0, why)
+            if remark not in (self._remark, (False, "")):
+                _log.warning("the endpoint did not keep %d of %d spans: %s", refused, spans, why or "no reason given")
+            self._remark = remark
+            self.sent += spans - refused
+            self.passed_over += refused
+            self._progress.rejected += refused
         self._progress.advance(batch)
         try:
             self._progress.save()
@@ -121,14 +138,13 @@ class Forwarder:
             return False
         spans = [pair for line in batch for pair in line.spans]
         if self._exporter.export(spans) is None:  # the endpoint had come back just then
-            self.sent += len(spans)
-            self._taken(batch)
+            self._taken(batch, len(spans))
             return True
         for _, span in spans:
             _log.warning("span %s of trace %s is passed over: %s", span.span_id, span.trace_id, why)
             self._progress.rejected += 1
             self.passed_over += 1
-        self._taken(batch)
+        self._taken(batch, 0)
         self.failures = 0
         return True
 
@@ -136,6 +152,7 @@ class Forwarder:
         shortest, longest = _BACKOFF_S
         delay = min(longest, shortest * 2 ** min(self.failures - 1, 10))
         delay *= 0.75 + secrets.randbelow(500) / 1000  # many nodes must not return to a collector in step
+        delay += min(longest, self._exporter.pause_s())
         # In the last flush there is no point in being patient.
         if self._stopping.wait(delay):
             time.sleep(0.2)

@@ -26,6 +26,7 @@ from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, V
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
 from ray_guard import __version__
+from ray_guard.evidence.answers import Answers
 from ray_guard.evidence.exporter import LastWord, protocol
 from ray_guard.evidence.layout import log_of
 from ray_guard.evidence.measures import INSTRUMENTS, Bounded, Instrument, Losses, Measurement, measured
@@ -73,7 +74,7 @@ def open_metrics_exporter(environ: Mapping[str, str]) -> MetricsExporter:
     else:
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
 
-        exporter = HttpExporter()
+        exporter = HttpExporter(session=Answers().session(environ, "METRICS"))
     return MetricsExporter(exporter)
 
 

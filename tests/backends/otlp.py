@@ -72,6 +72,7 @@ class Receiver:
     Attributes:
         requests: how many came, whatever the answer.
         errors: what was wrong with those that were refused for what they hold.
+        reply: what those are told that were taken; a test may have it say that spans were left out.
         changed: notified after each.
     """
 
@@ -80,6 +81,7 @@ class Receiver:
     def __init__(self, answer: Callable[[bytes], int] = lambda _: 200) -> None:
         self.answer = answer
         self.requests = 0
+        self.reply: Any = self.signal.response()
         self.errors: list[str] = []
         self.changed = threading.Condition()
 
@@ -230,7 +232,7 @@ def by_http(*receivers: Receiver, port: int = 0) -> Iterator[str]:
                 code = receiver.refuse(f"a Content-Type {kind}")
             else:
                 code = receiver.receive(body)
-            reply = receiver.signal.response().SerializeToString() if receiver and code == 200 else b""
+            reply = receiver.reply.SerializeToString() if receiver and code == 200 else b""
             self.send_response(code)
             self.send_header("Content-Type", "application/x-protobuf")
             self.send_header("Content-Length", str(len(reply)))
@@ -262,7 +264,8 @@ def by_grpc(*receivers: Receiver, port: int = 0) -> Iterator[str]:
             code = receiver.receive(body)
             if code != 200:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT if code == 400 else grpc.StatusCode.UNAVAILABLE, "no")
-            return receiver.signal.response().SerializeToString()
+            reply: bytes = receiver.reply.SerializeToString()
+            return reply
 
         return export
 

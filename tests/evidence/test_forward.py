@@ -194,8 +194,8 @@ def test_a_collector_that_comes_late(tmp_path: Path, start: Start, received: Tra
     assert Counter(received.ids()) == Counter(expected)  # nothing was taken while it was down: nothing comes twice
 
 
-def test_a_collector_that_answers_503(tmp_path: Path, start: Start, received: Traces, serve: Serve) -> None:
-    answers = iter([503, 503, 503])
+def test_a_collector_that_answers_something_else(tmp_path: Path, start: Start, received: Traces, serve: Serve) -> None:
+    answers = iter([503, 302, 503])  # the exporters take a redirection for success
     with (
         serve(answer=lambda _: next(answers, 200)) as endpoint,
         Journal(tmp_path / "e") as journal,
@@ -207,6 +207,21 @@ def test_a_collector_that_answers_503(tmp_path: Path, start: Start, received: Tr
     assert code == 0
     assert received.requests > 3
     assert Counter(received.ids()) == Counter(expected)
+
+
+def test_spans_that_a_collector_leaves_out_are_counted_and_not_sent_again(
+    tmp_path: Path, start: Start, received: Traces, serve: Serve
+) -> None:
+    received.reply.partial_success.rejected_spans = 3
+    received.reply.partial_success.error_message = "three are too old"
+    with serve() as endpoint, Journal(tmp_path / "e") as journal:
+        expected = append(journal, range(20))
+        process = start(tmp_path / "e", environment(endpoint), "--once")
+        code, said = finish(process)
+    assert code == 0
+    assert "did not keep 3 of 20 spans: three are too old" in said
+    assert Counter(received.ids()) == Counter(expected)
+    assert json.loads((tmp_path / "e" / STATE).read_text())["rejected"] == 3
 
 
 def test_one_span_that_is_refused_does_not_stop_the_others(
