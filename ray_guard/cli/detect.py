@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ray_guard.cli.output import failed, say
 from ray_guard.detect import commands, payloads
 from ray_guard.evidence.cases import Cases
-from ray_guard.evidence.reader import NotEvidence, open_segment, scan, segments
+from ray_guard.evidence.reader import NotEvidence, is_sealed, open_segment, scan, segments
 
 if TYPE_CHECKING:
     from ray_guard.detect.sigma import Rule
@@ -98,8 +98,11 @@ def _findings(paths: list[str], rules: list[Path]) -> Iterator[dict[str, Any]]:
     for each in rules:
         cases.take(str(each))  # they were read before without complaint
     for path in segments(paths):
+        sealed = is_sealed(path)
         with open_segment(path) as file:
             for line in scan(file):
+                if sealed and not line.complete:
+                    continue
                 for case in cases.of(line.content or b""):
                     told = {key: case[key] for key in ("kind", "rule", "trace", "span", "call")}
                     yield {"flagged": True, **told, **case["identity"]}

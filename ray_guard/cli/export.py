@@ -46,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
     quarantine = Quarantine()
     try:
         entries = list(merge(read([args.evidence], quarantine)).values())
+        if not entries and quarantine.first:
+            none = quarantine.first[0]
+            return failed(
+                "export", f"{args.evidence}: no span in it can be read; first: {none.reason} at {none.position}"
+            )
         count = export(entries, args.format, args.out, clean=args.clean)
     except NotEvidence as error:
         return failed("export", str(error))

@@ -7,6 +7,7 @@ Nothing in a file ends the reading. What cannot be used is quarantined: counted 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 from ray_guard.errors import RayGuardError
-from ray_guard.evidence.layout import SUFFIX, log_of
+from ray_guard.evidence.layout import SEAL_SUFFIX, SUFFIX, log_of
 from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode
 from ray_guard.records import Attributes, Resource, Source, SpanRecord
 
@@ -70,8 +71,9 @@ class Rejected:
 class Quarantine:
     """What could not be used. ``counts`` is complete, by reason; ``first`` holds the first thousand with positions.
 
-    Reasons: ``torn`` (a last line without its end), ``malformed`` (not JSON), ``binary``, ``huge``, ``foreign``
-    (JSON, but no OTLP traces), ``invalid`` (spans without ids or times), ``unreadable`` (a file that cannot be read).
+    Reasons: ``torn`` (a last line without its end: in a segment of a sealed log no record, whatever it says),
+    ``malformed`` (not JSON), ``binary``, ``huge``, ``foreign`` (JSON, but no OTLP traces), ``invalid`` (spans without
+    ids or times), ``unreadable`` (a file that cannot be read).
     """
 
     def __init__(self) -> None:
@@ -147,12 +149,18 @@ def segments_of(folder: Path, log: str) -> list[Path]:
     return [folder / name for _, name in sorted((of[1], name) for of, name in found if of is not None and of[0] == log)]
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether there is a seal for the file: then only whole lines of it are records, as the seal has them."""
+    of = log_of(path.name)
+    return of is not None and path.with_name(f"{of[0]}{SEAL_SUFFIX}").exists()
+
+
 def open_segment(path: Path) -> BinaryIO:
     """Opens a regular file to read; anything else (a FIFO would block for ever) is an OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(None, "not a regular file")
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -172,11 +180,12 @@ def read(paths: Iterable[str | os.PathLike[str]], quarantine: Quarantine) -> Ite
     shared: dict[object, Resource] = {}
     for path in segments(paths):
         position = Position(str(path), 0, 0)
+        sealed = is_sealed(path)
         try:
             with open_segment(path) as file:
                 for line in scan(file):
                     position = Position(str(path), line.number, line.offset)
-                    for resource, span in _spans(line, position, quarantine):
+                    for resource, span in _spans(line, position, quarantine, sealed=sealed):
                         # Many spans are about few resources: one object each keeps a large job's evidence in memory.
                         kept = shared.setdefault(frozenset(resource.attributes.items()), resource)
                         yield Entry(kept, span, position)
@@ -184,11 +193,16 @@ def read(paths: Iterable[str | os.PathLike[str]], quarantine: Quarantine) -> Ite
             quarantine.add(position, "unreadable", error.strerror or str(error))
 
 
-def _spans(line: RawLine, position: Position, quarantine: Quarantine) -> list[tuple[Resource, SpanRecord]]:
+def _spans(
+    line: RawLine, position: Position, quarantine: Quarantine, *, sealed: bool
+) -> list[tuple[Resource, SpanRecord]]:
     if line.content is None:
         quarantine.add(position, "huge", f"a line of {line.end - line.offset} bytes; at most {LINE_LIMIT} are read")
         return []
     if not line.content.strip():
+        return []
+    if sealed and not line.complete:
+        quarantine.add(position, "torn", "a line without its end, which no seal can vouch for")
         return []
     try:
         text = line.content.decode("utf-8")

@@ -104,6 +104,8 @@ class Known:
     """Signed, to be verified with the log's own key."""
     whole: bool = False
     """It is all there was of a log that nobody could seal to its end."""
+    torn: int = 0
+    """Then also: bytes of lines without their ends."""
 
 
 @dataclass(slots=True)
@@ -115,8 +117,8 @@ class _Content:
     roots: dict[int, bytes] = field(default_factory=dict)
     starts: list[tuple[Path, int]] = field(default_factory=list)
     """Each file, and the index of its first record."""
-    torn: list[tuple[Path, int]] = field(default_factory=list)
-    """Files that end in a line without its end, and how many bytes of one."""
+    torn: list[tuple[Position, int]] = field(default_factory=list)
+    """Lines without their ends, each a file's last, and how many bytes of one."""
     before: list[bytes] = field(default_factory=list)
     """Lines that vouch for other logs."""
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
@@ -226,10 +228,14 @@ def _lines(path: Path, content: _Content) -> Iterator[list[bytes]]:
     """The whole lines of a file, without their newlines, many at a time and in bounded memory."""
     with open_segment(path) as file:
         rest = b""
+        size = end = count = 0  # of what was read, of the last whole line, of whole lines
         while block := file.read(_BLOCK):
+            size += len(block)
             content.size += len(block)
             lines = (rest + block).split(b"\n")
             rest = lines.pop()
+            if lines:
+                end, count = size - (len(block) - 1 - block.rfind(b"\n")), count + len(lines)
             if len(rest) > LINE_LIMIT:
                 rest = rest[: LINE_LIMIT + 1]  # nobody wrote that: what counts is that it differs
             if lines:
@@ -237,7 +243,7 @@ def _lines(path: Path, content: _Content) -> Iterator[list[bytes]]:
                     content.before += [line for line in lines if line.startswith(VOUCHES)]
                 yield lines
         if rest:
-            content.torn.append((path, len(rest)))
+            content.torn.append((Position(str(path), count + 1, end), size - end))
 
 
 def _outside(note: Note, key: Key | None) -> Known:
@@ -258,7 +264,8 @@ def _vouched(by: str, lines: Sequence[bytes]) -> Iterator[Known]:
             log = str(about[""])
             if int(about.get("records", -1)) >= 0:
                 root = bytes.fromhex(str(about["root"]))
-                yield Known(log, int(about["records"]), root, f"log {by}", whole=True)
+                torn = int(about.get("torn_bytes", 0))
+                yield Known(log, int(about["records"]), root, f"log {by}", whole=True, torn=torn)
             if "checkpoint" in about:
                 note = Note.parse(str(about["checkpoint"]))
                 key = Key.parse(str(about["key"]))
@@ -303,10 +310,31 @@ def _judge(log: _Log, said: Sequence[Known]) -> LogReport:
         findings += _shifted(log)
     findings += _contradicted(log, said, altered=bool(findings))
     _judge_tail(log, report, consumed, [each for each in said if each.whole])
-    report.notes += [f"{path.name} ends in {size} bytes of an unfinished line" for path, size in content.torn]
-    if seal.torn:
-        report.notes.append(f"the seal ends in {seal.torn} bytes of a checkpoint that was being written")
+    if not findings:
+        findings += _unfinished(log, report.state, said)
+    if not findings or report.state is not State.ENDED:
+        names = [(Path(position.path).name, size) for position, size in content.torn]
+        report.notes += [f"{name} ends in {size} bytes of an unfinished line" for name, size in names]
+        if seal.torn:
+            report.notes.append(f"the seal ends in {seal.torn} bytes of a checkpoint that was being written")
     return report
+
+
+def _unfinished(log: _Log, state: State, said: Sequence[Known]) -> Iterator[Finding]:
+    """Bytes behind the last whole line that nobody can have been writing: no tree holds them."""
+    content = log.content
+    allowed = {
+        State.ENDED: 0,
+        State.RECOVERED: max((each.torn for each in said if each.whole), default=0),
+        State.LIVE: sum(size for position, size in content.torn if Path(position.path) == log.segments[-1]),
+    }.get(state)
+    if allowed is not None and sum(size for _, size in content.torn) > allowed:
+        for position, size in content.torn:
+            text = f"{size} bytes without the end of a line, which the log's writer did not leave"
+            yield Finding(Kind.INSERTED, position, text)
+    if state is State.ENDED and log.seal.torn:
+        text = f"it goes on for {log.seal.torn} bytes behind the log's end"
+        yield Finding(Kind.SEAL, Position(str(log.seal.path), 0, 0), text)
 
 
 def _state(seal: Seal, said: Sequence[Known]) -> State:
