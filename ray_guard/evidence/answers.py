@@ -24,6 +24,14 @@ class Elsewhere(requests.RequestException):
     """The endpoint points to another address, which a POST is not sent to."""
 
 
+class _Session(requests.Session):
+    """Has the certificate that it was given win over REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE, which requests prefers."""
+
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+        given = self.verify if verify is None and self.verify is not True else verify
+        return super().merge_environment_settings(url, proxies, stream, given, cert)
+
+
 class Answers:
     """Reads an endpoint's answers.
 
@@ -44,7 +52,7 @@ class Answers:
         """For an exporter of that signal. None where the environment names a provider of sessions of its own."""
         if any(environ.get(name.format(signal), "").strip() for name in _PROVIDERS):
             return None
-        session = requests.Session()
+        session = _Session()
         session.hooks["response"].append(self._read)
         return session
 

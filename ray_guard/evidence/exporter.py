@@ -98,7 +98,9 @@ class LastWord(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.thread == self._thread:
-            self._said = record.getMessage()
+            said = record.getMessage()
+            # Of a time that ran out they say so, and before that, as a warning, what went wrong each time.
+            self._said = f"{said} {self._said}".strip() if record.levelno >= logging.ERROR else said
 
     def why(self) -> str:
         return self._said or "refused without a reason"
