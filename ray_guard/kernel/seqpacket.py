@@ -10,7 +10,7 @@ import array
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 PACKET_LIMIT: Final = 1 << 17
@@ -46,14 +46,22 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[dict[str, Any], list[i
     Raises:
         BadPacket: the packet was no JSON object; its descriptors are closed.
     """
-    packet, control, message_flags, _ = sock.recvmsg(PACKET_LIMIT, _ROOM, int(flags) | _CLOEXEC)
+    packet, control, message_flags, _ = _past_reset(sock.recvmsg, PACKET_LIMIT, _ROOM, int(flags) | _CLOEXEC)
     return _taken(packet, control, message_flags)
 
 
 def receive_into(sock: socket.socket, buffer: memoryview, flags: int = 0) -> tuple[dict[str, Any], list[int]] | None:
     """:func:`receive`, with the packet left in ``buffer``."""
-    size, control, message_flags, _ = sock.recvmsg_into([buffer], _ROOM, int(flags) | _CLOEXEC)
+    size, control, message_flags, _ = _past_reset(sock.recvmsg_into, [buffer], _ROOM, int(flags) | _CLOEXEC)
     return _taken(buffer[:size], control, message_flags)
+
+
+def _past_reset(receive: Callable[..., Any], *arguments: Any) -> Any:
+    """Who dies and has not read all itself resets the line: that is said once, before what it had sent."""
+    try:
+        return receive(*arguments)
+    except ConnectionResetError:
+        return receive(*arguments)
 
 
 def _taken(

@@ -131,8 +131,6 @@ class Leader:
             received = seqpacket.receive(self._line, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        except ConnectionResetError:  # said once, before what was sent: it died and had not read all itself
-            return self.receive()
         except (OSError, seqpacket.BadPacket):
             received = None
         if received is None:

@@ -133,8 +133,6 @@ class Session:
                 received = inbox.receive(self._sock, number)
             except (BlockingIOError, InterruptedError):
                 return
-            except ConnectionResetError:  # said once, before what was sent: it died and had not read all itself
-                continue
             except (OSError, seqpacket.BadPacket) as error:
                 inbox.done()
                 log.warning("a packet of %s is unusable: %s", self._name(), error)

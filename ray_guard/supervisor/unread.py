@@ -158,7 +158,7 @@ def _rest(line: socket.socket) -> Iterator[dict[str, Any]]:
     while True:
         try:
             received = seqpacket.receive(line, socket.MSG_DONTWAIT)
-        except (seqpacket.BadPacket, ConnectionResetError):  # the latter is said once, before what was sent
+        except seqpacket.BadPacket:
             continue
         except OSError:
             return
