@@ -45,14 +45,16 @@ def within(leader: int) -> Within:
 
 def handlers(is_within: Within) -> Mapping[str, Handler]:
     """For the gate of a call."""
-    by_pid = _answering(lambda call: _judged(is_within, call.arg0))
+    by_pid = answering(lambda call: _judged(is_within, call.arg0))
     found: dict[str, Handler] = dict.fromkeys(_BY_PID, by_pid)
     for name, process in _BY_KIND.items():
-        found[name] = _answering(_judging_kind(is_within, process))
+        found[name] = answering(_judging_kind(is_within, process))
     return found
 
 
-def _answering(judge: Callable[[Notification], int]) -> Handler:
+def answering(judge: Callable[[Notification], int]) -> Handler:
+    """Lets through what ``judge`` has nothing against; else it is the error number."""
+
     def handle(gate: Gate, call: Notification) -> None:
         error = judge(call)
         if error:

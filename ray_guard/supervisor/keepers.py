@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ray_guard.kernel import procfs
 from ray_guard.supervisor import bystanders
 
 if TYPE_CHECKING:
-    from ray_guard.egress.gate import Gate, Handler
-    from ray_guard.kernel.seccomp import Notification
+    from ray_guard.egress.gate import Handler
 
 
 def handlers() -> Mapping[str, Handler]:
     """For the gate of a policy actor."""
-    first = _answering(lambda call: (call.arg0,))
-    both = _answering(lambda call: (call.arg0, call.arg1))
+    first = bystanders.answering(lambda call: _judged(call.arg0))
+    both = bystanders.answering(lambda call: _judged(call.arg0, call.arg1))
     return {
         **bystanders.handlers(_is_none),
         "kill": first,
@@ -32,20 +31,13 @@ def handlers() -> Mapping[str, Handler]:
         "tgkill": both,
         "rt_sigqueueinfo": first,
         "rt_tgsigqueueinfo": both,
-        "fcntl": _answering(lambda call: (call.arg2,)),  # F_SETOWN
+        "fcntl": bystanders.answering(lambda call: _judged(call.arg2)),  # F_SETOWN
     }
 
 
-def _answering(named: Callable[[Notification], tuple[int, ...]]) -> Handler:
+def _judged(*named: int) -> int:
     """``named``: processes or threads, or as negative numbers process groups."""
-
-    def handle(gate: Gate, call: Notification) -> None:
-        if all(map(_may_be_signalled, named(call))):
-            gate.listener.proceed(call.id)
-        else:
-            gate.refuse(call, errno.EPERM)
-
-    return handle
+    return 0 if all(map(_may_be_signalled, named)) else errno.EPERM
 
 
 def _may_be_signalled(who: int) -> bool:

@@ -132,24 +132,18 @@ def _of_log(path: Path, span: str, since: Sequence[tuple[Note, Key | None]]) -> 
         seal.key,
         note.whole,
         tuple(Proven(at, record, tuple(merkle.inclusion_proof(sealed, at))) for at, record in about.items()),
-        tuple(_extension(seal, sealed, older, key) for older, key in since if older.checkpoint.log == seal.log),
+        tuple(_extension(sealed, older, key or seal.key) for older, key in since if older.checkpoint.log == seal.log),
     )
 
 
-def _extension(seal: Seal, sealed: Sequence[bytes], older: Note, key: Key | None) -> Extension:
+def _extension(sealed: Sequence[bytes], older: Note, key: Key) -> Extension:
     then = older.checkpoint
-    if not verified(older, key or _known(seal)):
-        raise NotProven(f"the given checkpoint of {seal.log} over {then.size} records is not signed by its key")
+    if not verified(older, key):
+        raise NotProven(f"the given checkpoint of {then.log} over {then.size} records is not signed by its key")
     if then.size > len(sealed) or merkle.root(sealed[: then.size]) != then.root:
-        raise NotProven(f"{seal.log} is no continuation of the checkpoint over {then.size} records that was given")
+        raise NotProven(f"{then.log} is no continuation of the checkpoint over {then.size} records that was given")
     path = merkle.consistency_proof(sealed, then.size) if 0 < then.size < len(sealed) else []
     return Extension(older.whole, tuple(path))
-
-
-def _known(seal: Seal) -> Key:
-    if seal.key is None:
-        raise NotProven(f"{seal.log} has no key")
-    return seal.key
 
 
 def _records(path: Path, seal: Seal) -> Iterator[bytes]:
