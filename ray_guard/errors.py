@@ -9,6 +9,7 @@ Runs everywhere (driver, target, supervisor, later).
     ├── EgressDenied     a destination was refused (raised by the guard's own API only; a refused system call
     │                    surfaces as the ordinary OSError)
     ├── BudgetExceeded   a limit of a scope was reached; carries type, value, limit, scope and source
+    ├── BadPath          a file or folder that is not what it was given as; carries path and reason
     └── SupervisorLost   the supervisor does not answer any more: nothing is granted from here on
 
 All of them survive pickling, because Ray carries exceptions between processes.
@@ -45,6 +46,23 @@ class PolicyError(RayGuardError, ValueError):
 
 class UnknownArchitecture(PolicyError):
     """A model configuration whose cost is not understood: what it says may not be guessed from."""
+
+
+class BadPath(RayGuardError):
+    """A file or folder that is not what it was given as.
+
+    Args:
+        path: as given.
+        why: what is wrong with it, and what would help.
+    """
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(path, why)
+        self.path = path
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
 
 
 class NotEnforced(RayGuardError):

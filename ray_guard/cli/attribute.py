@@ -32,8 +32,7 @@ from ray_guard.cli.output import failed, say
 from ray_guard.evidence.reader import NotEvidence
 
 if TYPE_CHECKING:
-    # What add_subparsers() returns has no public name.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+    from ray_guard.cli.output import Subparsers
 
 _EVERY_S: Final = 10.0
 _BLOCK: Final = 1000

@@ -18,10 +18,8 @@ from ray_guard.evidence.cases import Cases
 from ray_guard.evidence.reader import NotEvidence, is_sealed, open_segment, scan, segments
 
 if TYPE_CHECKING:
+    from ray_guard.cli.output import Subparsers
     from ray_guard.detect.sigma import Rule
-
-    # What add_subparsers() returns has no public name.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:

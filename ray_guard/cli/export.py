@@ -17,8 +17,7 @@ from ray_guard.report.index import Index
 from ray_guard.report.trajectories import unplaced
 
 if TYPE_CHECKING:
-    # What add_subparsers() returns has no public name.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+    from ray_guard.cli.output import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:

@@ -1,9 +1,16 @@
-"""What the commands that read evidence print with. Runs later."""
+"""What the commands that read evidence have in common: how they are added, and print. Runs later."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    # What add_subparsers() returns has no public name.
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
 
 def say(content: str) -> None:

@@ -16,8 +16,7 @@ from ray_guard.evidence.verify.proof import NotProven, prove, written
 from ray_guard.evidence.verify.seals import read_checkpoints
 
 if TYPE_CHECKING:
-    # What add_subparsers() returns has no public name.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+    from ray_guard.cli.output import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:

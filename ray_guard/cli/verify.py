@@ -22,8 +22,7 @@ from ray_guard.evidence.verify.seals import read_checkpoints, read_keys
 from ray_guard.report.text import printable
 
 if TYPE_CHECKING:
-    # What add_subparsers() returns has no public name.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+    from ray_guard.cli.output import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:

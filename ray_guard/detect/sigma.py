@@ -26,7 +26,7 @@ from sigma.types import SigmaBool, SigmaExists, SigmaNull, SigmaNumber, SigmaReg
 
 from ray_guard.detect import Kind
 from ray_guard.detect.shell import commands
-from ray_guard.errors import RayGuardError
+from ray_guard.errors import BadPath
 
 Event = Mapping[str, str]
 
@@ -54,21 +54,8 @@ _TITLES: Final = (
 )
 
 
-class BadRule(RayGuardError):
-    """A rule that cannot be used.
-
-    Args:
-        path: its file.
-        why: what is wrong with it.
-    """
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(path, why)
-        self.path = path
-        self.why = why
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.why}"
+class BadRule(BadPath):
+    """A rule that cannot be used."""
 
 
 class Rule:

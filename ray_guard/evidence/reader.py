@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
-from ray_guard.errors import RayGuardError
+from ray_guard.errors import BadPath
 from ray_guard.evidence.layout import SEAL_SUFFIX, SUFFIX, log_of
 from ray_guard.evidence.otlp import LINE_LIMIT, NotOtlp, decode
 from ray_guard.records import Attributes, Resource, Source, SpanRecord
@@ -25,21 +25,8 @@ _REMEMBERED: Final = 1000
 _PIECE: Final = 1 << 20
 
 
-class NotEvidence(RayGuardError):
-    """A path that holds no evidence.
-
-    Args:
-        path: as given.
-        why: what is wrong with it.
-    """
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(path, why)
-        self.path = path
-        self.why = why
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.why}"
+class NotEvidence(BadPath):
+    """A path that holds no evidence."""
 
 
 class Position(NamedTuple):

@@ -24,7 +24,7 @@ from ray_guard.attribution.observation import Observation
 from ray_guard.attribution.sources import FORMATS, Source
 from ray_guard.attribution.sources.line import Line, Unusable, of_object, sound
 from ray_guard.attribution.times import BadTime
-from ray_guard.errors import RayGuardError
+from ray_guard.errors import BadPath
 from ray_guard.evidence.reader import open_segment
 
 LINE_LIMIT: Final = 1 << 24
@@ -34,21 +34,8 @@ _KEPT: Final = 1000
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
-class NotAlerts(RayGuardError):
-    """A path that holds no log.
-
-    Args:
-        path: as given.
-        why: what is wrong, and what would help.
-    """
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(path, why)
-        self.path = path
-        self.why = why
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.why}"
+class NotAlerts(BadPath):
+    """A path that holds no log."""
 
 
 class Record(NamedTuple):
