@@ -149,8 +149,10 @@ _SIDES: Final = """sides AS (
 _SOCKETS: Final = f"""
 WITH {_SAMPLE}, {_SIDES},
  told AS (SELECT * FROM sides UNION
-   SELECT s.alert, s.start_ns, s.end_ns, m.inside_ip, m.inside_port, s.peer_ip, s.peer_port, s.host
-   FROM sides s JOIN nat m ON m.outside_ip = s.local_ip AND m.outside_port = s.local_port)
+   SELECT s.alert, s.start_ns, s.end_ns, m.inside_ip, m.inside_port, coalesce(m.aimed_ip, s.peer_ip),
+     coalesce(m.aimed_port, s.peer_port), s.host
+   FROM sides s JOIN translation m ON m.outside_ip = s.local_ip AND m.outside_port = s.local_port
+     AND (m.peer_ip IS NULL OR m.peer_ip = s.peer_ip))
 SELECT t.alert, t.start_ns - f.end_ns AS low, t.end_ns - f.start_ns AS high, t.start_ns AS seen
 FROM told t JOIN flow f ON f.local_ip = t.local_ip AND f.local_port = t.local_port
   AND f.peer_ip = t.peer_ip AND f.peer_port = t.peer_port
@@ -170,10 +172,13 @@ WITH {_SAMPLE}, {_SIDES},
    WHERE w.text <> '')
 SELECT alert, low, high, seen FROM telling
 WHERE named OR (suspect AND NOT (SELECT coalesce(bool_or(named), false) FROM telling)) LIMIT $limit"""
-_MAPPED: Final = """
-WITH sampled AS (SELECT row_number() OVER () AS alert, * FROM nat WHERE source = $source AND start_ns > 0
-   ORDER BY hash(inside_port, start_ns) LIMIT 4000)
-SELECT m.alert, m.start_ns - f.end_ns AS low, m.end_ns - f.start_ns AS high, m.start_ns AS seen
+# A translation begins with its connection, and may outlast it by minutes.
+_MAPPED: Final = f"""
+WITH sampled AS (SELECT row_number() OVER (ORDER BY inside_ip, inside_port, start_ns) AS alert, *,
+     coalesce(aimed_ip, peer_ip) AS far_ip FROM translation WHERE source = $source AND start_ns > 0
+   ORDER BY hash(inside_port, start_ns), alert LIMIT 4000)
+SELECT m.alert, m.start_ns - f.start_ns - {_SLACK_NS} AS low, m.start_ns - f.start_ns + {_SLACK_NS} AS high,
+  m.start_ns AS seen
 FROM sampled m JOIN flow f ON f.local_ip = m.inside_ip AND f.local_port = m.inside_port
-  AND (m.peer_ip IS NULL OR f.peer_ip = m.peer_ip)
+  AND (m.far_ip IS NULL OR f.peer_ip = m.far_ip)
 WHERE abs(m.start_ns - f.start_ns) < $reach LIMIT $limit"""

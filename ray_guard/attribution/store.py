@@ -43,6 +43,8 @@ NAT_SCHEMA: Final = pa.schema(
         ("proto", pa.string()),
         ("peer_ip", pa.string()),
         ("peer_port", pa.int32()),
+        ("aimed_ip", pa.string()),
+        ("aimed_port", pa.int32()),
     ]
 )
 
@@ -146,6 +148,8 @@ def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[tuple[int, Mapping
             "proto": each.proto,
             "peer_ip": each.peer.ip,
             "peer_port": each.peer.port,
+            "aimed_ip": each.aimed.ip,
+            "aimed_port": each.aimed.port,
         }
         for source, each in mappings
     ]
