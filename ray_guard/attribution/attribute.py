@@ -103,6 +103,7 @@ def attribute(
             progress("arranging the job's calls")
             wait([job], _TICK_S)
         job.result()
+    store.canonical(db)
     given = [Map(FileReport(str(path))) for path in maps]
     mappings = logs.mappings
     for number, (path, each) in enumerate(zip(maps, given, strict=True), len(logs.sources)):

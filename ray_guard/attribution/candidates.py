@@ -74,6 +74,16 @@ _MEET: Final = """w.bucket = greatest(w.first, o.first)
              AND w.end_ns + w.slack_ns > o.start_ns AND w.start_ns - w.slack_ns < o.end_ns"""
 _GAP: Final = "greatest(0, f.start_ns - s.end_ns, s.start_ns - f.end_ns)"
 
+
+def same_host(one: str, other: str) -> str:
+    """The SQL that tells whether two names are one host's: alike, or as far as the one of them without domain goes.
+    Addresses have no domain."""
+    first, second = (f"trim(lower({each}), '.')" for each in (one, other))
+    bare = f"""(NOT contains({first}, '.') OR NOT contains({second}, '.'))
+               AND split_part({first}, '.', 1) = split_part({second}, '.', 1)"""
+    return f"({first} = {second} OR {bare})"
+
+
 _HELD: Final = """(p.proto = '' OR m.proto = '' OR m.proto = p.proto)
              AND (m.peer_ip IS NULL OR p.peer_ip IS NULL OR m.peer_ip = p.peer_ip)
              AND (m.peer_port IS NULL OR p.peer_port IS NULL OR m.peer_port = p.peer_port)
@@ -83,7 +93,8 @@ _NEXT: Final = """i.outside_ip = o.inside_ip AND i.outside_port = o.inside_port
                AND (i.proto = '' OR o.proto = '' OR i.proto = o.proto)
                AND (i.peer_ip IS NULL OR coalesce(o.aimed_ip, o.peer_ip, i.peer_ip) = i.peer_ip)"""
 """Whether what comes out of the map ``i`` goes into the map ``o``, as far as addresses tell."""
-_THROUGH: Final = """o.source, i.inside_ip, i.inside_port, o.outside_ip, o.outside_port, o.proto, o.peer_ip, o.peer_port,
+_THROUGH: Final = """o.source, i.inside_ip, i.inside_port, o.outside_ip, o.outside_port, o.proto,
+               o.peer_ip, o.peer_port,
                coalesce(i.aimed_ip, o.aimed_ip) AS aimed_ip, coalesce(i.aimed_port, o.aimed_port) AS aimed_port"""
 
 _BY_INTERVAL: Final = (
@@ -107,7 +118,11 @@ _BY_INTERVAL: Final = (
 _BEFORE: Final = (
     # Alert times by the traces' clock, widened by what their semantics leave open.
     f"""CREATE OR REPLACE TABLE timed AS
-          SELECT a.* EXCLUDE (start_ns, end_ns), k.slack_ns,
+          SELECT a.* EXCLUDE (start_ns, end_ns) REPLACE (
+              -- Types and codes of ICMP stand where ports do; 0 is none.
+              CASE WHEN proto IN ('icmp', 'icmp6') THEN NULL ELSE nullif(src_port, 0) END AS src_port,
+              CASE WHEN proto IN ('icmp', 'icmp6') THEN NULL ELSE nullif(dst_port, 0) END AS dst_port),
+            k.slack_ns,
             CAST(a.start_ns - k.skew_ns - k.drift * (a.start_ns - k.reference_ns) AS BIGINT)
               - CASE WHEN a.semantics IN ('end', 'ingest') THEN {LOOKBACK_NS} ELSE 0 END AS start_ns,
             CAST(a.end_ns - k.skew_ns - k.drift * (a.end_ns - k.reference_ns) AS BIGINT) AS end_ns
@@ -158,8 +173,9 @@ _BEFORE: Final = (
            FROM plain p JOIN mapping m ON m.outside_ip = p.local_ip AND m.outside_port = p.local_port AND {_HELD}
          UNION ALL
          -- Of a whole address no port is said, nor of what has none.
-         SELECT p.alert, m.inside_ip, p.local_port, coalesce(m.aimed_ip, p.peer_ip), coalesce(m.aimed_port, p.peer_port),
-             true, p.start_ns, p.end_ns, p.slack_ns, p.proto, p.host
+         SELECT p.alert, m.inside_ip, p.local_port,
+             coalesce(m.aimed_ip, p.peer_ip), coalesce(m.aimed_port, p.peer_port), true,
+             p.start_ns, p.end_ns, p.slack_ns, p.proto, p.host
            FROM plain p JOIN (SELECT * FROM mapping WHERE outside_port IS NULL) m ON m.outside_ip = p.local_ip
              AND {_HELD}""",
     # Behind an address whose map was given stood somebody whom the map, as far as it reaches, does not know. What logs
@@ -186,11 +202,11 @@ _BEFORE: Final = (
             AND {_overlap("s", "f", "s.slack_ns")}""",
     # Where a machine is meant: by its address, by its name, or (behind a map that nobody has) any.
     # Names are few: they are compared with each other, not alert by alert.
-    """CREATE OR REPLACE TABLE place AS
+    f"""CREATE OR REPLACE TABLE place AS
          WITH meant AS (
            SELECT w.node AS said, n.node FROM (SELECT DISTINCT node FROM timed WHERE node IS NOT NULL) w JOIN node n
-             ON lower(w.node) = lower(n.host) OR w.node = n.node_id
-               OR split_part(lower(w.node), '.', 1) = split_part(lower(n.host), '.', 1)),
+             ON w.node = n.node_id OR {same_host("w.node", "n.host")}
+           UNION SELECT w.node, i.node FROM (SELECT DISTINCT node FROM timed) w JOIN node_ip i ON i.ip = w.node),
          known AS (
            SELECT s.alert, i.node FROM side s JOIN node_ip i ON i.ip = s.local_ip
            UNION

@@ -56,13 +56,16 @@ def of_record(seen: Observation) -> Mapping | None:
     outside, peer = seen.translated_src, seen.translated_dst
     if outside.ip is None and peer.ip is None:
         return None
-    return _mapping(
-        (seen.time.start_ns, seen.time.end_ns),
-        seen.src,
-        _filled(outside, seen.src),
-        seen.proto,
-        _filled(peer, seen.dst),
-        seen.dst,
+    return _translated(
+        Mapping(
+            seen.time.start_ns,
+            seen.time.end_ns,
+            seen.src,
+            _filled(outside, seen.src),
+            seen.proto,
+            _filled(peer, seen.dst),
+            seen.dst,
+        )
     )
 
 
@@ -71,12 +74,13 @@ def _filled(after: Endpoint, before: Endpoint) -> Endpoint:
     return before if after.ip is None else Endpoint(after.ip, after.port or before.port)
 
 
-def _mapping(
-    when: tuple[int, int], inside: Endpoint, outside: Endpoint, proto: str, peer: Endpoint, aimed: Endpoint
-) -> Mapping | None:
-    if inside.ip is None or outside.ip is None or (outside == inside and peer == aimed):
+def _translated(found: Mapping) -> Mapping | None:
+    """A mapping that translates something; what is aimed at is said only where it is not the peer."""
+    if found.inside.ip is None or found.outside.ip is None:
         return None
-    return Mapping(*when, inside, outside, proto, peer, NOBODY if aimed == peer else aimed)
+    if found.aimed != found.peer:
+        return found
+    return found._replace(aimed=NOBODY) if found.outside != found.inside else None
 
 
 def load(path: Path, report: FileReport, place: Place = lambda time: time) -> Iterator[Mapping]:
@@ -191,6 +195,7 @@ def _tracked(path: Path, report: FileReport, place: Place) -> Iterator[Mapping]:
         start = ALWAYS[0] if span.began is None else place(span.began).start_ns
         end = ALWAYS[1] if span.ended is None else place(span.ended).end_ns
         event = span.event
-        found = _mapping((start, max(end, start + 1)), event.inside, event.outside, event.proto, event.far, event.peer)
+        end = max(end, start + 1)
+        found = _translated(Mapping(start, end, event.inside, event.outside, event.proto, event.far, event.peer))
         if found is not None:
             yield found

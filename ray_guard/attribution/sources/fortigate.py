@@ -33,8 +33,8 @@ _PAIR: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s"]*)
 _PAIR_CSV: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
 _CSV: Final = re.compile(r"\b(?:date|time|logid|type)=[^\s,]+,\w+=")
 _DENIES: Final = frozenset(
-    "deny denied block blocked dropped drop drop_session reset reset_client reset_server clear_session detected_blocked "
-    "quarantine quarantined ban ban-ip exempt-block".split()
+    "deny denied block blocked dropped drop drop_session reset reset_client reset_server clear_session "
+    "detected_blocked quarantine quarantined ban ban-ip exempt-block".split()
 )
 #: what CEF has names of its own for; FortiGate puts a prefix before the others
 _CEF_NAMES: Final = {

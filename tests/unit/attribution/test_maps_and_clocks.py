@@ -176,3 +176,44 @@ def test_a_whole_address_is_mapped(tmp_path: Path) -> None:
     log = [line(flow.start_ns, GATEWAY, flow.port) for flow in flows]
     result = answer(tmp_path, flows, log, f"outside_ip;inside_ip\n{GATEWAY};{HERE}\n")
     assert all_named(result) == calls(12)
+
+
+def test_icmp_has_no_ports_that_a_map_could_lack(tmp_path: Path) -> None:
+    flows = steady(12)
+    ping = line(flows[5].start_ns, GATEWAY, 8, dport=0).replace("PROTO=TCP", "PROTO=ICMP")
+    result = answer(tmp_path, flows, [*outside(flows), ping], conntrack(flows, "NEW DESTROY"))
+    assert result.db.execute("SELECT count(*) FROM unmapped").fetchall() == [(0,)]
+
+
+# ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("host", "said", "same"),
+    [
+        ("node-3", "node-3", True),
+        ("node-3", "NODE-3.rl.example.", True),
+        ("node-3.rl.example", "node-3", True),
+        ("node-3.rl.example", "node-3.eu.example", False),
+        ("10.0.0.5", "10.0.0.5", True),
+        ("10.0.0.5", "10.0.0.6", False),
+        ("node-3", "192.0.2.5", True),  # by its address
+        ("node-3", "2001:db8::5", True),
+    ],
+)
+def test_a_machine_by_its_name(tmp_path: Path, host: str, said: str, same: bool) -> None:
+    log = [line(BEGIN, "203.0.113.77", 1, node=said)]
+    result = answer(tmp_path, steady(3), log, host=host, ips=["192.0.2.5", "2001:db8::5"])
+    assert result.db.execute("SELECT known FROM place").fetchall() == [(same,)]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "logged"),
+    [("::ffff:10.0.0.5", "10.0.0.5"), ("2001:0DB8:0::05", "2001:db8::5"), ("fe80::5%eth0", "fe80::5")],
+)
+def test_an_address_however_it_was_recorded(tmp_path: Path, recorded: str, logged: str) -> None:
+    flows = [flow._replace(ip=recorded) for flow in steady(6)]
+    log = [line(flow.start_ns, logged, flow.port) for flow in flows]
+    result = answer(tmp_path, flows, log, ips=[recorded, "192.0.2.1"])
+    assert all_named(result) == calls(6)
+    assert result.db.execute("SELECT DISTINCT known FROM place").fetchall() == [(True,)]
