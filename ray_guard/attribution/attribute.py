@@ -23,6 +23,7 @@ from ray_guard.evidence.reader import Quarantine
 
 SECOND: Final = 1_000_000_000
 _TICK_S: Final = 0.5
+_EVER: Final = 1 << 62
 
 Progress = Callable[[str], None]
 Spread = Callable[[duckdb.DuckDBPyConnection, Sequence[str | os.PathLike[str]], Quarantine], tuple[int, int]]
@@ -116,6 +117,8 @@ def attribute(
     store.add_nat(db, mappings)
     progress(f"aligning {len(logs.sources)} clocks")
     _align(db, logs.sources, given)
+    for source in logs.sources:
+        source.set_at = [logs.record[each.since] for each in source.clocks[1:]]
     progress("joining")
     candidates.join(db)
     progress("weighing")
@@ -130,7 +133,7 @@ def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: list[Map]
     """Fills ``clock``: the sources' clocks, and those of the maps, numbered on from them."""
     candidates.translations(db)
     for number, source in enumerate(sources):
-        source.clock = clock.estimate(db, number)
+        source.clocks = clock.estimate(db, number)
     clocks = [source.clock for source in sources]
     for number, given in enumerate(maps, len(sources)):
         found = clock.of_map(db, number)
@@ -141,11 +144,15 @@ def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: list[Map]
         clocks.append(given.clock)
     db.execute(
         """CREATE OR REPLACE TABLE clock (
-             source INTEGER, skew_ns BIGINT, drift DOUBLE, reference_ns BIGINT, slack_ns BIGINT)"""
+             source INTEGER, skew_ns BIGINT, drift DOUBLE, reference_ns BIGINT, slack_ns BIGINT,
+             first_alert BIGINT, until_alert BIGINT)"""
     )
-    for number, each in enumerate(clocks):
-        row = (number, each.skew_ns, each.drift, each.reference_ns, each.slack_ns)
-        db.execute("INSERT INTO clock VALUES (?, ?, ?, ?, ?)", row)
+    held = [source.clocks for source in sources] + [[each] for each in clocks[len(sources) :]]
+    for number, one_after_another in enumerate(held):
+        untils = [*(each.since for each in one_after_another[1:]), _EVER]
+        for each, until in zip(one_after_another, untils, strict=True):
+            row = (number, each.skew_ns, each.drift, each.reference_ns, each.slack_ns, each.since, until)
+            db.execute("INSERT INTO clock VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:

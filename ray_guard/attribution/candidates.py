@@ -126,7 +126,7 @@ _BEFORE: Final = (
             CAST(a.start_ns - k.skew_ns - k.drift * (a.start_ns - k.reference_ns) AS BIGINT)
               - CASE WHEN a.semantics IN ('end', 'ingest') THEN {LOOKBACK_NS} ELSE 0 END AS start_ns,
             CAST(a.end_ns - k.skew_ns - k.drift * (a.end_ns - k.reference_ns) AS BIGINT) AS end_ns
-          FROM alert a JOIN clock k USING (source)""",
+          FROM alert a JOIN clock k ON k.source = a.source AND a.alert >= k.first_alert AND a.alert < k.until_alert""",
     # An outside port is one connection's at a time: what was not seen of it lies between the ones before and after.
     f"""CREATE OR REPLACE TABLE mapping AS
          WITH seen AS (

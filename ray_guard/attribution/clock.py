@@ -21,6 +21,8 @@ REACH_NS: Final = 15 * 3600 * SECOND
 """The largest offset that is looked for: a time zone, and a clock that is wrong besides."""
 _SLACK_NS: Final = SECOND
 _UNKNOWN_SLACK_NS: Final = 2 * SECOND
+_TOLD_NS: Final = SECOND // 2
+_NEARLY_ALL: Final = 0.9
 _PAIRS: Final = 400_000
 _FEW: Final = 5
 _INTS = npt.NDArray[np.int64]
@@ -34,8 +36,9 @@ class Clock(NamedTuple):
         skew_ns: at ``reference_ns`` of the source's clock.
         drift: nanoseconds per nanosecond.
         low_ns, high_ns: interval of the skew.
-        identifiable: False: nothing tells, and ``skew_ns`` is 0.
+        identifiable: False: nothing tells it to half a second; ``skew_ns`` is the best that is known, 0 for nothing.
         slack_ns: how far a corrected time may still be off.
+        since: the first alert that it holds for: a clock may be set in between.
     """
 
     skew_ns: int = 0
@@ -45,17 +48,28 @@ class Clock(NamedTuple):
     high_ns: int = 0
     identifiable: bool = False
     slack_ns: int = _UNKNOWN_SLACK_NS
+    since: int = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything is known of the skew."""
+        return self.high_ns > self.low_ns
 
 
-def estimate(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
-    """The clock of one source, from ``alert``, ``nat`` and the job's tables."""
+def estimate(db: duckdb.DuckDBPyConnection, source: int) -> list[Clock]:
+    """The clock of one source, from ``alert``, ``nat`` and the job's tables; where it was set in between, both."""
+    best = Clock()
     for pairs, sharp in ((_SOCKETS, True), (_TEXTS, False)):
         found = db.execute(pairs, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
         if len(found["alert"]):
-            clock = of_ranges(found["alert"], found["low"], found["high"], found["seen"], sharp=sharp)
+            ranges = found["alert"], found["low"], found["high"], found["seen"]
+            clock = of_ranges(*ranges, sharp=sharp)
+            if sharp and (stepped := of_step(*ranges, clock)):
+                return list(stepped)
             if clock.identifiable:
-                return clock
-    return Clock()
+                return [clock]
+            best = best if best.bounded else clock
+    return [best]
 
 
 def of_map(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
@@ -94,11 +108,63 @@ def of_ranges(
         agreeing >= (1 if alerts == 1 and sharp else 2 if sharp else _FEW)
         and agreeing >= (0.5 if sharp else 0.3) * alerts
     )
-    if not enough or (not sharp and best < 1.3 * runner_up):
+    # A port that is used again and again, or calls at regular intervals, agree at more offsets than one.
+    if not enough or best < 1.3 * runner_up:
         return Clock()
     skew = 0.0 if start <= 0 <= end else (start + end) / 2
     slack = int(min((end - start) / 2, 5 * SECOND)) + _SLACK_NS
-    return Clock(int(skew), drift, reference, int(start), int(end), identifiable=True, slack_ns=slack)
+    # Flows that last for minutes agree at any of many offsets: that is used, but it tells no clock.
+    told = not sharp or end - start <= 2 * _TOLD_NS
+    return Clock(int(skew), drift, reference, int(start), int(end), identifiable=told, slack_ns=slack)
+
+
+def of_step(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, whole: Clock) -> tuple[Clock, Clock] | None:
+    """The clocks before and after it was set (by a time server, for summer): None where one clock does for all.
+
+    Alerts count in the order of their log: who sets a clock back writes some times twice.
+
+    Args:
+        alert, low, high, at: as of :func:`of_ranges`.
+        whole: what that made of them.
+    """
+    alerts, which = np.unique(alert, return_inverse=True)
+    if whole.identifiable and _explained(alert, low, high, at, whole) > _NEARLY_ALL:
+        return None
+    # The two offsets that explain most, the second of what the first leaves.
+    places = []
+    left = np.ones(len(alert), dtype=bool)
+    for _ in range(2):
+        if not left.any():
+            return None
+        _, start, end, _ = _deepest(low[left].astype(np.float64), high[left].astype(np.float64), np.ones(left.sum()))
+        places.append(np.zeros(len(alerts), dtype=bool))
+        places[-1][which[(low <= (start + end) / 2) & (high >= (start + end) / 2)]] = True
+        left &= ~places[-1][which]
+    before, after = places
+    told = before != after
+    if min(before[told].sum(), after[told].sum()) < _FEW:
+        return None
+    # Where to part them so that as many as can be are on their own side.
+    gain = np.cumsum(np.where(told, np.where(before, 1, -1), 0))
+    parted = int(np.argmax(np.abs(2 * gain - gain[-1]))) + 1
+    if parted >= len(alerts):
+        return None
+    late = alert >= alerts[parted]
+    clocks = []
+    for side in (~late, late):
+        ranges = alert[side], low[side], high[side], at[side]
+        clocks.append(of_ranges(*ranges, sharp=True))
+        if not clocks[-1].identifiable or _explained(*ranges, clocks[-1]) < _NEARLY_ALL:
+            return None
+    first, second = clocks
+    return first, second._replace(since=int(alerts[parted]))
+
+
+def _explained(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, clock: Clock) -> float:
+    """The share of alerts that a clock explains, to a second."""
+    offset = clock.skew_ns + clock.drift * (at - clock.reference_ns)
+    met = alert[(low - SECOND <= offset) & (high + SECOND >= offset)]
+    return len(np.unique(met)) / max(1, len(np.unique(alert)))
 
 
 def _deepest(low: _FLOATS, high: _FLOATS, weight: _FLOATS) -> tuple[float, float, float, float]:
@@ -177,7 +243,7 @@ _MAPPED: Final = f"""
 WITH sampled AS (SELECT row_number() OVER (ORDER BY inside_ip, inside_port, start_ns) AS alert, *,
      coalesce(aimed_ip, peer_ip) AS far_ip FROM translation WHERE source = $source AND start_ns > 0
    ORDER BY hash(inside_port, start_ns), alert LIMIT 4000)
-SELECT m.alert, m.start_ns - f.start_ns - {_SLACK_NS} AS low, m.start_ns - f.start_ns + {_SLACK_NS} AS high,
+SELECT m.alert, m.start_ns - f.start_ns - {_TOLD_NS} AS low, m.start_ns - f.start_ns + {_TOLD_NS} AS high,
   m.start_ns AS seen
 FROM sampled m JOIN flow f ON f.local_ip = m.inside_ip AND f.local_port = m.inside_port
   AND (m.far_ip IS NULL OR f.peer_ip = m.far_ip)

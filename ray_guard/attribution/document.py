@@ -88,6 +88,7 @@ def _reward(found: Association) -> dict[str, Any]:
 
 
 def _source(source: Source) -> dict[str, Any]:
+    steps = [_step(*each) for each in zip(source.set_at, source.clocks[1:], strict=True)]
     return {
         "path": source.path,
         "format": source.format,
@@ -96,7 +97,13 @@ def _source(source: Source) -> dict[str, Any]:
         "quarantine": dict(source.report.quarantined),
         "sha256": source.report.sha256,
         **_clock(source.clock, source.clock.identifiable),
+        **({"clock_steps": steps} if steps else {}),
     }
+
+
+def _step(record: int, clock: Clock) -> dict[str, Any]:
+    """A clock that holds from a record on, after it was set."""
+    return {"record": record, **_clock(clock, clock.identifiable)}
 
 
 def _map(given: Map) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def _map(given: Map) -> dict[str, Any]:
 def _clock(clock: Clock, told: bool) -> dict[str, Any]:  # noqa: FBT001
     return {
         "clock_skew_s": _seconds(clock.skew_ns) if told else None,
-        "clock_skew_interval_s": [_seconds(clock.low_ns), _seconds(clock.high_ns)] if told else None,
+        "clock_skew_interval_s": [_seconds(clock.low_ns), _seconds(clock.high_ns)] if clock.bounded else None,
         "clock_drift_ppm": round(clock.drift * 1e6, 3) if told else None,
         "skew_identifiable": told,
     }

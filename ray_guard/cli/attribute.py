@@ -199,6 +199,10 @@ def _summary(result: Result) -> Iterator[str]:
     for source in result.sources:
         clock = source.clock
         skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
+        if clock.bounded and not clock.identifiable:
+            skew += f" between {clock.low_ns / 1e9:+.1f} and {clock.high_ns / 1e9:+.1f} s"
+        for later in source.clocks[1:]:
+            skew += f", set in between to {later.skew_ns / 1e9:+.1f} s"
         left = source.report.quarantined.total()
         lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
     for each in result.maps:

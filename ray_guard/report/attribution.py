@@ -133,11 +133,11 @@ def _title(title: str, *notes: str) -> str:
 # --- what was read ---------------------------------------------------------------------------------------------------
 
 
-def _clock(clock: Clock) -> tuple[Cell, Cell, Cell]:
+def _clock(clock: Clock, *later: Clock) -> tuple[Cell, Cell, Cell]:
     if not clock.identifiable:
         return Cell("not identifiable", Tone.WARN), Cell(), Cell()
     return (
-        Cell(f"{clock.skew_ns / 1e9:+.3f} s"),
+        Cell(", then ".join(f"{each.skew_ns / 1e9:+.3f} s" for each in (clock, *later))),
         Cell(f"{clock.low_ns / 1e9:+.3f} to {clock.high_ns / 1e9:+.3f} s"),
         Cell(f"{clock.drift * 1e6:+.1f} ppm"),
     )
@@ -152,7 +152,7 @@ def _read(found: Findings) -> list[str]:
                 _cell(source.format),
                 Cell(f"{source.records:,}"),
                 _rejected(source.report.quarantined),
-                *_clock(source.clock),
+                *_clock(*source.clocks),
             ]
         )
     for each in found.result.maps:

@@ -3,7 +3,7 @@ every clock; and where nothing tells, that this is said."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -15,7 +15,10 @@ import pytest
 
 from ray_guard.attribution.answers import Attribution
 from ray_guard.attribution.attribute import Result, attribute
-from ray_guard.attribution.intake import Options
+from ray_guard.attribution.clock import Clock
+from ray_guard.attribution.intake import Options, placed
+from ray_guard.attribution.observation import Semantics
+from ray_guard.attribution.times import syslog
 from ray_guard.evidence import columns
 
 SECOND: Final = 1_000_000_000
@@ -217,3 +220,94 @@ def test_an_address_however_it_was_recorded(tmp_path: Path, recorded: str, logge
     result = answer(tmp_path, flows, log, ips=[recorded, "192.0.2.1"])
     assert all_named(result) == calls(6)
     assert result.db.execute("SELECT DISTINCT known FROM place").fetchall() == [(True,)]
+
+
+# ── clocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def direct(flows: Sequence[Flow], skew: Callable[[Flow], float]) -> list[str]:
+    return [line(flow.start_ns + int((0.1 + skew(flow)) * SECOND), flow.ip, flow.port) for flow in flows]
+
+
+def told(clock: Clock) -> float:
+    assert clock.identifiable
+    assert clock.low_ns <= clock.skew_ns <= clock.high_ns
+    return clock.skew_ns / SECOND
+
+
+@pytest.mark.parametrize(
+    ("every", "skew"),
+    [
+        (7.3, lambda _: -5.0),
+        (7.3, lambda _: 8 * 3600 + 3.0),  # civil time of another zone
+        (1440, lambda flow: 3 + flow.at * 500e-6),  # 500 ppm, over a day
+        (10_080, lambda flow: 3 - flow.at * 500e-6),  # … a week
+    ],
+)
+def test_a_clock_is_told_and_taken_off(tmp_path: Path, every: float, skew: Callable[[Flow], float]) -> None:
+    flows = steady(60, every)
+    result = answer(tmp_path, flows, direct(flows, skew))
+    (clock,) = result.sources[0].clocks
+    middle = next(flow for flow in flows if flow.start_ns > clock.reference_ns - (skew(flow) + 1) * SECOND)
+    assert abs(told(clock) - skew(middle)) <= 0.5 + every * 500e-6
+    assert all_named(result) == calls(60)
+
+
+@pytest.mark.parametrize("jump", [37.0, -3600.0, 3600.0])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_clock_that_is_set_in_between_is_two(tmp_path: Path, jump: float, share: float) -> None:
+    """By a time server; by the change from or to summer time in a log that does not say its zone."""
+    flows = steady(60)
+    result = answer(tmp_path, flows, direct(flows, lambda flow: jump if flow.at > flows[int(60 * share)].at else 0.0))
+    before, after = result.sources[0].clocks
+    assert told(before) == 0.0
+    assert abs(told(after) - jump) <= 0.5
+    assert result.sources[0].set_at == [int(60 * share) + 1]
+    assert all_named(result) == calls(60)
+
+
+@pytest.mark.parametrize(
+    ("flows", "seen", "skew", "right"),
+    [
+        # the same port at every call: one offset fits as well as the next
+        ([Flow(10.0 * n, 1.0) for n in range(40)], slice(None), 7.0, False),
+        ([Flow(10.0 * n, 1.0) for n in range(40)], slice(10, 16), 7.0, False),
+        ([Flow(60.0 * n, 1.0, 40000 + n % 7) for n in range(90)], slice(50, 51), 0.0, True),
+        ([Flow(60.0 * n, 1.0, 40000 + n % 7) for n in range(90)], slice(50, 53), 37.0, False),
+        # flows of minutes: any of many offsets puts each alert into its own
+        ([Flow(20.0 * n, 600.0, 40000 + n) for n in range(30)], slice(None), 37.0, True),
+        # drift over a day, and too few to tell it
+        (steady(12, 7200), slice(None), 0.0005, False),
+    ],
+)
+def test_what_does_not_tell_a_clock_is_said_not_to(
+    tmp_path: Path, flows: list[Flow], seen: slice, skew: float, right: bool
+) -> None:
+    drifting = skew < 0.01
+    log = direct(flows, lambda flow: flow.at * skew if drifting else skew)[seen]
+    result = answer(tmp_path, flows, log)
+    assert not result.sources[0].clock.identifiable
+    wanted = calls(len(flows))[seen] if right else ["unobserved"] * len(log)
+    if drifting and not right:
+        wanted = [call if call == "call-0" else "unobserved" for call in all_named(result)]
+    assert all_named(result) == wanted
+
+
+@pytest.mark.parametrize(
+    ("traces_begin", "written", "year", "expected"),
+    [
+        ("2025-12-31T23:59:00Z", "Jan  1 00:00:01", None, "2026-01-01T00:00:01Z"),
+        ("2026-01-01T00:01:00Z", "Dec 31 23:59:59", None, "2025-12-31T23:59:59Z"),
+        ("2026-01-01T00:01:00Z", "Dec 31 23:59:59", 2025, "2025-12-31T23:59:59Z"),
+        ("2026-01-01T00:01:00Z", "Jan  1 00:00:01", 2025, "2026-01-01T00:00:01Z"),
+        ("2026-03-01T00:01:00Z", "Mar  1 00:00:01", 2024, "2024-03-01T00:00:01Z"),
+        ("2026-03-01T00:01:00Z", "Jan  1 00:00:01", 2024, "2024-01-01T00:00:01Z"),
+        ("2028-03-01T00:01:00Z", "Feb 29 23:59:59", None, "2028-02-29T23:59:59Z"),
+        ("2026-03-01T00:01:00Z", "Feb 29 23:59:59", None, "2024-02-29T23:59:59Z"),
+    ],
+)
+def test_a_year_that_is_not_said(traces_begin: str, written: str, year: int | None, expected: str) -> None:
+    begin = int(datetime.fromisoformat(traces_begin).timestamp()) * SECOND
+    time, _ = syslog(written, Semantics.PACKET)
+    placed_ns = placed(time, Options(year=year), (begin, begin + 3600 * SECOND)).start_ns
+    assert datetime.fromtimestamp(placed_ns // SECOND, UTC) == datetime.fromisoformat(expected)
