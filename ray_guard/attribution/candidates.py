@@ -133,9 +133,11 @@ _BEFORE: Final = (
            SELECT *, nullif(start_ns, {_ALWAYS[0]}) AS began, nullif(end_ns, {_ALWAYS[1]}) AS ended FROM nat),
          bounded AS (
            SELECT * EXCLUDE (began, ended) REPLACE (
-             coalesce(began, lag(ended IGNORE NULLS) OVER w, start_ns) AS start_ns,
-             coalesce(ended, lead(began IGNORE NULLS) OVER w, end_ns) AS end_ns) FROM seen
-           WINDOW w AS (PARTITION BY source, outside_ip, outside_port, proto, peer_ip, peer_port
+             CASE WHEN ended IS NULL THEN start_ns
+                  ELSE coalesce(began, least(lag(ended IGNORE NULLS) OVER w, ended - 1), start_ns) END AS start_ns,
+             CASE WHEN began IS NULL THEN end_ns
+                  ELSE coalesce(ended, greatest(lead(began IGNORE NULLS) OVER w, began + 1), end_ns) END AS end_ns)
+           FROM seen WINDOW w AS (PARTITION BY source, outside_ip, outside_port, proto, peer_ip, peer_port
                         ORDER BY coalesce(began, ended), inside_ip, inside_port))
          SELECT b.* EXCLUDE (start_ns, end_ns), 1 AS gateways, k.slack_ns,
            CAST(b.start_ns - k.skew_ns - k.drift * (b.start_ns - k.reference_ns) AS BIGINT) AS start_ns,

@@ -146,6 +146,14 @@ def test_a_port_that_is_given_out_again_is_each_time_another_calls(tmp_path: Pat
     assert {each.candidates[0].tier for each in result.alerts} == {"nat"}
 
 
+def test_a_dump_holds_beside_the_events(tmp_path: Path) -> None:
+    """It does not say of when it is."""
+    flows = steady(12)
+    dump = event("NEW", 0, (HERE, flows[0].port), (GATEWAY, 61000)).partition("\t[NEW] ")[2]
+    result = answer(tmp_path, flows, outside(flows), conntrack(flows, "DESTROY").partition("\n")[2] + dump + "\n")
+    assert all_named(result)[0] == "call-0"
+
+
 def test_a_map_has_a_clock_of_its_own(tmp_path: Path) -> None:
     flows = steady(24)
     result = answer(tmp_path, flows, outside(flows, 3.0), conntrack(flows, "NEW DESTROY", skew=-3600.0))
