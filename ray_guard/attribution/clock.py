@@ -66,6 +66,8 @@ def estimate(db: duckdb.DuckDBPyConnection, source: int) -> list[Clock]:
             clock = of_ranges(*ranges, sharp=sharp)
             if sharp and (stepped := of_step(*ranges, clock)):
                 return list(stepped)
+            if sharp and clock.identifiable and _another(*ranges, clock):
+                return [clock._replace(identifiable=False)]
             if clock.identifiable:
                 return [clock]
             best = best if best.bounded else clock
@@ -158,6 +160,17 @@ def of_step(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, whole: Clock) -> t
             return None
     first, second = clocks
     return first, second._replace(since=int(alerts[parted]))
+
+
+def _another(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, clock: Clock) -> bool:
+    """Whether what a clock leaves goes by a second one, as where many firewalls write into one file."""
+    if (explained := _explained(alert, low, high, at, clock)) > _NEARLY_ALL:
+        return False
+    offset = clock.skew_ns + clock.drift * (at - clock.reference_ns)
+    left = ~np.isin(alert, alert[(low - SECOND <= offset) & (high + SECOND >= offset)])
+    other = of_ranges(alert[left], low[left], high[left], at[left], sharp=True)
+    few = (1 - explained) * len(np.unique(alert)) < _FEW
+    return other.identifiable and not few
 
 
 def _explained(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, clock: Clock) -> float:

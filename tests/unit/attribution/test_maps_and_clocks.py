@@ -274,6 +274,14 @@ def test_a_clock_that_is_set_in_between_is_two(tmp_path: Path, jump: float, shar
     assert all_named(result) == calls(60)
 
 
+def test_two_clocks_in_one_file_are_none(tmp_path: Path) -> None:
+    flows = steady(60)
+    result = answer(tmp_path, flows, direct(flows, lambda flow: 90.0 if flow.port % 3 == 0 else 4.0))
+    (clock,) = result.sources[0].clocks
+    assert not clock.identifiable
+    assert all_named(result) == ["unobserved" if flow.port % 3 == 0 else f"call-{n}" for n, flow in enumerate(flows)]
+
+
 @pytest.mark.parametrize(
     ("flows", "seen", "skew", "right"),
     [
