@@ -199,8 +199,23 @@ def _summary(result: Result) -> Iterator[str]:
     for source in result.sources:
         clock = source.clock
         skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
+        if clock.bounded and not clock.identifiable:
+            skew += f" between {clock.low_ns / 1e9:+.1f} and {clock.high_ns / 1e9:+.1f} s"
+        for later in source.clocks[1:]:
+            skew += f", set in between to {later.skew_ns / 1e9:+.1f} s"
         left = source.report.quarantined.total()
         lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
+    for each in result.maps:
+        left = each.report.quarantined.total()
+        skew = f"clock skew {each.clock.skew_ns / 1e9:+.1f} s" if each.own_clock else "clock taken to be the logs'"
+        lines.append(f"{each.report.path}: NAT map, {each.translations} translations, {left} quarantined, {skew}")
+    for report in result.reports:
+        firsts = {each.reason: each for each in reversed(report.first)}
+        for first in sorted(firsts.values(), key=lambda each: each.line):
+            count = report.quarantined[first.reason]
+            lines.append(
+                f"{report.path}: {count} quarantined as {first.reason}, first in line {first.line}: {first.detail}"
+            )
     quiet = result.alerts.informational
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
