@@ -91,13 +91,13 @@ def attribute(
     progress("reading traces")
     if spread is None:
         store.add_spans(db, traces, quarantine)
-        span = store.settle(db)
+        span = store.bounds(db)
     else:
         span = spread(db, traces, quarantine)
     logs = intake.Intake()
     # The store works without the interpreter: logs are read meanwhile.
     with ThreadPoolExecutor(1) as beside:
-        job = beside.submit(store.derive if spread is None else _nothing_left, db)
+        job = beside.submit(store.arrange if spread is None else _nothing_left, db)
         for done in logs.read(alerts, options, span):
             progress(f"{done:,} alert records read")
         while not job.done():

@@ -1,6 +1,6 @@
 """A job's tables made in parts, and put together again. Runs later, on any machine.
 
-All that :func:`ray_guard.attribution.store.derive` makes of a span it makes of its trace alone. So traces may be dealt
+All that :func:`ray_guard.attribution.store.arrange` makes of a span it makes of its trace alone. So traces may be dealt
 out to as many stores as there is evidence for; what they make of them is narrow, and is numbered anew when it meets.
 The numbers are those that one store would have given, so that whatever follows is the same to the byte.
 """
@@ -39,8 +39,8 @@ def derived(spans: Sequence[pa.Table]) -> dict[str, pa.Table]:
     db = store.connect("1GB", threads=1)
     for table in spans:
         store.insert(db, "span", table)
-    first, last = store.settle(db)
-    store.derive(db)
+    first, last = store.bounds(db)
+    store.arrange(db)
     made = {name: db.sql(f"SELECT * FROM {name}").to_arrow_table() for name in _TABLES[:-1]}
     made["root"] = db.sql(
         """SELECT trace_id, span_id, name, start_ns, end_ns, iteration,

@@ -165,8 +165,20 @@ def insert(db: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
     db.unregister("incoming")
 
 
-def settle(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
-    """One row for each span, and no facts but the supervisor's. The first and the last nanosecond of the traces.
+def bounds(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    """The first and the last nanosecond of the traces."""
+    ((first, last),) = db.execute("SELECT min(start_ns), max(coalesce(end_ns, start_ns)) FROM span").fetchall()
+    return (first or 0, last or 0)
+
+
+def arrange(db: duckdb.DuckDBPyConnection) -> None:
+    """Makes the tables of the job out of the traces."""
+    settle(db)
+    derive(db)
+
+
+def settle(db: duckdb.DuckDBPyConnection) -> None:
+    """One row for each span, and no facts but the supervisor's.
 
     Only what comes more than once is looked at in full: by a hash first, so that it costs two columns of the rest.
     """
@@ -194,8 +206,6 @@ def settle(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
             WHERE NOT (coalesce(source, '') = 'target'
               AND (name = 'egress connect' OR name LIKE 'process %' OR name = 'ray_guard.violation'))"""
     )
-    ((first, last),) = db.execute("SELECT min(start_ns), max(coalesce(end_ns, start_ns)) FROM span").fetchall()
-    return (first or 0, last or 0)
 
 
 def _put_together(db: duckdb.DuckDBPyConnection, spans: str) -> str:
