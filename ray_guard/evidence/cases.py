@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ray_guard.detect import OTHER, UNJUDGED, commands
+from ray_guard.detect import OTHER, UNJUDGED, Finding, Kind, commands
 from ray_guard.detect.flows import Flow, Flows
 from ray_guard.errors import RayGuardError
 from ray_guard.evidence.otlp import NotOtlp, decode, resource_key
@@ -100,7 +100,7 @@ class Cases:
 
     def _of_flow(self, resource: Resource, record: SpanRecord) -> Iterator[Case]:
         call = self._call_of(record)
-        found = self._flows.judge(call or record.trace_id, _flow(record))
+        found = self._flows.judge(call or record.trace_id, _flow(record)) or _offence(record)
         if found is None or not self._is_new(call or record.trace_id, said := _Said(found.kind.value, found.rule)):
             return
         above = _above(record)
@@ -185,6 +185,12 @@ def _flow(record: SpanRecord) -> Flow:
         received=_number(said("ray_guard.egress.bytes_received")),
         protocol=str(said("ray_guard.egress.protocol") or ""),
     )
+
+
+def _offence(record: SpanRecord) -> Finding | None:
+    """What the relay recognised in its first bytes."""
+    kind, _, rule = str(record.attributes.get("ray_guard.egress.offence") or "").partition(": ")
+    return Finding(Kind(kind), rule) if rule and kind in set(Kind) else None
 
 
 def _number(value: AttributeValue | None) -> int:
