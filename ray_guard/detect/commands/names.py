@@ -84,7 +84,7 @@ def _asked(command: Command) -> Finding | None:
 def in_loop(line: Line) -> Finding | None:
     """Names that are put together, one after the other."""
     for loop in re.finditer(r"\b(?:for|while|until)\b", line.text[:4096]):
-        if re.search(r"\b(?:dig|nslookup|host)\b[^|;&\n]*\$\{?\w+\}?\.[\w.-]+", line.text[loop.end() :]):
+        if re.search(r"\b(?:dig|nslookup|host)\b[^|;&\n]{0,200}\$\{?\w+\}?\.[\w.-]+", line.text[loop.end() :]):
             return Finding(Kind.DNS_TUNNEL, "dns.loop")
         break
     return None

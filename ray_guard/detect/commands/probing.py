@@ -113,7 +113,7 @@ _COUNTED: Final = re.compile(r"\bfor\s+(\w+)\s+in\s+([^;\n]{1,2000})[;\n]\s*do\b
 _MOST_LOOPS: Final = 16
 _TRIES: Final = re.compile(
     r"\b(?:ping|fping|nc|ncat|netcat|telnet|curl|wget|timeout\s+\S+\s+bash)\b|/dev/tcp/|connect_ex|socket\.connect|create_connection|\.connect\(\("
-    r"|\bsocat\b[^|;&\n]*\bTCP4?:|\bdig\b[^|;&\n]*-x\b|\bhost\s+\S*\d\.\$"
+    r"|\bsocat\b[^|;&\n]{0,200}\bTCP4?:|\bdig\b[^|;&\n]{0,200}-x\b|\bhost\s+\S*\d\.\$"
 )
 _VARIED: Final = re.compile(
     r"(?:\d{1,3}\.){1,3}(?:\$\{?\w+\}?|\{\w*\}|%[sd]|['\"]?\s*[+%]\s*(?:str\()?\w+|\{\}|\{\d+\.\.\d+\})|/dev/tcp/[^/\s]+/\$\{?\w+|"
@@ -141,7 +141,8 @@ def in_loop(line: Line) -> Finding | None:
         variable, listed, body = loop[1], loop[2], text[loop.end() :]
         many = re.search(r"\$\(|`|\{\w+\.\.\w+\}", listed) or len(listed.split()) > 3
         tried = (
-            rf"(?:curl|wget)[^;|&\n]*:\$\{{?{variable}\b|(?:nc|ncat|netcat)\s[^;|&\n]*-\w*z[^;|&\n]*\$\{{?{variable}\b|"
+            rf"(?:curl|wget)[^;|&\n]{{0,200}}:\$\{{?{variable}\b|"
+            rf"(?:nc|ncat|netcat)\s[^;|&\n]{{0,200}}-\w*z[^;|&\n]{{0,200}}\$\{{?{variable}\b|"
             rf"/dev/tcp/\$\{{?{variable}\b"
         )
         if many and re.search(tried, body) and not is_loopback(body):
@@ -153,10 +154,13 @@ def in_loop(line: Line) -> Finding | None:
             return Finding(Kind.PROBING, "probing.loop")
     listed = re.search(r"\bwhile\s+(?:IFS=\S*\s+)?read\s+(?:-\w+\s+)*(\w+)", text)
     if listed and re.search(
-        rf"\b(?:nc|ncat|netcat)\s[^;|&\n]*-\w*z[^;|&\n]*\$\{{?{listed[1]}\b|/dev/tcp/\$\{{?{listed[1]}\b", text
+        rf"\b(?:nc|ncat|netcat)\s[^;|&\n]{{0,200}}-\w*z[^;|&\n]{{0,200}}\$\{{?{listed[1]}\b|/dev/tcp/\$\{{?{listed[1]}\b",
+        text,
     ):
         return Finding(Kind.PROBING, "probing.loop")
-    if re.search(r"\bxargs\b[^|;&\n]*\b(?:nc|ncat|netcat)\b[^|;&\n]*\s-\w*z", text) and not _only_loopback(text):
+    if re.search(r"\bxargs\b[^|;&\n]{0,200}\b(?:nc|ncat|netcat)\b[^|;&\n]{0,200}\s-\w*z", text) and not _only_loopback(
+        text
+    ):
         return Finding(Kind.PROBING, "probing.loop")
     if (
         _CODE_RANGES.search(text)

@@ -58,7 +58,23 @@ def test_ordinary_commands_are_left_alone(line: dict[str, str]) -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     "part",
-    ["a", "a=b;", "$(", "'", "for i in x; do ", "a.b.", "1.2.", "curl $( ", "<(", "eval ", "\\x41", "QUJD", "a://"],
+    [
+        "a",
+        "a=b;",
+        "$(",
+        "'",
+        "for i in x; do ",
+        "a.b.",
+        "1.2.",
+        "curl $( ",
+        "<(",
+        "eval ",
+        "\\x41",
+        "QUJD",
+        "a://",
+        "xargs nc ",
+        "tunnel ",
+    ],
 )
 def test_no_length_stops_it(part: str) -> None:
     # A tool writes its command lines itself: none may keep who judges them busy.
