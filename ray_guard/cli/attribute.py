@@ -199,8 +199,10 @@ def _summary(result: Result) -> Iterator[str]:
     for source in result.sources:
         clock = source.clock
         skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
-        left = source.report.quarantined.total()
-        lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
+        left = source.report.quarantined
+        why = f" ({', '.join(f'{count} {reason}' for reason, count in left.most_common())})" if left else ""
+        kept = f"{source.records} records, {left.total()} quarantined{why}"
+        lines.append(f"{source.path}: {source.format}, {kept}, clock skew {skew}")
     quiet = result.alerts.informational
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
