@@ -54,15 +54,16 @@ class Line:
 
     @property
     def text(self) -> str:
-        """Decoded. Raises :class:`Unusable` where it is not UTF-8 text."""
+        """Decoded; what is no UTF-8 in it, as who is logged may have chosen, is U+FFFD.
+
+        Raises:
+            Unusable: it is no text.
+        """
         if self._text is None:
-            try:
-                text = self.raw.decode("utf-8").strip("\r\n\ufeff ")
-            except UnicodeDecodeError as error:
-                raise Unusable("binary", f"byte {error.start} of the line is not UTF-8") from error
-            if "\0" in text:  # padding, where a machine went down or a log was cut while it was written
+            text = self.raw.decode("utf-8", "replace").strip("\r\n\ufeff ")
+            if "\0" in text:  # the end of a message to syslog; padding, where a machine went down or a log was cut
                 text = text.strip("\0\r\n\ufeff ")
-                if "\0" in text or not text[:1].strip().isprintable() or not text:
+                if "\0" in text or not text[:1].isprintable() or not text:
                     raise Unusable("binary", "a NUL byte")
             self._text = text
         return self._text

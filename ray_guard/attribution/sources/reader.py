@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, cast
 
@@ -119,75 +118,102 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
     Raises:
         NotAlerts: the file cannot be opened, or is no regular file.
     """
+    detector = _Detector(forced)
+    count = 0
+    for number, line in _numbered(path, report):
+        if not line.raw or line.raw.isspace():
+            continue
+        try:
+            source, seen = detector.read(line)
+        except _Unknown as error:
+            found = _opened(line, number, line.raw, _Opening(detector, report, error))
+        except _FAULTS as error:
+            report.reject(number, line.offset, *_reason(error))
+            continue
+        else:
+            found = ((source.format, line.offset, line.raw, each) for each in seen)
+        for name, offset, raw, each in found:
+            own = each.part.encode() if each.part else raw
+            yield Record(name, count, offset + each.within, own, each)
+            count += 1
+            report.records[name] += 1
+
+
+def lines(path: Path, report: FileReport) -> Iterator[Line]:
+    """The lines of one file as they are, packed or not; its hash is in ``report`` when they are exhausted.
+
+    Raises:
+        NotAlerts: the file cannot be opened, or is no regular file.
+    """
+    for _, line in _numbered(path, report):
+        yield line
+
+
+def _numbered(path: Path, report: FileReport) -> Iterator[tuple[int, Line]]:
+    """The lines of one file with their numbers."""
     try:
         file = open_segment(path)
     except OSError as error:
         raise NotAlerts(str(path), f"cannot be read: {error.strerror}") from error
-    reading = _Reading(_Detector(forced), report)
     with file:
         hashed = _Hashed(file)
         try:
-            for number, line in _lines(packed.unpacked(cast("BinaryIO", hashed), path), report):
-                yield from reading.records(line, number)
+            yield from _lines(packed.unpacked(cast("BinaryIO", hashed), path), report)
         except packed.DAMAGE as error:
             report.reject(0, 0, "unreadable", str(error) or type(error).__name__)
         report.sha256 = hashed.rest_hashed()
 
 
-class _Reading:
-    """Of one file."""
-
-    def __init__(self, detector: _Detector, report: FileReport) -> None:
-        self._detector = detector
-        self._report = report
-
-    def records(self, line: Line, number: int, raw: bytes | None = None, depth: int = 0) -> Iterator[Record]:
-        """The records in a line, or in what a collector or a service wrapped into it.
-
-        Args:
-            line: as found, or what was in it.
-            number: of the line.
-            raw: what counts as the records' line, where it is not ``line``'s own.
-            depth: how many envelopes were opened.
-        """
-        if not line.raw.strip():
-            return
-        reject = partial(self._report.reject, number, line.offset)
-        try:
-            source, seen = self._detector.read(line)
-        except _Unknown as error:
-            yield from self._opened(line, number, raw, depth, error)
-        except Unusable as error:
-            reject(error.reason, error.detail)
-        except BadTime as error:
-            reject("time", str(error))
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
-            # Data of a shape its format does not have: a fault of the line, whatever it makes a parser stumble over.
-            reject("malformed", f"{type(error).__name__}: {error}")
-        else:
-            for each in seen:
-                own = each.part.encode() if each.part else raw or line.raw
-                yield Record(source.format, self._report.records.total(), line.offset + each.within, own, each)
-                self._report.records[source.format] += 1
-
-    def _opened(self, line: Line, number: int, raw: bytes | None, depth: int, error: _Unknown) -> Iterator[Record]:
-        """What is in a line that is of no format as it stands; it is rejected where nothing is."""
-        inner = line.unwrapped()
-        if depth < _DEEP and documents.holds_records(line):
-            try:
-                for each in documents.within(line):
-                    yield from self.records(each, number, None, depth + 1)
-            except documents.Broken as broken:
-                detail = f"JSON that does not end, or is none: {broken}"
-                self._report.reject(number, line.offset, "malformed", detail)
-        elif depth < _DEEP and inner is not None:
-            yield from self.records(inner, number, raw or line.raw, depth + 1)
-        else:
-            self._report.reject(number, line.offset, error.reason, error.detail)
-
-
 class _Unknown(Unusable):
     """Of no known format as it stands."""
+
+
+_FAULTS: Final = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
+"""Data of a shape its format does not have: a fault of the line, whatever it makes a parser stumble over."""
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """(reason, detail) of what a parser stumbled over."""
+    if isinstance(error, Unusable):
+        return error.reason, error.detail
+    return ("time", str(error)) if isinstance(error, BadTime) else ("malformed", f"{type(error).__name__}: {error}")
+
+
+class _Opening(NamedTuple):
+    """What opening an envelope needs: ``error`` says what is wrong with the line as it stands."""
+
+    detector: _Detector
+    report: FileReport
+    error: _Unknown
+    depth: int = 0
+
+
+def _opened(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[tuple[str, int, bytes, Observation]]:
+    """(format, offset, line, record) of what a collector or a service wrapped into a line of no format."""
+    report = opening.report
+    inner = line.unwrapped()
+    if opening.depth < _DEEP and documents.holds_records(line):
+        try:
+            for each in documents.within(line):
+                yield from _inner(each, number, each.raw, opening)
+        except documents.Broken as broken:
+            report.reject(number, line.offset, "malformed", f"JSON that does not end, or is none: {broken}")
+    elif opening.depth < _DEEP and inner is not None:
+        yield from _inner(inner, number, raw, opening)
+    else:
+        report.reject(number, line.offset, *_reason(opening.error))
+
+
+def _inner(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[tuple[str, int, bytes, Observation]]:
+    try:
+        source, seen = opening.detector.read(line)
+    except _Unknown as error:
+        yield from _opened(line, number, raw, opening._replace(error=error, depth=opening.depth + 1))
+    except _FAULTS as error:
+        opening.report.reject(number, line.offset, *_reason(error))
+    else:
+        for each in seen:
+            yield source.format, line.offset, raw, each
 
 
 class _Detector:
