@@ -257,7 +257,8 @@ _PREPARE: Final = (
     NODE_IP,
     """CREATE OR REPLACE TEMP TABLE about AS SELECT trace_id, min(run) AS run, min(iteration) AS iteration,
          min("group") AS "group", min(rollout) AS rollout, min(policy_version) AS policy_version,
-         min(start_ns) AS first_ns, max(coalesce(end_ns, start_ns)) AS last_ns FROM span GROUP BY trace_id""",
+         bool_or(name <> 'ray_guard.reward') AS lived, min(start_ns) AS first_ns,
+         max(coalesce(end_ns, start_ns)) AS last_ns FROM span GROUP BY trace_id""",
     # What is numbered is sorted: as little as tells the order.
     """CREATE OR REPLACE TEMP TABLE numbered AS
          SELECT trace_id, span_id, row_number() OVER (ORDER BY start_ns, span_id, trace_id) AS call FROM span
@@ -300,9 +301,10 @@ _PREPARE: Final = (
          UNION ALL SELECT trace_id, span_id, parent_id, NULL FROM process_span""",
 )
 _DERIVE: Final = (
-    # Below zero: a rollout, where a socket belongs to none of its calls.
+    # Below zero: a rollout, where a socket belongs to none of its calls. A reward told after its end has a trace of its
+    # own, which is none.
     """CREATE OR REPLACE TABLE rollout AS SELECT -row_number() OVER (ORDER BY trace_id) AS call, trace_id, run,
-         iteration, "group", rollout, policy_version FROM about WHERE rollout IS NOT NULL""",
+         iteration, "group", rollout, policy_version FROM about WHERE rollout IS NOT NULL AND lived""",
     """CREATE OR REPLACE TABLE process AS
          SELECT o.call, s.node, s.pid, s.start_ns, coalesce(s.end_ns, a.last_ns) AS end_ns, s.command
          FROM process_span s LEFT JOIN process_owner o USING (trace_id, span_id) JOIN about a USING (trace_id)""",

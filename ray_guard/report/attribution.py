@@ -320,17 +320,26 @@ def _rewards(found: Findings) -> list[str]:
             f"{between} ({groups})."
         )
         if interval is None:
-            said.append("One group alone gives no interval.")
+            alone = "One group alone gives" if reward["groups"] == 1 else "Groups that all differ by the same give"
+            said.append(f"{alone} no interval.")
         elif interval[0] <= 0 <= interval[1]:
             said.append("The interval holds zero: no association is shown.")
     if least is not None:
         said.append(f"With 80 % power a difference of {least:.3f} or more would have been seen.")
+    if reward["groups_of_one_reward"]:
+        even = text.plural(reward["groups_of_one_reward"], "of these groups has", "of these groups have")
+        said.append(f"{even} one reward for all: a trainer that drops such groups learns nothing from them.")
+    if reward["advantage_difference"] is not None:
+        between = reward["advantage_interval"]
+        sure = "" if between is None else f", 95 % between {between[0]:+.3f} and {between[1]:+.3f}"
+        said.append(f"Their advantage was {reward['advantage_difference']:+.3f} against the others'{sure}.")
     trend = reward["trend_per_iteration"]
     if trend is not None:
         said.append(f"From one iteration to the next the share of such rollouts changes by {trend:+.2%}.")
     counts = [f"{reward['violating_rollouts']:,} of {text.plural(reward['rollouts'], 'rollout')} set off alerts"]
     if reward["rollouts_without_reward"]:
-        counts.append(f"{reward['rollouts_without_reward']:,} have no reward")
+        bad = reward["violating_rollouts_without_reward"]
+        counts.append(f"{reward['rollouts_without_reward']:,} have no reward, {bad:,} of them set off alerts")
     said.append(f"This is {reward['note']}.")
     return [
         _title("Reward against alerts", *counts),
