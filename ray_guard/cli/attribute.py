@@ -33,6 +33,7 @@ from ray_guard.attribution.sources.reader import NotAlerts
 from ray_guard.cli.output import failed, say
 from ray_guard.evidence.layout import SUFFIX
 from ray_guard.evidence.reader import NotEvidence
+from ray_guard.report.text import printable
 
 if TYPE_CHECKING:
     from ray_guard.cli.output import Subparsers
@@ -80,7 +81,7 @@ def _year(said: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a summary. 0; 2 with a line on stderr when there is nothing to read or OUT cannot be written; 130 by Ctrl-C."""
+    """Prints a summary. 0; 2 with a line on stderr when there is nothing to read or to write to; 130 after Ctrl-C."""
     try:
         zone = ZoneInfo(args.tz) if args.tz else None
     except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -250,13 +251,15 @@ def _summary(result: Result) -> Iterator[str]:
         clock = source.clock
         skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
         left = source.report.quarantined.total()
-        lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
+        lines.append(
+            f"{printable(source.path)}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}"
+        )
     quiet = result.alerts.informational
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
     lines.append(f"{named}; {quiet.sum()} informational records")
     for alert in result.alerts.of(np.flatnonzero(~quiet)):
-        lines.append(f"{alert.source.path}:{alert.record}  {_answer(alert)}")
+        lines.append(printable(f"{alert.source.path}:{alert.record}  {_answer(alert)}"))
         if len(lines) >= _BLOCK:
             yield "\n".join(lines) + "\n"
             lines = []

@@ -31,6 +31,8 @@ _PATTERNS: Final = 100
 _LINES: Final = 100
 """Quarantined lines of each file, and of all."""
 _BARS: Final = 15
+_FALSE: Final = 0.05
+"""The rate of false discoveries up to which a pattern counts as found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ def render(found: Findings, bundle: Bundle) -> str:
             for said, count, tone in _head(found)
         ),
         "</ul>",
+        *(f"<p>{_short(said, 400)}</p>" for said in _essence(found)),
         *_read(found),
         "<h2>Timeline<small>alerts by verdict, and the iterations they fell in; by the traces' clock, UTC</small></h2>",
         timeline(found.moments, found.iterations),
@@ -82,6 +85,33 @@ def _head(found: Findings) -> list[tuple[str, int, Tone]]:
         *((said[verdict], found.verdicts[verdict], _TONES[verdict]) for verdict in _VERDICTS),
         ("informational records", found.quiet, Tone.PLAIN),
     ]
+
+
+def _essence(found: Findings) -> list[str]:
+    """What whoever gets the page wants to know first: how many did it, what they have in common, whether it paid."""
+    reward, patterns = found.answer["reward"], found.answer["recurrence"]
+    said = []
+    if reward["violating_rollouts"]:
+        said.append(f"{_counted(reward)} set off alerts.")
+    if patterns and patterns[0]["q_value"] <= _FALSE:
+        first = patterns[0]
+        more = sum(each["q_value"] <= _FALSE for each in patterns) - 1
+        others = f"; {text.plural(more, 'more pattern recurs', 'more patterns recur')}" if more else ""
+        said.append(
+            f"What recurs most: {first['dimension']} {first['pattern']} "
+            f"({text.plural(first['alerts'], 'alert')}, {text.plural(first['calls'], 'call')}, q {first['q_value']:.1e}){others}."
+        )
+    if reward["interval"] is not None and not reward["interval"][0] <= 0 <= reward["interval"][1]:
+        way = "more" if reward["within_group_difference"] > 0 else "less"
+        said.append(
+            f"Such rollouts were rewarded {way} than others of their group: by {abs(reward['within_group_difference']):.3f}, "
+            f"95 % between {reward['interval'][0]:+.3f} and {reward['interval'][1]:+.3f}; an association."
+        )
+    return said
+
+
+def _counted(reward: Mapping[str, Any]) -> str:
+    return f"{reward['violating_rollouts']:,} of {text.plural(reward['rollouts'], 'rollout')}"
 
 
 def _span(found: Findings) -> str:
@@ -336,7 +366,7 @@ def _rewards(found: Findings) -> list[str]:
     trend = reward["trend_per_iteration"]
     if trend is not None:
         said.append(f"From one iteration to the next the share of such rollouts changes by {trend:+.2%}.")
-    counts = [f"{reward['violating_rollouts']:,} of {text.plural(reward['rollouts'], 'rollout')} set off alerts"]
+    counts = [f"{_counted(reward)} set off alerts"]
     if reward["rollouts_without_reward"]:
         bad = reward["violating_rollouts_without_reward"]
         counts.append(f"{reward['rollouts_without_reward']:,} have no reward, {bad:,} of them set off alerts")
@@ -361,7 +391,7 @@ def _recurrences(patterns: Sequence[Mapping[str, Any]]) -> list[str]:
             Cell(f"{each['alerts']:,}"),
             Cell(f"{each['calls']:,}"),
             Cell(f"{each['p_value']:.1e}"),
-            Cell(f"{each['q_value']:.1e}", Tone.BAD if each["q_value"] <= 0.05 else Tone.DIM),
+            Cell(f"{each['q_value']:.1e}", Tone.BAD if each["q_value"] <= _FALSE else Tone.DIM),
         ]
         for each in patterns
     ]
@@ -489,7 +519,7 @@ def bars(patterns: Sequence[Mapping[str, Any]]) -> str:
     parts = [f'<svg viewBox="0 0 {_WIDTH} {bottom}" class="broad" role="img" aria-label="Recurrence">']
     for index, (each, length) in enumerate(zip(shown, lengths, strict=True)):
         y = high * index + 4
-        colour = "var(--bad)" if each["q_value"] <= 0.05 else "var(--dim)"
+        colour = "var(--bad)" if each["q_value"] <= _FALSE else "var(--dim)"
         said = f"{each['dimension']}: {each['pattern']}"
         parts.append(
             f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{_short(said, 52)}</text>'

@@ -146,6 +146,7 @@ def page(folder: Path, traces: Path, alerts: Path) -> Path:
 def test_a_chain_leads_from_the_iteration_to_the_alert(writer: Any, tmp_path: Path) -> None:
     log = written(tmp_path, alert(12.0))
     lines = read(page(tmp_path, job(writer), log)).lines
+    assert "1 of 2 rollouts set off alerts." in lines[: lines.index("What was read")]
     at = lines.index("iteration", lines.index("Chains"))
     chain = lines[at : lines.index("Reward against alerts")]
     assert [said for said in chain if said in _LINKS] == _LINKS
@@ -176,13 +177,17 @@ def test_a_chain_leads_from_the_iteration_to_the_alert(writer: Any, tmp_path: Pa
 _LINKS = ["iteration", "rollout", "turn", "model output", "tool call", "process", "process", "flow", "alert"]
 
 
-@pytest.mark.usefixtures("capsys")
-def test_nothing_in_a_log_or_a_command_is_markup(writer: Any, tmp_path: Path) -> None:
+def test_nothing_in_a_log_or_a_command_is_markup(
+    writer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rollouts, commands, model output, reasons and the log itself are hostile: one script remains, the page's own."""
     log = written(tmp_path, alert(12.0, signature=HOSTILE), HOSTILE + "\n", name="<img src=x onerror=alert(1)>.json")
     out = page(tmp_path, job(writer, hostile=HOSTILE), log)
     found = read(out)
     raw = out.read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert "\\x1b[31m" in printed, "nor does a terminal obey a rollout's name"
+    assert all(line.isprintable() for line in printed.splitlines())
     assert len(found.scripts) == 1
     digest = base64.b64encode(hashlib.sha256(found.scripts[0].encode()).digest()).decode()
     assert found.policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
