@@ -11,7 +11,8 @@ from typing import Any, Final, Protocol
 
 from ray_guard.attribution import findings
 from ray_guard.attribution.answers import Attribution, Candidate
-from ray_guard.attribution.attribute import Result
+from ray_guard.attribution.attribute import Map, Result
+from ray_guard.attribution.clock import Clock
 from ray_guard.attribution.intake import Source
 from ray_guard.attribution.recurrence import Recurrence
 from ray_guard.attribution.reward import Association
@@ -34,6 +35,8 @@ def write(result: Result, out: _Text, findings: Mapping[str, Any]) -> None:
         findings: what :func:`found` made of it.
     """
     first = {"schema": SCHEMA, "sources": [_source(each) for each in result.sources]}
+    if result.maps:
+        first["maps"] = [_map(each) for each in result.maps]
     out.write(json.dumps(first, indent=1)[:-2] + ',\n "alerts": [')
     empty, block = True, []
     for alert in result.alerts:
@@ -96,7 +99,7 @@ _NOTE: Final = (
 
 
 def _source(source: Source) -> dict[str, Any]:
-    clock = source.clock
+    steps = [_step(*each) for each in zip(source.set_at, source.clocks[1:], strict=True)]
     return {
         "path": source.path,
         "format": source.format,
@@ -104,10 +107,33 @@ def _source(source: Source) -> dict[str, Any]:
         "quarantined": source.report.quarantined.total(),
         "quarantine": dict(source.report.quarantined),
         "sha256": source.report.sha256,
-        "clock_skew_s": _seconds(clock.skew_ns) if clock.identifiable else None,
-        "clock_skew_interval_s": [_seconds(clock.low_ns), _seconds(clock.high_ns)] if clock.identifiable else None,
-        "clock_drift_ppm": round(clock.drift * 1e6, 3) if clock.identifiable else None,
-        "skew_identifiable": clock.identifiable,
+        **_clock(source.clock, source.clock.identifiable),
+        **({"clock_steps": steps} if steps else {}),
+    }
+
+
+def _step(record: int, clock: Clock) -> dict[str, Any]:
+    """A clock that holds from a record on, after it was set."""
+    return {"record": record, **_clock(clock, clock.identifiable)}
+
+
+def _map(given: Map) -> dict[str, Any]:
+    return {
+        "path": given.report.path,
+        "translations": given.translations,
+        "quarantined": given.report.quarantined.total(),
+        "quarantine": dict(given.report.quarantined),
+        "sha256": given.report.sha256,
+        **_clock(given.clock, given.own_clock),
+    }
+
+
+def _clock(clock: Clock, told: bool) -> dict[str, Any]:  # noqa: FBT001
+    return {
+        "clock_skew_s": _seconds(clock.skew_ns) if told else None,
+        "clock_skew_interval_s": [_seconds(clock.low_ns), _seconds(clock.high_ns)] if clock.bounded else None,
+        "clock_drift_ppm": round(clock.drift * 1e6, 3) if told else None,
+        "skew_identifiable": told,
     }
 
 

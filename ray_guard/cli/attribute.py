@@ -250,20 +250,33 @@ def _summary(result: Result) -> Iterator[str]:
     for source in result.sources:
         clock = source.clock
         skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
+        if clock.bounded and not clock.identifiable:
+            skew += f" between {clock.low_ns / 1e9:+.1f} and {clock.high_ns / 1e9:+.1f} s"
+        for later in source.clocks[1:]:
+            skew += f", set in between to {later.skew_ns / 1e9:+.1f} s"
         left = source.report.quarantined.total()
-        lines.append(
-            f"{printable(source.path)}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}"
-        )
+        lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
+    for each in result.maps:
+        left = each.report.quarantined.total()
+        skew = f"clock skew {each.clock.skew_ns / 1e9:+.1f} s" if each.own_clock else "clock taken to be the logs'"
+        lines.append(f"{each.report.path}: NAT map, {each.translations} translations, {left} quarantined, {skew}")
+    for report in result.reports:
+        firsts = {each.reason: each for each in reversed(report.first)}
+        for first in sorted(firsts.values(), key=lambda each: each.line):
+            count = report.quarantined[first.reason]
+            lines.append(
+                f"{report.path}: {count} quarantined as {first.reason}, first in line {first.line}: {first.detail}"
+            )
     quiet = result.alerts.informational
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
     lines.append(f"{named}; {quiet.sum()} informational records")
     for alert in result.alerts.of(np.flatnonzero(~quiet)):
-        lines.append(printable(f"{alert.source.path}:{alert.record}  {_answer(alert)}"))
+        lines.append(f"{alert.source.path}:{alert.record}  {_answer(alert)}")
         if len(lines) >= _BLOCK:
-            yield "\n".join(lines) + "\n"
+            yield "".join(f"{printable(line)}\n" for line in lines)
             lines = []
-    yield "".join(f"{line}\n" for line in lines)
+    yield "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _answer(alert: Attribution) -> str:

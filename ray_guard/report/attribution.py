@@ -16,6 +16,7 @@ from math import log10
 from typing import Any, Final
 
 from ray_guard.attribution.answers import Candidate
+from ray_guard.attribution.clock import Clock
 from ray_guard.report import html, text
 from ray_guard.report.causes import Chain, Findings, Input, Row, Step
 from ray_guard.report.tables import Cell, Column, Table, Tone
@@ -65,7 +66,7 @@ def render(found: Findings, bundle: Bundle) -> str:
             for said, count, tone in _head(found)
         ),
         "</ul>",
-        *(f"<p>{_short(said, 400)}</p>" for said in _essence(found)),
+        *(f"<p>{_short(said, 600)}</p>" for said in _essence(found)),
         *_read(found),
         "<h2>Timeline<small>alerts by verdict, and the iterations they fell in; by the traces' clock, UTC</small></h2>",
         timeline(found.moments, found.iterations),
@@ -97,15 +98,15 @@ def _essence(found: Findings) -> list[str]:
         first = patterns[0]
         more = sum(each["q_value"] <= _FALSE for each in patterns) - 1
         others = f"; {text.plural(more, 'more pattern recurs', 'more patterns recur')}" if more else ""
+        counts = f"{text.plural(first['alerts'], 'alert')}, {text.plural(first['calls'], 'call')}"
+        what = f"{first['dimension']} {text.cut(first['pattern'], 160)}"
+        said.append(f"What recurs most: {what} ({counts}, q {first['q_value']:.1e}){others}.")
+    interval = reward["interval"]
+    if interval is not None and not interval[0] <= 0 <= interval[1]:
+        difference = reward["within_group_difference"]
         said.append(
-            f"What recurs most: {first['dimension']} {first['pattern']} "
-            f"({text.plural(first['alerts'], 'alert')}, {text.plural(first['calls'], 'call')}, q {first['q_value']:.1e}){others}."
-        )
-    if reward["interval"] is not None and not reward["interval"][0] <= 0 <= reward["interval"][1]:
-        way = "more" if reward["within_group_difference"] > 0 else "less"
-        said.append(
-            f"Such rollouts were rewarded {way} than others of their group: by {abs(reward['within_group_difference']):.3f}, "
-            f"95 % between {reward['interval'][0]:+.3f} and {reward['interval'][1]:+.3f}; an association."
+            f"Such rollouts were rewarded {'more' if difference > 0 else 'less'} than others of their group: by "
+            f"{abs(difference):.3f}, 95 % between {interval[0]:+.3f} and {interval[1]:+.3f}; an association."
         )
     return said
 
@@ -162,29 +163,37 @@ def _title(title: str, *notes: str) -> str:
 # --- what was read ---------------------------------------------------------------------------------------------------
 
 
+def _clock(clock: Clock, *later: Clock) -> tuple[Cell, Cell, Cell]:
+    if not clock.identifiable:
+        return Cell("not identifiable", Tone.WARN), Cell(), Cell()
+    return (
+        Cell(", then ".join(f"{each.skew_ns / 1e9:+.3f} s" for each in (clock, *later))),
+        Cell(f"{clock.low_ns / 1e9:+.3f} to {clock.high_ns / 1e9:+.3f} s"),
+        Cell(f"{clock.drift * 1e6:+.1f} ppm"),
+    )
+
+
 def _read(found: Findings) -> list[str]:
     rows = []
     for source in found.result.sources:
-        clock = source.clock
-        skew = interval = drift = ""
-        if clock.identifiable:
-            skew = f"{clock.skew_ns / 1e9:+.3f} s"
-            interval = f"{clock.low_ns / 1e9:+.3f} to {clock.high_ns / 1e9:+.3f} s"
-            drift = f"{clock.drift * 1e6:+.1f} ppm"
         rows.append(
             [
                 _cell(source.path),
                 _cell(source.format),
                 Cell(f"{source.records:,}"),
                 _rejected(source.report.quarantined),
-                Cell(skew) if skew else Cell("not identifiable", Tone.WARN),
-                Cell(interval),
-                Cell(drift),
+                *_clock(*source.clocks),
             ]
         )
-    for report in found.result.nat_reports:
+    for each in found.result.maps:
         rows.append(
-            [_cell(report.path), Cell("NAT map"), Cell(), _rejected(report.quarantined), Cell(), Cell(), Cell()]
+            [
+                _cell(each.report.path),
+                Cell("NAT map"),
+                Cell(f"{each.translations:,}"),
+                _rejected(each.report.quarantined),
+                *(_clock(each.clock) if each.own_clock else (Cell("the logs'"), Cell(), Cell())),
+            ]
         )
     counts = found.result.quarantine.counts
     if counts:
@@ -203,7 +212,7 @@ def _read(found: Findings) -> list[str]:
     parts = [_title(title, note), html.drawn(Table(title, note, columns, rows))]
     rejected = [
         [_cell(report.path), Cell(f"{each.line:,}"), Cell(each.reason, Tone.WARN), _cell(each.detail)]
-        for report in {id(source.report): source.report for source in found.result.sources}.values()
+        for report in found.result.reports
         for each in report.first[:_LINES]
     ]
     if rejected:
