@@ -344,6 +344,22 @@ def test_a_late_reward_and_a_checkpoint_that_alone_alerts(writer: Any, tmp_path:
     assert checkpoint["p_value"] == pytest.approx(1 / 495)
 
 
+@pytest.mark.parametrize(("content", "why"), [("", "nothing is in there"), ('{"a": 1}\n', "1 foreign")])
+def test_traces_without_spans_do_not_clear_a_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, why: str
+) -> None:
+    """That nobody did it is an answer only where it is known who was there."""
+    traces = written(tmp_path, content, name="traces.jsonl")
+    assert main(["attribute", "--traces", str(traces), "--alerts", str(written(tmp_path, alert(12.0)))]) == 2
+    assert f"no spans to attribute anything to ({why})" in capsys.readouterr().err
+
+
+def test_traces_of_another_time_are_named(writer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = written(tmp_path, alert(12.0).replace("2026-", "2031-"))
+    assert main(["attribute", "--traces", str(job(writer)), "--alerts", str(log)]) == 0
+    assert "beware: the records are of 2031-03-07 03:40:" in capsys.readouterr().out
+
+
 def test_an_input_that_is_gone_is_said_to_be(writer: Any, tmp_path: Path) -> None:
     evidence, log = job(writer), written(tmp_path, alert(12.0))
     result = attribute([evidence], [log])
