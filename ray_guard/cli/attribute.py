@@ -14,11 +14,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
@@ -147,14 +148,14 @@ def _ray(address: str) -> Spread:
 
 
 class _Hashed:
-    """Text that is hashed as it goes into a file, or nowhere."""
+    """Bytes that are hashed as they go into a file, or nowhere."""
 
-    def __init__(self, file: TextIO | None) -> None:
+    def __init__(self, file: BinaryIO | None) -> None:
         self._file = file
         self._hash = sha256()
 
-    def write(self, text: str) -> None:
-        self._hash.update(text.encode())
+    def write(self, text: bytes | memoryview) -> None:
+        self._hash.update(text)
         if self._file is not None:
             self._file.write(text)
 
@@ -163,30 +164,33 @@ class _Hashed:
 
 
 def _write(args: argparse.Namespace, result: Result) -> None:
-    found = document.found(result)
-    with _whole(args.json) if args.json is not None else nullcontext() as file:
-        out = _Hashed(file)
-        document.write(result, out, found)
+    with (
+        _whole(args.json) if args.json is not None else nullcontext() as file,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        # Mostly the store's work: alerts are written meanwhile.
+        found, out = beside.submit(document.found, result), _Hashed(file)
+        document.write(result, out, found.result)
     if args.html is not None:
         if args.ray is not None:
             store.look_again(result.db, args.traces)
-        page = _page(args, result, found, out.hexdigest())
+        page = _page(args, result, found.result(), out.hexdigest())
         with _whole(args.html) as file:
-            file.write(page)
+            file.write(page.encode())
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[TextIO]:
+def _whole(path: Path) -> Iterator[BinaryIO]:
     """A file that is there when all of it is: what ends before (a full disk, Ctrl-C) leaves what was there before."""
     try:
         if path.exists() and not path.is_file():  # a pipe, /dev/stdout; a folder is refused by its name
-            with path.open("w", encoding="utf-8", newline="\n") as file:
+            with path.open("wb") as file:
                 yield file
             return
         path = path.resolve()  # where a link leads to, the link stays
         beside = path.with_name(f".{path.name[:200]}.{os.getpid()}")
         try:
-            with beside.open("x", encoding="utf-8", newline="\n") as file:
+            with beside.open("xb") as file:
                 yield file
             if path.exists():
                 beside.chmod(path.stat().st_mode & 0o7777)
