@@ -43,8 +43,9 @@ def derived(spans: Sequence[pa.Table]) -> dict[str, pa.Table]:
     store.arrange(db)
     made = {name: db.sql(f"SELECT * FROM {name}").to_arrow_table() for name in _TABLES[:-1]}
     made["root"] = db.sql(
-        """SELECT trace_id, span_id, name, start_ns, end_ns, iteration,
-             attributes['rl.reward.score'] AS score FROM span WHERE name LIKE 'invoke_agent%'"""
+        """SELECT trace_id, span_id, name, start_ns, end_ns, run, iteration, rollout,
+             attributes['rl.reward.score'] AS score, attributes['rl.advantage'] AS advantage
+           FROM span WHERE name LIKE 'invoke_agent%' OR name = 'ray_guard.reward'"""
     ).to_arrow_table()
     return made | {"bounds": pa.table({"first_ns": [first], "last_ns": [last]})}
 
@@ -89,6 +90,6 @@ _JOIN: Final = (
     f"""CREATE TABLE alive AS SELECT n.call, p.* EXCLUDE (part, call, node), m.node
           FROM part_alive p {_NUMBERED} {_PLACED}""",
     f"CREATE TABLE words AS SELECT n.call, p.* EXCLUDE (part, call) FROM part_words p {_NUMBERED}",
-    """INSERT INTO span BY NAME SELECT * EXCLUDE (part, score),
-         CASE WHEN score IS NULL THEN MAP {} ELSE MAP {'rl.reward.score': score} END AS attributes FROM part_root""",
+    """INSERT INTO span BY NAME SELECT * EXCLUDE (part, score, advantage),
+         MAP {'rl.reward.score': score, 'rl.advantage': advantage} AS attributes FROM part_root""",
 )

@@ -270,7 +270,8 @@ _DERIVE: Final = (
     NODE_IP,
     """CREATE OR REPLACE TEMP TABLE about AS SELECT trace_id, min(run) AS run, min(iteration) AS iteration,
          min("group") AS "group", min(rollout) AS rollout, min(policy_version) AS policy_version,
-         max(coalesce(end_ns, start_ns)) AS last_ns FROM span GROUP BY trace_id""",
+         bool_or(name <> 'ray_guard.reward') AS lived, max(coalesce(end_ns, start_ns)) AS last_ns
+         FROM span GROUP BY trace_id""",
     f"""CREATE TEMP TABLE call_span AS
          SELECT s.trace_id, s.shown_trace_id, s.span_id, s.parent_id, n.node,
            coalesce(s.run, a.run) AS run, coalesce(s.iteration, a.iteration) AS iteration,
@@ -322,9 +323,10 @@ _DERIVE: Final = (
          JOIN (SELECT trace_id, span_id, call FROM call
            UNION ALL SELECT p.trace_id, p.span_id, o.call FROM process_span p JOIN process_owner o ON o.row = p.rowid) o
            ON o.trace_id = k.trace_id AND o.span_id = k.parent_id""",
-    # Below zero: a rollout, where a socket belongs to none of its calls.
+    # Below zero: a rollout, where a socket belongs to none of its calls. A reward told after its end has a trace of its
+    # own, which is none.
     """CREATE OR REPLACE TABLE rollout AS SELECT -row_number() OVER (ORDER BY trace_id) AS call, trace_id, run,
-         iteration, "group", rollout, policy_version FROM about WHERE rollout IS NOT NULL""",
+         iteration, "group", rollout, policy_version FROM about WHERE rollout IS NOT NULL AND lived""",
     """CREATE OR REPLACE TABLE process AS
          SELECT o.call, s.node, s.pid, s.start_ns, coalesce(s.end_ns, a.last_ns) AS end_ns, s.command
          FROM process_span s LEFT JOIN process_owner o ON o.row = s.rowid JOIN about a USING (trace_id)""",
