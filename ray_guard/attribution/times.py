@@ -17,12 +17,17 @@ SECOND: Final = 1_000_000_000
 _EARLIEST: Final = 946_684_800  # 2000-01-01: no log of a container is older
 _LATEST: Final = 4_102_444_800  # 2100-01-01
 
-_ISO: Final = re.compile(
-    r"(\d{4})[-/](\d\d)[-/](\d\d)[T t](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9})\d*)?\s*(Z|z|UTC|[+-]\d\d:?(?:\d\d)?)?"
-)
-_SYSLOG: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?")
+_CIVIL: Final = re.compile(r"(\d{4})[-/](\d\d)[-/](\d\d)[T t](\d\d):(\d\d):(\d\d)")
+_CIVIL_LENGTH: Final = 19
+_FRACTION_AND_ZONE: Final = re.compile(r"(?:[.,](\d{1,9})\d*)?\s*(Z|z|UTC|[+-]\d\d:?(?:\d\d)?)?")
+_SYSLOG: Final = re.compile(r"([A-Z][a-z]{2} {1,2}\d{1,2} \d\d:\d\d:\d\d)(?:\.(\d{1,9}))?")
+_SYSLOG_CIVIL: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)")
 _MONTHS: Final = {name: number for number, name in enumerate(calendar.month_abbr) if name}
-_EPOCH: Final = re.compile(r"[+-]?\d{1,20}(?:\.\d+)?")
+_EPOCH: Final = re.compile(r"([+-]?\d{1,20})(?:\.(\d+))?")
+_UNITS: Final = tuple(
+    (_EARLIEST * SECOND // width, _LATEST * SECOND // width, width) for width in (SECOND, 1_000_000, 1_000, 1)
+)
+"""Nanoseconds of a unit, with the first and the last number of it that is possible (excluded)."""
 
 
 class BadTime(ValueError):
@@ -35,19 +40,29 @@ def iso(text: object, semantics: Semantics) -> Time:
     Raises:
         BadTime: it is none.
     """
-    match = _ISO.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
+    written = text.strip() if isinstance(text, str) else ""
+    rest = _FRACTION_AND_ZONE.fullmatch(written, _CIVIL_LENGTH)
+    # Lines come many in a second: all but the fraction has mostly been met before.
+    start = _civil(written[:_CIVIL_LENGTH], rest[2]) if rest is not None else None
+    if rest is None or start is None:
         raise BadTime(f"{text!r:.60} is no date and time")
-    year, month, day, hour, minute, second, fraction, zone = match.groups()
-    start = _seconds((int(year), int(month), int(day)), (int(hour), int(minute), int(second))) * SECOND
     width = SECOND
-    if fraction:
+    if fraction := rest[1]:
         width = 10 ** (9 - len(fraction))
         start += int(fraction) * width
-    start -= _offset(zone) * SECOND
     if not _EARLIEST * SECOND <= start < _LATEST * SECOND:
         raise BadTime(f"{text!r:.60} is no time between 2000 and 2100")
-    return Time(start, start + width, semantics, zoned=zone is not None)
+    return Time(start, start + width, semantics, rest[2] is not None)
+
+
+@lru_cache(maxsize=4096)
+def _civil(date: str, zone: str | None) -> int | None:
+    """Unix nanoseconds of a date with its time of day; None for what is none. Raises BadTime for impossible ones."""
+    match = _CIVIL.fullmatch(date)
+    if match is None:
+        return None
+    year, month, day, hour, minute, second = map(int, match.groups())
+    return (_seconds((year, month, day), (hour, minute, second)) - _offset(zone)) * SECOND
 
 
 def syslog(text: str, semantics: Semantics) -> tuple[Time, str]:
@@ -57,17 +72,25 @@ def syslog(text: str, semantics: Semantics) -> tuple[Time, str]:
         BadTime: the line begins with something else.
     """
     match = _SYSLOG.match(text)
-    if match is None or match[1] not in _MONTHS:
+    start = _syslog_civil(match[1]) if match is not None else None
+    if match is None or start is None:
         raise BadTime(f"{text!r:.40} does not begin with a syslog time")
-    month, day = _MONTHS[match[1]], int(match[2])
+    width = SECOND
+    if fraction := match[2]:
+        width = 10 ** (9 - len(fraction))
+        start += int(fraction) * width
+    return Time(start, start + width, semantics, zoned=False, dated=False), text[match.end() :].lstrip()
+
+
+@lru_cache(maxsize=4096)
+def _syslog_civil(date: str) -> int | None:
+    match = _SYSLOG_CIVIL.fullmatch(date)
+    if match is None or match[1] not in _MONTHS:
+        return None
+    month, day, hour, minute, second = _MONTHS[match[1]], *map(int, match.groups()[1:])
     # 1972 has a 29 February; every other day is the same in 1970.
     year = 1972 if (month, day) == (2, 29) else 1970
-    start = _seconds((year, month, day), (int(match[3]), int(match[4]), int(match[5]))) * SECOND
-    width = SECOND
-    if match[6]:
-        width = 10 ** (9 - len(match[6]))
-        start += int(match[6]) * width
-    return Time(start, start + width, semantics, zoned=False, dated=False), text[match.end() :].lstrip()
+    return _seconds((year, month, day), (hour, minute, second)) * SECOND
 
 
 def epoch_ns(value: object) -> tuple[int, int]:
@@ -76,17 +99,18 @@ def epoch_ns(value: object) -> tuple[int, int]:
     Raises:
         BadTime: it is no number, or no instant between 2000 and 2100 in any of these units.
     """
-    text = str(value).strip() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
     if isinstance(value, float):
         text = f"{value:.9f}".rstrip("0").rstrip(".")
-    if not _EPOCH.fullmatch(text):
+    else:
+        text = str(value).strip() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    match = _EPOCH.fullmatch(text)
+    if match is None:
         raise BadTime(f"{value!r:.60} is no epoch")
-    number, _, fraction = text.partition(".")
-    for width in (SECOND, 1_000_000, 1_000, 1):
-        if _EARLIEST <= int(number) * width / SECOND < _LATEST:
-            start = int(number) * width
-            digits = min(len(fraction), len(str(width)) - 1)
-            if digits:
+    number, fraction = int(match[1]), match[2]
+    for earliest, latest, width in _UNITS:
+        if earliest <= number < latest:
+            start = number * width
+            if fraction and (digits := min(len(fraction), len(str(width)) - 1)):
                 width //= 10**digits  # noqa: PLW2901 - the width of what was written, from here on
                 start += int(fraction[:digits]) * width
             # A double holds 2026 in seconds to about a quarter of a microsecond: its digits are not all true.

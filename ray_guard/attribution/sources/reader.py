@@ -120,32 +120,36 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
     except OSError as error:
         raise NotAlerts(str(path), f"cannot be read: {error.strerror}") from error
     detector = _Detector(forced)
+    count = 0
     with hashed:
         try:
-            stream = _unpacked(hashed)
+            stream = _unpacked(hashed)  # named: it closes what is below it when nobody does
             for number, line in enumerate(_lines(stream, report), 1):
-                yield from _records(line, number, detector, report)
+                if not line.raw or line.raw.isspace():
+                    continue
+                try:
+                    source, seen = detector.read(line)
+                except _FAULTS as error:
+                    report.reject(number, line.offset, *_reason(error))
+                    continue
+                for each in seen:
+                    yield Record(source.format, count, line.offset + each.within, line.raw, each)
+                    count += 1
+                    report.records[source.format] += 1
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             report.reject(0, 0, "unreadable", str(error))
         report.sha256 = hashed.rest_hashed()
 
 
-def _records(line: Line, number: int, detector: _Detector, report: FileReport) -> Iterator[Record]:
-    if not line.raw.strip():
-        return
-    try:
-        source, seen = detector.read(line)
-    except Unusable as error:
-        report.reject(number, line.offset, error.reason, error.detail)
-    except BadTime as error:
-        report.reject(number, line.offset, "time", str(error))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
-        # Data of a shape its format does not have: a fault of the line, whatever it makes a parser stumble over.
-        report.reject(number, line.offset, "malformed", f"{type(error).__name__}: {error}")
-    else:
-        for each in seen:
-            yield Record(source.format, report.records.total(), line.offset + each.within, line.raw, each)
-            report.records[source.format] += 1
+_FAULTS: Final = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
+"""Data of a shape its format does not have: a fault of the line, whatever it makes a parser stumble over."""
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """(reason, detail) of what a parser stumbled over."""
+    if isinstance(error, Unusable):
+        return error.reason, error.detail
+    return ("time", str(error)) if isinstance(error, BadTime) else ("malformed", f"{type(error).__name__}: {error}")
 
 
 class _Detector:
