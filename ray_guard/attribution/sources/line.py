@@ -90,7 +90,7 @@ def of_object(raw: bytes, offset: int, parsed: object) -> Line:
 def _object_of(raw: bytes) -> dict[str, Any] | None:
     """The object that a line is from end to end, as JSON has it by the letter; None wherever there is any doubt.
 
-    Python's own reader takes twice as long, and what it lets pass besides (NaN, halves of surrogate pairs) is its to say.
+    Python's own reader takes twice as long; what it lets pass besides (NaN, halves of surrogate pairs) is its to say.
     """
     raw = raw.strip(b"\r\n ")
     if raw[:1] != b"{" or raw[-1:] != b"}":
