@@ -19,7 +19,8 @@ _LATEST: Final = 4_102_444_800  # 2100-01-01
 
 _CIVIL: Final = re.compile(r"(\d{4})[-/](\d\d)[-/](\d\d)[T t](\d\d):(\d\d):(\d\d)")
 _CIVIL_LENGTH: Final = 19
-_FRACTION_AND_ZONE: Final = re.compile(r"(?:[.,](\d{1,9})\d*)?\s*(Z|z|UTC|[+-]\d\d:?(?:\d\d)?)?")
+_FRACTION_AND_ZONE: Final = re.compile(r"(?:[.,](\d{1,9})\d*)?\s*(\S*)")
+_ZONE: Final = re.compile(r"Z|z|UTC|[+-]\d\d:?(?:\d\d)?|")
 _SYSLOG: Final = re.compile(r"([A-Z][a-z]{2} {1,2}\d{1,2} \d\d:\d\d:\d\d)(?:\.(\d{1,9}))?")
 _SYSLOG_CIVIL: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)")
 _MONTHS: Final = {name: number for number, name in enumerate(calendar.month_abbr) if name}
@@ -52,14 +53,14 @@ def iso(text: object, semantics: Semantics) -> Time:
         start += int(fraction) * width
     if not _EARLIEST * SECOND <= start < _LATEST * SECOND:
         raise BadTime(f"{text!r:.60} is no time between 2000 and 2100")
-    return Time(start, start + width, semantics, rest[2] is not None)
+    return Time(start, start + width, semantics, rest[2] != "")
 
 
 @lru_cache(maxsize=4096)
-def _civil(date: str, zone: str | None) -> int | None:
+def _civil(date: str, zone: str) -> int | None:
     """Unix nanoseconds of a date with its time of day; None for what is none. Raises BadTime for impossible ones."""
     match = _CIVIL.fullmatch(date)
-    if match is None:
+    if match is None or not _ZONE.fullmatch(zone):
         return None
     year, month, day, hour, minute, second = map(int, match.groups())
     return (_seconds((year, month, day), (hour, minute, second)) - _offset(zone)) * SECOND
@@ -168,10 +169,9 @@ def _seconds(date: tuple[int, int, int], clock: tuple[int, int, int]) -> int:
     return _day(*date) + hour * 3600 + minute * 60 + second
 
 
-@lru_cache(maxsize=256)
-def _offset(zone: str | None) -> int:
-    """Seconds east of UTC."""
-    if zone is None or zone in ("Z", "z", "UTC"):
+def _offset(zone: str) -> int:
+    """Seconds east of UTC; of no zone too."""
+    if zone in ("", "Z", "z", "UTC"):
         return 0
     digits = zone[1:].replace(":", "")
     hours, minutes = int(digits[:2]), int(digits[2:] or 0)

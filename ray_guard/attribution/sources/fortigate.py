@@ -14,10 +14,11 @@ from ray_guard.attribution import times
 from ray_guard.attribution.observation import NOBODY, Action, Observation, Semantics, Time, endpoint, protocol, whole
 from ray_guard.attribution.sources import cef
 from ray_guard.attribution.sources.line import Line, Unusable
+from ray_guard.attribution.sources.pairs import Pairs
 
 FORMAT: Final = "fortigate"
 
-_PAIR: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s"]*)')
+_KEY: Final = r"(?<![\w-])[A-Za-z_]\w*+"
 #: with ``set csv enable`` a comma ends a value that is not quoted
 _PAIR_CSV: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
 _CSV: Final = re.compile(r"\b(?:date|time|logid|type)=[^\s,]+,\w+=")
@@ -48,6 +49,9 @@ _UNNAMED: Final = frozenset({"", "N/A", "unknown"})
 class Fortigate:
     format = FORMAT
 
+    def __init__(self) -> None:
+        self._pairs = Pairs(_KEY, r'[^\s"]*+', quotes=True)
+
     def recognises(self, line: Line) -> bool:
         text = line.text
         if "|Fortinet|" in text:
@@ -55,7 +59,7 @@ class Fortigate:
         return "=" in text and ("devid=" in text or "logid=" in text or "eventtime=" in text) and "type=" in text
 
     def read(self, line: Line) -> list[Observation]:
-        said = _cef(line.text) or pairs(line.text)
+        said = _cef(line.text) or _listed(line.text) or self._pairs.of(line.text)
         if "type" not in said:
             raise Unusable("malformed", "no type= among the pairs")
         if "srcip" not in said and "dstip" not in said:
@@ -63,9 +67,11 @@ class Fortigate:
         return [_observation(said)]
 
 
-def pairs(text: str) -> dict[str, str]:
-    """``key=value`` and ``key="value"``; a key that comes twice has its last value."""
-    found = (_PAIR_CSV if text.find(",", 0, 400) >= 0 and _CSV.search(text, 0, 400) else _PAIR).findall(text)
+def _listed(text: str) -> dict[str, str] | None:
+    """The pairs where commas part them, else None; a key that comes twice has its last value."""
+    if text.find(",", 0, 400) < 0 or not _CSV.search(text, 0, 400):
+        return None
+    found = _PAIR_CSV.findall(text)
     return {key: value[1:-1].replace('\\"', '"') if value[:1] == '"' else value.strip() for key, value in found}
 
 

@@ -130,7 +130,13 @@ def _mended(value: Any) -> Any:
 
 def text_of(parsed: dict[str, Any], *path: str) -> str:
     """What stands at a path of keys, as text; empty where nothing does."""
-    found = at(parsed, *path)
+    found: Any = parsed
+    for key in path:
+        if not isinstance(found, dict):
+            return ""
+        found = found.get(key)
+    if isinstance(found, str):
+        return found
     return "" if found is None or isinstance(found, (dict, list)) else str(found)
 
 

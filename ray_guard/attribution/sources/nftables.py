@@ -24,15 +24,18 @@ from ray_guard.attribution.observation import (
     whole,
 )
 from ray_guard.attribution.sources.line import Line, Unusable, text_of
+from ray_guard.attribution.sources.pairs import Pairs
 from ray_guard.attribution.times import BadTime
 
 FORMAT: Final = "nftables"
 
 _LONGEST: Final = 1 << 14
 """Bytes: the kernel writes less than two thousand."""
-_PACKET: Final = re.compile(r"(?<!PHYS)IN=\S* (?:PHYSIN=\S* )?OUT=\S* (?:PHYSOUT=\S* )?.*?\bSRC=")
+_PACKET: Final = re.compile(
+    r"IN=(?<!PHYSIN=)\S* (?:PHYSIN=\S* )?OUT=\S* (?:PHYSOUT=\S* )?[^S\n]*+(?:(?!\bSRC=)S[^S\n]*+)*+SRC="
+)
 _QUOTED: Final = re.compile(r"\[SRC=.*?(?:\]|$)")
-_FIELD: Final = re.compile(r"\b([A-Z]{2,8})=(\S*)")
+_KEY: Final = r"\b[A-Z]{2,8}"
 _PRIORITY: Final = re.compile(r"<\d{1,3}>(?:1 )?")
 _FROM: Final = re.compile(r"(?P<node>[^\s:\[]+) (?:\w+\.\w+ )?(?:kernel: ?|\S+\[\d+\]: |ulogd: ?|kernel - - - ?)?")
 _UPTIME: Final = re.compile(r"\[ *\d+\.\d+\] ?")
@@ -44,6 +47,9 @@ _ALLOWED: Final = re.compile(r"accept|allow|permit|pass", re.IGNORECASE)
 
 class Nftables:
     format = FORMAT
+
+    def __init__(self) -> None:
+        self._pairs = Pairs(_KEY, r"\S*+", first=True)  # LEN comes twice, of IP and UDP
 
     def recognises(self, line: Line) -> bool:
         parsed = line.object
@@ -61,7 +67,7 @@ class Nftables:
         fields = text[packet.start() :]
         if "[SRC=" in fields:
             fields = _QUOTED.sub("", fields)
-        said = dict(reversed(_FIELD.findall(fields)))  # LEN comes twice, of IP and UDP
+        said = self._pairs.of(fields)
         before = text[: packet.start()]
         try:
             time, rest = _stamp(before)
