@@ -21,7 +21,7 @@ import zstandard
 
 from ray_guard.attribution import nat
 from ray_guard.attribution.clock import Clock
-from ray_guard.attribution.observation import Action, Endpoint, Observation, Process, Time
+from ray_guard.attribution.observation import NOBODY, Action, Endpoint, Observation, Time
 from ray_guard.attribution.sources.reader import FileReport, Record, files, read
 
 SECOND: Final = 1_000_000_000
@@ -183,14 +183,10 @@ class Intake:
         self.record.extend(numbers)
         self.offset.extend(offsets)
         self.lines.extend(raws)
-        times = [each.time for each in seen]
-        if options.zone is not None or not all(time.dated for time in times):
-            times = [placed(time, options, span) for time in times]
-        for number, (each, time) in enumerate(zip(seen, times, strict=True), first):
-            if each.translated_src.ip is not None:
-                mapping = nat.of_record(each._replace(time=time))
-                if mapping is not None:
-                    self.mappings.append((self.source[number], mapping))
+        times = [placed(each.time, options, span) for each in seen]
+        for number, each in enumerate(seen):
+            if each.translated_src is not NOBODY and (mapping := nat.of_record(each._replace(time=times[number]))):
+                self.mappings.append((self.source[first + number], mapping))
         made = _columns(first, self.source[first:], times, seen)
         columns = [pa.array(made[each.name], each.type) for each in ALERT_SCHEMA]
         self.batches.append(pa.RecordBatch.from_arrays(columns, schema=ALERT_SCHEMA))

@@ -9,6 +9,7 @@ people call it. An ICMP error quotes, in brackets, the packet it is about: that 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any, Final
 
 from ray_guard.attribution import times
@@ -50,18 +51,19 @@ class Nftables:
 
     def __init__(self) -> None:
         self._pairs = Pairs(_KEY, r"\S*+", first=True)  # LEN comes twice, of IP and UDP
+        self._asked: tuple[str, re.Match[str] | None] = "", None
 
     def recognises(self, line: Line) -> bool:
         parsed = line.object
         if parsed is not None:
             return "oob.prefix" in parsed or parsed.get("dvc") == "Netfilter"
-        return len(line.raw) <= _LONGEST and "SRC=" in line.text and _PACKET.search(line.text) is not None
+        return len(line.raw) <= _LONGEST and "SRC=" in line.text and self._packet(line.text) is not None
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is not None and self.recognises(line):
             return [_ulogd(line.object)]
         text = line.text
-        packet = _PACKET.search(text)
+        packet = self._packet(text)
         if packet is None:
             raise Unusable("malformed", "no IN= OUT= SRC= of a logged packet")
         fields = text[packet.start() :]
@@ -77,14 +79,26 @@ class Nftables:
             time, prefix = _journal(line.envelope), before
             node = text_of(line.envelope, "_HOSTNAME") or text_of(line.envelope, "host", "hostname")
         else:
-            sender = _FROM.match(rest + " ")
-            node = sender["node"] if sender else ""
-            prefix = (rest + " ")[sender.end() :] if sender else rest
+            node, prefix = _sender(rest)
         return [_packet(time, node, _UPTIME.sub("", prefix, count=1).strip(" :"), said)]
+
+    def _packet(self, text: str) -> re.Match[str] | None:
+        """Where the packet stands; asked twice for each line."""
+        if text is not self._asked[0]:
+            self._asked = text, _PACKET.search(text)
+        return self._asked[1]
+
+
+@lru_cache(maxsize=1024)
+def _sender(rest: str) -> tuple[str, str]:
+    """(node, prefix) of what stands between the time and the packet."""
+    sender = _FROM.match(rest + " ")
+    return (sender["node"], (rest + " ")[sender.end() :]) if sender else ("", rest)
 
 
 def _stamp(text: str) -> tuple[Time, str]:
-    text = text[found.end() :] if (found := _PRIORITY.match(text)) else text
+    if text[:1] == "<" and (found := _PRIORITY.match(text)):
+        text = text[found.end() :]
     if text[:1].isdigit():
         stamp, _, rest = text.partition(" ")
         if "T" not in stamp and rest:  # `2026-03-07 03:40:11 node …`
@@ -131,6 +145,7 @@ def _ulogd(parsed: dict[str, Any]) -> Observation:
     )
 
 
+@lru_cache(maxsize=1024)
 def _action(prefix: str) -> Action:
     verdict = _VERDICT.search(prefix)
     if _DENIED.search(prefix) or (verdict and verdict[1] in "DR"):
