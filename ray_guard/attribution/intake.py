@@ -195,10 +195,9 @@ class Intake:
 def _columns(
     first: int, source: array[int], times: Sequence[Time], seen: Sequence[Observation]
 ) -> dict[str, Sequence[Any]]:
-    """The columns of :data:`ALERT_SCHEMA`, by name: what was a record each, turned on its side."""
-    of = Observation(*zip(*seen, strict=True))  # type: ignore[arg-type]  # of all records, field by field
-    time = Time(*zip(*times, strict=True))  # type: ignore[arg-type]
-    src, dst = (Endpoint(*zip(*side, strict=True)) for side in (of.src, of.dst))  # type: ignore[arg-type]
+    """The columns of :data:`ALERT_SCHEMA`, by name."""
+    of, time = _turned(Observation, seen), _turned(Time, times)
+    src, dst = _turned(Endpoint, of.src), _turned(Endpoint, of.dst)
     nothing = [None] * len(seen)
     return {
         "alert": range(first, first + len(seen)),
@@ -222,6 +221,11 @@ def _columns(
         "command": [each.command or None for each in of.process],
         "informational": [each.informational for each in seen],
     }
+
+
+def _turned(kind: Any, rows: Iterable[tuple[Any, ...]]) -> Any:
+    """Rows of a kind as one of that kind: under each field's name stands its column."""
+    return kind(*zip(*rows, strict=True))
 
 
 def _rule(rule: str, signature: str) -> str | None:

@@ -16,6 +16,8 @@ from ray_guard.attribution.observation import Semantics, Time
 SECOND: Final = 1_000_000_000
 _EARLIEST: Final = 946_684_800  # 2000-01-01: no log of a container is older
 _LATEST: Final = 4_102_444_800  # 2100-01-01
+_FIRST: Final = _EARLIEST * SECOND
+_END: Final = _LATEST * SECOND
 
 _CIVIL: Final = re.compile(r"(\d{4})[-/](\d\d)[-/](\d\d)[T t](\d\d):(\d\d):(\d\d)")
 _CIVIL_LENGTH: Final = 19
@@ -25,10 +27,8 @@ _SYSLOG: Final = re.compile(r"([A-Z][a-z]{2} {1,2}\d{1,2} \d\d:\d\d:\d\d)(?:\.(\
 _SYSLOG_CIVIL: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)")
 _MONTHS: Final = {name: number for number, name in enumerate(calendar.month_abbr) if name}
 _EPOCH: Final = re.compile(r"([+-]?\d{1,20})(?:\.(\d+))?")
-_UNITS: Final = tuple(
-    (_EARLIEST * SECOND // width, _LATEST * SECOND // width, width) for width in (SECOND, 1_000_000, 1_000, 1)
-)
-"""Nanoseconds of a unit, with the first and the last number of it that is possible (excluded)."""
+_UNITS: Final = tuple((_FIRST // width, _END // width, width) for width in (SECOND, 1_000_000, 1_000, 1))
+"""The first number that is possible, the first that is too late, and nanoseconds, of each unit."""
 
 
 class BadTime(ValueError):
@@ -43,17 +43,18 @@ def iso(text: object, semantics: Semantics) -> Time:
     """
     written = text.strip() if isinstance(text, str) else ""
     rest = _FRACTION_AND_ZONE.fullmatch(written, _CIVIL_LENGTH)
+    fraction, zone = rest.groups() if rest is not None else (None, "none")
     # Lines come many in a second: all but the fraction has mostly been met before.
-    start = _civil(written[:_CIVIL_LENGTH], rest[2]) if rest is not None else None
-    if rest is None or start is None:
+    start = _civil(written[:_CIVIL_LENGTH], zone)
+    if start is None:
         raise BadTime(f"{text!r:.60} is no date and time")
     width = SECOND
-    if fraction := rest[1]:
+    if fraction:
         width = 10 ** (9 - len(fraction))
         start += int(fraction) * width
-    if not _EARLIEST * SECOND <= start < _LATEST * SECOND:
+    if not _FIRST <= start < _END:
         raise BadTime(f"{text!r:.60} is no time between 2000 and 2100")
-    return Time(start, start + width, semantics, rest[2] != "")
+    return Time(start, start + width, semantics, zone != "")
 
 
 @lru_cache(maxsize=4096)
@@ -107,7 +108,8 @@ def epoch_ns(value: object) -> tuple[int, int]:
     match = _EPOCH.fullmatch(text)
     if match is None:
         raise BadTime(f"{value!r:.60} is no epoch")
-    number, fraction = int(match[1]), match[2]
+    whole, fraction = match.groups()
+    number = int(whole)
     for earliest, latest, width in _UNITS:
         if earliest <= number < latest:
             start = number * width
