@@ -21,6 +21,8 @@ REACH_NS: Final = 15 * 3600 * SECOND
 """The largest offset that is looked for: a time zone, and a clock that is wrong besides."""
 _SLACK_NS: Final = SECOND
 _UNKNOWN_SLACK_NS: Final = 2 * SECOND
+_TOLD_NS: Final = SECOND // 2
+_NEARLY_ALL: Final = 0.9
 _PAIRS: Final = 400_000
 _FEW: Final = 5
 _INTS = npt.NDArray[np.int64]
@@ -34,8 +36,9 @@ class Clock(NamedTuple):
         skew_ns: at ``reference_ns`` of the source's clock.
         drift: nanoseconds per nanosecond.
         low_ns, high_ns: interval of the skew.
-        identifiable: False: nothing tells, and ``skew_ns`` is 0.
+        identifiable: False: nothing tells it to half a second; ``skew_ns`` is the best that is known, 0 for nothing.
         slack_ns: how far a corrected time may still be off.
+        since: the first alert that it holds for: a clock may be set in between.
     """
 
     skew_ns: int = 0
@@ -45,17 +48,30 @@ class Clock(NamedTuple):
     high_ns: int = 0
     identifiable: bool = False
     slack_ns: int = _UNKNOWN_SLACK_NS
+    since: int = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything is known of the skew."""
+        return self.high_ns > self.low_ns
 
 
-def estimate(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
-    """The clock of one source, from ``alert``, ``nat`` and the job's tables."""
+def estimate(db: duckdb.DuckDBPyConnection, source: int) -> list[Clock]:
+    """The clock of one source, from ``alert``, ``nat`` and the job's tables; where it was set in between, both."""
+    best = Clock()
     for pairs, sharp in ((_SOCKETS, True), (_TEXTS, False)):
         found = db.execute(pairs, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
         if len(found["alert"]):
-            clock = of_ranges(found["alert"], found["low"], found["high"], found["seen"], sharp=sharp)
+            ranges = found["alert"], found["low"], found["high"], found["seen"]
+            clock = of_ranges(*ranges, sharp=sharp)
+            if sharp and (stepped := of_step(*ranges, clock)):
+                return list(stepped)
+            if sharp and clock.identifiable and _another(*ranges, clock):
+                return [clock._replace(identifiable=False)]
             if clock.identifiable:
-                return clock
-    return Clock()
+                return [clock]
+            best = best if best.bounded else clock
+    return [best]
 
 
 def of_map(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
@@ -94,11 +110,74 @@ def of_ranges(
         agreeing >= (1 if alerts == 1 and sharp else 2 if sharp else _FEW)
         and agreeing >= (0.5 if sharp else 0.3) * alerts
     )
-    if not enough or (not sharp and best < 1.3 * runner_up):
+    # A port that is used again and again, or calls at regular intervals, agree at more offsets than one.
+    if not enough or best < 1.3 * runner_up:
         return Clock()
     skew = 0.0 if start <= 0 <= end else (start + end) / 2
     slack = int(min((end - start) / 2, 5 * SECOND)) + _SLACK_NS
-    return Clock(int(skew), drift, reference, int(start), int(end), identifiable=True, slack_ns=slack)
+    # Flows that last for minutes agree at any of many offsets: that is used, but it tells no clock.
+    told = not sharp or end - start <= 2 * _TOLD_NS
+    return Clock(int(skew), drift, reference, int(start), int(end), identifiable=told, slack_ns=slack)
+
+
+def of_step(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, whole: Clock) -> tuple[Clock, Clock] | None:
+    """The clocks before and after it was set (by a time server, for summer): None where one clock does for all.
+
+    Alerts count in the order of their log: who sets a clock back writes some times twice.
+
+    Args:
+        alert, low, high, at: as of :func:`of_ranges`.
+        whole: what that made of them.
+    """
+    alerts, which = np.unique(alert, return_inverse=True)
+    if whole.identifiable and _explained(alert, low, high, at, whole) > _NEARLY_ALL:
+        return None
+    # The two offsets that explain most, the second of what the first leaves.
+    places = []
+    left = np.ones(len(alert), dtype=bool)
+    for _ in range(2):
+        if not left.any():
+            return None
+        _, start, end, _ = _deepest(low[left].astype(np.float64), high[left].astype(np.float64), np.ones(left.sum()))
+        places.append(np.zeros(len(alerts), dtype=bool))
+        places[-1][which[(low <= (start + end) / 2) & (high >= (start + end) / 2)]] = True
+        left &= ~places[-1][which]
+    before, after = places
+    told = before != after
+    if min(before[told].sum(), after[told].sum()) < _FEW:
+        return None
+    # Where to part them so that as many as can be are on their own side.
+    gain = np.cumsum(np.where(told, np.where(before, 1, -1), 0))
+    parted = int(np.argmax(np.abs(2 * gain - gain[-1]))) + 1
+    if parted >= len(alerts):
+        return None
+    late = alert >= alerts[parted]
+    clocks = []
+    for side in (~late, late):
+        ranges = alert[side], low[side], high[side], at[side]
+        clocks.append(of_ranges(*ranges, sharp=True))
+        if not clocks[-1].identifiable or _explained(*ranges, clocks[-1]) < _NEARLY_ALL:
+            return None
+    first, second = clocks
+    return first, second._replace(since=int(alerts[parted]))
+
+
+def _another(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, clock: Clock) -> bool:
+    """Whether what a clock leaves goes by a second one, as where many firewalls write into one file."""
+    if (explained := _explained(alert, low, high, at, clock)) > _NEARLY_ALL:
+        return False
+    offset = clock.skew_ns + clock.drift * (at - clock.reference_ns)
+    left = ~np.isin(alert, alert[(low - SECOND <= offset) & (high + SECOND >= offset)])
+    other = of_ranges(alert[left], low[left], high[left], at[left], sharp=True)
+    few = (1 - explained) * len(np.unique(alert)) < _FEW
+    return other.identifiable and not few
+
+
+def _explained(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, clock: Clock) -> float:
+    """The share of alerts that a clock explains, to a second."""
+    offset = clock.skew_ns + clock.drift * (at - clock.reference_ns)
+    met = alert[(low - SECOND <= offset) & (high + SECOND >= offset)]
+    return len(np.unique(met)) / max(1, len(np.unique(alert)))
 
 
 def _deepest(low: _FLOATS, high: _FLOATS, weight: _FLOATS) -> tuple[float, float, float, float]:
@@ -149,8 +228,10 @@ _SIDES: Final = """sides AS (
 _SOCKETS: Final = f"""
 WITH {_SAMPLE}, {_SIDES},
  told AS (SELECT * FROM sides UNION
-   SELECT s.alert, s.start_ns, s.end_ns, m.inside_ip, m.inside_port, s.peer_ip, s.peer_port, s.host
-   FROM sides s JOIN nat m ON m.outside_ip = s.local_ip AND m.outside_port = s.local_port)
+   SELECT s.alert, s.start_ns, s.end_ns, m.inside_ip, m.inside_port, coalesce(m.aimed_ip, s.peer_ip),
+     coalesce(m.aimed_port, s.peer_port), s.host
+   FROM sides s JOIN translation m ON m.outside_ip = s.local_ip AND m.outside_port = s.local_port
+     AND (m.peer_ip IS NULL OR m.peer_ip = s.peer_ip))
 SELECT t.alert, t.start_ns - f.end_ns AS low, t.end_ns - f.start_ns AS high, t.start_ns AS seen
 FROM told t JOIN flow f ON f.local_ip = t.local_ip AND f.local_port = t.local_port
   AND f.peer_ip = t.peer_ip AND f.peer_port = t.peer_port
@@ -170,10 +251,13 @@ WITH {_SAMPLE}, {_SIDES},
    WHERE w.text <> '')
 SELECT alert, low, high, seen FROM telling
 WHERE named OR (suspect AND NOT (SELECT coalesce(bool_or(named), false) FROM telling)) LIMIT $limit"""
-_MAPPED: Final = """
-WITH sampled AS (SELECT row_number() OVER () AS alert, * FROM nat WHERE source = $source AND start_ns > 0
-   ORDER BY hash(inside_port, start_ns) LIMIT 4000)
-SELECT m.alert, m.start_ns - f.end_ns AS low, m.end_ns - f.start_ns AS high, m.start_ns AS seen
+# A translation begins with its connection, and may outlast it by minutes.
+_MAPPED: Final = f"""
+WITH sampled AS (SELECT row_number() OVER (ORDER BY inside_ip, inside_port, start_ns) AS alert, *,
+     coalesce(aimed_ip, peer_ip) AS far_ip FROM translation WHERE source = $source AND start_ns > 0
+   ORDER BY hash(inside_port, start_ns), alert LIMIT 4000)
+SELECT m.alert, m.start_ns - f.start_ns - {_TOLD_NS} AS low, m.start_ns - f.start_ns + {_TOLD_NS} AS high,
+  m.start_ns AS seen
 FROM sampled m JOIN flow f ON f.local_ip = m.inside_ip AND f.local_port = m.inside_port
-  AND (m.peer_ip IS NULL OR f.peer_ip = m.peer_ip)
+  AND (m.far_ip IS NULL OR f.peer_ip = m.far_ip)
 WHERE abs(m.start_ns - f.start_ns) < $reach LIMIT $limit"""

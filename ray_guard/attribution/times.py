@@ -25,6 +25,10 @@ _FRACTION_AND_ZONE: Final = re.compile(r"(?:[.,](\d{1,9})\d*)?\s*(\S*)")
 _ZONE: Final = re.compile(r"Z|z|UTC|[+-]\d\d:?(?:\d\d)?|")
 _SYSLOG: Final = re.compile(r"([A-Z][a-z]{2} {1,2}\d{1,2} \d\d:\d\d:\d\d)(?:\.(\d{1,9}))?")
 _SYSLOG_CIVIL: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)")
+_CTIME: Final = re.compile(
+    r"(?:[A-Z][a-z]{2} +)?(?P<month>[A-Z][a-z]{2}) +(?P<day>\d{1,2}) (?:(?P<year>\d{4}) )?"
+    r"(?P<clock>\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?(year)| (?P<last>\d{4}))(?!\d)"
+)
 _MONTHS: Final = {name: number for number, name in enumerate(calendar.month_abbr) if name}
 _EPOCH: Final = re.compile(r"([+-]?\d{1,20})(?:\.(\d+))?")
 _UNITS: Final = tuple((_FIRST // width, _END // width, width) for width in (SECOND, 1_000_000, 1_000, 1))
@@ -93,6 +97,20 @@ def _syslog_civil(date: str) -> int | None:
     # 1972 has a 29 February; every other day is the same in 1970.
     year = 1972 if (month, day) == (2, 29) else 1970
     return _seconds((year, month, day), (hour, minute, second)) * SECOND
+
+
+def ctime(text: str, semantics: Semantics) -> tuple[Time, str]:
+    """``Sat Mar  7 03:40:11 2026`` at the begin of a line, or ``Mar  7 2026 03:40:11``: no zone. The rest of it too.
+
+    Raises:
+        BadTime: the line begins with something else.
+    """
+    match = _CTIME.match(text)
+    month = _MONTHS.get(match["month"]) if match is not None else None
+    if match is None or month is None:
+        raise BadTime(f"{text!r:.40} does not begin with a date and a year")
+    year, clock = match["year"] or match["last"], match["clock"]
+    return iso(f"{year}-{month:02}-{int(match['day']):02} {clock}", semantics), text[match.end() :].lstrip()
 
 
 def epoch_ns(value: object) -> tuple[int, int]:

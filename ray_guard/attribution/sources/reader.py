@@ -115,27 +115,36 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
     Raises:
         NotAlerts: the file cannot be opened, or is no regular file.
     """
+    detector = _Detector(forced)
+    count = 0
+    for number, line in enumerate(lines(path, report), 1):
+        if not line.raw or line.raw.isspace():
+            continue
+        try:
+            source, seen = detector.read(line)
+        except _FAULTS as error:
+            report.reject(number, line.offset, *_reason(error))
+            continue
+        for each in seen:
+            yield Record(source.format, count, line.offset + each.within, line.raw, each)
+            count += 1
+            report.records[source.format] += 1
+
+
+def lines(path: Path, report: FileReport) -> Iterator[Line]:
+    """The lines of one file as they are, packed or not; its hash is in ``report`` when they are exhausted.
+
+    Raises:
+        NotAlerts: the file cannot be opened, or is no regular file.
+    """
     try:
         hashed = _Hashed(open_segment(path))
     except OSError as error:
         raise NotAlerts(str(path), f"cannot be read: {error.strerror}") from error
-    detector = _Detector(forced)
-    count = 0
     with hashed:
         try:
             stream = _unpacked(hashed)  # named: it closes what is below it when nobody does
-            for number, line in enumerate(_lines(stream, report), 1):
-                if not line.raw or line.raw.isspace():
-                    continue
-                try:
-                    source, seen = detector.read(line)
-                except _FAULTS as error:
-                    report.reject(number, line.offset, *_reason(error))
-                    continue
-                for each in seen:
-                    yield Record(source.format, count, line.offset + each.within, line.raw, each)
-                    count += 1
-                    report.records[source.format] += 1
+            yield from _lines(stream, report)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             report.reject(0, 0, "unreadable", str(error))
         report.sha256 = hashed.rest_hashed()
