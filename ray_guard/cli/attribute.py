@@ -6,6 +6,7 @@ Runs later, on any machine: needs nothing but traces and logs.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import platform
 import shlex
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         return failed("attribute", f"--tz {args.tz}: no such time zone; give a name such as Europe/Berlin, or UTC")
     options = Options(None if args.format == "auto" else args.format, zone, args.year)
     progress = _Progress()
+    gc.freeze()  # what is loaded by now stays: among millions of records it would be looked through again and again
     try:
         _refuse_same(args)
         spread = None if args.ray is None else _ray(args.ray)
