@@ -1,4 +1,4 @@
-"""AWS flow logs of VPCs and Transit Gateways: parted by spaces, a header names the columns; or JSON. Runs later.
+"""AWS flow logs, of VPCs and Transit Gateways: parted by spaces below a header; or JSON, Parquet. Runs later.
 
 Pure. Without a header the columns are those of version 2, followed, where a line has more, by those that later versions
 added, in Amazon's own order.
