@@ -110,9 +110,9 @@ def _by_name(parsed: dict[str, Any]) -> dict[str, str]:
 
 def _records(row: dict[str, str]) -> list[Observation]:
     status = row.get("log-status", "OK")
-    if status in ("NODATA", "SKIPDATA") and address(row.get("srcaddr")) is None:
-        if status == "SKIPDATA":
-            raise Unusable("fields", f"Amazon left out records between {row.get('start')} and {row.get('end')}")
+    if status == "SKIPDATA" and address(row.get("srcaddr")) is None:
+        raise Unusable("fields", f"Amazon left out records between {row.get('start')} and {row.get('end')}")
+    if status == "NODATA":
         return []
     return [_observation(row)]
 
