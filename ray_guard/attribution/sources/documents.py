@@ -44,6 +44,8 @@ class Broken(ValueError):
     def __init__(self, detail: str, ahead: int) -> None:
         super().__init__(detail)
         self.ahead = ahead
+        self.offset = -1
+        """Where it begins, in the file as unpacked; below 0: not told."""
 
 
 def begins(raw: bytes) -> bool:
@@ -72,10 +74,14 @@ def within(line: Line) -> Iterator[Line]:
     """
     begin = line.raw.find(b"{") if line.object is not None else 0
     document = Documents(line.raw[begin:], line.offset + begin, io.BytesIO())
-    for _, each in document.lines():
-        if len(each.raw) < len(line.raw) - begin:
-            each.envelope = line.envelope
-            yield each
+    try:
+        for _, each in document.lines():
+            if len(each.raw) < len(line.raw) - begin:
+                each.envelope = line.envelope
+                yield each
+    except Broken as broken:
+        broken.offset = document.offset
+        raise
 
 
 class Documents:

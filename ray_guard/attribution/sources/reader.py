@@ -199,7 +199,8 @@ def _opened(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[
                     each.offset = line.offset
                 yield from _inner(each, number, each.raw if raw is line.raw else raw, opening)
         except documents.Broken as broken:
-            report.reject(number, line.offset, "malformed", f"JSON that does not end, or is none: {broken}")
+            at = broken.offset if raw is line.raw else line.offset
+            report.reject(number, at, "malformed", f"JSON that does not end, or is none: {broken}")
     elif opening.depth < _DEEP and inner is not None:
         yield from _inner(inner, number, raw, opening)
     else:
