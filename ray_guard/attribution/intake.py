@@ -22,7 +22,7 @@ import zstandard
 from ray_guard.attribution import nat
 from ray_guard.attribution.clock import Clock
 from ray_guard.attribution.observation import Action, Endpoint, Observation, Time
-from ray_guard.attribution.sources.reader import FileReport, Record, files, read
+from ray_guard.attribution.sources.reader import FileReport, NotAlerts, Record, files, read
 
 SECOND: Final = 1_000_000_000
 BATCH: Final = 4_000
@@ -164,8 +164,10 @@ class Intake:
         """
         for given in paths:
             for path in files(given):
-                report = FileReport(str(path) if Path(given).is_dir() else os.fspath(given))
-                yield from self.take(read(path, report, options.format), report, options, span)
+                inside = Path(given).is_dir()
+                report = FileReport(str(path) if inside else os.fspath(given))
+                records = read(path, report, options.format)
+                yield from self.take(_passing(records, report) if inside else records, report, options, span)
 
     def take(
         self, records: Iterable[Record], report: FileReport, options: Options, span: tuple[int, int]
@@ -242,6 +244,14 @@ def _turned(kind: Any, rows: Iterable[tuple[Any, ...]]) -> Any:
 
 def _rule(rule: str, signature: str) -> str | None:
     return (f"{rule} {signature}" if rule and signature and rule != signature else rule or signature) or None
+
+
+def _passing(records: Iterator[Record], report: FileReport) -> Iterator[Record]:
+    """The records of a file that a folder holds: that it cannot be read is counted, and costs no other file."""
+    try:
+        yield from records
+    except NotAlerts as error:
+        report.reject(0, 0, "unreadable", error.why)
 
 
 def placed(time: Time, options: Options, span: tuple[int, int]) -> Time:
