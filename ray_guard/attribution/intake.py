@@ -21,7 +21,7 @@ import zstandard
 
 from ray_guard.attribution import nat
 from ray_guard.attribution.clock import Clock
-from ray_guard.attribution.observation import NOBODY, Action, Endpoint, Observation, Time
+from ray_guard.attribution.observation import Action, Endpoint, Observation, Time
 from ray_guard.attribution.sources.reader import FileReport, NotAlerts, Record, files, read
 
 SECOND: Final = 1_000_000_000
@@ -197,12 +197,10 @@ class Intake:
         self.offset.extend(offsets)
         self.lines.extend(raws)
         times = [placed(each.time, options, span) for each in seen]
-        for number, each in enumerate(seen):
-            if each.translated_src is NOBODY and each.translated_dst is NOBODY:
-                continue
-            mapping = nat.of_record(each._replace(time=times[number]))
+        for number, (each, time) in enumerate(zip(seen, times, strict=True), first):
+            mapping = nat.of_record(each if time is each.time else each._replace(time=time))
             if mapping is not None:
-                self.mappings.append((self.source[first + number], mapping))
+                self.mappings.append((self.source[number], mapping))
         made = _columns(first, self.source[first:], times, seen)
         columns = [pa.array(made[each.name], each.type) for each in ALERT_SCHEMA]
         self.batches.append(pa.RecordBatch.from_arrays(columns, schema=ALERT_SCHEMA))

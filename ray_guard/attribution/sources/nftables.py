@@ -95,7 +95,7 @@ class Nftables:
         return [_packet(time, node, _UPTIME.sub("", prefix, count=1).strip(" :\ufeff"), said)]
 
 
-@lru_cache(maxsize=4)  # asked twice for each line
+@lru_cache(maxsize=1)  # asked twice for each line
 def _packet_in(text: str) -> int | None:
     """Where the packet begins: a prefix before it may look like one."""
     ends = [found.start() for found in _SRC.finditer(text)]
