@@ -111,7 +111,7 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
     """The records of one file, in its order.
 
     Args:
-        path: the file; gzip and zstd are recognised by their first bytes.
+        path: the file, packed or not.
         report: takes the counts.
         forced: the format's name; None finds it out for each line, trying what the line before was.
 
