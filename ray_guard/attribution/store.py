@@ -212,7 +212,8 @@ def _put_together(db: duckdb.DuckDBPyConnection, spans: str) -> str:
 
 def derive(db: duckdb.DuckDBPyConnection) -> None:
     """Makes the tables of the job out of ``span``: narrow ones, and ``span`` itself is not copied."""
-    for name, pattern in (("suspect", prior.SUSPECT), ("network", prior.NETWORK), ("silent", prior.SILENT)):
+    patterns = {"suspect": prior.SUSPECT, "network": prior.NETWORK, "silent": prior.SILENT, "tells": prior.TELLS}
+    for name, pattern in patterns.items():
         db.execute(f"SET VARIABLE {name} = ?", [pattern])
     for statement in _PREPARE:
         db.execute(statement)
@@ -323,6 +324,7 @@ _DERIVE: Final = (
            SELECT call, max(end_ns) AS end_ns FROM (
              SELECT call, end_ns FROM process UNION ALL SELECT call, end_ns FROM flow) GROUP BY call) l USING (call)""",
     """CREATE OR REPLACE TABLE words AS SELECT *,
+         reach >= 2 AND regexp_matches(text, getvariable('tells')) AS tells FROM (SELECT *,
            CASE WHEN text = '' THEN 1
                 WHEN regexp_matches(text, getvariable('suspect')) THEN 3
                 WHEN regexp_matches(text, getvariable('network')) THEN 2
@@ -331,5 +333,5 @@ _DERIVE: Final = (
          FROM call c LEFT JOIN (
            SELECT call, string_agg(left(command, 400), ' ; ' ORDER BY start_ns) AS commands FROM (
              SELECT * FROM process WHERE command <> '' AND call IS NOT NULL
-             QUALIFY row_number() OVER (PARTITION BY call ORDER BY start_ns) <= 16) GROUP BY call) p USING (call))""",
+             QUALIFY row_number() OVER (PARTITION BY call ORDER BY start_ns) <= 16) GROUP BY call) p USING (call)))""",
 )
