@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final, NamedTuple, overload
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from ray_guard.attribution.candidates import TIERS
 from ray_guard.attribution.intake import Intake, Source
@@ -20,7 +22,9 @@ ENOUGH: Final = 0.995
 MOST: Final = 500
 ATTRIBUTED: Final = 0.8
 UNOBSERVED: Final = 0.5
+VERDICTS: Final = ("attributed", "unobserved", "ambiguous")
 _BLOCK: Final = 10_000
+"""Records and candidates that are made into text or objects at a time."""
 _SECOND: Final = 1_000_000_000
 
 
@@ -47,14 +51,39 @@ class Attribution:
     start_ns: int
     end_ns: int
     informational: bool
+    verdict: str
     candidates: list[Candidate]
     unobserved: float
 
-    @property
-    def verdict(self) -> str:
-        if self.candidates and self.candidates[0].confidence >= ATTRIBUTED:
-            return "attributed"
-        return "unobserved" if self.unobserved >= UNOBSERVED else "ambiguous"
+
+class Block(NamedTuple):
+    """Some records' answers as columns: first what is said of each record, then of each of their candidates.
+
+    Args:
+        source: number of the source.
+        verdict: number in :data:`VERDICTS`.
+        until: how many candidates there are up to the record's last.
+        said: number in :data:`SAID`.
+        of: row of ``about``.
+        about: what calls are called, each once.
+    """
+
+    source: Any
+    record: Any
+    byte_offset: Any
+    width_ns: Any
+    start_ns: Any
+    end_ns: Any
+    informational: Any
+    verdict: Any
+    unobserved: Any
+    until: Any
+    confidence: Any
+    call: Any
+    said: Any
+    gap_ns: Any
+    of: Any
+    about: pa.Table
 
 
 class Facts(NamedTuple):
@@ -94,8 +123,8 @@ class Answers(Sequence[Attribution]):
         probability: Any,
         nobody: Any,
     ) -> None:
-        self._intake, self._times = intake, times
-        self._facts, self.informational = facts, facts.informational
+        self._intake, self._times, self.informational = intake, times, facts.informational
+        self._place = [np.asarray(each) for each in (intake.source, intake.record, intake.offset)]
         count = len(intake.source)
         order = np.lexsort((rows["call"], -probability, rows["alert"]))
         begin = np.searchsorted(rows["alert"][order], np.arange(count + 1))
@@ -106,11 +135,14 @@ class Answers(Sequence[Attribution]):
         place = np.arange(len(order)) - np.repeat(begin[:-1], np.diff(begin))
         order = order[place < np.repeat(listed, np.diff(begin))]
         self._begin = np.concatenate([[0], np.cumsum(listed)])
-        self._rows = {
-            name: rows[name][order] for name in ("call", "tier", "gap_ns", "reach", "named", "used", "watched")
-        }
+        self._call, self._gap = rows["call"][order], rows["gap_ns"][order]
+        told = [rows[name][order] for name in ("tier", "reach", "named", "used", "watched")]
+        told += [np.repeat(each, listed) for each in (facts.placed, facts.unmapped)]
+        self._said = np.ravel_multi_index([each.astype(np.int16) for each in told], _SHAPE).astype(np.int16)
         self._confidence = probability[order] * np.repeat(scale, listed)
-        self._about = _About(db, np.unique(self._rows["call"]))
+        self._about = _About(db, np.unique(self._call))
+        first, _ = self.firsts()
+        self._verdict = np.select([first >= ATTRIBUTED, self.unobserved >= UNOBSERVED], [0, 1], 2)
 
     def __len__(self) -> int:
         return len(self._intake.source)
@@ -129,8 +161,38 @@ class Answers(Sequence[Attribution]):
 
     def of(self, numbers: Any) -> Iterator[Attribution]:
         """The answers of some records, in the order asked."""
-        for first in range(0, len(numbers), _BLOCK):
-            yield from self._block(numbers[first : first + _BLOCK])
+        for part in self.parted(numbers):
+            yield from _objects(self.block(part), self._intake.sources)
+
+    def parted(self, numbers: Any) -> list[Any]:
+        """The same numbers, in parts that are each a block's."""
+        rows = np.cumsum(1 + np.diff(self._begin)[numbers])
+        return [part for part in np.split(numbers, np.flatnonzero(np.diff(rows // _BLOCK)) + 1) if len(part)]
+
+    def block(self, numbers: Any) -> Block:
+        """The answers of some records as columns."""
+        begin = self._begin[numbers]
+        size = self._begin[numbers + 1] - begin
+        until = np.cumsum(size)
+        rows = np.repeat(begin - until + size, size) + np.arange(until[-1])
+        about, of = self._about.of(self._call[rows])
+        columns = (
+            *(each[numbers] for each in self._place),
+            *(self._times[name][numbers] for name in ("width_ns", "start_ns", "end_ns")),
+            self.informational[numbers],
+            self._verdict[numbers],
+            self.unobserved[numbers],
+            until,
+            *(each[rows] for each in (self._confidence, self._call, self._said, self._gap)),
+            of,
+            about,
+        )
+        return Block._make(columns)
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """By number."""
+        return self._intake.sources
 
     def line(self, number: int) -> bytes:
         """A record's line."""
@@ -141,56 +203,16 @@ class Answers(Sequence[Attribution]):
         some = np.diff(self._begin) > 0
         confidence, call = np.zeros(len(self)), np.zeros(len(self), dtype=np.int64)
         confidence[some] = self._confidence[self._begin[:-1][some]]
-        call[some] = self._rows["call"][self._begin[:-1][some]]
+        call[some] = self._call[self._begin[:-1][some]]
         return confidence, call
 
     def verdicts(self) -> Any:
         """The verdict of each record."""
-        confidence, _ = self.firsts()
-        return np.where(
-            confidence >= ATTRIBUTED, "attributed", np.where(self.unobserved >= UNOBSERVED, "unobserved", "ambiguous")
-        )
+        return np.array(VERDICTS)[self._verdict]
 
     def middles(self) -> Any:
         """The middle of each record's own interval, by the traces' clock, in Unix nanoseconds."""
         return self._times["end_ns"] - self._times["width_ns"] // 2
-
-    def _block(self, numbers: Any) -> Iterator[Attribution]:
-        intake, begin = self._intake, self._begin[numbers]
-        size = self._begin[numbers + 1] - begin
-        until = np.cumsum(size)
-        rows = np.repeat(begin - until + size, size) + np.arange(until[-1])
-        about = self._about.of(self._rows["call"][rows])
-        columns = [column[rows].tolist() for column in self._rows.values()]
-        columns += [np.repeat(said[numbers], size).tolist() for said in (self._facts.placed, self._facts.unmapped)]
-        candidates = [
-            _candidate(confidence, each, *row)
-            for confidence, each, row in zip(
-                self._confidence[rows].tolist(), about, zip(*columns, strict=True), strict=True
-            )
-        ]
-        times = [self._times[name][numbers].tolist() for name in ("width_ns", "start_ns", "end_ns")]
-        facts = zip(
-            numbers.tolist(),
-            *times,
-            self.informational[numbers].tolist(),
-            self.unobserved[numbers].tolist(),
-            (until - size).tolist(),
-            until.tolist(),
-            strict=True,
-        )
-        for number, width, start, end, quiet, unobserved, first, last in facts:
-            yield Attribution(
-                intake.sources[intake.source[number]],
-                intake.record[number],
-                intake.offset[number],
-                width,
-                start,
-                end,
-                quiet,
-                candidates[first:last],
-                unobserved,
-            )
 
 
 def _listed(begin: Any, probability: Any, nobody: Any) -> tuple[Any, Any]:
@@ -225,13 +247,18 @@ class _About:
         self._table = self._table.sort_by("call").combine_chunks()
         self._calls = self._table["call"].to_numpy()
 
-    def of(self, calls: Any) -> list[dict[str, Any]]:
-        """What each is called, in the order asked; one dict for one call, however often it is asked."""
+    def of(self, calls: Any) -> tuple[pa.Table, Any]:
+        """(what each is called, one row for one call, however often it is asked; the row of each call asked)."""
         distinct, back = np.unique(calls, return_inverse=True)
-        rows = self._table.take(np.searchsorted(self._calls, distinct))
-        columns = (rows[name].to_pylist() for name in rows.column_names)
-        made = [dict(zip(rows.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
-        return [made[n] for n in back.tolist()]
+        return self._table.take(np.searchsorted(self._calls, distinct)), back
+
+
+class Said(NamedTuple):
+    """What is said of a candidate without numbers."""
+
+    tier: str
+    evidence: tuple[str, ...]
+    against: tuple[str, ...]
 
 
 _TIER_SAYS: Final = {
@@ -242,19 +269,8 @@ _TIER_SAYS: Final = {
 }
 
 
-def _candidate(  # noqa: PLR0917 - the columns of one row
-    confidence: float,
-    about: dict[str, Any],
-    call: int,
-    rung: int,
-    gap: int,
-    reach: int,
-    named: bool,  # noqa: FBT001
-    used: bool,  # noqa: FBT001
-    watched: bool,  # noqa: FBT001
-    placed: bool,  # noqa: FBT001
-    unmapped: bool,  # noqa: FBT001
-) -> Candidate:
+def _said(rung: int, reach: int, *facts: int) -> Said:
+    named, used, watched, placed, unmapped = facts
     tier = TIERS[rung]
     evidence, against = [], []
     if tier == "interval" and (named or used):
@@ -278,6 +294,36 @@ def _candidate(  # noqa: PLR0917 - the columns of one row
             against.append("sockets of its rollout were recorded, none of this call to this destination")
     if unmapped and tier in ("destination", "interval"):
         against.append("the NAT map knows no machine behind this port at that time")
-    if gap:
-        against.append(f"{gap / _SECOND:.3g} s outside its life, by the corrected clock")
-    return Candidate(confidence, tier, call, about, evidence, against)
+    return Said(tier, tuple(evidence), tuple(against))
+
+
+_SHAPE: Final = (len(TIERS), 4, 2, 2, 2, 2, 2)
+"""Tier, reach, named, used, watched, placed, unmapped."""
+SAID: Final = tuple(_said(*each) for each in product(*map(range, _SHAPE)))
+
+
+def outside(gap_ns: int) -> str:
+    """What speaks against a candidate that was not alive then."""
+    return f"{gap_ns / _SECOND:.3g} s outside its life, by the corrected clock"
+
+
+def _objects(block: Block, sources: Sequence[Source]) -> Iterator[Attribution]:
+    names = block.about.column_names
+    columns = (block.about[name].to_pylist() for name in names)
+    about = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    candidates = []
+    for confidence, call, number, gap, of in zip(
+        *(each.tolist() for each in (block.confidence, block.call, block.said, block.gap_ns, block.of)), strict=True
+    ):
+        tier, evidence, against = SAID[number]
+        against = (*against, outside(gap)) if gap else against
+        candidates.append(Candidate(confidence, tier, call, about[of], list(evidence), list(against)))
+    first = 0
+    for source, record, offset, width, start, end, quiet, verdict, unobserved, until in zip(
+        *(each.tolist() for each in block[:10]), strict=True
+    ):
+        mine = candidates[first:until]
+        yield Attribution(
+            sources[source], record, offset, width, start, end, quiet, VERDICTS[verdict], mine, unobserved
+        )
+        first = until

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ import numpy as np
 
 from ray_guard.attribution import candidates, clock, intake, nat, score, store
 from ray_guard.attribution.answers import Answers, Facts
+from ray_guard.attribution.clock import Clock
 from ray_guard.attribution.intake import Options, Source
 from ray_guard.attribution.sources.reader import FileReport
 from ray_guard.evidence.reader import Quarantine
@@ -23,10 +25,26 @@ SECOND: Final = 1_000_000_000
 _TICK_S: Final = 0.5
 _TOGETHER_NS: Final = 10 * SECOND
 """Alerts between the same two are of one event while none comes longer after the one before it."""
+_EVER: Final = 1 << 62
 
 Progress = Callable[[str], None]
 Spread = Callable[[duckdb.DuckDBPyConnection, Sequence[str | os.PathLike[str]], Quarantine], tuple[int, int]]
 """Fills a store with a job's tables; the first and the last nanosecond of its traces."""
+
+
+@dataclass(slots=True)
+class Map:
+    """A NAT map that was given.
+
+    Attributes:
+        translations: how many it holds.
+        clock: its own, where the sockets tell it; else that of a log.
+    """
+
+    report: FileReport
+    translations: int = 0
+    clock: Clock = field(default_factory=Clock)
+    own_clock: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +54,14 @@ class Result:
     sources: list[Source]
     alerts: Answers
     quarantine: Quarantine
-    nat_reports: list[FileReport]
+    maps: list[Map]
     db: duckdb.DuckDBPyConnection
+
+    @property
+    def reports(self) -> list[FileReport]:
+        """Of each log and each map, what became of its lines."""
+        reports = [*(each.report for each in self.sources), *(each.report for each in self.maps)]
+        return list({id(each): each for each in reports}.values())
 
 
 def attribute(
@@ -82,41 +106,55 @@ def attribute(
             progress("arranging the job's calls")
             wait([job], _TICK_S)
         job.result()
-    reports = [FileReport(str(path)) for path in maps]
+    store.canonical(db)
+    given = [Map(FileReport(str(path))) for path in maps]
     mappings = logs.mappings
-    for number, (path, report) in enumerate(zip(maps, reports, strict=True)):
-        mappings.extend((len(logs.sources) + number, mapping) for mapping in nat.load(Path(path), report))
+    for number, (path, each) in enumerate(zip(maps, given, strict=True), len(logs.sources)):
+        before = len(mappings)
+        found = nat.load(Path(path), each.report, partial(intake.placed, options=options, span=span))
+        mappings.extend((number, mapping) for mapping in found)
+        each.translations = len(mappings) - before
     store.add_alerts(db, logs.batches)
     logs.batches.clear()
     store.add_nat(db, mappings)
     progress(f"aligning {len(logs.sources)} clocks")
-    _align(db, logs.sources, len(maps))
+    _align(db, logs.sources, given)
+    for source in logs.sources:
+        source.set_at = [logs.record[each.since] for each in source.clocks[1:]]
     progress("joining")
     candidates.join(db)
     progress("weighing")
-    return Result(logs.sources, _weigh(db, logs), quarantine, reports, db)
+    return Result(logs.sources, _weigh(db, logs), quarantine, given, db)
 
 
 def _nothing_left(_: duckdb.DuckDBPyConnection) -> None:
     """The tables are there."""
 
 
-def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: int) -> None:
+def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: list[Map]) -> None:
     """Fills ``clock``: the sources' clocks, and those of the maps, numbered on from them."""
+    candidates.translations(db)
     for number, source in enumerate(sources):
-        source.clock = clock.estimate(db, number)
+        source.clocks = clock.estimate(db, number)
     clocks = [source.clock for source in sources]
-    for number in range(len(sources), len(sources) + maps):
+    for number, given in enumerate(maps, len(sources)):
         found = clock.of_map(db, number)
+        given.own_clock = found.identifiable
         # A map that shares no socket with the traces is taken to be the firewall's own.
-        clocks.append(found if found.identifiable else max(clocks, key=lambda each: each.identifiable, default=found))
+        likely = max(clocks, key=lambda each: each.identifiable, default=found)
+        given.clock = found if found.identifiable else likely
+        clocks.append(given.clock)
     db.execute(
         """CREATE OR REPLACE TABLE clock (
-             source INTEGER, skew_ns BIGINT, drift DOUBLE, reference_ns BIGINT, slack_ns BIGINT)"""
+             source INTEGER, skew_ns BIGINT, drift DOUBLE, reference_ns BIGINT, slack_ns BIGINT,
+             first_alert BIGINT, until_alert BIGINT)"""
     )
-    for number, each in enumerate(clocks):
-        row = (number, each.skew_ns, each.drift, each.reference_ns, each.slack_ns)
-        db.execute("INSERT INTO clock VALUES (?, ?, ?, ?, ?)", row)
+    held = [source.clocks for source in sources] + [[each] for each in clocks[len(sources) :]]
+    for number, one_after_another in enumerate(held):
+        untils = [*(each.since for each in one_after_another[1:]), _EVER]
+        for each, until in zip(one_after_another, untils, strict=True):
+            row = (number, each.skew_ns, each.drift, each.reference_ns, each.slack_ns, each.since, until)
+            db.execute("INSERT INTO clock VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
@@ -149,7 +187,7 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     # An ordinary flow and an objection have nothing in common: each kind learns its own rates.
     group = np.array(logs.source, dtype=np.int64) * 4 + known * 2 + informational
     groups = 4 * len(logs.sources)
-    episode = _episodes(facts["between"], times["start_ns"], times["end_ns"])
+    episode = _episodes(facts["between"], times["start_ns"])
     calls, room = _exposures(db, groups, group, times["start_ns"], times["end_ns"])
     # A socket that hangs under no call is its rollout's; where calls are always there, it is because one was lost.
     ((lost,),) = db.execute("SELECT coalesce(avg(CAST(call < 0 AS INTEGER)), 0.0) FROM flow").fetchall()
@@ -183,7 +221,7 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     return Answers(db, logs, times, Facts(informational, known, unmapped), rows, probability, nobody)
 
 
-def _episodes(between: Any, start: Any, end: Any) -> Any:
+def _episodes(between: Any, start: Any) -> Any:
     """Numbers alerts by the event they are part of: those between the same two, none long after the one before it."""
     order = np.lexsort((start, between))
     apart = np.diff(start[order]) > _TOGETHER_NS

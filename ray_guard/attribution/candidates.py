@@ -11,18 +11,24 @@ from typing import Final
 
 import duckdb
 
-from ray_guard.attribution import prior
+from ray_guard.attribution import nat, prior
 
 TIERS: Final = ("socket", "nat", "process", "destination", "interval")
 BUCKET_NS: Final = 30_000_000_000
 """Width of the buckets that interval joins hash by."""
+_GATEWAYS: Final = 3
+"""How many may translate one after the other."""
+_SOME: Final = 4_000
+"""Translations of one map that its clock is told by."""
+_ALWAYS: Final = nat.ALWAYS
 LOOKBACK_NS: Final = 300_000_000_000
 """How far back a record may look that says only when it was written, or when something ended."""
 
 
 def join(db: duckdb.DuckDBPyConnection) -> None:
     """Fills ``candidate``: alert, call, tier (its number), gap_ns (0 inside), span_ns (how long the call was alive),
-    reach, tells (its text names a destination), named (this one), used (the call has a recorded socket to there), watched (sockets of its rollout were recorded).
+    reach, tells (its text names a destination), named (this one), used (the call has a recorded socket to there),
+    watched (sockets of its rollout were recorded).
 
     Fills ``unmapped`` (alert): those of an address whose NAT map knows nobody for their port.
 
@@ -33,6 +39,22 @@ def join(db: duckdb.DuckDBPyConnection) -> None:
     by_interval(db)
     for statement in _AFTER:
         db.execute(statement)
+
+
+def translations(db: duckdb.DuckDBPyConnection) -> None:
+    """Fills ``translation``: ``nat``, and of what its maps say one after the other so much that their clocks, which
+    nothing is known of yet, can be told by it."""
+    db.execute("CREATE OR REPLACE TABLE translation AS SELECT *, 1 AS gateways FROM nat")
+    for depth in range(2, _GATEWAYS + 1):
+        db.execute(
+            f"""INSERT INTO translation BY NAME
+                  SELECT {depth} AS gateways, {_THROUGH}, o.start_ns, o.end_ns
+                  FROM translation i JOIN (
+                      SELECT * FROM nat QUALIFY row_number() OVER (
+                        PARTITION BY source ORDER BY hash(inside_port, start_ns), inside_ip, outside_port) <= {_SOME}) o
+                    ON {_NEXT} AND i.gateways = {depth - 1}
+                  ORDER BY abs(i.start_ns - o.start_ns), o.start_ns, i.inside_ip, i.inside_port LIMIT {100 * _SOME}"""
+        )
 
 
 def by_interval(db: duckdb.DuckDBPyConnection) -> None:
@@ -52,6 +74,29 @@ _APART: Final = "greatest(0, o.start_ns - w.end_ns, w.start_ns - o.end_ns)"
 _MEET: Final = """w.bucket = greatest(w.first, o.first)
              AND w.end_ns + w.slack_ns > o.start_ns AND w.start_ns - w.slack_ns < o.end_ns"""
 _GAP: Final = "greatest(0, f.start_ns - s.end_ns, s.start_ns - f.end_ns)"
+
+
+def same_host(one: str, other: str) -> str:
+    """The SQL that tells whether two names are one host's: alike, or as far as the one of them without domain goes.
+    Addresses have no domain."""
+    first, second = (f"trim(lower({each}), '.')" for each in (one, other))
+    bare = f"""(NOT contains({first}, '.') OR NOT contains({second}, '.'))
+               AND split_part({first}, '.', 1) = split_part({second}, '.', 1)"""
+    return f"({first} = {second} OR {bare})"
+
+
+_HELD: Final = """(p.proto = '' OR m.proto = '' OR m.proto = p.proto)
+             AND (m.peer_ip IS NULL OR p.peer_ip IS NULL OR m.peer_ip = p.peer_ip)
+             AND (m.peer_port IS NULL OR p.peer_port IS NULL OR m.peer_port = p.peer_port)
+             AND p.end_ns + p.slack_ns > m.start_ns - m.slack_ns AND p.start_ns - p.slack_ns < m.end_ns + m.slack_ns"""
+
+_NEXT: Final = """i.outside_ip = o.inside_ip AND i.outside_port = o.inside_port
+               AND (i.proto = '' OR o.proto = '' OR i.proto = o.proto)
+               AND (i.peer_ip IS NULL OR coalesce(o.aimed_ip, o.peer_ip, i.peer_ip) = i.peer_ip)"""
+"""Whether what comes out of the map ``i`` goes into the map ``o``, as far as addresses tell."""
+_THROUGH: Final = """o.source, i.inside_ip, i.inside_port, o.outside_ip, o.outside_port, o.proto,
+               o.peer_ip, o.peer_port,
+               coalesce(i.aimed_ip, o.aimed_ip) AS aimed_ip, coalesce(i.aimed_port, o.aimed_port) AS aimed_port"""
 
 _BY_INTERVAL: Final = (
     # Bucketed as they stream by: spread out over their buckets, neither side need ever be in memory as a table.
@@ -74,17 +119,45 @@ _BY_INTERVAL: Final = (
 _BEFORE: Final = (
     # Alert times by the traces' clock, widened by what their semantics leave open.
     f"""CREATE OR REPLACE TABLE timed AS
-          SELECT a.* EXCLUDE (start_ns, end_ns), k.slack_ns,
+          SELECT a.* EXCLUDE (start_ns, end_ns) REPLACE (
+              -- Types and codes of ICMP stand where ports do; 0 is none.
+              CASE WHEN proto IN ('icmp', 'icmp6') THEN NULL ELSE nullif(src_port, 0) END AS src_port,
+              CASE WHEN proto IN ('icmp', 'icmp6') THEN NULL ELSE nullif(dst_port, 0) END AS dst_port),
+            k.slack_ns,
             CAST(a.start_ns - k.skew_ns - k.drift * (a.start_ns - k.reference_ns) AS BIGINT)
               - CASE WHEN a.semantics IN ('end', 'ingest') THEN {LOOKBACK_NS} ELSE 0 END AS start_ns,
             CAST(a.end_ns - k.skew_ns - k.drift * (a.end_ns - k.reference_ns) AS BIGINT) AS end_ns
-          FROM alert a JOIN clock k USING (source)""",
-    """CREATE OR REPLACE TABLE mapping AS
-         SELECT n.* EXCLUDE (start_ns, end_ns), n.start_ns - k.skew_ns AS start_ns, n.end_ns - k.skew_ns AS end_ns
-         FROM nat n JOIN clock k USING (source)""",
+          FROM alert a JOIN clock k ON k.source = a.source AND a.alert >= k.first_alert AND a.alert < k.until_alert""",
+    # An outside port is one connection's at a time: what was not seen of it lies between the ones before and after.
+    f"""CREATE OR REPLACE TABLE mapping AS
+         WITH seen AS (
+           SELECT *, nullif(start_ns, {_ALWAYS[0]}) AS began, nullif(end_ns, {_ALWAYS[1]}) AS ended FROM nat),
+         bounded AS (
+           SELECT * EXCLUDE (began, ended) REPLACE (
+             CASE WHEN ended IS NULL THEN start_ns
+                  ELSE coalesce(began, least(lag(ended IGNORE NULLS) OVER w, ended - 1), start_ns) END AS start_ns,
+             CASE WHEN began IS NULL THEN end_ns
+                  ELSE coalesce(ended, greatest(lead(began IGNORE NULLS) OVER w, began + 1), end_ns) END AS end_ns)
+           FROM seen WINDOW w AS (PARTITION BY source, outside_ip, outside_port, proto, peer_ip, peer_port
+                        ORDER BY coalesce(began, ended), inside_ip, inside_port))
+         SELECT b.* EXCLUDE (start_ns, end_ns), 1 AS gateways, k.slack_ns,
+           CAST(b.start_ns - k.skew_ns - k.drift * (b.start_ns - k.reference_ns) AS BIGINT) AS start_ns,
+           CAST(b.end_ns - k.skew_ns - k.drift * (b.end_ns - k.reference_ns) AS BIGINT) AS end_ns
+         FROM bounded b JOIN clock k USING (source) WHERE b.start_ns < b.end_ns""",
+    # From one gateway to the next: who is an outside for the one is an inside for the other.
+    *(
+        f"""INSERT INTO mapping BY NAME
+             SELECT {depth} AS gateways, {_THROUGH},
+               greatest(i.slack_ns, o.slack_ns) AS slack_ns, greatest(i.start_ns, o.start_ns) AS start_ns,
+               least(i.end_ns, o.end_ns) AS end_ns
+             FROM mapping i JOIN mapping o ON {_NEXT} AND i.gateways = {depth - 1} AND o.gateways = 1
+               AND i.end_ns + i.slack_ns + o.slack_ns > o.start_ns AND i.start_ns - i.slack_ns - o.slack_ns < o.end_ns
+             WHERE greatest(i.start_ns, o.start_ns) < least(i.end_ns, o.end_ns)"""
+        for depth in range(2, _GATEWAYS + 1)
+    ),
     # Either end may be ours: a sensor that saw an answer first exchanges them. A map adds who stood behind an address.
     # A side may come twice: what is made of them takes each pair once.
-    """CREATE OR REPLACE TABLE side AS
+    f"""CREATE OR REPLACE TABLE side AS
          WITH plain AS (
            SELECT alert, inside_ip AS local_ip, inside_port AS local_port, dst_ip AS peer_ip, dst_port AS peer_port,
                start_ns, end_ns, slack_ns, proto, host
@@ -96,22 +169,26 @@ _BEFORE: Final = (
          SELECT alert, local_ip, local_port, peer_ip, peer_port, false AS mapped, start_ns, end_ns, slack_ns, proto,
              host FROM plain
          UNION ALL
-         SELECT p.alert, m.inside_ip, m.inside_port, p.peer_ip, p.peer_port, true,
+         SELECT p.alert, m.inside_ip, m.inside_port,
+             coalesce(m.aimed_ip, p.peer_ip), coalesce(m.aimed_port, p.peer_port), true,
              greatest(p.start_ns, m.start_ns - p.slack_ns), least(p.end_ns, m.end_ns + p.slack_ns), p.slack_ns,
              p.proto, p.host
-           FROM plain p
-           JOIN mapping m ON m.outside_ip = p.local_ip AND m.outside_port = p.local_port
-             AND (p.proto = '' OR m.proto = '' OR m.proto = p.proto)
-             AND (m.peer_ip IS NULL OR p.peer_ip IS NULL OR m.peer_ip = p.peer_ip)
-             AND p.end_ns + p.slack_ns > m.start_ns AND p.start_ns - p.slack_ns < m.end_ns""",
+           FROM plain p JOIN mapping m ON m.outside_ip = p.local_ip AND m.outside_port = p.local_port AND {_HELD}
+         UNION ALL
+         -- Of a whole address no port is said, nor of what has none.
+         SELECT p.alert, m.inside_ip, p.local_port,
+             coalesce(m.aimed_ip, p.peer_ip), coalesce(m.aimed_port, p.peer_port), true,
+             p.start_ns, p.end_ns, p.slack_ns, p.proto, p.host
+           FROM plain p JOIN (SELECT * FROM mapping WHERE outside_port IS NULL) m ON m.outside_ip = p.local_ip
+             AND {_HELD}""",
     # Behind an address whose map was given stood somebody whom the map, as far as it reaches, does not know. What logs
     # say of their own records' translation is no such map: it is silent of all that they do not record. Nor is one of
     # which no row fits any record of that address: its clock may be wrong.
     """CREATE OR REPLACE TABLE unmapped AS
          WITH reach AS (
            SELECT outside_ip, min(start_ns) AS start_ns, max(end_ns) AS end_ns FROM mapping
-           WHERE source NOT IN (SELECT source FROM alert)
-           GROUP BY outside_ip HAVING bool_and(outside_port IS NOT NULL)),
+           WHERE source NOT IN (SELECT source FROM alert) AND outside_ip <> inside_ip
+           GROUP BY outside_ip HAVING bool_and(outside_port IS NOT NULL OR proto IN ('icmp', 'icmp6'))),
          fits AS (
            SELECT DISTINCT p.local_ip FROM side p JOIN side m ON m.alert = p.alert AND m.mapped WHERE NOT p.mapped)
          SELECT DISTINCT s.alert FROM side s JOIN reach r ON r.outside_ip = s.local_ip
@@ -128,11 +205,11 @@ _BEFORE: Final = (
             AND {_overlap("s", "f", "s.slack_ns")}""",
     # Where a machine is meant: by its address, by its name, or (behind a map that nobody has) any.
     # Names are few: they are compared with each other, not alert by alert.
-    """CREATE OR REPLACE TABLE place AS
+    f"""CREATE OR REPLACE TABLE place AS
          WITH meant AS (
            SELECT w.node AS said, n.node FROM (SELECT DISTINCT node FROM timed WHERE node IS NOT NULL) w JOIN node n
-             ON lower(w.node) = lower(n.host) OR w.node = n.node_id
-               OR split_part(lower(w.node), '.', 1) = split_part(lower(n.host), '.', 1)),
+             ON w.node = n.node_id OR {same_host("w.node", "n.host")}
+           UNION SELECT w.node, i.node FROM (SELECT DISTINCT node FROM timed) w JOIN node_ip i ON i.ip = w.node),
          known AS (
            SELECT s.alert, i.node FROM side s JOIN node_ip i ON i.ip = s.local_ip
            UNION

@@ -24,6 +24,10 @@ from ray_guard.attribution.sources.reader import FileReport, Record, files, read
 SECOND: Final = 1_000_000_000
 BATCH: Final = 20_000
 """Records of one Arrow batch."""
+_EARLY: Final = 2
+"""The last month in which a log may still be one that was begun the year before:"""
+_TURN_NS: Final = 30 * 86_400 * SECOND
+"""if it is within so much of the traces then."""
 _PACK: Final = 2_000
 """Lines that are packed together: what has to be unpacked to see one of them."""
 
@@ -75,8 +79,15 @@ class Source:
     path: str
     format: str
     report: FileReport
-    clock: Clock = field(default_factory=Clock)
+    clocks: list[Clock] = field(default_factory=lambda: [Clock()])
     records: int = 0
+    set_at: list[int] = field(default_factory=list)
+    """The records from which on the clocks after the first hold."""
+
+    @property
+    def clock(self) -> Clock:
+        """The first one: others follow where it was set in between."""
+        return self.clocks[0]
 
 
 class Lines:
@@ -240,12 +251,16 @@ def _dated(start_ns: int, year: int | None, span: tuple[int, int]) -> int:
     moment = datetime.fromtimestamp(start_ns // SECOND, UTC)
     middle = datetime.fromtimestamp(((span[0] + span[1]) // 2 or start_ns) // SECOND, UTC).year
     best: int | None = None
-    for candidate in (year,) if year is not None else (middle - 1, middle, middle + 1):
+    # A leap year may be far; who names a year names the one that the log begins in.
+    reach = 8 if (moment.month, moment.day) == (2, 29) else 1
+    near = range(middle - reach, middle + reach + 1)
+    for candidate in near if year is None else (year, year + 1) if moment.month <= _EARLY else (year,):
         try:
             at = int(moment.replace(year=candidate).timestamp()) * SECOND + start_ns % SECOND
         except ValueError:
             continue  # the 29th of February of a year that has none
-        if best is None or _distance(at, span) < _distance(best, span):
+        turned = year is not None and candidate > year and _distance(at, span) > _TURN_NS
+        if best is None or (_distance(at, span) < _distance(best, span) and not turned):
             best = at
     return start_ns if best is None else best
 

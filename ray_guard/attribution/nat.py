@@ -1,33 +1,45 @@
 """NAT maps: which inside address and port stood behind an outside one, and when. Runs later, on any machine.
 
-Read from conntrack's event lines (``conntrack -E -o timestamp``, ulogd2's NFCT), from FortiGate and PAN-OS logs, whose
-records carry the map, and from CSV (``start,end,inside_ip,inside_port,outside_ip,outside_port,proto``; epoch seconds).
+Read from what connection tracking writes (:mod:`~ray_guard.attribution.conntrack`), from FortiGate and PAN-OS logs,
+whose records carry the map, and from CSV: ``start,end,inside_ip,inside_port,outside_ip,outside_port,proto``, by its
+header in any order, times as epochs or RFC 3339, open where they are empty or 0. Ports that are empty or 0 on both
+sides mean the whole address.
 """
 
 from __future__ import annotations
 
 import csv
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from ray_guard.attribution import times
-from ray_guard.attribution.observation import NOBODY, Endpoint, Observation, Semantics, endpoint, protocol
-from ray_guard.attribution.sources.reader import FileReport, NotAlerts, read
+from ray_guard.attribution import conntrack, times
+from ray_guard.attribution.observation import NOBODY, Endpoint, Observation, Semantics, Time, endpoint, protocol
+from ray_guard.attribution.sources import reader
+from ray_guard.attribution.sources.line import Line, Unusable
+from ray_guard.attribution.sources.reader import FileReport
 
 ALWAYS: Final = (0, 1 << 62)
-_STAMP: Final = re.compile(r"^\s*\[(\d{9,11}\.\d+)\s*\]")
-_KIND: Final = re.compile(r"\[(NEW|UPDATE|DESTROY)\]")
-_PAIR: Final = re.compile(r"\b(src|dst|sport|dport|SRC|DST|SPT|DPT)=(\S+)")
-_PROTOCOL: Final = re.compile(r"\b(?:PROTO=)?(tcp|udp|icmp|sctp|TCP|UDP|ICMP|SCTP)\b")
 _COLUMNS: Final = ("start", "end", "inside_ip", "inside_port", "outside_ip", "outside_port", "proto")
+_MORE: Final = ("peer_ip", "peer_port")
+_NEEDED: Final = frozenset({"inside_ip", "outside_ip"})
+_OPEN: Final = frozenset({"", "0", "-"})
+_HEAD: Final = 200
+"""Lines by which a file is judged."""
+
+Place = Callable[[Time], Time]
+"""Says what a time does not: its year, its zone."""
 
 
 class Mapping(NamedTuple):
     """``inside`` was seen from the outside as ``outside``, between two times of the map's own clock (nanoseconds).
 
-    ``peer`` is the far end that it held for; unknown: any.
+    Args:
+        start_ns, end_ns: those of :data:`ALWAYS` where they are not known.
+        inside, outside: without ports, the whole address.
+        peer: the far end that it held for, as the outside has it; unknown: any.
+        aimed: what the inside called that far end, where that is translated too.
     """
 
     start_ns: int
@@ -36,37 +48,82 @@ class Mapping(NamedTuple):
     outside: Endpoint
     proto: str
     peer: Endpoint = NOBODY
+    aimed: Endpoint = NOBODY
 
 
 def of_record(seen: Observation) -> Mapping | None:
     """The map that a firewall's own record carries."""
-    outside = seen.translated_src
-    if outside.ip is None or seen.src.ip is None or outside.ip == seen.src.ip:
+    outside, peer = seen.translated_src, seen.translated_dst
+    if outside.ip is None and peer.ip is None:
         return None
-    return Mapping(seen.time.start_ns, seen.time.end_ns, seen.src, outside, seen.proto, seen.dst)
+    return _translated(
+        Mapping(
+            seen.time.start_ns,
+            seen.time.end_ns,
+            seen.src,
+            _filled(outside, seen.src),
+            seen.proto,
+            _filled(peer, seen.dst),
+            seen.dst,
+        )
+    )
 
 
-def load(path: Path, report: FileReport) -> Iterator[Mapping]:
+def _filled(after: Endpoint, before: Endpoint) -> Endpoint:
+    """What a record says of a translation: an address alone keeps its port, a port alone says nothing."""
+    return before if after.ip is None else Endpoint(after.ip, after.port or before.port)
+
+
+def _translated(found: Mapping) -> Mapping | None:
+    """A mapping that translates something; what is aimed at is said only where it is not the peer."""
+    if found.inside.ip is None or found.outside.ip is None:
+        return None
+    if found.aimed != found.peer:
+        return found
+    return found._replace(aimed=NOBODY) if found.outside != found.inside else None
+
+
+def load(path: Path, report: FileReport, place: Place = lambda time: time) -> Iterator[Mapping]:
     """The mappings of one file; what is none is counted in ``report``.
 
     Raises:
         NotAlerts: it cannot be opened.
     """
+    head = [line for line in islice(reader.lines(path, FileReport("")), _HEAD) if not _is_idle(line)]
     try:
-        with path.open("rb") as file:
-            head = file.read(4096).decode("utf-8", "replace")
-    except OSError as error:
-        raise NotAlerts(str(path), f"cannot be read: {error.strerror}") from error
-    first = next((line for line in head.splitlines() if line.strip()), "")
-    if [word.strip() for word in first.lower().split(",")][:6] == list(_COLUMNS[:6]) or _is_row(first):
-        yield from _csv(path, report)
-    elif _KIND.search(head):
-        yield from _conntrack(path, report)
-    else:
-        for record in read(path, report):
-            mapping = of_record(record.seen)
-            if mapping is not None:
-                yield mapping
+        first = head[0].text if head else ""
+        if _delimiter(first) is not None or _is_row(first):
+            yield from _csv(path, report, place)
+        elif any(_is_tracking(line) for line in head):
+            yield from _tracked(path, report, place)
+        else:
+            for record in reader.read(path, report):
+                mapping = of_record(record.seen._replace(time=place(record.seen.time)))
+                if mapping is not None:
+                    yield mapping
+    except Unusable as error:  # the first line: that of a file which is none of these
+        report.reject(1, 0, error.reason, error.detail)
+
+
+def _is_idle(line: Line) -> bool:
+    stripped = line.raw.strip()
+    return not stripped or stripped.startswith(b"#")
+
+
+def _is_tracking(line: Line) -> bool:
+    try:
+        return conntrack.recognises(line.text) or line.text.startswith(("<?xml", "<conntrack", "<flow"))
+    except Unusable:
+        return False
+
+
+def _delimiter(header: str) -> str | None:
+    """What parts the columns of a CSV's header; None where the line is none."""
+    for each in ",;\t":
+        names = {name.strip().strip('"').lower() for name in header.split(each)}
+        if len(names) > 1 and names & _NEEDED:
+            return each
+    return None
 
 
 def _is_row(line: str) -> bool:
@@ -74,67 +131,71 @@ def _is_row(line: str) -> bool:
     return len(fields) in (6, 7) and endpoint(fields[2]).ip is not None and endpoint(fields[4]).ip is not None
 
 
-def _csv(path: Path, report: FileReport) -> Iterator[Mapping]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                # Line by line: none of the columns has line breaks, and a stray quote shall not swallow the rest.
-                fields = [field.strip() for field in next(csv.reader([line]))]
-                if not any(fields) or fields[0].lower() == "start":
-                    continue
-                start, _ = times.epoch_ns(fields[0])
-                end, width = times.epoch_ns(fields[1]) if fields[1] else ALWAYS
-                inside, outside = endpoint(fields[2], fields[3]), endpoint(fields[4], fields[5])
-            except (times.BadTime, IndexError, csv.Error, StopIteration) as error:
-                report.reject(number, 0, "fields", str(error))
+def _csv(path: Path, report: FileReport, place: Place) -> Iterator[Mapping]:
+    columns, delimiter = list(_COLUMNS), ","
+    for number, line in enumerate(reader.lines(path, report), 1):
+        if _is_idle(line):
+            continue
+        try:
+            if (parted := _delimiter(line.text)) is not None:
+                delimiter = parted
+                columns = [name.strip().strip('"').lower() for name in line.text.split(delimiter)]
+                if lacking := sorted(_NEEDED - set(columns)):
+                    raise Unusable("fields", f"the header has no column {lacking[0]}; it needs {', '.join(_COLUMNS)}")
                 continue
-            if inside.ip is None or outside.ip is None:
-                report.reject(number, 0, "fields", f"no addresses in {line.strip():.80}")
-                continue
-            report.records["csv"] += 1
-            proto = protocol(fields[6]) if len(fields) > 6 else ""
-            yield Mapping(start, end + (width if end < ALWAYS[1] else 0), inside, outside, proto)
+            # Line by line: none of the columns has line breaks, and a stray quote shall not swallow the rest.
+            fields = [field.strip() for field in next(csv.reader([line.text], delimiter=delimiter))]
+            if any(fields):
+                yield _row(columns, fields, place)
+                report.records["csv"] += 1
+        except Unusable as error:
+            report.reject(number, line.offset, error.reason, error.detail)
+        except (times.BadTime, ValueError, csv.Error, StopIteration) as error:
+            report.reject(number, line.offset, "fields", str(error))
 
 
-def _conntrack(path: Path, report: FileReport) -> Iterator[Mapping]:
-    """A connection holds from its NEW to its DESTROY; without times, always."""
-    begun: dict[tuple[Endpoint, Endpoint, str], tuple[int, Endpoint]] = {}
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            kind, pairs = _KIND.search(line), _PAIR.findall(line)
-            if kind is None or len(pairs) < 8:
-                if line.strip():
-                    report.reject(number, 0, "fields", f"no event of conntrack: {line.strip():.80}")
+def _row(columns: list[str], fields: list[str], place: Place) -> Mapping:
+    if not len(columns) - 1 <= len(fields) <= len(columns):  # the last one, proto, may be left out
+        raise Unusable("fields", f"{len(fields)} fields where {len(columns)} are named")
+    said = dict.fromkeys((*_COLUMNS, *_MORE), "") | dict(zip(columns, fields, strict=False))
+    inside, outside, peer = (
+        endpoint(said[f"{side}_ip"], None if said[f"{side}_port"] in _OPEN else said[f"{side}_port"])
+        for side in ("inside", "outside", "peer")
+    )
+    if inside.ip is None or outside.ip is None:
+        raise Unusable("fields", f"no addresses in {','.join(fields):.80}")
+    if (inside.port is None) is not (outside.port is None):
+        raise Unusable("fields", f"a port on one side alone in {','.join(fields):.80}")
+    start = ALWAYS[0] if said["start"] in _OPEN else _time(said["start"], place).start_ns
+    end = ALWAYS[1] if said["end"] in _OPEN else _time(said["end"], place).end_ns
+    if end <= start:
+        raise Unusable("time", f"ends before it begins: {','.join(fields):.80}")
+    return Mapping(start, end, inside, outside, protocol(said["proto"]) if said["proto"] not in _OPEN else "", peer)
+
+
+def _time(written: str, place: Place) -> Time:
+    number = written.replace(".", "", 1).isdigit()
+    return place(times.epoch(written, Semantics.PACKET) if number else times.iso(written, Semantics.PACKET))
+
+
+def _tracked(path: Path, report: FileReport, place: Place) -> Iterator[Mapping]:
+    def events() -> Iterator[conntrack.Event]:
+        for number, line in enumerate(reader.lines(path, report), 1):
+            if _is_idle(line):
                 continue
             try:
-                at = _time(line)
+                yield conntrack.event(line)
+                report.records["conntrack"] += 1
+            except Unusable as error:
+                report.reject(number, line.offset, error.reason, error.detail)
             except times.BadTime as error:
-                report.reject(number, 0, "time", str(error))
-                continue
-            report.records["conntrack"] += 1
-            original = {key.lower(): value for key, value in pairs[:4]}
-            reply = {key.lower(): value for key, value in pairs[4:8]}
-            inside = endpoint(original.get("src"), original.get("sport") or original.get("spt"))
-            peer = endpoint(original.get("dst"), original.get("dport") or original.get("dpt"))
-            outside = endpoint(reply.get("dst"), reply.get("dport") or reply.get("dpt"))
-            if outside == inside or outside.ip is None or inside.ip is None:
-                continue
-            named = _PROTOCOL.search(line)
-            key = (inside, peer, named[1].lower() if named else "")
-            if kind[1] == "DESTROY":
-                start, _ = begun.pop(key, (0, outside))
-                yield Mapping(start, ALWAYS[1] if at is None else at, inside, outside, key[2], peer)
-            elif key not in begun or kind[1] == "NEW":
-                begun[key] = (0 if at is None else at, outside)
-    for (inside, peer, proto), (start, outside) in begun.items():
-        yield Mapping(start, ALWAYS[1], inside, outside, proto, peer)
+                report.reject(number, line.offset, "time", str(error))
 
-
-def _time(line: str) -> int | None:
-    stamped = _STAMP.match(line)
-    if stamped is not None:
-        return times.epoch_ns(stamped[1])[0]
-    try:
-        return times.iso(line.split(" ", 1)[0], Semantics.PACKET).start_ns
-    except times.BadTime:
-        return None
+    for span in conntrack.spans(events()):
+        start = ALWAYS[0] if span.began is None else place(span.began).start_ns
+        end = ALWAYS[1] if span.ended is None else place(span.ended).end_ns
+        event = span.event
+        end = max(end, start + 1)
+        found = _translated(Mapping(start, end, event.inside, event.outside, event.proto, event.far, event.peer))
+        if found is not None:
+            yield found

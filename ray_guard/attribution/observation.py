@@ -176,6 +176,13 @@ def _protocol(written: str) -> str:
     return {"ipv6-icmp": "icmp6", "icmpv6": "icmp6"}.get(text) or _PROTOCOLS.get(text, text)
 
 
+def without_port(host: str) -> str:
+    """A host without the port that an HTTP header names beside it; an address in brackets without these."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0] if host.count(":") == 1 else host
+
+
 def to_ocsf(seen: Observation) -> dict[str, Any]:
     """The record as an OCSF event: Network Activity, or a Detection Finding where a rule or signature spoke."""
     finding = bool(seen.rule or seen.signature)

@@ -21,15 +21,17 @@ _BOOLS = npt.NDArray[np.bool_]
 HARD_TIERS: Final = 3
 """socket, nat and process come before destination and interval."""
 CLASSES: Final = 16
-"""reach (four) × what is known of the destination: nothing, the text names another, this one, a recorded socket used it."""
+"""reach (four) × what is known of the destination: nothing; the text names another; this one; a socket went there."""
 _HARD: Final = np.array([0.997, 0.99, 0.98])
 #: alerts that a call of each class causes, before any was seen; by reach: silent, unknown, network, suspect
 _EXPECTED: Final = np.array(
-    [1e-4, 2e-3, 3e-3, 0.2]
-    + [1e-4, 1e-3, 1e-3, 0.03]
-    + [0.05, 0.2, 0.2, 0.5]
-    + [0.2, 0.4, 0.4, 0.6]
-)  # fmt: skip
+    [
+        *(1e-4, 2e-3, 3e-3, 0.2),
+        *(1e-4, 1e-3, 1e-3, 0.03),
+        *(0.05, 0.2, 0.2, 0.5),
+        *(0.2, 0.4, 0.4, 0.6),
+    ]
+)
 _PSEUDO_CALLS: Final = 4.0
 """How many calls' worth of experience the expectation counts for."""
 _UNNAMED: Final = np.arange(2 * CLASSES) % CLASSES < 8
@@ -286,9 +288,7 @@ def _shares(responsible: _FLOATS, clock: _INTS, clocks: int) -> _FLOATS:
     return shares
 
 
-def _learn(
-    rows: Rows, of_class: _INTS, density: _FLOATS, groups: Groups, exposed: _FLOATS
-) -> tuple[_FLOATS, _FLOATS]:
+def _learn(rows: Rows, of_class: _INTS, density: _FLOATS, groups: Groups, exposed: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
     """(probability of each row, of nobody): the mean over what the rates may be, each as far as the alerts bear it out.
 
     How much calls of which nothing speaks cause is what is known least, and often the alerts do not tell it: where

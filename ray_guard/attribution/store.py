@@ -22,6 +22,7 @@ import pyarrow as pa
 from ray_guard.attribution import prior
 from ray_guard.attribution.intake import ALERT_SCHEMA
 from ray_guard.attribution.nat import Mapping
+from ray_guard.attribution.observation import address
 from ray_guard.evidence import columns
 from ray_guard.evidence.reader import NotEvidence, Quarantine, read
 from ray_guard.records import LINK, PARENT, ROOT_TRACE
@@ -43,6 +44,8 @@ NAT_SCHEMA: Final = pa.schema(
         ("proto", pa.string()),
         ("peer_ip", pa.string()),
         ("peer_port", pa.int32()),
+        ("aimed_ip", pa.string()),
+        ("aimed_port", pa.int32()),
     ]
 )
 
@@ -146,6 +149,8 @@ def add_nat(db: duckdb.DuckDBPyConnection, mappings: Iterable[tuple[int, Mapping
             "proto": each.proto,
             "peer_ip": each.peer.ip,
             "peer_port": each.peer.port,
+            "aimed_ip": each.aimed.ip,
+            "aimed_port": each.aimed.port,
         }
         for source, each in mappings
     ]
@@ -242,6 +247,22 @@ def _own(db: duckdb.DuckDBPyConnection, table: str) -> None:
         ((left,),) = db.execute("SELECT count(*) FROM climbing").fetchall()
         if not left:
             break
+
+
+def canonical(db: duckdb.DuckDBPyConnection) -> None:
+    """Writes the job's addresses as :func:`~ray_guard.attribution.observation.address` writes those of logs.
+
+    Only what has a colon or blanks can be written in more than one way: a job of IPv4 is not touched.
+    """
+    for table, column in (("node_ip", "ip"), ("flow", "local_ip"), ("flow", "peer_ip")):
+        said = db.execute(
+            f"SELECT DISTINCT {column} FROM {table} WHERE contains({column}, ':') OR contains({column}, ' ')"
+        ).fetchall()
+        other = {ip: found for (ip,) in said if (found := address(ip)) not in (None, ip)}
+        if other:
+            db.register("incoming", pa.table({"written": [*other], "known": [*other.values()]}))
+            db.execute(f"UPDATE {table} SET {column} = known FROM incoming WHERE {column} = written")
+            db.unregister("incoming")
 
 
 NODE_IP: Final = """CREATE OR REPLACE TABLE node_ip AS

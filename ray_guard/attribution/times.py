@@ -21,6 +21,10 @@ _ISO: Final = re.compile(
     r"(\d{4})[-/](\d\d)[-/](\d\d)[T t](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9})\d*)?\s*(Z|z|UTC|[+-]\d\d:?(?:\d\d)?)?"
 )
 _SYSLOG: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?")
+_CTIME: Final = re.compile(
+    r"(?:[A-Z][a-z]{2} +)?(?P<month>[A-Z][a-z]{2}) +(?P<day>\d{1,2}) (?:(?P<year>\d{4}) )?"
+    r"(?P<clock>\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?(year)| (?P<last>\d{4}))(?!\d)"
+)
 _MONTHS: Final = {name: number for number, name in enumerate(calendar.month_abbr) if name}
 _EPOCH: Final = re.compile(r"[+-]?\d{1,20}(?:\.\d+)?")
 
@@ -68,6 +72,20 @@ def syslog(text: str, semantics: Semantics) -> tuple[Time, str]:
         width = 10 ** (9 - len(match[6]))
         start += int(match[6]) * width
     return Time(start, start + width, semantics, zoned=False, dated=False), text[match.end() :].lstrip()
+
+
+def ctime(text: str, semantics: Semantics) -> tuple[Time, str]:
+    """``Sat Mar  7 03:40:11 2026`` at the begin of a line, or ``Mar  7 2026 03:40:11``: no zone. The rest of it too.
+
+    Raises:
+        BadTime: the line begins with something else.
+    """
+    match = _CTIME.match(text)
+    month = _MONTHS.get(match["month"]) if match is not None else None
+    if match is None or month is None:
+        raise BadTime(f"{text!r:.40} does not begin with a date and a year")
+    year, clock = match["year"] or match["last"], match["clock"]
+    return iso(f"{year}-{month:02}-{int(match['day']):02} {clock}", semantics), text[match.end() :].lstrip()
 
 
 def epoch_ns(value: object) -> tuple[int, int]:

@@ -12,11 +12,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
@@ -131,14 +132,14 @@ def _ray(address: str) -> Spread:
 
 
 class _Hashed:
-    """Text that is hashed as it goes into a file, or nowhere."""
+    """Bytes that are hashed as they go into a file, or nowhere."""
 
-    def __init__(self, file: TextIO | None) -> None:
+    def __init__(self, file: BinaryIO | None) -> None:
         self._file = file
         self._hash = sha256()
 
-    def write(self, text: str) -> None:
-        self._hash.update(text.encode())
+    def write(self, text: bytes | memoryview) -> None:
+        self._hash.update(text)
         if self._file is not None:
             self._file.write(text)
 
@@ -147,17 +148,20 @@ class _Hashed:
 
 
 def _write(args: argparse.Namespace, result: Result) -> None:
-    found = document.found(result)
     try:
-        with args.json.open("w", encoding="utf-8", newline="\n") if args.json is not None else nullcontext() as file:
-            out = _Hashed(file)
-            document.write(result, out, found)
+        with (
+            args.json.open("wb") if args.json is not None else nullcontext() as file,
+            ThreadPoolExecutor(1) as beside,
+        ):
+            # Mostly the store's work: alerts are written meanwhile.
+            found, out = beside.submit(document.found, result), _Hashed(file)
+            document.write(result, out, found.result)
     except OSError as error:
         raise _NotWritten(f"{args.json} cannot be written: {error.strerror}") from error
     if args.html is not None:
         if args.ray is not None:
             store.look_again(result.db, args.traces)
-        page = _page(args, result, found, out.hexdigest())
+        page = _page(args, result, found.result(), out.hexdigest())
         try:
             args.html.write_text(page, encoding="utf-8", newline="\n")
         except OSError as error:
@@ -199,8 +203,23 @@ def _summary(result: Result) -> Iterator[str]:
     for source in result.sources:
         clock = source.clock
         skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
+        if clock.bounded and not clock.identifiable:
+            skew += f" between {clock.low_ns / 1e9:+.1f} and {clock.high_ns / 1e9:+.1f} s"
+        for later in source.clocks[1:]:
+            skew += f", set in between to {later.skew_ns / 1e9:+.1f} s"
         left = source.report.quarantined.total()
         lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
+    for each in result.maps:
+        left = each.report.quarantined.total()
+        skew = f"clock skew {each.clock.skew_ns / 1e9:+.1f} s" if each.own_clock else "clock taken to be the logs'"
+        lines.append(f"{each.report.path}: NAT map, {each.translations} translations, {left} quarantined, {skew}")
+    for report in result.reports:
+        firsts = {each.reason: each for each in reversed(report.first)}
+        for first in sorted(firsts.values(), key=lambda each: each.line):
+            count = report.quarantined[first.reason]
+            lines.append(
+                f"{report.path}: {count} quarantined as {first.reason}, first in line {first.line}: {first.detail}"
+            )
     quiet = result.alerts.informational
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"

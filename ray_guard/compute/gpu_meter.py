@@ -19,12 +19,10 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from ray_guard.kernel.nvml import Missing, Process, Reading, Sample
+from ray_guard.kernel.nvml import SAMPLE_PERIOD_S, Missing, Process, Reading, Sample
 
 MEMORY_S: Final = 10.0
 """NVML remembers samples about that long: 72 of them."""
-SAMPLE_PERIOD_S: Final = 1.0
-"""The longest that NVML names for one sample; it may be as short as a sixth."""
 _RESOLUTION: Final = 0.01 / 2
 """Percent are rounded: what a reading is wrong by, as a share."""
 _CLOCK_SLACK_US: Final = 2_000_000
@@ -149,6 +147,11 @@ class GpuMeter:
         self._residents: frozenset[int] = frozenset()
         self._unexplained = 0
         self._strange = 0
+        self._loads_now: dict[int, _Load] = {}
+        self._energy: tuple[int, float] | None = None
+        """Millijoules, and when: from there on they have not been shared out yet."""
+        self._computed: dict[int, float] = {}
+        """GPU-seconds by process since then."""
         self._usual: dict[int, float] = {}
         """By process its share, smoothed: a reading of one sample says all or nothing, and knows no variance."""
 
@@ -167,38 +170,60 @@ class GpuMeter:
         if strangers:
             faults.append(f"processes {strangers[:8]} have a context, and do not exist here")
         passed = 0.0 if last is None else max(0.0, reading.monotonic - last.monotonic)
-        loads, method = self._loads(reading, resident, passed, faults, alone=len(listed) == 1)
-        self._remember(resident, loads)
+        told = passed if isinstance(reading.samples, Missing) else reading.window_s if last is not None else 0.0
+        loads, method = self._loads(reading, resident, told, faults, alone=len(listed) == 1)
+        if told or method is not Method.PROCESS:
+            self._remember(resident, loads)
         memory = _memory(listed, reading.memory_used)
-        energy = None if last is None else _energy(last, reading)
+        # Who was not there at the last reading has computed since then at most.
+        spans = {pid: told if pid in self._residents else min(told, passed) for pid in {*resident, *loads}}
+        energy = self._joules(reading, {pid: load.share * spans[pid] for pid, load in loads.items()})
         shares = tuple(
             _share(
                 pid,
                 loads.get(pid, _Load(0.0, 1)),
                 method=method,
-                passed=passed,
+                passed=spans[pid],
                 usual=self._usual.get(pid, 0.0),
                 memory=memory.get(pid, (0, True)),
-                energy=_apportioned(energy, pid, loads),
+                energy=None if energy is None else energy.get(pid, 0.0),
             )
-            for pid in sorted({*resident, *loads})
+            for pid in sorted(spans)
         )
         hidden = self._hidden(reading, resident, loads, method)
         self._residents = frozenset(resident)
         foreign = self._strange >= HIDDEN_READINGS
         return Tick(reading.device, passed, self._residents, shares, hidden, tuple(faults), "", foreign)
 
+    def _joules(self, reading: Reading, computed: Mapping[int, float]) -> dict[int, float] | None:
+        """By process its part of the GPU's energy, by what each has computed since that was last known; None: not
+        measured. What an idle GPU draws is nobody's."""
+        for pid, seconds in computed.items():
+            self._computed[pid] = self._computed.get(pid, 0.0) + seconds
+        if reading.energy_mj is None:
+            return {}
+        before, self._energy = self._energy, None
+        if not isinstance(reading.energy_mj, Missing):
+            self._energy = (reading.energy_mj, reading.monotonic)
+        spent, self._computed = self._computed, {}
+        whole = sum(spent.values())
+        joules = None if before is None or self._energy is None else _drawn(before, self._energy)
+        return None if joules is None else {pid: joules * each / whole for pid, each in spent.items() if whole}
+
     def _loads(
         self, reading: Reading, resident: Mapping[int, int | None], passed: float, faults: list[str], *, alone: bool
     ) -> tuple[dict[int, _Load], Method]:
-        """By process the share of the interval it computed in, and how many samples say so."""
+        """By process the share of ``passed`` seconds it computed in, and how many samples say so."""
         samples = reading.samples
         if not isinstance(samples, Missing):
+            if not passed and not samples:
+                return {pid: load for pid, load in self._loads_now.items() if pid in resident}, Method.PROCESS
             rows = _valid(samples, reading.time_us, self._counted_us)
             self._counted_us = max((row.time_us for row in samples if row.time_us <= reading.time_us),
                                    default=self._counted_us)  # fmt: skip
             if rows is not None and passed <= MEMORY_S:
-                return _by_process(rows), Method.PROCESS
+                self._loads_now = _by_process(rows, passed)
+                return self._loads_now, Method.PROCESS
             if rows is None:
                 faults.append("process utilization: rows that cannot be true")
             else:
@@ -299,14 +324,19 @@ def _valid(rows: Iterable[Sample], now_us: int, counted_us: int) -> list[Sample]
     return list(found.values())
 
 
-def _by_process(rows: list[Sample]) -> dict[int, _Load]:
-    """By process the mean over all samples: one in which another process was seen saw nothing of this one."""
-    samples = len({row.time_us for row in rows}) or 1
+def _by_process(rows: list[Sample], passed: float) -> dict[int, _Load]:
+    """By process its mean over all samples. Most drivers tell just that, one row for each process.
+
+    Where one has several rows they are samples: one in which another process was seen saw nothing of this one.
+    """
     sums: dict[int, int] = {}
     for row in rows:
         sums[row.pid] = sums.get(row.pid, 0) + row.sm
-    whole = sum(sums.values()) / samples
-    scale = 1 / max(100.0, whole) / samples  # two processes cannot compute more than all the time
+    single = len(rows) == len(sums)
+    samples = _count(passed) if single else len({row.time_us for row in rows})
+    each = 1 if single else samples
+    whole = sum(sums.values()) / each
+    scale = 1 / max(100.0, whole) / each  # two processes cannot compute more than all the time
     return {pid: _Load(total * scale, samples) for pid, total in sums.items()}
 
 
@@ -329,18 +359,7 @@ def _share(
     return Share(pid, seconds, method, bias, variance, *memory, energy)
 
 
-def _energy(last: Reading, reading: Reading) -> float | None:
-    """Joules since the last reading; None: not measured, garbage, or the driver has begun to count anew."""
-    before, now = last.energy_mj, reading.energy_mj
-    if isinstance(before, Missing) or isinstance(now, Missing) or now < before:
-        return None
-    joules = (now - before) / 1000
-    return joules if joules <= _MOST_WATTS * max(reading.monotonic - last.monotonic, SAMPLE_PERIOD_S) else None
-
-
-def _apportioned(energy: float | None, pid: int, loads: Mapping[int, _Load]) -> float | None:
-    """A process's part of a GPU's energy, by utilization; what an idle GPU draws is nobody's."""
-    if energy is None:
-        return None
-    whole = sum(load.share for load in loads.values())
-    return energy * loads[pid].share / whole if pid in loads and whole else 0.0
+def _drawn(before: tuple[int, float], now: tuple[int, float]) -> float | None:
+    """Joules between two (millijoules, seconds); None: garbage, or the driver has begun to count anew."""
+    joules, seconds = (now[0] - before[0]) / 1000, now[1] - before[1]
+    return joules if 0 <= joules <= _MOST_WATTS * max(seconds, SAMPLE_PERIOD_S) else None

@@ -154,6 +154,9 @@ class Judge(Protocol):
     def dissolved(self, cookie: int, info: bytes) -> None:
         """The socket was disconnected by AF_UNSPEC; ``info`` is its last ``struct tcp_info``."""
 
+    def may_take(self, name: bytes, tid: int) -> bool:
+        """Whether thread ``tid`` may bind the abstract unix address ``name`` (without its NULs)."""
+
     def make_socket(self, duplicate: int, raw: bytes, tid: int) -> int:
         """bind(2) of a unix socket to a path for thread ``tid``, where it may make one; 0 or ``-errno``."""
 
@@ -869,6 +872,8 @@ class Gate:
 
     def _bind_unix(self, notification: Notification, duplicate: int, raw: bytes, address: sockaddr.Unix) -> int:
         if address.path is None:
+            if self._judge.may_take(address.name, notification.pid):
+                return libc.bind(duplicate, raw)
             self._judge.rule(Operation.BIND, Transport.UNIX, notification.pid)
             return -errno.EACCES
         path = _as_the_target(address.path, notification.pid)

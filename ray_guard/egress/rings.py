@@ -348,6 +348,7 @@ def call_ring(
     rules += [Rule(name, NOTIFY) for name in ("execve", "execveat", "exit_group")]
     rules += _files()
     rules.append(Rule("ioctl", _REFUSE, (equals(1, 0x1B00, mask=0xFF00),)))  # RDMA verbs, by whatever descriptor
-    if not gpu:
-        rules += _no_gpu()
+    # Who may use GPUs names threads (supervisor/thread_names.py); what else is opened to be written Landlock judges.
+    writing = [Rule(name, NOTIFY, (equals(at, how, mask=_O_ACCMODE),)) for name, at in _OPENING for how in (1, 2)]
+    rules += writing if gpu else _no_gpu()
     return assemble(rules, machine)

@@ -32,9 +32,10 @@ class Inet(NamedTuple):
 
 
 class Unix(NamedTuple):
-    """A unix destination: a path, or None for an abstract or unnamed address."""
+    """A unix destination: a path, or None for an abstract or unnamed address; the abstract one's name."""
 
     path: bytes | None
+    name: bytes = b""
 
 
 class Netlink(NamedTuple):
@@ -72,7 +73,7 @@ def decode(raw: bytes) -> Address:
             raise BadAddress(errno.EINVAL)
         path = raw[2:]
         if not path or path[0] == 0:
-            return Unix(None)
+            return Unix(None, path[1:].rstrip(b"\0"))
         return Unix(path.split(b"\0", 1)[0])
     if family == AF_NETLINK:
         if len(raw) < 12:

@@ -209,6 +209,15 @@ def filters(pid: int) -> int | None:
     return _status(pid, b"Seccomp_filters:")
 
 
+def self_image(tid: int) -> bytes:
+    """``NAMESPACE-PID``: a thread's process as it sees itself, in its pid namespace (an inode); empty: it is gone."""
+    own = _content(f"/proc/{tid}/status", 8192).partition(b"\nNStgid:")[2].partition(b"\n")[0].split()
+    try:
+        return b"%d-%s" % (os.stat(f"/proc/{tid}/ns/pid").st_ino, own[-1])
+    except (OSError, IndexError):
+        return b""
+
+
 def uptime() -> float:
     """Seconds since boot, on the clock that start times are told in."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

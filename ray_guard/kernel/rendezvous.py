@@ -1,9 +1,10 @@
 """Where the supervisor of this node, user and set of namespaces is found. Runs in target and supervisor.
 
-At an abstract unix address: no confined process may bind or connect one, so none can take the supervisor's place. (A
-socket in a folder could be moved away, and another put there, by any actor of the same user: nothing judges what its
-own process does to files.) Whoever binds the address starts the supervisor, and hands the listening socket to it: so
-two are never started at once, connecting never races with the start, and nothing is left of one that has died.
+At an abstract unix address: no confined process may connect to one, nor bind one but CUDA's, so none can take the
+supervisor's place. (A socket in a folder could be moved away, and another put there, by any actor of the same user:
+nothing judges what its own process does to files.) Whoever binds the address starts the supervisor, and hands the
+listening socket to it: so two are never started at once, connecting never races with the start, and nothing is left of
+one that has died.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from math import log10
 from typing import Any, Final
 
 from ray_guard.attribution.answers import Candidate
+from ray_guard.attribution.clock import Clock
 from ray_guard.report import html, text
 from ray_guard.report.causes import Chain, Findings, Input, Row, Step
 from ray_guard.report.tables import Cell, Column, Table, Tone
@@ -132,29 +133,37 @@ def _title(title: str, *notes: str) -> str:
 # --- what was read ---------------------------------------------------------------------------------------------------
 
 
+def _clock(clock: Clock, *later: Clock) -> tuple[Cell, Cell, Cell]:
+    if not clock.identifiable:
+        return Cell("not identifiable", Tone.WARN), Cell(), Cell()
+    return (
+        Cell(", then ".join(f"{each.skew_ns / 1e9:+.3f} s" for each in (clock, *later))),
+        Cell(f"{clock.low_ns / 1e9:+.3f} to {clock.high_ns / 1e9:+.3f} s"),
+        Cell(f"{clock.drift * 1e6:+.1f} ppm"),
+    )
+
+
 def _read(found: Findings) -> list[str]:
     rows = []
     for source in found.result.sources:
-        clock = source.clock
-        skew = interval = drift = ""
-        if clock.identifiable:
-            skew = f"{clock.skew_ns / 1e9:+.3f} s"
-            interval = f"{clock.low_ns / 1e9:+.3f} to {clock.high_ns / 1e9:+.3f} s"
-            drift = f"{clock.drift * 1e6:+.1f} ppm"
         rows.append(
             [
                 _cell(source.path),
                 _cell(source.format),
                 Cell(f"{source.records:,}"),
                 _rejected(source.report.quarantined),
-                Cell(skew) if skew else Cell("not identifiable", Tone.WARN),
-                Cell(interval),
-                Cell(drift),
+                *_clock(*source.clocks),
             ]
         )
-    for report in found.result.nat_reports:
+    for each in found.result.maps:
         rows.append(
-            [_cell(report.path), Cell("NAT map"), Cell(), _rejected(report.quarantined), Cell(), Cell(), Cell()]
+            [
+                _cell(each.report.path),
+                Cell("NAT map"),
+                Cell(f"{each.translations:,}"),
+                _rejected(each.report.quarantined),
+                *(_clock(each.clock) if each.own_clock else (Cell("the logs'"), Cell(), Cell())),
+            ]
         )
     counts = found.result.quarantine.counts
     if counts:
@@ -173,7 +182,7 @@ def _read(found: Findings) -> list[str]:
     parts = [_title(title, note), html.drawn(Table(title, note, columns, rows))]
     rejected = [
         [_cell(report.path), Cell(f"{each.line:,}"), Cell(each.reason, Tone.WARN), _cell(each.detail)]
-        for report in {id(source.report): source.report for source in found.result.sources}.values()
+        for report in found.result.reports
         for each in report.first[:_LINES]
     ]
     if rejected:

@@ -53,6 +53,7 @@ _OWN_SOCKETS_LIMIT: Final = 1024
 _LOOK_EVERY_S: Final = 0.05
 """At the limit: how often it is looked for sockets whose file is gone."""
 _DATAGRAM_FLOWS_LIMIT: Final = 4096
+_CUDA: Final = b"cuda-uvmfd-"
 
 
 class Ring:
@@ -176,6 +177,16 @@ class Ring:
             (received,) = struct.unpack_from("=Q", info, 128)
             sent, again = struct.unpack_from("=QQ", info, 200)
             self._meter.settle(cookie, sent - again, received)
+
+    def may_take(self, name: bytes, tid: int) -> bool:
+        """CUDA's own alone, of a process that may use a GPU: without it the driver starts in no process. It hands its
+        memory manager's descriptor on to those whom it tells of memory."""
+        if not name.startswith(_CUDA):
+            return False
+        from ray_guard.supervisor.gpu_target import granted
+
+        word = granted(self.policy)
+        return (word == "any" or (word == "engine" and self._origin is None)) and name == _CUDA + procfs.self_image(tid)
 
     def make_socket(self, duplicate: int, raw: bytes, tid: int) -> int:
         return libc.bind(duplicate, raw) if self._view is None else self._view.bind(duplicate, raw, tid)

@@ -289,6 +289,8 @@ class Tool:
         }
         if landlock.abi() < landlock.SIGNAL_SCOPE_ABI:
             handlers |= arming.Signals(within, leader.announce).handlers()
+        if self._view.gpu:
+            handlers |= arming.thread_names.handlers()
         self._gate = arming.Gate(listener, self._ring, self._node.means, self._unfiltered, handlers)
 
     def _begin_anew(self, leader: Leader) -> None:

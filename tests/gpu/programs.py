@@ -1,7 +1,7 @@
 """What runs on the GPU in these tests: an engine (torch matrix products) and a miner (integer hashes in Triton).
 
-``python programs.py ENGINE|MINER SECONDS [SHARE]`` prints a line when it computes, and at its end how many seconds of
-kernels it ran. SHARE: of the time it computes; the rest it sleeps.
+``python programs.py engine|miner SECONDS [SHARE]`` prints a line before it opens the GPU, one when it computes, and at
+its end how many seconds of kernels it ran. SHARE: of the time it computes; the rest it sleeps.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def miner() -> None:
     mix[(_words.numel() // 1024,)](_words, 2000, BLOCK=1024)
 
 
+print("opens", flush=True)
 _a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 _b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 _words = torch.arange(1 << 22, device="cuda", dtype=torch.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import time
@@ -129,6 +131,54 @@ def test_the_call_ring(gpus: GpuHost, tmp_path: Path) -> None:
         assert spans[told["parent"]]["name"].startswith("process python")
 
 
+_CUDA = """
+import json, os, socket, threading
+def takes(name):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        try:
+            sock.bind(b"\\0" + name + b"\\0")
+            sock.listen()
+        except OSError as error:
+            return error.errno
+        return 0
+def names(path):
+    try:
+        with open(path, "w") as file:
+            file.write("cuda")
+    except OSError as error:
+        return error.errno
+    return 0
+own, end = b"cuda-uvmfd-%d-%d" % (os.stat("/proc/self/ns/pid").st_ino, os.getpid()), threading.Event()
+thread = threading.Thread(target=end.wait)
+thread.start()
+task = f"task/{thread.native_id}/comm"
+said = {"own": takes(own), "other": [takes(own[:-1] + b"x"), takes(own + b"0"), takes(b"cuda"), takes(b"")],
+        "thread": [names("/proc/self/" + task), names(f"/proc/{os.getpid()}/{task}")],
+        "name": open("/proc/self/" + task).read().strip(),
+        "stranger": names(f"/proc/{os.getppid()}/task/{os.getppid()}/comm"), "file": names("/proc/self/comm")}
+end.set()
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("ring", ["actor", "call"])
+@pytest.mark.parametrize("gpu", ["none", "engine", "any"])
+def test_what_cuda_needs_to_start_is_granted_with_the_gpu(gpus: GpuHost, tmp_path: Path, ring: str, gpu: str) -> None:
+    """Its driver binds an abstract socket named after the process, and names threads; it fails where it cannot."""
+    free = gpus.python(_CUDA)
+    said = json.loads(free.communicate()[0])
+    assert (said["own"], said["other"][0], said["thread"]) == (0, 0, [0, 0]), "the control"
+    with confined(gpus, tmp_path, gpu=gpu) as host:
+        said = host.run(ring, [PYTHON, "-I", "-S", "-c", _CUDA]).said
+    granted = gpu == "any" or (gpu, ring) == ("engine", "actor")
+    assert said["own"] == (0 if granted else errno.EACCES)
+    assert said["other"] == [errno.EACCES] * 4
+    if ring == "call":
+        assert said["thread"] == [0 if granted else errno.EACCES] * 2
+        assert (said["name"] == "cuda") is granted
+        assert (said["stranger"], said["file"]) == (errno.EACCES, errno.EACCES)
+
+
 def test_a_grandchild_of_a_tool_whose_parent_is_gone(gpus: GpuHost, tmp_path: Path) -> None:
     program = """
 import os, sys, time
@@ -224,12 +274,12 @@ def test_gpu_seconds_run_out(fresh: GpuHost, tmp_path: Path) -> None:
         while not gone(pid):
             nvml.gpus[0].samples = [(pid, time.time_ns() // 1000, 60)]
             nvml.write()
-            assert time.monotonic() - began < 6, "its budget does not end it"
+            assert time.monotonic() - began < 20, "its budget does not end it"
             time.sleep(0.1)
         assert time.monotonic() - began > 2.0, "1.5 GPU-seconds at 60 % take 2.5 s"
         (told,) = violations(host, "gpu_seconds")
         assert told["attributes"]["ray_guard.violation.limit"] == 1.5
-        assert 1.5 < told["attributes"]["ray_guard.violation.value"] < 2.2
+        assert 1.5 < told["attributes"]["ray_guard.violation.value"] < 3.0
         assert {v["attributes"]["error.type"] for v in violations(host, "gpu_process")} == {"budget"}
     (usage,) = [span for span in host.journal() if span["name"] == "ray_guard.gpu"]
     found = usage["attributes"]

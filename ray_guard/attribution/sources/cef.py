@@ -1,7 +1,8 @@
-"""Common Event Format: what FortiGate and Palo Alto's log forwarding write where a collector asks for it.
+"""Common Event Format, and LEEF: what FortiGate and Palo Alto's firewalls write where a collector asks for it.
 
 Runs later. Pure. ``CEF:0|vendor|product|version|id|name|severity|key=value key=value …``: values are not quoted and may
-hold spaces, so that a value ends where the next key begins. Forwarders cut the ``CEF:`` off at times.
+hold spaces, so that a value ends where the next key begins. Forwarders cut the ``CEF:`` off at times. LEEF parts its
+pairs by a tab or by what its header says; Palo Alto's templates by ``|``.
 """
 
 from __future__ import annotations
@@ -49,6 +50,27 @@ def parse(text: str) -> Event | None:
     return Event(head["vendor"], head["id"], head["name"], said)
 
 
+_LEEF: Final = re.compile(
+    r"(?:^|[\s:])LEEF:(?P<version>[12])(?:\.0)?\|(?P<vendor>Palo Alto Networks)\|[^|]*\|[^|]*\|(?P<id>[^|]*)\|"
+)
+_SEPARATOR: Final = re.compile(r"(?:0?[xX](?P<code>[0-9A-Fa-f]{1,4})|(?P<plain>[^|\w]))?\|")
+
+
+def leef(text: str) -> Event | None:
+    """The event of a line in LEEF, which has no name; None where there is none of the vendors that are known here."""
+    head = _LEEF.search(text) if "LEEF:" in text else None
+    if head is None:
+        return None
+    body = text[head.end() :]
+    parted = _SEPARATOR.match(body) if head["version"] == "2" else None
+    by = "\t" if "\t" in body else "|"
+    if parted is not None:
+        by = chr(int(parted["code"], 16)) if parted["code"] else parted["plain"] or by
+        body = body[parted.end() :]
+    pairs = (pair.partition("=") for pair in body.split(by) if "=" in pair)
+    return Event(head["vendor"], head["id"], "", {key.strip(): value.strip().strip('"') for key, _, value in pairs})
+
+
 def _value(written: str) -> str:
     found = _PLAIN.sub(r"\1", written.strip())
     return found[1:-1] if len(found) > 1 and found[0] == found[-1] == '"' else found
@@ -64,7 +86,9 @@ def time(written: str, zone: str, semantics: Semantics) -> Time:
         BadTime: it is none of these.
     """
     date = _DATE.match(written)
-    if date is None or date[1] not in _MONTHS:
-        return times.epoch(written, semantics) if written.isdigit() else times.iso(written, semantics)
     known = zone if zone == "UTC" or zone[:1] in ("+", "-") else ""
+    if date is None or date[1] not in _MONTHS:
+        if written.isdigit():
+            return times.epoch(written, semantics)
+        return times.iso(written if written[-1:] == "Z" or written[-6:-5] in ("+", "-") else written + known, semantics)
     return times.iso(f"{date[3]}-{_MONTHS[date[1]]:02}-{int(date[2]):02} {date[4]}{known}", semantics)

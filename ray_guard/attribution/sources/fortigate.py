@@ -11,7 +11,18 @@ import re
 from typing import Final
 
 from ray_guard.attribution import times
-from ray_guard.attribution.observation import NOBODY, Action, Observation, Semantics, Time, endpoint, protocol, whole
+from ray_guard.attribution.observation import (
+    NOBODY,
+    Action,
+    Endpoint,
+    Observation,
+    Semantics,
+    Time,
+    endpoint,
+    protocol,
+    whole,
+    without_port,
+)
 from ray_guard.attribution.sources import cef
 from ray_guard.attribution.sources.line import Line, Unusable
 
@@ -21,7 +32,10 @@ _PAIR: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s"]*)
 #: with ``set csv enable`` a comma ends a value that is not quoted
 _PAIR_CSV: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
 _CSV: Final = re.compile(r"\b(?:date|time|logid|type)=[^\s,]+,\w+=")
-_DENIES: Final = frozenset("deny denied block blocked dropped drop reset clear_session detected_blocked".split())
+_DENIES: Final = frozenset(
+    "deny denied block blocked dropped drop drop_session reset reset_client reset_server clear_session "
+    "detected_blocked quarantine quarantined ban ban-ip exempt-block".split()
+)
 #: what CEF has names of its own for; FortiGate puts a prefix before the others
 _CEF_NAMES: Final = {
     "src": "srcip",
@@ -42,6 +56,7 @@ _CEF_NAMES: Final = {
     "deviceExternalId": "devid",
 }
 _CEF_PREFIXES: Final = ("FTNTFGT", "FortinetFortiGate", "ad.")
+_OF_FLOWS: Final = frozenset({"traffic", "utm", "anomaly"})
 _UNNAMED: Final = frozenset({"", "N/A", "unknown"})
 
 
@@ -59,13 +74,19 @@ class Fortigate:
         if "type" not in said:
             raise Unusable("malformed", "no type= among the pairs")
         if "srcip" not in said and "dstip" not in said:
+            if said["type"] in _OF_FLOWS:
+                raise Unusable("fields", f"a record of type {said['type']} without srcip= and dstip=")
             return []  # of the device itself
         return [_observation(said)]
 
 
 def pairs(text: str) -> dict[str, str]:
     """``key=value`` and ``key="value"``; a key that comes twice has its last value."""
-    found = (_PAIR_CSV if text.find(",", 0, 400) >= 0 and _CSV.search(text, 0, 400) else _PAIR).findall(text)
+    pair = _PAIR_CSV if text.find(",", 0, 400) >= 0 and _CSV.search(text, 0, 400) else _PAIR
+    found = pair.findall(text)
+    if " srcip=" in text and not any(key == "srcip" for key, _ in found):
+        # A path's last backslash stands before the quote that ends it, and escapes nothing.
+        found = pair.findall(text.replace('\\" ', '" '))
     return {key: value[1:-1].replace('\\"', '"') if value[:1] == '"' else value.strip() for key, value in found}
 
 
@@ -88,27 +109,32 @@ def _cef(text: str) -> dict[str, str] | None:
 
 def _observation(said: dict[str, str]) -> Observation:
     action = said.get("action", "") or said.get("utmaction", "")
-    denied = action in _DENIES or said.get("utmaction") in ("block", "blocked")
+    denied = action in _DENIES or said.get("utmaction") in _DENIES
     security = said.get("type") in ("utm", "anomaly")
     attack = said.get("attack") or said.get("virus") or ""
-    translated = endpoint(said.get("transip"), said.get("transport"))
+    host = said.get("hostname") or said.get("qname") or ""
     return Observation(
         _time(said),
         src=endpoint(said.get("srcip"), said.get("srcport")),
         dst=endpoint(said.get("dstip"), said.get("dstport")),
-        translated_src=translated if translated.ip not in (None, "0.0.0.0") else NOBODY,  # noqa: S104 - says: no NAT
-        translated_dst=endpoint(said.get("tranip"), said.get("tranport")),
+        translated_src=_translated(said.get("transip"), said.get("transport")),
+        translated_dst=_translated(said.get("tranip"), said.get("tranport")),
         proto=protocol(said.get("proto")),
         action=Action.DENIED if denied else Action.ALLOWED if action else Action.UNKNOWN,
         rule=(said.get("policyid") or said.get("policyname") or "") if denied or security else "",
         signature=attack or (said.get("msg", "") if security else ""),
         severity=said.get("severity") or said.get("crlevel") or "",
-        host="" if said.get("hostname", "") in _UNNAMED else said["hostname"],
+        host="" if host in _UNNAMED else without_port(host),
         node=said.get("devname", ""),
         bytes_out=whole(said.get("sentbyte")),
         bytes_in=whole(said.get("rcvdbyte")),
         flow_id=said.get("sessionid", ""),
     )
+
+
+def _translated(ip: str | None, port: str | None) -> Endpoint:
+    found = endpoint(ip, port)
+    return NOBODY if found.ip in (None, "0.0.0.0", "::") else found  # noqa: S104 - says: no NAT
 
 
 def _time(said: dict[str, str]) -> Time:

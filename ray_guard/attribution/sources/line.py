@@ -50,12 +50,14 @@ class Line:
 
     @property
     def text(self) -> str:
-        """Decoded. Raises :class:`Unusable` where it is not UTF-8 text."""
+        """Decoded; what is no UTF-8 in it, as who is logged may have chosen, is U+FFFD.
+
+        Raises:
+            Unusable: it is no text.
+        """
         if self._text is None:
-            try:
-                self._text = self.raw.decode("utf-8").strip("\r\n\ufeff ")
-            except UnicodeDecodeError as error:
-                raise Unusable("binary", f"byte {error.start} of the line is not UTF-8") from error
+            # Some devices end what they send to syslog with a NUL.
+            self._text = self.raw.decode("utf-8", "replace").lstrip("\r\n\ufeff ").rstrip("\r\n\0 ")
             if "\0" in self._text:
                 raise Unusable("binary", "a NUL byte")
         return self._text

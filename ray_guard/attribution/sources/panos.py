@@ -23,6 +23,7 @@ from ray_guard.attribution.observation import (
     endpoint,
     protocol,
     whole,
+    without_port,
 )
 from ray_guard.attribution.sources import panos_cloud
 from ray_guard.attribution.sources.line import Line, Unusable, text_of
@@ -37,6 +38,9 @@ _DENIES: Final = frozenset(
     "deny drop drop-all drop-all-packets drop-icmp drop-packet reset-client reset-server reset-both block-ip block-url "
     "block block-continue sinkhole random-drop".split()
 )
+#: why a session ended that a rule had let begin
+_CUT_SHORT: Final = (["policy-deny"], ["threat"])
+_DOMAIN: Final = re.compile(r"(?:[\w-]+\.)+[A-Za-z][\w-]*\.?")
 _LATE: Final = 60 * times.SECOND
 """How much later than it was generated a record may have reached the part of the firewall that stamps it precisely."""
 
@@ -69,7 +73,7 @@ class Panos:
 
 def _observation(fields: list[str]) -> Observation:
     traffic = fields[3] == "TRAFFIC"
-    denied = fields[30] in _DENIES or (traffic and fields[4] in ("deny", "drop"))
+    denied = fields[30] in _DENIES or (traffic and (fields[4] in ("deny", "drop") or fields[46:47] in _CUT_SHORT))
     src, dst = endpoint(fields[7], fields[24]), endpoint(fields[8], fields[25])
     return Observation(
         _time(fields, traffic),
@@ -82,7 +86,7 @@ def _observation(fields: list[str]) -> Observation:
         rule=fields[11] if denied or not traffic else "",
         signature="" if traffic else fields[32],
         severity="" if traffic else fields[34],
-        host=_host(fields[31]) if not traffic and fields[4] == "url" else "",
+        host="" if traffic else _named_host(fields[4], fields[31]),
         bytes_out=whole(fields[32]) if traffic else None,
         bytes_in=whole(fields[33]) if traffic else None,
         flow_id=fields[22],
@@ -92,7 +96,9 @@ def _observation(fields: list[str]) -> Observation:
 def _named(said: dict[str, Any]) -> Observation:
     traffic = said["LogType"].upper() == "TRAFFIC"
     subtype = text_of(said, "Subtype").lower()
-    denied = text_of(said, "Action").lower() in _DENIES or (traffic and subtype in ("deny", "drop"))
+    denied = text_of(said, "Action").lower() in _DENIES or (
+        traffic and (subtype in ("deny", "drop") or [text_of(said, "SessionEndReason")] in _CUT_SHORT)
+    )
     src = endpoint(said.get("SourceAddress"), said.get("SourcePort"))
     dst = endpoint(said.get("DestinationAddress"), said.get("DestinationPort"))
     return Observation(
@@ -106,7 +112,7 @@ def _named(said: dict[str, Any]) -> Observation:
         rule=text_of(said, "Rule") if denied or not traffic else "",
         signature="" if traffic else text_of(said, "ThreatID") or text_of(said, "ThreatName"),
         severity="" if traffic else text_of(said, "VendorSeverity"),
-        host=_host(text_of(said, "URLDomain") or text_of(said, "URL")) if subtype == "url" else "",
+        host="" if traffic else _named_host(subtype, text_of(said, "URLDomain") or text_of(said, "URL")),
         node=text_of(said, "DeviceName"),
         bytes_out=whole(said.get("BytesSent")) if traffic else None,
         bytes_in=whole(said.get("BytesReceived")) if traffic else None,
@@ -114,12 +120,16 @@ def _named(said: dict[str, Any]) -> Observation:
     )
 
 
-def _host(url: str) -> str:
-    return url.partition("://")[2 if "://" in url else 0].partition("/")[0].partition(":")[0]
+def _named_host(subtype: str, said: str) -> str:
+    """The far side's name: in a URL, or (a query that was recognised) by itself; else that field names a file."""
+    if subtype == "url":
+        return without_port(said.partition("://")[2 if "://" in said else 0].partition("/")[0])
+    return said if subtype in ("spyware", "dns") and _DOMAIN.fullmatch(said) else ""
 
 
 def _translated(after: Endpoint, before: Endpoint) -> Endpoint:
-    return NOBODY if after.ip in (None, "0.0.0.0", "::") or after == before else after  # noqa: S104 - says: no NAT
+    # All zeros says: no NAT. Some releases count on from there (0.0.0.157).
+    return NOBODY if after.ip is None or after.ip.startswith("0.") or after.ip == "::" or after == before else after
 
 
 def _time(fields: list[str], traffic: bool) -> Time:  # noqa: FBT001

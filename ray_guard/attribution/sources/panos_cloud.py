@@ -1,7 +1,9 @@
-"""PAN-OS records as Palo Alto's log forwarding (Strata Logging Service, Cortex Data Lake) hands them on: JSON, or CEF.
+"""PAN-OS records by name: as Palo Alto's log forwarding (Strata Logging Service, Cortex Data Lake) hands them on, or
+as a firewall's own template for a collector writes them: JSON, CEF, LEEF.
 
 Runs later. Pure. The fields are those of the firewall's own CSV, by name instead of by position. JSON times are UTC and
-say so; CEF says its zone in ``dtz``. Only records of traffic and of threats are about flows.
+say so; CEF says its zone in ``dtz``; LEEF has one moment twice, with and without. Only records of traffic and of
+threats are about flows.
 """
 
 from __future__ import annotations
@@ -42,6 +44,43 @@ _CEF_NAMES: Final = {
 }
 
 
+#: of the templates for LEEF, the firewall's own and the service's
+_LEEF_NAMES: Final = {
+    "src": "SourceAddress",
+    "dst": "DestinationAddress",
+    "srcPort": "SourcePort",
+    "dstPort": "DestinationPort",
+    "srcPostNAT": "NATSource",
+    "dstPostNAT": "NATDestination",
+    "srcPostNATPort": "NATSourcePort",
+    "dstPostNATPort": "NATDestinationPort",
+    "proto": "Protocol",
+    "action": "Action",
+    "Action": "Action",
+    "srcBytes": "BytesSent",
+    "dstBytes": "BytesReceived",
+    "RuleName": "Rule",
+    "Rule": "Rule",
+    "SessionID": "SessionID",
+    "ElapsedTime": "SessionDuration",
+    "StartTime": "SessionStartTime",
+    "SessionEndReason": "SessionEndReason",
+    "ReceiveTime": "TimeGenerated",
+    "TimeReceived": "TimeGenerated",
+    "TimeGenerated": "TimeGenerated",
+    "cat": "LogType",
+    "Type": "LogType",
+    "Subtype": "Subtype",
+    "SubType": "Subtype",
+    "Severity": "VendorSeverity",
+    "VendorSeverity": "VendorSeverity",
+    "Miscellaneous": "URL",
+    "DeviceName": "DeviceName",
+}
+_TWICE_A_ZONE_S: Final = 900
+"""Zones are whole quarters of an hour apart."""
+
+
 def fields(line: Line) -> dict[str, Any] | None:
     """A record's fields under their JSON names, ``Zone`` among them; None where the line is none."""
     parsed = line.object
@@ -50,11 +89,35 @@ def fields(line: Line) -> dict[str, Any] | None:
         return {**parsed, "Zone": "UTC"} if ours else None
     event = cef.parse(line.text) if "|Palo Alto Networks|" in line.text else None
     if event is None:
-        return None
+        event = cef.leef(line.text)
+        return None if event is None else _of_leef(event)
     said = {name: event.said[key] for key, name in _CEF_NAMES.items() if event.said.get(key)}
     # The service writes `TRAFFIC|end`, the template for a firewall of one's own `end|TRAFFIC`.
     kind, subtype = (event.name, event.id) if event.name in ("TRAFFIC", "THREAT") else (event.id, event.name)
     return {**said, "LogType": kind, "Subtype": subtype, "Zone": event.said.get("dtz", "")}
+
+
+def _of_leef(event: cef.Event) -> dict[str, Any] | None:
+    said: dict[str, Any] = {
+        name: event.said[key] for key, name in _LEEF_NAMES.items() if event.said.get(key) not in (None, "")
+    }
+    if "LogType" not in said or "TimeGenerated" not in said:
+        return None
+    return {**said, "ThreatID": event.id, "Zone": _leef_zone(said["TimeGenerated"], event.said.get("devTime", ""))}
+
+
+def _leef_zone(civil: str, device: str) -> str:
+    """The zone of a time, which is given once more as GMT; empty where it is not."""
+    stamp, _, zone = device.rpartition(" ")
+    if zone not in ("GMT", "UTC"):
+        return ""
+    try:
+        apart = times.iso(civil, Semantics.PACKET).start_ns - cef.time(stamp, "UTC", Semantics.PACKET).start_ns
+    except times.BadTime:
+        return ""
+    quarters = round(apart / times.SECOND / _TWICE_A_ZONE_S)
+    hours, left = divmod(abs(quarters), 4)
+    return f"{'-' if quarters < 0 else '+'}{hours:02}{15 * left:02}" if hours <= 14 else ""
 
 
 def time(said: dict[str, Any]) -> Time:

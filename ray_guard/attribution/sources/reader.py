@@ -130,6 +130,25 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
         report.sha256 = hashed.rest_hashed()
 
 
+def lines(path: Path, report: FileReport) -> Iterator[Line]:
+    """The lines of one file as they are, packed or not; its hash is in ``report`` when they are exhausted.
+
+    Raises:
+        NotAlerts: the file cannot be opened, or is no regular file.
+    """
+    try:
+        hashed = _Hashed(open_segment(path))
+    except OSError as error:
+        raise NotAlerts(str(path), f"cannot be read: {error.strerror}") from error
+    with hashed:
+        try:
+            stream = _unpacked(hashed)
+            yield from _lines(stream, report)
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            report.reject(0, 0, "unreadable", str(error))
+        report.sha256 = hashed.rest_hashed()
+
+
 def _records(line: Line, number: int, detector: _Detector, report: FileReport) -> Iterator[Record]:
     if not line.raw.strip():
         return

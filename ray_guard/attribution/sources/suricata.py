@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ray_guard.attribution import times
-from ray_guard.attribution.observation import Action, Observation, Semantics, Time, endpoint, protocol, whole
+from ray_guard.attribution.observation import (
+    Action,
+    Observation,
+    Semantics,
+    Time,
+    endpoint,
+    protocol,
+    whole,
+    without_port,
+)
 from ray_guard.attribution.sources.line import Line, Unusable, at, text_of
 
 FORMAT: Final = "suricata"
@@ -46,7 +55,7 @@ def event(parsed: dict[str, Any], node: str = "") -> Observation:
         severity = text_of(alert, "severity")
         action = _ACTIONS.get(text_of(alert, "action"), Action.UNKNOWN)
     # A drop event has no alert where a rule without message dropped; with inline mode the verdict says more.
-    verdict = text_of(parsed, "verdict", "action")
+    verdict = text_of(parsed, "verdict", "action") or text_of(parsed, "flow", "action")
     if parsed.get("event_type") == "drop" or verdict in ("drop", "reject"):
         action = Action.DENIED
         rule = rule or text_of(parsed, "drop", "reason") or "drop"
@@ -84,9 +93,9 @@ def _time(parsed: dict[str, Any]) -> Time:
 def _host(parsed: dict[str, Any]) -> str:
     named = text_of(parsed, "tls", "sni") or text_of(parsed, "http", "hostname") or text_of(parsed, "quic", "sni")
     if named:
-        return named
+        return without_port(named)
     dns = parsed.get("dns")
-    queried = at(dns, "rrname") or at(dns, "query")
+    queried = at(dns, "rrname") or at(dns, "queries") or at(dns, "query")  # by the version of the record
     if isinstance(queried, list):
         queried = next((at(each, "rrname") for each in queried if isinstance(each, dict)), None)
     return queried if isinstance(queried, str) else ""

@@ -10,7 +10,7 @@ import re
 from typing import Any, Final
 
 from ray_guard.attribution import times
-from ray_guard.attribution.observation import Observation, Semantics, Time, endpoint, protocol, whole
+from ray_guard.attribution.observation import Observation, Semantics, Time, endpoint, protocol, whole, without_port
 from ray_guard.attribution.sources.line import Line, Unusable, at
 
 FORMAT: Final = "zeek"
@@ -32,7 +32,9 @@ class Zeek:
     def recognises(self, line: Line) -> bool:
         parsed = line.object
         if parsed is not None:
-            return "ts" in parsed and (_ends(parsed) is not None or "uid" in parsed or "note" in parsed)
+            return "ts" in parsed and (
+                _ends(parsed) is not None or "uid" in parsed or "note" in parsed or "_path" in parsed
+            )
         text = line.text
         if text.startswith(
             ("#separator", "#fields", "#path", "#types", "#set_separator", "#open", "#close", "#empty_", "#unset_")
@@ -79,6 +81,7 @@ def _ends(parsed: dict[str, Any]) -> tuple[Any, Any, Any, Any] | None:
         [parsed.get(f"id.{key}") for key in _ENDS],
         [parsed.get(f"id_{key}") for key in _ENDS],
         [at(nested, key) for key in _ENDS],
+        [parsed.get(key) for key in ("src_addr", "src_port", "dst_addr", "dst_port")],  # signatures.log
         [parsed.get("src"), None, parsed.get("dst"), parsed.get("p")],  # notice.log without a connection
     ):
         if ends[0] is not None or ends[2] is not None:
@@ -89,14 +92,18 @@ def _ends(parsed: dict[str, Any]) -> tuple[Any, Any, Any, Any] | None:
 def _observation(parsed: dict[str, Any]) -> Observation:
     orig_h, orig_p, resp_h, resp_p = _ends(parsed) or (None, None, None, None)
     note = str(parsed.get("note") or "")
+    # What somebody asked to be told of: intel.log has nothing else.
+    indicator = str(
+        parsed.get("seen.indicator") or parsed.get("seen_indicator") or at(parsed.get("seen"), "indicator") or ""
+    )
     return Observation(
         _time(parsed),
         src=endpoint(orig_h, orig_p),
         dst=endpoint(resp_h, resp_p),
         proto=protocol(parsed.get("proto")) or ("tcp" if "auth_success" in parsed or "server_name" in parsed else ""),
-        rule=note,
-        signature=str(parsed.get("msg") or "") if note else "",
-        host=str(parsed.get("query") or parsed.get("server_name") or parsed.get("host") or ""),
+        rule=note or (f"intel {indicator}" if indicator else ""),
+        signature=str(parsed.get("msg") or parsed.get("event_msg") or "") if note else "",
+        host=without_port(str(parsed.get("query") or parsed.get("server_name") or parsed.get("host") or "")),
         node=str(parsed.get("peer_descr") or parsed.get("_system_name") or ""),
         bytes_out=whole(parsed.get("orig_bytes")),
         bytes_in=whole(parsed.get("resp_bytes")),

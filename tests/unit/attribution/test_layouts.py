@@ -435,3 +435,161 @@ def test_googles_array_of_entries(tmp_path: Path) -> None:
     found, report = records(tmp_path, json.dumps(entries, indent=2))
     assert not report.quarantined
     assert [(each.format, each.seen.src, each.record) for each in found] == [("gcp-vpc", HERE, 0), ("gcp-vpc", HERE, 1)]
+
+
+# ── what was read wrongly, or not at all, before ──────────────────────────────────────────────────────────────
+
+OUT = PACKET + " UID=1000"
+
+
+@pytest.mark.parametrize(
+    ("line", "node", "rule"),
+    [
+        ("Sat 2026-03-07 03:40:11 UTC gw kernel: DENY: " + OUT, "gw", "DENY"),  # journalctl -o short-full
+        ("1772854811.000000 gw kernel: DENY: " + OUT, "gw", "DENY"),  # … short-unix
+        ("[Sat Mar  7 03:40:11 2026] DENY: " + OUT, "", "DENY"),  # dmesg -T
+        ("2026-03-07T03:40:11,000000+00:00 DENY " + OUT, "", "DENY"),  # dmesg --time-format iso
+        ("Sat Mar  7 03:40:11 2026 kern.warn kernel: [   12.345678] DENY: " + OUT, "", "DENY"),  # OpenWrt's logread
+        ("Sat Mar  7 03:40:11 2026 [1772854811.123] kern.warn kernel: DENY: " + OUT, "", "DENY"),
+        ("Mar  7 2026 03:40:11 gw kernel: DENY: " + OUT, "gw", "DENY"),
+        ('<4>1 2026-03-07T03:40:11+00:00 gw kernel - - [meta sequenceId="9"] \ufeffDENY: ' + OUT, "gw", "DENY"),
+        ("2026-03-07T03:40:11Z fd00::1 kernel: DENY: " + OUT, "fd00::1", "DENY"),
+        ("2026-03-07T03:41:00.5Z stdout F 2026-03-07T03:40:11Z gw kernel: DENY: " + OUT, "gw", "DENY"),
+        ("2026-03-07T03:40:11Z gw kernel: message repeated 2 times: [ [1.2] DENY: " + OUT + "]", "gw", "DENY"),
+        ("2026-03-07T03:40:11Z gw kernel: DENY IN=a OUT=b SRC=9.9.9.9 " + OUT, "gw", "DENY IN=a OUT=b SRC=9.9.9.9"),
+        ("2026-03-07T03:40:11Z gw kernel: DENY: " + OUT + "\0", "gw", "DENY"),
+    ],
+)
+def test_headers_of_everybody_who_writes_kernel_lines(tmp_path: Path, line: str, node: str, rule: str) -> None:
+    seen = only(tmp_path, line, "nftables")
+    assert (seen.src, seen.dst, seen.node, seen.rule, seen.action) == (HERE, THERE, node, rule, Action.DENIED)
+    assert (seen.time.start_ns, seen.process.user) == (AT, "1000" if not line.endswith("]") else "1000]")
+
+
+def test_a_byte_that_is_no_utf8_costs_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"2026-03-07T03:40:11Z gw kernel: DENY M\xfcnchen: " + PACKET.encode())
+    (record,) = read(path, FileReport(str(path)))
+    assert (record.seen.src, record.seen.rule) == (HERE, "DENY M\ufffdnchen")
+
+
+def test_tracing_is_no_objection(tmp_path: Path) -> None:
+    assert only(tmp_path, "2026-03-07T03:40:11Z gw kernel: TRACE: raw:OUTPUT:rule:2 " + OUT, "nftables").informational
+
+
+ULOGD = {"timestamp": "2026-03-07T03:40:11.5+0000", "dvc": "gw", "src_ip": "10.0.0.5", "src_port": 44318}
+ULOGD |= {"dest_ip": "198.51.100.7", "dest_port": 22}
+
+
+def test_what_ulogd_says_of_a_label_and_of_connections(tmp_path: Path) -> None:
+    packet = ULOGD | {"oob.prefix": "seen", "ip6.nexthdr": 6, "action": "blocked"}
+    seen = only(tmp_path, json.dumps(packet), "nftables")
+    assert (seen.proto, seen.action, seen.node) == ("tcp", Action.DENIED, "gw")
+    flow = ULOGD | {"orig.ip.protocol": 6, "reply.ip.saddr.str": "198.51.100.7", "reply.l4.sport": 22}
+    flow |= {"reply.ip.daddr.str": "203.0.113.9", "reply.l4.dport": 61000, "flow.start.sec": AT // SECOND - 4}
+    seen = only(tmp_path, json.dumps(flow), "nftables")
+    assert (seen.src, seen.dst, seen.translated_src, seen.proto) == (HERE, THERE, ("203.0.113.9", 61000), "tcp")
+    assert (seen.time.start_ns - AT, seen.time.semantics) == (-4 * SECOND, Semantics.FLOW)
+
+
+@pytest.mark.parametrize(
+    ("said", "host", "action"),
+    [
+        ({"event_type": "flow", "flow": {"action": "drop"}}, "", Action.DENIED),
+        ({"event_type": "dns", "dns": {"queries": [{"rrname": "a.example"}]}}, "a.example", Action.UNKNOWN),
+        ({"event_type": "http", "http": {"hostname": "a.example:8080"}}, "a.example", Action.UNKNOWN),
+        ({"event_type": "alert", "verdict": {"action": "reject"}}, "", Action.DENIED),
+    ],
+)
+def test_eve_of_later_releases(tmp_path: Path, said: dict[str, object], host: str, action: Action) -> None:
+    seen = only(tmp_path, json.dumps(EVE | said), "suricata")
+    assert (seen.host, seen.action) == (host, action)
+
+
+ZEEK = {"ts": 1772854811.0, "id.orig_h": "10.0.0.5", "id.orig_p": 44318, "id.resp_h": "198.51.100.7", "id.resp_p": 22}
+
+
+@pytest.mark.parametrize(
+    ("line", "src", "host", "rule"),
+    [
+        (ZEEK | {"_path": "intel", "seen.indicator": "a.example"}, HERE, "", "intel a.example"),
+        (ZEEK | {"ts": 1772854811000, "host": "a.example:80"}, HERE, "a.example", ""),
+        (
+            {"ts": "2026-03-07T03:40:11.000000Z", "note": "Signatures::Sensitive_Signature", "event_msg": "m"}
+            | {"src_addr": "10.0.0.5", "src_port": 44318, "dst_addr": "198.51.100.7", "dst_port": 22},
+            HERE,
+            "",
+            "Signatures::Sensitive_Signature",
+        ),
+        ({"_path": "stats", "ts": 1772854811.0, "peer": "zeek"}, (None, None), "", ""),
+    ],
+)
+def test_zeeks_other_logs(tmp_path: Path, line: dict[str, object], src: Endpoint, host: str, rule: str) -> None:
+    seen = only(tmp_path, json.dumps(line), "zeek")
+    assert (seen.src, seen.host, seen.rule, seen.informational) == (src, host, rule, not rule)
+    assert seen.time.start_ns == AT
+
+
+UTM = (
+    'date=2026-03-07 time=03:40:11 devid="F" tz="+0000" type="utm" subtype="ips" srcip=10.0.0.5 srcport=44318 '
+    'dstip=198.51.100.7 dstport=22 proto=6 policyid=12 msg="m" '
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "action", "host"),
+    [
+        *((f'{UTM}action="{word}"', Action.DENIED, "") for word in ("reset_client", "reset_server", "drop_session")),
+        (f'{UTM}action="detected"', Action.ALLOWED, ""),
+        (f'{UTM}action="block" qname="a.example"', Action.DENIED, "a.example"),
+        (f'{UTM}action="passthrough" hostname="a.example:8443"', Action.ALLOWED, "a.example"),
+        (f'{UTM}action="close" utmaction="reset"', Action.DENIED, ""),
+        # a path's last backslash is before the quote, and escapes nothing; a quote within a value is escaped
+        (UTM.replace("srcip", 'file="C:\\dir\\" srcip') + 'action="blocked"', Action.DENIED, ""),
+        (UTM + 'url="/\\" srcip=6.6.6.6 dstip=\\"" action="blocked"', Action.DENIED, ""),
+    ],
+)
+def test_what_fortigate_did(tmp_path: Path, line: str, action: Action, host: str) -> None:
+    seen = only(tmp_path, line, "fortigate")
+    assert (seen.src, seen.dst, seen.action, seen.host) == (HERE, THERE, action, host)
+
+
+def test_a_record_of_a_flow_without_its_ends_is_not_lost(tmp_path: Path) -> None:
+    _, report = records(tmp_path, UTM.replace("srcip=", "src-ip=").replace("dstip=", "dst-ip="))
+    assert report.quarantined == {"fields": 1}
+
+
+ENDED = "allow,9,5,4,2,2026/03/07 03:40:01,10,any,0,1,0x0,a,b,0,1,1,"
+
+
+@pytest.mark.parametrize(
+    ("end", "action"),
+    [("aged-out", Action.ALLOWED), ("policy-deny", Action.DENIED), ("threat", Action.DENIED)],
+)
+def test_a_session_that_was_cut_short(tmp_path: Path, end: str, action: Action) -> None:
+    seen = only(tmp_path, (HEAD.format("TRAFFIC,end") + MIDDLE + ENDED + end).replace("0.0.0.0", "0.0.0.157"), "panos")
+    assert (seen.action, seen.translated_src) == (action, (None, None))
+
+
+LEEF = (
+    "<14>Mar  7 03:40:12 fw-1 LEEF:1.0|Palo Alto Networks|PAN-OS Syslog Integration|11.1|deny|cat=TRAFFIC|"
+    "ReceiveTime=2026/03/07 04:40:12|Subtype=deny|devTime=Mar 07 2026 03:40:12 GMT|src=10.0.0.5|dst=198.51.100.7|"
+    "srcPostNAT=203.0.113.9|RuleName=No way|srcPort=44318|dstPort=22|srcPostNATPort=61000|proto=tcp|action=deny|"
+    "dstBytes=2|srcBytes=58|StartTime=2026/03/07 04:40:01|ElapsedTime=10|DeviceName=fw-1"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "zoned"),
+    [
+        (LEEF, True),
+        (LEEF.replace("devTime=Mar 07 2026 03:40:12 GMT|", ""), False),
+        (LEEF.replace("LEEF:1.0", "LEEF:2.0").replace("|deny|cat", "|deny|x7C|cat"), True),
+    ],
+)
+def test_palo_altos_records_as_leef(tmp_path: Path, line: str, zoned: bool) -> None:
+    seen = only(tmp_path, line, "panos")
+    assert (seen.src, seen.dst, seen.translated_src) == (HERE, THERE, ("203.0.113.9", 61000))
+    assert (seen.action, seen.rule, seen.bytes_out, seen.node) == (Action.DENIED, "No way", 58, "fw-1")
+    assert seen.time.zoned is zoned
+    assert seen.time.start_ns == AT - 10 * SECOND + (0 if zoned else 3600 * SECOND)

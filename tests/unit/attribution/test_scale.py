@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,10 +106,10 @@ def test_a_given_nat_map_speaks_against_ports_that_it_does_not_know(tmp_path: Pa
 def test_what_is_written_piece_by_piece_is_what_json_would_write(tmp_path: Path) -> None:
     for alerts in (log(tmp_path), str(tmp_path / "none.json")):
         (tmp_path / "none.json").touch()
-        result, out = attribute([written(tmp_path, SPANS)], [alerts]), StringIO()
-        document.write(result, out, document.found(result))
+        result, out = attribute([written(tmp_path, SPANS)], [alerts]), BytesIO()
+        document.write(result, out, lambda result=result: document.found(result))
         answer = json.loads(out.getvalue())
-        assert out.getvalue() == json.dumps(answer, indent=1) + "\n"
+        assert out.getvalue() == (json.dumps(answer, indent=1) + "\n").encode()
         assert len(answer["alerts"]) == len(result.alerts)
 
 

@@ -20,7 +20,8 @@ def at(second: float, **fields: Any) -> Reading:
     """A reading at ``second``; processes as (pid, memory), samples as (pid, seconds before now, percent)."""
     now = _EPOCH_US + int(second * 1e6)
     given: dict[str, Any] = {
-        "memory_used": 0, "utilization": 0, "energy_mj": 0, "mig": False, "reserved_known": True, **fields,
+        "memory_used": 0, "utilization": 0, "energy_mj": 0, "mig": False, "reserved_known": True, "window_s": TICK,
+        **fields,
     }  # fmt: skip
     processes, samples = given.pop("processes", ()), given.pop("samples", ())
     if not isinstance(processes, Missing):
@@ -75,8 +76,42 @@ def test_samples_of_others_count_as_nothing_of_mine() -> None:
     meter = GpuMeter()
     meter.take(at(0, processes=[(1, 0), (2, 0)]))
     samples = [(1, 0.8, 100), (2, 0.6, 100), (2, 0.4, 100), (2, 0.2, 100)]
-    tick = meter.take(at(1, processes=[(1, 0), (2, 0)], samples=samples))
+    tick = meter.take(at(1, window_s=1, processes=[(1, 0), (2, 0)], samples=samples))
     assert {share.pid: share.seconds for share in tick.shares} == {1: 0.25, 2: 0.75}
+
+
+def test_a_row_for_each_process_is_its_mean_already() -> None:
+    """As an H200's driver tells it of two processes that compute by turns: each row at its own last sample."""
+    meter = GpuMeter()
+    meter.take(at(0, processes=[(557, 0), (558, 0)]))
+    tick = meter.take(at(1, window_s=1, processes=[(557, 0), (558, 0)], samples=[(557, 0.03, 80), (558, 0.83, 20)]))
+    assert {share.pid: share.seconds for share in tick.shares} == {557: pytest.approx(0.8), 558: pytest.approx(0.2)}
+
+
+def test_a_reading_without_samples_counts_nothing_and_the_next_counts_for_both() -> None:
+    meter = GpuMeter()
+    meter.take(at(0, processes=[(1, 0)]))
+    between = meter.take(at(0.5, window_s=0, processes=[(1, 0)]))
+    tick = meter.take(at(1, window_s=1, processes=[(1, 0)], samples=[(1, 0.1, 60)]))
+    assert [share.seconds for each in (between, tick) for share in each.shares] == [0.0, pytest.approx(0.6)]
+
+
+def test_who_has_just_come_has_not_computed_for_longer() -> None:
+    meter = GpuMeter()
+    meter.take(at(0))
+    meter.take(at(0.5, window_s=0))
+    tick = meter.take(at(1, window_s=1, processes=[(1, 0)], samples=[(1, 0.1, 100)]))
+    assert [share.seconds for share in tick.shares] == [pytest.approx(0.5)]
+
+
+def test_energy_that_is_asked_for_seldom_is_shared_out_by_all_that_was_computed_meanwhile() -> None:
+    meter = GpuMeter()
+    both = [(1, 0), (2, 0)]
+    meter.take(at(0, energy_mj=0, processes=both))
+    ticks = [meter.take(at(1, window_s=1, energy_mj=None, processes=both, samples=[(1, 0.1, 90)]))]
+    ticks.append(meter.take(at(2, window_s=1, energy_mj=300_000, processes=both, samples=[(2, 0.1, 30)])))
+    assert (used(ticks, 1).energy_j, used(ticks, 2).energy_j) == (pytest.approx(225), pytest.approx(75))
+    assert used(ticks, 1).energy_known
 
 
 def test_the_error_bound_holds_the_truth() -> None:
@@ -107,7 +142,7 @@ def test_the_bound_grows_with_what_is_not_seen() -> None:
 def test_duplicates_and_rows_already_counted_count_once() -> None:
     meter = GpuMeter()
     meter.take(at(0, processes=[(1, 0)]))
-    tick = meter.take(at(1, processes=[(1, 0)], samples=[(1, 0.5, 80), (1, 0.5, 80), (1, 0.5, 40)]))
+    tick = meter.take(at(1, window_s=1, processes=[(1, 0)], samples=[(1, 0.5, 80), (1, 0.5, 80), (1, 0.5, 40)]))
     assert [share.seconds for share in tick.shares] == [pytest.approx(0.8)]
     old = (1, 1.0, 80)  # half a second later, the driver tells the same row again
     tick = meter.take(at(1.5, processes=[(1, 0)], samples=[old]))
@@ -122,7 +157,7 @@ def test_duplicates_and_rows_already_counted_count_once() -> None:
 def test_rows_that_cannot_be_true_make_a_bound_of_it(row: tuple[int, float, int]) -> None:
     meter = GpuMeter()
     meter.take(at(0, processes=[(1, 0), (2, 0)]))
-    tick = meter.take(at(1, processes=[(1, 0), (2, 0)], samples=[(2, 0.1, 10), row]))
+    tick = meter.take(at(1, window_s=1, processes=[(1, 0), (2, 0)], samples=[(2, 0.1, 10), row]))
     assert {share.pid: (share.seconds, share.method) for share in tick.shares} == {
         1: (1.0, Method.RESIDENCY),
         2: (1.0, Method.RESIDENCY),
@@ -134,7 +169,7 @@ def test_empty_places_in_the_array_are_none() -> None:
     meter = GpuMeter()
     meter.take(at(0, processes=[(1, 0)]))
     now = _EPOCH_US + 1_000_000
-    reading = at(1, processes=[(1, 0)])._replace(samples=(Sample(0, 0, 0), Sample(1, now, 40)))
+    reading = at(1, window_s=1, processes=[(1, 0)])._replace(samples=(Sample(0, 0, 0), Sample(1, now, 40)))
     tick = meter.take(reading)
     assert [share.seconds for share in tick.shares] == [pytest.approx(0.4)]
     assert not tick.faults
@@ -143,7 +178,7 @@ def test_empty_places_in_the_array_are_none() -> None:
 def test_more_than_all_the_time_is_shared_out() -> None:
     meter = GpuMeter()
     meter.take(at(0, processes=[(1, 0), (2, 0)]))
-    tick = meter.take(at(1, processes=[(1, 0), (2, 0)], samples=[(1, 0.1, 90), (2, 0.1, 90)]))
+    tick = meter.take(at(1, window_s=1, processes=[(1, 0), (2, 0)], samples=[(1, 0.1, 90), (2, 0.1, 90)]))
     assert sum(share.seconds for share in tick.shares) == pytest.approx(1.0)
 
 
@@ -172,7 +207,7 @@ def test_mig_counts_the_time_that_a_process_is_there(utilization: int | Missing)
 def test_whoever_has_just_left_may_have_computed_until_then() -> None:
     meter = GpuMeter()
     meter.take(at(0, processes=[(1, 0)], samples=_NOT_SUPPORTED))
-    tick = meter.take(at(1, processes=[], samples=_NOT_SUPPORTED))
+    tick = meter.take(at(1, window_s=1, processes=[], samples=_NOT_SUPPORTED))
     assert [(share.pid, share.seconds) for share in tick.shares] == [(1, 1.0)]
     assert tick.residents == frozenset()
 
@@ -180,7 +215,7 @@ def test_whoever_has_just_left_may_have_computed_until_then() -> None:
 def test_a_gap_that_nvml_does_not_remember_is_bounded() -> None:
     meter = GpuMeter()
     meter.take(at(0, processes=[(1, 0)]))
-    tick = meter.take(at(60, processes=[(1, 0)], samples=[(1, 0.1, 1)]))
+    tick = meter.take(at(60, window_s=60, processes=[(1, 0)], samples=[(1, 0.1, 1)]))
     assert [(share.seconds, share.method) for share in tick.shares] == [(60.0, Method.RESIDENCY)]
     assert "no reading for 60.0 s" in tick.faults[0]
 
@@ -220,9 +255,11 @@ def test_garbage_memory_of_a_gpu_bounds_nobody_and_hides_nobody(garbage: int) ->
 def test_energy_goes_by_utilization_and_idle_draw_is_nobodys() -> None:
     meter = GpuMeter()
     meter.take(at(0, energy_mj=1_000, processes=[(1, 0), (2, 0)]))
-    tick = meter.take(at(1, energy_mj=301_000, processes=[(1, 0), (2, 0)], samples=[(1, 0.1, 20), (2, 0.1, 40)]))
+    tick = meter.take(
+        at(1, window_s=1, energy_mj=301_000, processes=[(1, 0), (2, 0)], samples=[(1, 0.1, 20), (2, 0.1, 40)])
+    )
     assert {share.pid: share.energy_j for share in tick.shares} == {1: pytest.approx(100), 2: pytest.approx(200)}
-    tick = meter.take(at(2, energy_mj=400_000, processes=[(1, 0), (2, 0)]))
+    tick = meter.take(at(2, window_s=1, energy_mj=400_000, processes=[(1, 0), (2, 0)]))
     assert [share.energy_j for share in tick.shares] == [0.0, 0.0]
 
 
@@ -234,7 +271,7 @@ def test_energy_that_is_not_measured_is_not_zero() -> None:
     ):
         meter = GpuMeter()
         meter.take(at(0, energy_mj=before, processes=[(1, 0)]))
-        tick = meter.take(at(1, energy_mj=after, processes=[(1, 0)], samples=[(1, 0.1, 50)]))
+        tick = meter.take(at(1, window_s=1, energy_mj=after, processes=[(1, 0)], samples=[(1, 0.1, 50)]))
         assert tick.shares[0].energy_j is None
         usage = used([tick], 1)
         assert not usage.energy_known

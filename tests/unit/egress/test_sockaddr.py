@@ -33,7 +33,7 @@ def v6(address: str, port: int) -> bytes:
         (v6("2001:db8:0:0::7", 1), Inet("2001:db8::7", 1)),
         (struct.pack("=H", socket.AF_UNIX) + b"/run/x.sock\0garbage", Unix(b"/run/x.sock")),
         (struct.pack("=H", socket.AF_UNIX) + b"relative", Unix(b"relative")),
-        (struct.pack("=H", socket.AF_UNIX) + b"\0abstract", Unix(None)),
+        (struct.pack("=H", socket.AF_UNIX) + b"\0abstract\0", Unix(None, b"abstract")),
         (struct.pack("=H", socket.AF_UNIX), Unix(None)),
         (struct.pack("=HHII", socket.AF_NETLINK, 0, 7, 1), Netlink(7, 1)),
         (struct.pack("=H", socket.AF_UNSPEC), Unspecified()),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,25 @@ def test_processes_and_samples(reader: Reader) -> None:
     gpu.runs(100, 3 * GIB)
     gpu.runs(200, 2 * GIB, kind="graphics")
     now = now_us()
+    gpu.utilization = 90
     gpu.samples = [(100, now - 1000, 70), (200, now - 500, 20)]
     reading = reader.one()
     assert reading.processes == (Process(100, 3 * GIB, None, None), Process(200, 2 * GIB, None, None))
     assert reading.samples == (Sample(100, now - 1000, 70), Sample(200, now - 500, 20))
-    assert reader.one().samples == (), "what was read is not read again: microseconds, not milliseconds"
-    gpu.samples.append((100, now + 400, 50))
-    assert reader.one().samples == (Sample(100, now + 400, 50),)
+    assert 0 < reading.window_s < 5
+    again = reader.one()
+    assert again.samples == (), "what was read is not read again: microseconds, not milliseconds"
+    assert again.window_s == 0, "the next sample may be under way: that is no zero yet"
+    later = now_us()
+    gpu.samples.append((100, later, 50))
+    assert reader.one().samples == (Sample(100, later, 50),)
+    gpu.samples = []
+    deadline = time.monotonic() + 20
+    while not (idle := reader.one()).window_s:
+        assert time.monotonic() < deadline, "for longer than a sample takes there was none, and that is no zero"
+        time.sleep(0.05)
+    assert idle.samples == ()
+    assert idle.window_s >= 1.0
 
 
 def test_memory_that_nvml_does_not_tell_is_none(reader: Reader) -> None:
@@ -228,7 +241,7 @@ def test_the_library_is_roots_or_is_not_used(tmp_path: Path) -> None:
 
 def test_a_reading_survives_its_message() -> None:
     reading = Reading(0, "GPU-1", 3, 1.5, 10, Missing("a", "b"), 5, False, 3, Missing("c", "d"),
-                      (Process(1, None, 2, None),), (Sample(1, 2, 3),))  # fmt: skip
+                      (Process(1, None, 2, None),), (Sample(1, 2, 3),), 0.5)  # fmt: skip
     assert from_wire(json.loads(json.dumps(to_wire(reading)))) == reading
     for broken in ({}, {**to_wire(reading), "processes": [[1]]}, {**to_wire(reading), "mig": {"missing": []}}):
         with pytest.raises((KeyError, TypeError, ValueError)):

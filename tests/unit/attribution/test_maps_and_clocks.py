@@ -1,0 +1,329 @@
+"""Logs and maps of gateways against a job whose sockets are known: whose an alert is, through every translation and by
+every clock; and where nothing tells, that this is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_guard.attribution.answers import Attribution
+from ray_guard.attribution.attribute import Result, attribute
+from ray_guard.attribution.clock import Clock
+from ray_guard.attribution.intake import Options, placed
+from ray_guard.attribution.observation import Semantics
+from ray_guard.attribution.times import syslog
+from ray_guard.evidence import columns
+
+SECOND: Final = 1_000_000_000
+BEGIN: Final = 1_772_854_811 * SECOND
+"""2026-03-07T03:40:11Z"""
+PEER: Final = "198.51.100.7"
+HERE: Final = "10.0.0.5"
+
+
+class Flow(NamedTuple):
+    """A socket that was recorded in a call of its own."""
+
+    at: float
+    lasts: float = 0.4
+    port: int = 40000
+    ip: str = HERE
+    peer: str = PEER
+    peer_port: int = 443
+
+    @property
+    def start_ns(self) -> int:
+        return BEGIN + int(self.at * SECOND)
+
+    @property
+    def end_ns(self) -> int:
+        return self.start_ns + int(self.lasts * SECOND)
+
+
+def steady(count: int, every: float = 7.3, lasts: float = 0.4) -> list[Flow]:
+    chance = Random(1)
+    return [Flow(n * every + chance.uniform(0, every / 2), lasts, 40000 + n) for n in range(count)]
+
+
+def traces(
+    folder: Path, flows: Iterable[Flow], *, host: str = "node-3", ips: Sequence[str] = (HERE,), texts: bool = False
+) -> Path:
+    rows: list[dict[str, Any]] = []
+    for number, flow in enumerate(flows):
+        same = {"trace_id": f"{number:032x}", "source": "supervisor", "rollout": f"r{number}", "host": host}
+        same |= {"host_ips": list(ips)}
+        call = {"span_id": f"{number:015x}1", "name": "execute_tool bash"}
+        call |= {"start_ns": flow.start_ns - SECOND // 5, "end_ns": flow.end_ns + SECOND // 5}
+        arguments = [("gen_ai.tool.call.arguments", f"curl https://{flow.peer}/")] if texts else []
+        rows.append(same | call | {"attributes": [("gen_ai.tool.call.id", f"call-{number}"), *arguments]})
+        if not texts:
+            ends = [("network.local.address", flow.ip), ("network.local.port", str(flow.port))]
+            ends += [("network.peer.address", flow.peer), ("network.peer.port", str(flow.peer_port))]
+            rows.append(
+                same
+                | {"span_id": f"{number:015x}2", "parent_id": call["span_id"], "name": "egress connect"}
+                | {"start_ns": flow.start_ns, "end_ns": flow.end_ns, "attributes": ends}
+            )
+    path = folder / "traces.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=columns.SCHEMA), path)
+    return path
+
+
+def line(moment_ns: int, src: str, sport: int | str, *, dst: str = PEER, dport: int = 443, node: str = "gw") -> str:
+    stamp = datetime.fromtimestamp(moment_ns // SECOND, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return (
+        f"{stamp}.{moment_ns % SECOND // 1000:06d}+00:00 {node} kernel: DENY: IN= OUT=eth0 SRC={src} DST={dst} LEN=60 "
+        f"PROTO=TCP SPT={sport} DPT={dport} SYN"
+    )
+
+
+def answer(
+    folder: Path, flows: Sequence[Flow], log: Sequence[str], *maps: str, options: Options | None = None, **job: Any
+) -> Result:
+    (folder / "fw.log").write_text("".join(f"{each}\n" for each in log))
+    paths = []
+    for number, content in enumerate(maps):
+        paths.append(folder / f"map{number}")
+        paths[-1].write_text(content)
+    return attribute([traces(folder, flows, **job)], [folder / "fw.log"], maps=paths, options=options)
+
+
+def named(alert: Attribution) -> str:
+    """The call that an alert is laid to, or what is said instead."""
+    return str(alert.candidates[0].about["call_id"]) if alert.verdict == "attributed" else alert.verdict
+
+
+def all_named(result: Result) -> list[str]:
+    return [named(each) for each in result.alerts]
+
+
+def calls(count: int) -> list[str]:
+    return [f"call-{number}" for number in range(count)]
+
+
+# ── maps ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+GATEWAY: Final = "203.0.113.9"
+
+
+def event(kind: str, at: float, inside: tuple[str, int], outside: tuple[str, int], aim: str = PEER) -> str:
+    far = f"src={PEER} dst={outside[0]} sport=443 dport={outside[1]}"
+    return f"[{at:.6f}]\t[{kind}] tcp      6 120 SYN_SENT src={inside[0]} dst={aim} sport={inside[1]} dport=443 {far}"
+
+
+def conntrack(flows: Sequence[Flow], kinds: str, *, skew: float = 0.0, **changed: Any) -> str:
+    """What a gateway says of these flows. It gives out one port again and again."""
+    rows = []
+    for number, flow in enumerate(flows):
+        ends = (flow.ip, flow.port), (GATEWAY, 61000 + number % 2)
+        if "NEW" in kinds:
+            rows.append((flow.start_ns / SECOND + skew, "NEW", *ends))
+        if "DESTROY" in kinds:
+            rows.append((flow.end_ns / SECOND + skew + 1.0, "DESTROY", *ends))
+    return "".join(event(kind, at, *ends, **changed) + "\n" for at, kind, *ends in sorted(rows))
+
+
+def outside(flows: Sequence[Flow], skew: float = 0.0) -> list[str]:
+    return [
+        line(flow.start_ns + int((0.1 + skew) * SECOND), GATEWAY, 61000 + number % 2)
+        for number, flow in enumerate(flows)
+    ]
+
+
+@pytest.mark.parametrize("kinds", ["NEW DESTROY", "NEW", "DESTROY"])
+@pytest.mark.parametrize("skew", [0.0, 41.0])
+def test_a_port_that_is_given_out_again_is_each_time_another_calls(tmp_path: Path, kinds: str, skew: float) -> None:
+    flows = steady(24)
+    result = answer(tmp_path, flows, outside(flows, skew), conntrack(flows, kinds, skew=skew))
+    assert all_named(result) == calls(24)
+    assert {each.candidates[0].tier for each in result.alerts} == {"nat"}
+
+
+def test_a_dump_holds_beside_the_events(tmp_path: Path) -> None:
+    """It does not say of when it is."""
+    flows = steady(12)
+    dump = event("NEW", 0, (HERE, flows[0].port), (GATEWAY, 61000)).partition("\t[NEW] ")[2]
+    result = answer(tmp_path, flows, outside(flows), conntrack(flows, "DESTROY").partition("\n")[2] + dump + "\n")
+    assert all_named(result)[0] == "call-0"
+
+
+def test_a_map_has_a_clock_of_its_own(tmp_path: Path) -> None:
+    flows = steady(24)
+    result = answer(tmp_path, flows, outside(flows, 3.0), conntrack(flows, "NEW DESTROY", skew=-3600.0))
+    assert all_named(result) == calls(24)
+    (given,) = result.maps
+    assert (given.translations, given.own_clock, round(given.clock.skew_ns / SECOND)) == (24, True, -3600)
+    assert round(result.sources[0].clock.skew_ns / SECOND) == 3
+
+
+def test_from_node_to_host_to_gateway(tmp_path: Path) -> None:
+    flows = [flow._replace(ip="172.17.0.2") for flow in steady(24)]
+    host = "".join(
+        event("NEW", flow.start_ns / SECOND + 5, ("172.17.0.2", flow.port), ("10.0.0.5", 50000 + n)) + "\n"
+        for n, flow in enumerate(flows)
+    )
+    rows = (f"{flow.start_ns / SECOND - 9},,10.0.0.5,{50000 + n},{GATEWAY},61000" for n, flow in enumerate(flows))
+    log = [line(flow.start_ns + SECOND // 10, GATEWAY, 61000) for flow in flows]
+    result = answer(tmp_path, flows, log, host, "\n".join(rows), ips=["172.17.0.2", "10.0.0.5"])
+    assert all_named(result) == calls(24)
+    assert [round(each.clock.skew_ns / SECOND) for each in result.maps] == [5, -9]
+
+
+def test_a_destination_that_is_translated_too(tmp_path: Path) -> None:
+    flows = [flow._replace(peer="10.96.0.1") for flow in steady(12)]
+    result = answer(tmp_path, flows, outside(flows), conntrack(flows, "NEW DESTROY", aim="10.96.0.1"))
+    assert all_named(result) == calls(12)
+
+
+def test_a_whole_address_is_mapped(tmp_path: Path) -> None:
+    flows = steady(12)
+    log = [line(flow.start_ns, GATEWAY, flow.port) for flow in flows]
+    result = answer(tmp_path, flows, log, f"outside_ip;inside_ip\n{GATEWAY};{HERE}\n")
+    assert all_named(result) == calls(12)
+
+
+def test_icmp_has_no_ports_that_a_map_could_lack(tmp_path: Path) -> None:
+    flows = steady(12)
+    ping = line(flows[5].start_ns, GATEWAY, 8, dport=0).replace("PROTO=TCP", "PROTO=ICMP")
+    result = answer(tmp_path, flows, [*outside(flows), ping], conntrack(flows, "NEW DESTROY"))
+    assert result.db.execute("SELECT count(*) FROM unmapped").fetchall() == [(0,)]
+
+
+# ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("host", "said", "same"),
+    [
+        ("node-3", "node-3", True),
+        ("node-3", "NODE-3.rl.example.", True),
+        ("node-3.rl.example", "node-3", True),
+        ("node-3.rl.example", "node-3.eu.example", False),
+        ("10.0.0.5", "10.0.0.5", True),
+        ("10.0.0.5", "10.0.0.6", False),
+        ("node-3", "192.0.2.5", True),  # by its address
+        ("node-3", "2001:db8::5", True),
+    ],
+)
+def test_a_machine_by_its_name(tmp_path: Path, host: str, said: str, same: bool) -> None:
+    log = [line(BEGIN, "203.0.113.77", 1, node=said)]
+    result = answer(tmp_path, steady(3), log, host=host, ips=["192.0.2.5", "2001:db8::5"])
+    assert result.db.execute("SELECT known FROM place").fetchall() == [(same,)]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "logged"),
+    [("::ffff:10.0.0.5", "10.0.0.5"), ("2001:0DB8:0::05", "2001:db8::5"), ("fe80::5%eth0", "fe80::5")],
+)
+def test_an_address_however_it_was_recorded(tmp_path: Path, recorded: str, logged: str) -> None:
+    flows = [flow._replace(ip=recorded) for flow in steady(6)]
+    log = [line(flow.start_ns, logged, flow.port) for flow in flows]
+    result = answer(tmp_path, flows, log, ips=[recorded, "192.0.2.1"])
+    assert all_named(result) == calls(6)
+    assert result.db.execute("SELECT DISTINCT known FROM place").fetchall() == [(True,)]
+
+
+# ── clocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def direct(flows: Sequence[Flow], skew: Callable[[Flow], float]) -> list[str]:
+    return [line(flow.start_ns + int((0.1 + skew(flow)) * SECOND), flow.ip, flow.port) for flow in flows]
+
+
+def told(clock: Clock) -> float:
+    assert clock.identifiable
+    assert clock.low_ns <= clock.skew_ns <= clock.high_ns
+    return clock.skew_ns / SECOND
+
+
+@pytest.mark.parametrize(
+    ("every", "skew"),
+    [
+        (7.3, lambda _: -5.0),
+        (7.3, lambda _: 8 * 3600 + 3.0),  # civil time of another zone
+        (1440, lambda flow: 3 + flow.at * 500e-6),  # 500 ppm, over a day
+        (10_080, lambda flow: 3 - flow.at * 500e-6),  # … a week
+    ],
+)
+def test_a_clock_is_told_and_taken_off(tmp_path: Path, every: float, skew: Callable[[Flow], float]) -> None:
+    flows = steady(60, every)
+    result = answer(tmp_path, flows, direct(flows, skew))
+    (clock,) = result.sources[0].clocks
+    middle = next(flow for flow in flows if flow.start_ns > clock.reference_ns - (skew(flow) + 1) * SECOND)
+    assert abs(told(clock) - skew(middle)) <= 0.5 + every * 500e-6
+    assert all_named(result) == calls(60)
+
+
+@pytest.mark.parametrize("jump", [37.0, -3600.0, 3600.0])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_clock_that_is_set_in_between_is_two(tmp_path: Path, jump: float, share: float) -> None:
+    """By a time server; by the change from or to summer time in a log that does not say its zone."""
+    flows = steady(60)
+    result = answer(tmp_path, flows, direct(flows, lambda flow: jump if flow.at > flows[int(60 * share)].at else 0.0))
+    before, after = result.sources[0].clocks
+    assert told(before) == 0.0
+    assert abs(told(after) - jump) <= 0.5
+    assert result.sources[0].set_at == [int(60 * share) + 1]
+    assert all_named(result) == calls(60)
+
+
+def test_two_clocks_in_one_file_are_none(tmp_path: Path) -> None:
+    flows = steady(60)
+    result = answer(tmp_path, flows, direct(flows, lambda flow: 90.0 if flow.port % 3 == 0 else 4.0))
+    (clock,) = result.sources[0].clocks
+    assert not clock.identifiable
+    assert all_named(result) == ["unobserved" if flow.port % 3 == 0 else f"call-{n}" for n, flow in enumerate(flows)]
+
+
+@pytest.mark.parametrize(
+    ("flows", "seen", "skew", "right"),
+    [
+        # the same port at every call: one offset fits as well as the next
+        ([Flow(10.0 * n, 1.0) for n in range(40)], slice(None), 7.0, False),
+        ([Flow(10.0 * n, 1.0) for n in range(40)], slice(10, 16), 7.0, False),
+        ([Flow(60.0 * n, 1.0, 40000 + n % 7) for n in range(90)], slice(50, 51), 0.0, True),
+        ([Flow(60.0 * n, 1.0, 40000 + n % 7) for n in range(90)], slice(50, 53), 37.0, False),
+        # flows of minutes: any of many offsets puts each alert into its own
+        ([Flow(20.0 * n, 600.0, 40000 + n) for n in range(30)], slice(None), 37.0, True),
+        # drift over a day, and too few to tell it
+        (steady(12, 7200), slice(None), 0.0005, False),
+    ],
+)
+def test_what_does_not_tell_a_clock_is_said_not_to(
+    tmp_path: Path, flows: list[Flow], seen: slice, skew: float, right: bool
+) -> None:
+    drifting = skew < 0.01
+    log = direct(flows, lambda flow: flow.at * skew if drifting else skew)[seen]
+    result = answer(tmp_path, flows, log)
+    assert not result.sources[0].clock.identifiable
+    wanted = calls(len(flows))[seen] if right else ["unobserved"] * len(log)
+    if drifting and not right:
+        wanted = [call if call == "call-0" else "unobserved" for call in all_named(result)]
+    assert all_named(result) == wanted
+
+
+@pytest.mark.parametrize(
+    ("traces_begin", "written", "year", "expected"),
+    [
+        ("2025-12-31T23:59:00Z", "Jan  1 00:00:01", None, "2026-01-01T00:00:01Z"),
+        ("2026-01-01T00:01:00Z", "Dec 31 23:59:59", None, "2025-12-31T23:59:59Z"),
+        ("2026-01-01T00:01:00Z", "Dec 31 23:59:59", 2025, "2025-12-31T23:59:59Z"),
+        ("2026-01-01T00:01:00Z", "Jan  1 00:00:01", 2025, "2026-01-01T00:00:01Z"),
+        ("2026-03-01T00:01:00Z", "Mar  1 00:00:01", 2024, "2024-03-01T00:00:01Z"),
+        ("2026-03-01T00:01:00Z", "Jan  1 00:00:01", 2024, "2024-01-01T00:00:01Z"),
+        ("2028-03-01T00:01:00Z", "Feb 29 23:59:59", None, "2028-02-29T23:59:59Z"),
+        ("2026-03-01T00:01:00Z", "Feb 29 23:59:59", None, "2024-02-29T23:59:59Z"),
+    ],
+)
+def test_a_year_that_is_not_said(traces_begin: str, written: str, year: int | None, expected: str) -> None:
+    begin = int(datetime.fromisoformat(traces_begin).timestamp()) * SECOND
+    time, _ = syslog(written, Semantics.PACKET)
+    placed_ns = placed(time, Options(year=year), (begin, begin + 3600 * SECOND)).start_ns
+    assert datetime.fromtimestamp(placed_ns // SECOND, UTC) == datetime.fromisoformat(expected)
