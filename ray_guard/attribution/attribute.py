@@ -23,6 +23,8 @@ from ray_guard.evidence.reader import Quarantine
 
 SECOND: Final = 1_000_000_000
 _TICK_S: Final = 0.5
+_TOGETHER_NS: Final = 10 * SECOND
+"""Alerts between the same two are of one event while none comes longer after the one before it."""
 _EVER: Final = 1 << 62
 
 Progress = Callable[[str], None]
@@ -158,7 +160,7 @@ def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: list[Map]
 def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     # Beside hard evidence an open call counts for nothing, unless the destination tells how many such calls there were.
     rows = db.execute(
-        f"""SELECT alert, call, tier, gap_ns, span_ns, reach, named, used, watched FROM candidate
+        f"""SELECT alert, call, tier, gap_ns, span_ns, reach, tells, named, used, watched FROM candidate
             WHERE tier < {score.HARD_TIERS} OR named OR used
               OR alert NOT IN (SELECT alert FROM candidate WHERE tier < {score.HARD_TIERS})
             ORDER BY alert, call"""
@@ -168,7 +170,8 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
            FROM timed t JOIN alert a USING (alert) ORDER BY alert"""
     ).fetchnumpy()
     facts = db.execute(
-        """SELECT t.informational, t.alert IN (SELECT alert FROM place WHERE known) AS known
+        """SELECT t.informational, t.alert IN (SELECT alert FROM place WHERE known) AS known,
+             CAST(hash(t.source, t.informational, t.src_ip, t.dst_ip) >> 1 AS BIGINT) AS between
            FROM timed t ORDER BY t.alert"""
     ).fetchnumpy()
     informational, known = facts["informational"].astype(bool), facts["known"].astype(bool)
@@ -184,6 +187,7 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     # An ordinary flow and an objection have nothing in common: each kind learns its own rates.
     group = np.array(logs.source, dtype=np.int64) * 4 + known * 2 + informational
     groups = 4 * len(logs.sources)
+    episode = _episodes(facts["between"], times["start_ns"])
     calls, room = _exposures(db, groups, group, times["start_ns"], times["end_ns"])
     # A socket that hangs under no call is its rollout's; where calls are always there, it is because one was lost.
     ((lost,),) = db.execute("SELECT coalesce(avg(CAST(call < 0 AS INTEGER)), 0.0) FROM flow").fetchall()
@@ -195,6 +199,7 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
             rows["gap_ns"],
             rows["span_ns"],
             rows["reach"].astype(np.int64),
+            rows["tells"].astype(bool),
             rows["named"].astype(bool),
             rows["used"].astype(bool),
             rows["watched"].astype(bool),
@@ -207,6 +212,8 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
             foreign | unmapped,
             times["slack_ns"],
             times["end_ns"] - times["start_ns"],
+            episode,
+            1.0 / np.bincount(episode)[episode],
         ),
         calls,
         lost=lost,
@@ -214,23 +221,52 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     return Answers(db, logs, times, Facts(informational, known, unmapped), rows, probability, nobody)
 
 
+def _episodes(between: Any, start: Any) -> Any:
+    """Numbers alerts by the event they are part of: those between the same two, none long after the one before it."""
+    order = np.lexsort((start, between))
+    apart = np.diff(start[order]) > _TOGETHER_NS
+    begins = np.concatenate([[True], (np.diff(between[order]) != 0) | apart])[: len(order)]
+    episode = np.empty(len(order), dtype=np.int64)
+    episode[order] = np.cumsum(begins) - 1
+    return episode
+
+
 def _exposures(db: duckdb.DuckDBPyConnection, groups: int, group: Any, start: Any, end: Any) -> tuple[Any, Any]:
-    """(calls of each reach, machine-seconds of each group): what alerts could have been caused by."""
+    """(calls by whether they name a destination and by reach, machine-seconds of each group).
+
+    A log need not begin and end with the traces: what it was silent of before its first record and after its last
+    could not cause an alert in it, neither by calls nor by nobody's.
+    """
     ((machines,),) = db.execute("SELECT count(*) FROM node").fetchall()
-    reaches = db.execute(
-        """SELECT coalesce(w.reach, 1) AS reach, count(*), min(a.start_ns), max(a.end_ns)
-           FROM alive a LEFT JOIN words w USING (call) GROUP BY ALL"""
-    ).fetchall()
-    calls = np.zeros(4)
-    for reach, count, _, _ in reaches:
-        calls[reach] = count
+    ((first, last),) = db.execute("SELECT min(start_ns), max(end_ns) FROM alive").fetchall()
+    first, last = (int(start.min()), int(end.max())) if first is None and len(start) else (first or 0, last or 0)
     room = np.ones(groups)
-    for number in np.unique(group):
-        mine = group == number
-        first = min([int(start[mine].min()), *(row[2] for row in reaches)])
-        last = max([int(end[mine].max()), *(row[3] for row in reaches)])
-        room[number] = (last - first) / SECOND * (machines if number & 2 else 1)
+    heard = (first, last)
+    if len(start):
+        heard = _heard(start, end, first, last)
+        for source in np.unique(group // 4):
+            mine = group // 4 == source
+            begin, until = _heard(start[mine], end[mine], first, last)
+            for number in range(4 * source, 4 * source + 4):
+                room[number] = max(until - begin, SECOND) / SECOND * (machines if number & 2 else 1)
+    calls = np.zeros((2, 4))
+    for tells, reach, count in db.execute(
+        """SELECT coalesce(w.tells, false), coalesce(w.reach, 1), count(*) FROM alive a LEFT JOIN words w USING (call)
+           WHERE a.end_ns >= ? AND a.start_ns <= ? GROUP BY ALL""",
+        heard,
+    ).fetchall():
+        calls[int(tells), reach] = count
     return calls, room
+
+
+def _heard(start: Any, end: Any, first: int, last: int) -> tuple[int, int]:
+    """From when to when a log was written, judged by its records: few leave more open, and none more than the traces'
+    span (``first`` to ``last``) and its own."""
+    begin, until = int(start.min()), int(end.max())
+    beyond = int((until - begin) / max(len(start) - 1, 1))
+    if len(start) == 1:
+        return min(begin, first), max(until, last)
+    return min(begin, max(begin - beyond, first)), max(until, min(until + beyond, last))
 
 
 #: what a job's machines may have for addresses; Python's is_private holds much more

@@ -11,7 +11,7 @@ from typing import Final
 
 import duckdb
 
-from ray_guard.attribution import nat
+from ray_guard.attribution import nat, prior
 
 TIERS: Final = ("socket", "nat", "process", "destination", "interval")
 BUCKET_NS: Final = 30_000_000_000
@@ -27,7 +27,8 @@ LOOKBACK_NS: Final = 300_000_000_000
 
 def join(db: duckdb.DuckDBPyConnection) -> None:
     """Fills ``candidate``: alert, call, tier (its number), gap_ns (0 inside), span_ns (how long the call was alive),
-    reach, named, used (the call has a recorded socket to there), watched (sockets of its rollout were recorded).
+    reach, tells (its text names a destination), named (this one), used (the call has a recorded socket to there),
+    watched (sockets of its rollout were recorded).
 
     Fills ``unmapped`` (alert): those of an address whose NAT map knows nobody for their port.
 
@@ -258,14 +259,14 @@ _AFTER: Final = (
          UNION
          SELECT b.alert, b.call FROM best b JOIN timed t USING (alert)
            SEMI JOIN open o ON o.call = b.call AND o.host = t.host""",
-    """CREATE OR REPLACE TABLE candidate AS
+    f"""CREATE OR REPLACE TABLE candidate AS
          WITH about AS (
-           SELECT call, l.end_ns - l.start_ns AS span_ns, w.reach, w.text, v.call IS NOT NULL AS watched
+           SELECT call, l.end_ns - l.start_ns AS span_ns, w.reach, w.tells, w.text, v.call IS NOT NULL AS watched
            FROM alive l FULL JOIN watched v USING (call) LEFT JOIN words w USING (call))
          SELECT b.*, coalesce(a.span_ns, 0) AS span_ns, t.source,
-           coalesce(a.reach, 1) AS reach,
-           coalesce(contains(a.text, t.dst_ip), false) OR coalesce(contains(a.text, t.src_ip), false)
-             OR coalesce(t.host <> '' AND contains(lower(a.text), t.host), false) AS named,
+           coalesce(a.reach, 1) AS reach, coalesce(a.tells, false) AS tells,
+           {prior.names("a.text", "t.dst_ip")} OR {prior.names("a.text", "t.src_ip")}
+             OR {prior.names("a.text", "t.host")} AS named,
            u.call IS NOT NULL AS used, coalesce(a.watched, false) AS watched
          FROM best b JOIN timed t USING (alert) LEFT JOIN about a USING (call) LEFT JOIN used u USING (alert, call)""",
     "DROP TABLE by_interval",

@@ -2,8 +2,8 @@
 
 An alert that belongs to something recorded allows a range of offsets: all that put it inside that thing's life. The
 offset that most alerts allow at once is the skew. Recorded sockets tell it best; without them, calls whose text names
-the destination or that use the network by their nature. Where neither singles out one offset the skew is *not
-identifiable*, and is said to be so: a wrong one, silently used, would name wrong calls.
+the destination, or that tunnel, mine or scan (:mod:`~ray_guard.attribution.skew`). Where neither singles out one offset
+the skew is *not identifiable*, and is said to be so: a wrong one, silently used, would name wrong calls.
 
 Over all calls alike the same search is useless: some call is open at any offset.
 """
@@ -16,15 +16,20 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 
-SECOND: Final = 1_000_000_000
-REACH_NS: Final = 15 * 3600 * SECOND
-"""The largest offset that is looked for: a time zone, and a clock that is wrong besides."""
+from ray_guard.attribution import prior, skew
+from ray_guard.attribution.candidates import same_host
+from ray_guard.attribution.skew import REACH_NS, SECOND
+
 _SLACK_NS: Final = SECOND
 _UNKNOWN_SLACK_NS: Final = 2 * SECOND
 _TOLD_NS: Final = SECOND // 2
 _NEARLY_ALL: Final = 0.9
 _PAIRS: Final = 400_000
 _FEW: Final = 5
+_TOGETHER_NS: Final = 10 * SECOND
+_PLACES: Final = 64
+"""How many destinations of alerts that tell no machine are looked for, in at most so many commands:"""
+_CALLS: Final = 200_000
 _INTS = npt.NDArray[np.int64]
 _FLOATS = npt.NDArray[np.float64]
 
@@ -58,20 +63,33 @@ class Clock(NamedTuple):
 
 def estimate(db: duckdb.DuckDBPyConnection, source: int) -> list[Clock]:
     """The clock of one source, from ``alert``, ``nat`` and the job's tables; where it was set in between, both."""
+    found = db.execute(_SOCKETS, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
     best = Clock()
-    for pairs, sharp in ((_SOCKETS, True), (_TEXTS, False)):
-        found = db.execute(pairs, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
-        if len(found["alert"]):
-            ranges = found["alert"], found["low"], found["high"], found["seen"]
-            clock = of_ranges(*ranges, sharp=sharp)
-            if sharp and (stepped := of_step(*ranges, clock)):
-                return list(stepped)
-            if sharp and clock.identifiable and _another(*ranges, clock):
-                return [clock._replace(identifiable=False)]
-            if clock.identifiable:
-                return [clock]
-            best = best if best.bounded else clock
-    return [best]
+    if len(found["alert"]):
+        ranges = found["alert"], found["low"], found["high"], found["seen"]
+        best = of_ranges(*ranges)
+        if stepped := of_step(*ranges, best):
+            return list(stepped)
+        if best.identifiable:
+            return [best._replace(identifiable=not _another(*ranges, best))]
+    # Where the sockets themselves were found and tell no clock, that somebody went there is nothing new.
+    told = _by_texts(db, source, sockets=not len(found["alert"]))
+    return [told if told.identifiable or not best.bounded else best]
+
+
+def _by_texts(db: duckdb.DuckDBPyConnection, source: int, *, sockets: bool) -> Clock:
+    """By what commands name; ``sockets``: and by recorded sockets to there, whatever their port."""
+    ((room_ns,),) = db.execute("SELECT coalesce(max(end_ns) - min(start_ns), 0) FROM alive").fetchall()
+    for statement in _TELLING:
+        db.execute(statement, {"source": source} if "$source" in statement else None)
+    found = db.execute(_TEXTS, {"reach": REACH_NS, "sockets": sockets}).fetchnumpy()
+    if not room_ns or not len(found["alert"]):
+        return Clock()
+    by = skew.of_texts(skew.Telling(**{name: found[name] for name in skew.Telling._fields}), room_ns)
+    if not by.near:
+        return Clock()
+    slack = min(max(by.high - by.offset, by.offset - by.low), skew.FURTHEST_NS) + _SLACK_NS
+    return Clock(by.offset, by.drift, by.reference, by.low, by.high, identifiable=by.told, slack_ns=slack)
 
 
 def of_map(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
@@ -79,45 +97,33 @@ def of_map(db: duckdb.DuckDBPyConnection, source: int) -> Clock:
     found = db.execute(_MAPPED, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
     if not len(found["alert"]):
         return Clock()
-    return of_ranges(found["alert"], found["low"], found["high"], found["seen"], sharp=True)
+    return of_ranges(found["alert"], found["low"], found["high"], found["seen"])
 
 
-def of_ranges(
-    alert: _INTS,
-    low: _INTS,
-    high: _INTS,
-    at: _INTS,
-    *,
-    sharp: bool,
-) -> Clock:
-    """The offset that most alerts allow.
+def of_ranges(alert: _INTS, low: _INTS, high: _INTS, at: _INTS) -> Clock:
+    """The offset that most alerts allow, each of which has nearly one range: a recorded socket's.
 
     Args:
         alert: whose range it is; an alert may have many.
         low, high: the offsets that put it inside one thing's life, nanoseconds.
         at: the alert's own time, for the drift.
-        sharp: each alert has nearly one range (sockets); else chance has to be ruled out.
     """
     alerts = len(np.unique(alert))
-    weight = 1.0 / np.maximum(1, (high - low) / SECOND) if not sharp else np.ones(len(low))
     reference = int(np.median(at))
-    drift = _drift(low, high, at - reference) if sharp and alerts >= 30 else 0.0
+    drift = _drift(low, high, at - reference) if alerts >= 30 else 0.0
     lows, highs = low - drift * (at - reference), high - drift * (at - reference)
-    best, start, end, runner_up = _deepest(lows.astype(np.float64), highs.astype(np.float64), weight)
+    best, start, end, runner_up = _deepest(lows.astype(np.float64), highs.astype(np.float64))
     inside = (lows <= (start + end) / 2) & (highs >= (start + end) / 2)
     agreeing = len(np.unique(alert[inside]))
-    enough = (
-        agreeing >= (1 if alerts == 1 and sharp else 2 if sharp else _FEW)
-        and agreeing >= (0.5 if sharp else 0.3) * alerts
-    )
+    enough = agreeing >= min(alerts, 2) and agreeing >= 0.5 * alerts
     # A port that is used again and again, or calls at regular intervals, agree at more offsets than one.
     if not enough or best < 1.3 * runner_up:
         return Clock()
-    skew = 0.0 if start <= 0 <= end else (start + end) / 2
+    offset = 0.0 if start <= 0 <= end else (start + end) / 2
     slack = int(min((end - start) / 2, 5 * SECOND)) + _SLACK_NS
     # Flows that last for minutes agree at any of many offsets: that is used, but it tells no clock.
-    told = not sharp or end - start <= 2 * _TOLD_NS
-    return Clock(int(skew), drift, reference, int(start), int(end), identifiable=told, slack_ns=slack)
+    told = end - start <= 2 * _TOLD_NS
+    return Clock(int(offset), drift, reference, int(start), int(end), identifiable=told, slack_ns=slack)
 
 
 def of_step(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, whole: Clock) -> tuple[Clock, Clock] | None:
@@ -138,7 +144,7 @@ def of_step(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, whole: Clock) -> t
     for _ in range(2):
         if not left.any():
             return None
-        _, start, end, _ = _deepest(low[left].astype(np.float64), high[left].astype(np.float64), np.ones(left.sum()))
+        _, start, end, _ = _deepest(low[left].astype(np.float64), high[left].astype(np.float64))
         places.append(np.zeros(len(alerts), dtype=bool))
         places[-1][which[(low <= (start + end) / 2) & (high >= (start + end) / 2)]] = True
         left &= ~places[-1][which]
@@ -155,7 +161,7 @@ def of_step(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, whole: Clock) -> t
     clocks = []
     for side in (~late, late):
         ranges = alert[side], low[side], high[side], at[side]
-        clocks.append(of_ranges(*ranges, sharp=True))
+        clocks.append(of_ranges(*ranges))
         if not clocks[-1].identifiable or _explained(*ranges, clocks[-1]) < _NEARLY_ALL:
             return None
     first, second = clocks
@@ -168,7 +174,7 @@ def _another(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, clock: Clock) -> 
         return False
     offset = clock.skew_ns + clock.drift * (at - clock.reference_ns)
     left = ~np.isin(alert, alert[(low - SECOND <= offset) & (high + SECOND >= offset)])
-    other = of_ranges(alert[left], low[left], high[left], at[left], sharp=True)
+    other = of_ranges(alert[left], low[left], high[left], at[left])
     few = (1 - explained) * len(np.unique(alert)) < _FEW
     return other.identifiable and not few
 
@@ -180,13 +186,10 @@ def _explained(alert: _INTS, low: _INTS, high: _INTS, at: _INTS, clock: Clock) -
     return len(np.unique(met)) / max(1, len(np.unique(alert)))
 
 
-def _deepest(low: _FLOATS, high: _FLOATS, weight: _FLOATS) -> tuple[float, float, float, float]:
+def _deepest(low: _FLOATS, high: _FLOATS) -> tuple[float, float, float, float]:
     """(depth, begin, end) of where most ranges overlap, and the greatest depth well away from there."""
-    edges = np.concatenate([low, high])
-    steps = np.concatenate([weight, -weight])
-    # Of edges at one place those that open come first: ranges that touch agree.
-    order = np.lexsort((-steps, edges))
-    edges, depth = edges[order], np.cumsum(steps[order])
+    edges, order = skew.edges_of(low, high)
+    depth = np.cumsum(np.where(order < len(low), 1.0, -1.0))
     top = int(np.argmax(depth))
     begin, end = edges[top], edges[min(top + 1, len(edges) - 1)]
     # Depth decays on both sides of the peak over the ranges that make it; what is beyond is another place.
@@ -199,10 +202,9 @@ def _deepest(low: _FLOATS, high: _FLOATS, weight: _FLOATS) -> tuple[float, float
 def _drift(low: _INTS, high: _INTS, since: _INTS) -> float:
     """The drift under which most ranges agree on one offset; 0 where that is hardly more than without any."""
     lows, highs, times = low.astype(np.float64), high.astype(np.float64), since.astype(np.float64)
-    one = np.ones(len(low))
 
     def agreeing(drift: float) -> float:
-        return _deepest(lows - drift * times, highs - drift * times, one)[0]
+        return _deepest(lows - drift * times, highs - drift * times)[0]
 
     still = best = agreeing(0.0)
     centre, step, found = 0.0, 1e-4, 0.0
@@ -237,20 +239,49 @@ FROM told t JOIN flow f ON f.local_ip = t.local_ip AND f.local_port = t.local_po
   AND f.peer_ip = t.peer_ip AND f.peer_port = t.peer_port
 WHERE abs(t.start_ns - f.start_ns) < $reach LIMIT $limit"""
 
-_TEXTS: Final = f"""
-WITH {_SAMPLE}, {_SIDES},
- near AS (SELECT s.*, i.node FROM sides s JOIN node_ip i ON i.ip = s.local_ip),
- telling AS (
-   SELECT n.alert, n.start_ns - l.end_ns AS low, n.end_ns - l.start_ns AS high, n.start_ns AS seen,
-     contains(w.text, n.peer_ip) OR coalesce(n.host <> '' AND contains(lower(w.text), n.host), false)
-       OR coalesce(u.call IS NOT NULL, false) AS named,
-     w.reach = 3 AS suspect
-   FROM near n JOIN alive l ON l.node = n.node AND abs(n.start_ns - l.start_ns) < $reach
-   JOIN words w USING (call)
-   LEFT JOIN (SELECT DISTINCT call, peer_ip FROM flow) u ON u.call = l.call AND u.peer_ip = n.peer_ip
-   WHERE w.text <> '')
-SELECT alert, low, high, seen FROM telling
-WHERE named OR (suspect AND NOT (SELECT coalesce(bool_or(named), false) FROM telling)) LIMIT $limit"""
+_TELLING: Final = (
+    # An alert that tells no machine may be of any: ``node`` is NULL, and only some of the calls are looked at.
+    f"""CREATE OR REPLACE TEMP TABLE heard AS
+ WITH {_SAMPLE}, {_SIDES},
+  placed AS (
+    SELECT s.alert, s.start_ns, s.end_ns, s.peer_ip, s.host, i.node FROM sides s JOIN node_ip i ON i.ip = s.local_ip
+    UNION
+    SELECT a.alert, a.start_ns, a.end_ns, a.dst_ip, a.host, n.node
+    FROM sampled a JOIN node n ON {same_host("a.node", "n.host")} OR a.node = n.node_id),
+  either AS (
+    SELECT * FROM placed
+    UNION
+    SELECT alert, start_ns, end_ns, peer_ip, host, NULL FROM sides ANTI JOIN placed USING (alert))
+ -- Many in a moment are one event: what they say of the clock they say once.
+ SELECT *, 1.0 / count(*) OVER (PARTITION BY node, peer_ip, host, start_ns // {_TOGETHER_NS}) AS weight FROM either""",
+    f"""CREATE OR REPLACE TEMP TABLE telling AS
+ WITH placed AS (SELECT DISTINCT node, peer_ip, host FROM heard WHERE node IS NOT NULL),
+  anywhere AS (SELECT peer_ip, host FROM heard WHERE node IS NULL GROUP BY ALL
+               ORDER BY count(*) DESC, peer_ip, host LIMIT {_PLACES}),
+  sought AS (SELECT call, text, reach FROM words WHERE reach >= 2 ORDER BY hash(call) LIMIT {_CALLS})
+ SELECT p.node, p.peer_ip, p.host, l.call, l.start_ns, l.end_ns FROM placed p
+   JOIN alive l ON l.node = p.node JOIN words w USING (call)
+   WHERE {prior.names("w.text", "p.peer_ip")} OR {prior.names("w.text", "p.host")}
+ UNION ALL
+ SELECT NULL, p.peer_ip, p.host, l.call, l.start_ns, l.end_ns FROM anywhere p
+   JOIN sought w ON {prior.names("w.text", "p.peer_ip")} OR {prior.names("w.text", "p.host")}
+   JOIN alive l USING (call)""",
+)
+_TEXTS: Final = """
+WITH named AS (
+   SELECT h.alert, h.start_ns, h.end_ns, h.weight, c.start_ns AS begun, c.end_ns AS ended, 1.0 AS rate
+   FROM heard h JOIN telling c ON c.node IS NOT DISTINCT FROM h.node AND c.peer_ip IS NOT DISTINCT FROM h.peer_ip
+     AND c.host IS NOT DISTINCT FROM h.host
+   UNION ALL
+   SELECT h.alert, h.start_ns, h.end_ns, h.weight, f.start_ns, f.end_ns, 1.0
+   FROM heard h JOIN flow f ON f.node = h.node AND f.peer_ip = h.peer_ip WHERE $sockets),
+ suspect AS (
+   SELECT h.alert, h.start_ns, h.end_ns, h.weight, l.start_ns, l.end_ns, 0.3
+   FROM heard h JOIN alive l ON l.node = h.node JOIN words w USING (call)
+   WHERE w.reach = 3 AND h.alert NOT IN (SELECT alert FROM named))
+SELECT alert, start_ns - ended AS low, end_ns - begun AS high, start_ns AS seen, weight, rate
+FROM (SELECT * FROM named UNION ALL SELECT * FROM suspect) WHERE abs(start_ns - begun) < $reach
+ORDER BY alert, low, high"""
 # A translation begins with its connection, and may outlast it by minutes.
 _MAPPED: Final = f"""
 WITH sampled AS (SELECT row_number() OVER (ORDER BY inside_ip, inside_port, start_ns) AS alert, *,

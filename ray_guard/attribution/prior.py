@@ -45,6 +45,10 @@ SILENT: Final = (
 )
 
 
+TELLS: Final = r"\b\d{1,3}(?:\.\d{1,3}){3}\b|\w://[\w\[]|\w@\w+\.\w|::"
+"""The text names some destination."""
+
+
 def reach(text: str) -> Reach:
     """The class of a command line, or of a tool's arguments as JSON; ``candidates`` asks the same in SQL."""
     if not text:
@@ -53,3 +57,11 @@ def reach(text: str) -> Reach:
         if re.search(pattern, text):
             return found
     return Reach.UNKNOWN
+
+
+def names(text: str, what: str) -> str:
+    """The SQL that tells whether a text names an address or a host, and no longer one that holds it. Both in SQL."""
+    quoted = f"replace({what}, '.', '[.]')"
+    before, after = r"(^|[^0-9A-Za-z_.-]|\\[nrt])", r"($|[^0-9A-Za-z_.-]|[.]($|[^0-9A-Za-z]))"
+    return f"""(CASE WHEN coalesce({what} <> '' AND contains(lower({text}), {what}), false)
+                 THEN regexp_matches(lower({text}), '{before}' || {quoted} || '{after}') ELSE false END)"""

@@ -20,13 +20,32 @@ _BOOLS = npt.NDArray[np.bool_]
 
 HARD_TIERS: Final = 3
 """socket, nat and process come before destination and interval."""
-CLASSES: Final = 12
-"""reach (four) × what is known of the destination: nothing, named in the text, used by a recorded socket."""
+CLASSES: Final = 16
+"""reach (four) × what is known of the destination: nothing; the text names another; this one; a socket went there."""
 _HARD: Final = np.array([0.997, 0.99, 0.98])
 #: alerts that a call of each class causes, before any was seen; by reach: silent, unknown, network, suspect
-_EXPECTED: Final = np.array([1e-4, 1e-3, 2e-3, 0.3, 0.05, 0.2, 0.2, 0.5, 0.2, 0.4, 0.4, 0.6])
+_EXPECTED: Final = np.array(
+    [
+        *(1e-4, 2e-3, 3e-3, 0.2),
+        *(1e-4, 1e-3, 1e-3, 0.03),
+        *(0.05, 0.2, 0.2, 0.5),
+        *(0.2, 0.4, 0.4, 0.6),
+    ]
+)
 _PSEUDO_CALLS: Final = 4.0
 """How many calls' worth of experience the expectation counts for."""
+_UNNAMED: Final = np.arange(2 * CLASSES) % CLASSES < 8
+_GUESSED: Final = _UNNAMED & (np.arange(2 * CLASSES) % 4 < 3)
+"""Calls of which nothing speaks: what they cause has to be guessed."""
+_GUESSES: Final = 10.0 ** np.arange(-1.0, 2.6, 0.5)
+"""By how much more than expected they may cause."""
+_DOUBT: Final = 1.7
+"""The logarithm of that is off by about so much."""
+_NEGLIGIBLE: Final = 0.003
+_LEARNED: Final = 2000
+"""How many alerts of a group its rates are learned from."""
+_APART: Final = 0.1
+_MOST_APART: Final = 3.0
 _ELSEWHERE: Final = 0.03
 """A call of a rollout whose sockets were recorded, none of this call to there: this one would have to be lost.
 Of traces with more holes than that, as likely as their holes are."""
@@ -34,22 +53,20 @@ _FOREIGN: Final = 0.05
 """The alert's own address is of no machine of this job: a private one, or one whose NAT map does not lead to any."""
 _GAP_NS: Final = 1_000_000_000
 """How hard evidence fades with the time that lies between."""
-_SCALES_NS: Final = (30_000_000, 200_000_000, 1_000_000_000)
+_SCALES_NS: Final = (30_000_000, 200_000_000, 1_000_000_000, 5_000_000_000)
 """By how much a corrected time may be off: a clock's error is a mixture of these, learned from the alerts by it."""
 _PSEUDO_TIMES: Final = 1.0
 """How many alerts' worth of experience says that each of these is as likely."""
-_ROUNDS: Final = 200
+_ROUNDS: Final = 60
 _SETTLED: Final = 1e-3
-_PLAIN: Final = np.arange(2 * CLASSES) % CLASSES < 3
-"""Classes of calls that neither name the destination nor are made for such things."""
-_DOUBT: Final = 5.0
-"""How much more likely (log) alerts must be for it to be even that such calls cause more than the little expected."""
 
 
 class Rows(NamedTuple):
     """Candidates, one row each, sorted by alert. Arrays of one length.
 
-    ``alert`` counts from 0 without holes; times in nanoseconds.
+    ``alert`` counts from 0 without holes; times in nanoseconds. ``tells``: the call's text names some destination;
+    ``named``: it names the alert's; ``used``: a recorded socket went there; ``watched``: sockets of its rollout were
+    recorded.
     """
 
     alert: _INTS
@@ -58,6 +75,7 @@ class Rows(NamedTuple):
     gap: _INTS
     span: _INTS
     reach: _INTS
+    tells: _BOOLS
     named: _BOOLS
     used: _BOOLS
     watched: _BOOLS
@@ -74,6 +92,8 @@ class Groups(NamedTuple):
         foreign: for each alert, whether its own address, or who stands behind it, is of no machine of the job.
         slack: for each alert, nanoseconds by which times may be off.
         width: of each alert, nanoseconds from its begin to its end.
+        episode: of each alert, the event it is part of: many of one machine to one place within moments.
+        weight: of each alert, one over how many are part of that.
     """
 
     of: _INTS
@@ -83,6 +103,8 @@ class Groups(NamedTuple):
     foreign: _BOOLS
     slack: _INTS
     width: _INTS
+    episode: _INTS
+    weight: _FLOATS
 
 
 def confidences(rows: Rows, groups: Groups, calls: _FLOATS, *, lost: float) -> tuple[_FLOATS, _FLOATS]:
@@ -91,7 +113,7 @@ def confidences(rows: Rows, groups: Groups, calls: _FLOATS, *, lost: float) -> t
     Args:
         rows: the candidates.
         groups: what the alerts have in common.
-        calls: how many calls of each reach there were at all.
+        calls: (whether its text names a destination × reach): how many such calls there were at all.
         lost: the share of recorded sockets whose call is not in the traces, as far as these have holes.
     """
     alerts = len(groups.of)
@@ -126,10 +148,11 @@ def confidences(rows: Rows, groups: Groups, calls: _FLOATS, *, lost: float) -> t
 
 def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere: float) -> tuple[_FLOATS, _FLOATS]:
     group = groups.of[rows.alert]
-    known = np.where(rows.used, 2, np.where(rows.named, 1, 0))
+    known = np.where(rows.used, 3, np.where(rows.named, 2, rows.tells))
     of_class = (groups.kind[group] * CLASSES + known * 4 + rows.reach).astype(np.int64)
     factor = np.where(rows.watched & ~rows.used, elsewhere, 1.0)
     factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
+    factor *= _together(rows, groups)
     density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, scale) for scale in _SCALES_NS])
 
     # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
@@ -138,18 +161,29 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
         least = rows.call.min()
         calls_wide = int(rows.call.max() - least) + 1
         met += np.bincount(np.unique(of_class * calls_wide + rows.call - least) // calls_wide, minlength=2 * CLASSES)
-    exposed = np.where(np.arange(2 * CLASSES) % CLASSES < 4, np.tile(calls, 6), met)
+    exposed = np.where(_UNNAMED, np.tile(np.concatenate([calls.ravel(), np.zeros(CLASSES - 8)]), 2), met)
+    return _learn(rows, of_class, density, groups, exposed)
 
-    learned = _learn(rows.alert, of_class, density, groups, exposed)
-    # Calls of which nothing speaks are blamed only where alerts fall on them more often than chance explains.
-    modest = _learn(rows.alert, of_class, density, groups, exposed, frozen=_PLAIN)
-    # Which of both holds is itself uncertain; flexible rates have to earn what they explain by chance.
-    trust = (
-        1 / (1 + np.exp(np.clip(_DOUBT - (learned.likelihood - modest.likelihood), -30, 30)))[groups.kind][groups.of]
-    )
-    per_row = trust[rows.alert]
-    probability = per_row * learned.probability + (1 - per_row) * modest.probability
-    return probability, trust * learned.nobody + (1 - trust) * modest.nobody
+
+def _together(rows: Rows, groups: Groups) -> _FLOATS:
+    """How much less likely each row is because its call was not open for alerts that came together with this one.
+
+    Many alerts of one machine to one place within moments have one cause, mostly: who explains but some of them is
+    less likely than who explains more.
+    """
+    of = groups.episode[rows.alert]
+    factor = np.ones(len(of))
+    many = np.flatnonzero((groups.weight[rows.alert] < 1) & (groups.kind[groups.of[rows.alert]] == 0))
+    if not len(many):
+        return factor
+    least = rows.call[many].min()
+    wide = int(rows.call[many].max() - least) + 1
+    _, back = np.unique(of[many] * wide + rows.call[many] - least, return_inverse=True)
+    covered = np.bincount(back, np.exp(-rows.gap[many] / _GAP_NS))[back]
+    most = np.zeros(len(groups.of))
+    np.maximum.at(most, rows.alert[many], covered)
+    factor[many] = _APART ** np.minimum(most[rows.alert[many]] - covered, _MOST_APART)
+    return factor
 
 
 def _kernel(rows: Rows, groups: Groups, scale: int) -> _FLOATS:
@@ -161,6 +195,92 @@ def _kernel(rows: Rows, groups: Groups, scale: int) -> _FLOATS:
     return density
 
 
+class _Pairs(NamedTuple):
+    """Calls of one class that may have caused the same alert: until the end they share its rate and count as one.
+
+    ``density`` has a row for each scale.
+    """
+
+    alert: _INTS
+    of_class: _INTS
+    density: _FLOATS
+
+
+class _Rates(NamedTuple):
+    """What one guess of how much calls cause makes of the alerts.
+
+    Args:
+        rate: of each class in each group; per call, as far as the group sees it.
+        background: of each group, per machine and second.
+        off: how often each clock is off by each scale.
+        credit: of each kind of alerts, log of how well the guess explains them.
+    """
+
+    rate: _FLOATS
+    background: _FLOATS
+    off: _FLOATS
+    credit: _FLOATS
+
+
+def _sample(groups: Groups) -> _BOOLS:
+    """The alerts that rates are learned from: no more than so many of each group, evenly over all that it has."""
+    order = np.argsort(groups.of, kind="stable")
+    size = np.bincount(groups.of, minlength=len(groups.room))
+    place = np.arange(len(order)) - np.repeat(np.cumsum(size) - size, size)
+    every = np.maximum(1, -(-size // _LEARNED))
+    taken = np.zeros(len(order), dtype=bool)
+    taken[order] = place % np.repeat(every, size) == 0
+    return taken
+
+
+def _fit(pairs: _Pairs, taken: _BOOLS, groups: Groups, exposed: _FLOATS, guess: float) -> _Rates:
+    """Expectation-maximisation on the alerts taken; ``guess`` is how much more than expected unnamed calls cause."""
+    count, kinds = len(groups.room), groups.kind
+    mine = taken[pairs.alert]
+    open_, of_open = np.unique(pairs.alert[mine], return_inverse=True)
+    of_class, density = pairs.of_class[mine], pairs.density[:, mine]
+    group, worth = groups.of[open_], groups.weight[open_]
+    of_pair, each = group[of_open], worth[of_open]
+    size = np.bincount(groups.of, groups.weight * taken, count)
+    idle = np.maximum(size - np.bincount(group, worth, count), 0.0)
+    whole = np.bincount(groups.of, groups.weight, count)
+    # Of a part of the alerts everything is learned as if all caused so much less.
+    part = np.bincount(kinds, size, 2) / np.maximum(np.bincount(kinds, whole, 2), 1e-9)
+    usual = np.tile(_EXPECTED, 2) * np.where(_GUESSED, guess, 1.0) * np.repeat(np.maximum(part, 1e-9), CLASSES)
+    believed = np.where(_GUESSED, 1 / usual, _PSEUDO_CALLS)
+    """As many calls' worth of experience say what is usual."""
+    per_call = usual.copy()
+    promised = np.bincount(np.arange(2 * CLASSES) // CLASSES, exposed * usual, 2)
+    stray = size * np.clip(1 - promised / np.maximum(np.bincount(kinds, size, 2), 1e-9), 0.1, 0.9)[kinds]
+    room = np.maximum(groups.room, 1.0)
+    full = size > 0
+    clock = groups.clock[of_pair]
+    learned_off = off = np.full((len(density), groups.clock.max(initial=0) + 1), 1 / len(density))
+    nobody, total = np.ones(len(open_)), np.ones(len(open_))
+    rate, background = np.zeros((2 * CLASSES, count)), np.ones(count)
+    for _ in range(_ROUNDS):
+        off = learned_off
+        caused = np.maximum(size - stray, 0) + 0.5
+        share = caused / np.maximum(np.bincount(kinds, caused, 2)[kinds], 1e-9)
+        rate = per_call[:, None] * share
+        background = (stray + 0.5) / room
+        by_scale = density * off[:, clock] * rate[of_class, of_pair]
+        weight = by_scale.sum(axis=0)
+        total = np.bincount(of_open, weight, len(open_)) + background[group]
+        before, nobody = nobody, background[group] / total
+        stray = np.bincount(group, nobody * worth, count) + idle
+        per_call = np.bincount(of_class, weight / total[of_open] * each, 2 * CLASSES)
+        per_call = (per_call + usual * believed) / (exposed + believed)
+        learned_off = _shares(by_scale / total[of_open] * each, clock, off.shape[1])
+        if np.abs(nobody - before).max(initial=0.0) < _SETTLED and np.abs(learned_off - off).max() < 10 * _SETTLED:
+            break
+    credit = np.bincount(kinds[group], worth * np.log(total), 2)
+    credit += np.bincount(kinds[full], (idle * np.log(background))[full] - (background * room)[full], 2)
+    rated = per_call * exposed
+    belief = usual * believed * np.log(per_call / usual) - believed * per_call
+    return _Rates(rate, background, off, credit + (belief - rated).reshape(2, CLASSES).sum(axis=1))
+
+
 def _shares(responsible: _FLOATS, clock: _INTS, clocks: int) -> _FLOATS:
     """(scales × clocks): how often each clock is off by each scale, of (scales × pairs) what each explains."""
     found = np.stack([np.bincount(clock, each, clocks) for each in responsible]) + _PSEUDO_TIMES
@@ -168,68 +288,43 @@ def _shares(responsible: _FLOATS, clock: _INTS, clocks: int) -> _FLOATS:
     return shares
 
 
-class _Fit(NamedTuple):
-    probability: _FLOATS
-    nobody: _FLOATS
-    likelihood: _FLOATS
-    """Of each kind of alerts: log of how much more likely they are than from a constant rate."""
+def _learn(rows: Rows, of_class: _INTS, density: _FLOATS, groups: Groups, exposed: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
+    """(probability of each row, of nobody): the mean over what the rates may be, each as far as the alerts bear it out.
 
-
-def _learn(  # noqa: PLR0917 - the arrays of one computation
-    alert: _INTS, of_class: _INTS, density: _FLOATS, groups: Groups, exposed: _FLOATS, frozen: _BOOLS | None = None
-) -> _Fit:
-    """Expectation-maximisation; classes in ``frozen`` keep the rate that was expected of them.
-
-    Calls of one class that may have caused the same alert share its rate: they count as one until the end. Alerts that
-    no call may have caused are nobody's whatever the rates are. ``density`` has a row for each of the scales.
+    How much calls of which nothing speaks cause is what is known least, and often the alerts do not tell it: where
+    such a call is always open, each alert may be its doing or nobody's. So a range of guesses is tried, each with all
+    other rates learned under it, and none is chosen.
     """
-    alerts, count = len(groups.of), len(groups.room)
+    alerts = len(groups.of)
     some = np.flatnonzero(density.any(axis=0))
-    pair, back = np.unique(alert[some] * (2 * CLASSES) + of_class[some], return_inverse=True)
-    open_, of_open = np.unique(pair // (2 * CLASSES), return_inverse=True)
-    pair_class = pair % (2 * CLASSES)
-    pair_density = np.stack([np.bincount(back, each[some], len(pair)) for each in density])
-    group = groups.of[open_]
-    pair_group = group[of_open]
-    size = np.bincount(groups.of, minlength=count).astype(np.float64)
-    idle = size - np.bincount(group, minlength=count)
-    expected = np.tile(_EXPECTED, 2)
-    # From where half of the alerts are the calls' doing: from "nobody" it would not find back.
-    promised = np.bincount(np.arange(2 * CLASSES) // CLASSES, exposed * expected, 2)
-    scale = 0.5 * np.bincount(groups.kind, size, 2) / np.maximum(promised, 1e-9)
-    per_call = expected * np.repeat(scale, CLASSES)
-    stray = size / 2
-    room = np.maximum(groups.room, 1.0)
-    full = size > 0
-    nobody, likelihood = np.ones(len(open_)), np.zeros(2)
-    total, rate = np.ones(len(open_)), np.zeros((2 * CLASSES, count))
-    pair_clock = groups.clock[pair_group]
-    learned_off = off = np.full((len(density), groups.clock.max(initial=0) + 1), 1 / len(density))
-    for _ in range(_ROUNDS):
-        if frozen is not None:
-            per_call = np.where(frozen, expected, per_call)
-        caused = np.maximum(size - stray, 0) + 0.5
-        off = learned_off
-        share = caused / np.maximum(np.bincount(groups.kind, caused, 2)[groups.kind], 1e-9)
-        rate = per_call[:, None] * share
-        by_scale = pair_density * off[:, pair_clock] * rate[pair_class, pair_group]
-        weight = by_scale.sum(axis=0)
-        background = (stray + 0.5) / room
-        total = np.bincount(of_open, weight, len(open_)) + background[group]
-        before, nobody = nobody, background[group] / total
-        gained = np.bincount(group, np.log(total * (room / np.maximum(size, 1))[group]), count)
-        gained[full] += idle[full] * np.log(background[full] * room[full] / size[full])
-        likelihood = np.bincount(groups.kind, gained, 2).astype(np.float64)
-        stray = np.bincount(group, nobody, count) + idle
-        responsible = np.bincount(pair_class, weight / total[of_open], 2 * CLASSES)
-        learned_off = _shares(by_scale / total[of_open], pair_clock, off.shape[1])
-        per_call = (responsible + expected * _PSEUDO_CALLS) / (exposed + _PSEUDO_CALLS)
-        if np.abs(nobody - before).max(initial=0.0) < _SETTLED and np.abs(learned_off - off).max() < 10 * _SETTLED:
-            break
-    probability, everybody = np.zeros(len(alert)), np.ones(alerts)
-    whole = np.ones(alerts)
-    whole[open_], everybody[open_] = total, nobody
-    group = groups.of[alert[some]]
-    likely = (density[:, some] * off[:, groups.clock[group]]).sum(axis=0)
-    probability[some] = likely * rate[of_class[some], group] / whole[alert[some]]
-    return _Fit(probability, everybody, likelihood)
+    key, back = np.unique(rows.alert[some] * (2 * CLASSES) + of_class[some], return_inverse=True)
+    pairs = _Pairs(
+        key // (2 * CLASSES),
+        key % (2 * CLASSES),
+        np.stack([np.bincount(back, each[some], len(key)) for each in density]),
+    )
+    taken = _sample(groups)
+    fits = [_fit(pairs, taken, groups, exposed, guess) for guess in _GUESSES]
+    credit = np.stack([fit.credit for fit in fits]) - (np.log(_GUESSES)[:, None] / _DOUBT) ** 2 / 2
+    trust = np.exp(credit - credit.max(axis=0))
+    trust /= trust.sum(axis=0)
+    # Of what is hardly borne out nothing is seen in the answer.
+    trust[trust < _NEGLIGIBLE] = 0.0
+    trust /= trust.sum(axis=0)
+    off = fits[int(np.argmax(trust[:, 0]))].off
+    nobody, share = np.zeros(alerts), np.zeros(len(key))
+    of_pair = groups.of[pairs.alert]
+    likely = (pairs.density * off[:, groups.clock[of_pair]]).sum(axis=0)
+    for fit, weight in zip(fits, trust, strict=True):
+        if not weight.any():
+            continue
+        mine = weight[groups.kind[groups.of]]
+        rate = fit.rate[pairs.of_class, of_pair]
+        background = fit.background[groups.of]
+        whole = np.bincount(pairs.alert, likely * rate, alerts) + background
+        nobody += mine * background / whole
+        share += mine[pairs.alert] * rate / whole[pairs.alert]
+    probability = np.zeros(len(rows.alert))
+    by_clock = off[:, groups.clock[groups.of[rows.alert[some]]]]
+    probability[some] = (density[:, some] * by_clock).sum(axis=0) * share[back]
+    return probability, nobody

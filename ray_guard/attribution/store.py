@@ -228,7 +228,8 @@ def _put_together(db: duckdb.DuckDBPyConnection, spans: str) -> str:
 
 def derive(db: duckdb.DuckDBPyConnection) -> None:
     """Makes the tables of the job out of ``span``: narrow ones, and ``span`` itself is not copied."""
-    for name, pattern in (("suspect", prior.SUSPECT), ("network", prior.NETWORK), ("silent", prior.SILENT)):
+    patterns = {"suspect": prior.SUSPECT, "network": prior.NETWORK, "silent": prior.SILENT, "tells": prior.TELLS}
+    for name, pattern in patterns.items():
         db.execute(f"SET VARIABLE {name} = ?", [pattern])
     for statement in _DERIVE:
         db.execute(statement)
@@ -345,6 +346,7 @@ _DERIVE: Final = (
            SELECT call, max(end_ns) AS end_ns FROM (
              SELECT call, end_ns FROM process UNION ALL SELECT call, end_ns FROM flow) GROUP BY call) l USING (call)""",
     """CREATE OR REPLACE TABLE words AS SELECT *,
+         reach >= 2 AND regexp_matches(text, getvariable('tells')) AS tells FROM (SELECT *,
            CASE WHEN text = '' THEN 1
                 WHEN regexp_matches(text, getvariable('suspect')) THEN 3
                 WHEN regexp_matches(text, getvariable('network')) THEN 2
@@ -353,6 +355,6 @@ _DERIVE: Final = (
          FROM call c LEFT JOIN (
            SELECT o.call, arg_min(left(s.command, 400), {'at': s.start_ns, 'id': s.span_id}, 16) AS commands
            FROM process_span s JOIN process_owner o ON o.row = s.rowid WHERE s.command <> ''
-           GROUP BY o.call) p USING (call))""",
+           GROUP BY o.call) p USING (call)))""",
     "DROP TABLE process_span",
 )

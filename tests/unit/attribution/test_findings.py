@@ -15,6 +15,7 @@ from ray_guard.attribution.clock import SECOND, of_ranges
 from ray_guard.attribution.prior import Reach, reach
 from ray_guard.attribution.recurrence import Counts, benjamini_hochberg, enriched, p_value
 from ray_guard.attribution.reward import Rollout, associate, student
+from ray_guard.attribution.skew import Telling, of_texts
 from ray_guard.attribution.templates import template
 
 
@@ -29,7 +30,7 @@ def ranges(rows: list[tuple[int, float, float, float]]) -> tuple[np.ndarray, ...
 
 
 def test_sockets_tell_the_skew_and_its_interval() -> None:
-    clock = of_ranges(*ranges([(n, 36.5 - n / 10, 37.4 + n / 10, n * 60) for n in range(8)]), sharp=True)
+    clock = of_ranges(*ranges([(n, 36.5 - n / 10, 37.4 + n / 10, n * 60) for n in range(8)]))
     assert clock.identifiable
     assert (clock.low_ns, clock.high_ns) == (int(36.5 * SECOND), int(37.4 * SECOND))
     assert clock.skew_ns == pytest.approx(36.95 * SECOND)
@@ -37,12 +38,12 @@ def test_sockets_tell_the_skew_and_its_interval() -> None:
 
 def test_a_few_sockets_of_the_wrong_time_do_not_move_it() -> None:
     rows = [(n, 36.9, 37.1, n * 60) for n in range(20)] + [(20 + n, 900.0 * n, 900.0 * n + 1, n) for n in range(5)]
-    assert of_ranges(*ranges(rows), sharp=True).skew_ns == pytest.approx(37 * SECOND)
+    assert of_ranges(*ranges(rows)).skew_ns == pytest.approx(37 * SECOND)
 
 
 def test_drift_is_found() -> None:
     rows = [(n, 10 + 2e-4 * 60 * n - 0.01, 10 + 2e-4 * 60 * n + 0.01, n * 60) for n in range(200)]
-    clock = of_ranges(*ranges(rows), sharp=True)
+    clock = of_ranges(*ranges(rows))
     assert clock.drift == pytest.approx(2e-4, rel=0.02)
     corrected = clock.skew_ns + clock.drift * (0 - clock.reference_ns)
     assert corrected == pytest.approx(10 * SECOND, abs=0.05 * SECOND)
@@ -50,13 +51,35 @@ def test_drift_is_found() -> None:
 
 def test_what_agrees_nowhere_is_not_identifiable() -> None:
     rows = [(n, 1000.0 * n, 1000.0 * n + 1, n) for n in range(30)]
-    assert not of_ranges(*ranges(rows), sharp=True).identifiable
-    assert not of_ranges(*ranges(rows), sharp=False).identifiable
+    assert not of_ranges(*ranges(rows)).identifiable
+
+
+def texts(rows: list[tuple[int, float, float, float]]) -> Telling:
+    alert, low, high, at = ranges(rows)
+    return Telling(alert, low, high, at, weight=np.ones(len(alert)), rate=np.ones(len(alert)))
+
+
+def test_texts_tell_the_skew_where_enough_agree_and_say_how_well() -> None:
+    rows = [(n, 37 - 0.1 - n % 7, 37 + 0.1 + (3 * n) % 8, n * 60) for n in range(12)]
+    rows += [(12 + n, 900.0 * n, 900.0 * n + 5, n) for n in range(8)]
+    found = of_texts(texts(rows), 3600 * SECOND)
+    assert found.told
+    assert abs(found.offset - 37 * SECOND) < 0.5 * SECOND
+    assert found.low <= 37 * SECOND <= found.high
+    wide = of_texts(texts([(n, 30.0, 45.0, n * 60) for n in range(12)]), 3600 * SECOND)
+    assert wide.near
+    assert not wide.told
+
+
+def test_one_command_that_fits_elsewhere_moves_no_clock() -> None:
+    assert not of_texts(texts([(0, 4000.0, 4003.0, 0)]), 3600 * SECOND).told
 
 
 def test_two_offsets_that_explain_as_much_are_not_identifiable_by_text() -> None:
-    rows = [(n, offset - 1.0, offset + 1.0, n) for n in range(20) for offset in (5.0, 3605.0)]
-    assert not of_ranges(*ranges(rows), sharp=False).identifiable
+    rows = [(n, offset - 1.0, offset + 1.0, n) for n in range(20) for offset in (5400.0, 3600.0)]
+    found = of_texts(texts(rows), 3600 * SECOND)
+    assert not found.told
+    assert not found.near
 
 
 def exact(hits: int, members: dict[str, int], size: dict[str, int], drawn: dict[str, int]) -> float:

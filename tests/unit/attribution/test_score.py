@@ -26,6 +26,7 @@ def weighed(gap: float, *, watched: bool = False, lost: float = 0.0) -> tuple[fl
         gap=np.array([0, 0, *[int(gap * SECOND)] * (COUNT - 1)]),
         span=span,
         reach=none + 1,
+        tells=some,
         named=some,
         used=some,
         watched=some | watched,
@@ -38,8 +39,10 @@ def weighed(gap: float, *, watched: bool = False, lost: float = 0.0) -> tuple[fl
         foreign=np.zeros(COUNT, dtype=bool),
         slack=np.full(COUNT, 2 * SECOND),
         width=np.zeros(COUNT, dtype=np.int64),
+        episode=np.arange(COUNT),
+        weight=np.ones(COUNT),
     )
-    probability, nobody = confidences(rows, groups, np.array([0.0, 400.0, 0.0, 0.0]), lost=lost)
+    probability, nobody = confidences(rows, groups, np.array([[0.0, 400.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), lost=lost)
     assert np.allclose(np.bincount(alert, probability) + nobody, 1)
     return float(probability[0]), float(probability[1])
 
