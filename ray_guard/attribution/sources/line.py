@@ -18,7 +18,7 @@ _UNREAD: Final = object()
 #: Service, Splunk, Elasticsearch, Loki, OpenTelemetry, Google's logging)
 _WRAPPERS: Final = (
     *("message", "log", "MESSAGE", "msg", "content", "@message", "_raw", "_source", "line", "body", "stringValue"),
-    *("jsonPayload", "textPayload", "event", "original", "result", "hits", "data"),
+    *("jsonPayload", "textPayload", "event", "original", "result", "data"),
 )
 
 
