@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, cast
@@ -120,18 +120,18 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
     """
     detector = _Detector(forced)
     count = 0
+    found: Iterable[tuple[str, int, bytes, Observation]]
     for number, line in _numbered(path, report):
         if not line.raw or line.raw.isspace():
             continue
         try:
             source, seen = detector.read(line)
+            found = [(source.format, line.offset, line.raw, each) for each in seen]
         except _Unknown as error:
             found = _opened(line, number, line.raw, _Opening(detector, report, error))
         except _FAULTS as error:
             report.reject(number, line.offset, *_reason(error))
             continue
-        else:
-            found = ((source.format, line.offset, line.raw, each) for each in seen)
         for name, offset, raw, each in found:
             own = each.part.encode() if each.part else raw
             yield Record(name, count, offset + each.within, own, each)
