@@ -91,17 +91,28 @@ def _recurrence(found: Recurrence) -> dict[str, Any]:
 
 
 def _reward(found: Association) -> dict[str, Any]:
+    reward, advantage = found.reward, found.advantage
     return {
-        "within_group_difference": found.difference,
-        "interval": None if found.interval is None else list(found.interval),
+        "within_group_difference": reward.mean,
+        "interval": None if reward.interval is None else list(reward.interval),
         "trend_per_iteration": found.trend,
-        "groups": found.groups,
+        "groups": reward.groups,
+        "groups_of_one_reward": reward.even,
         "rollouts": found.rollouts,
         "violating_rollouts": found.violating,
         "rollouts_without_reward": found.unrewarded,
-        "detectable_difference": found.detectable,
-        "note": "an association within groups; filtered episodes are missing, and no cause is shown",
+        "violating_rollouts_without_reward": found.violating_unrewarded,
+        "detectable_difference": reward.detectable,
+        "advantage_difference": advantage.mean,
+        "advantage_interval": None if advantage.interval is None else list(advantage.interval),
+        "note": _NOTE,
     }
+
+
+_NOTE: Final = (
+    "an association within groups, and no cause is shown; what a trainer filtered out before it was recorded is "
+    "missing: groups whose rewards were all alike, and episodes that were cut short"
+)
 
 
 def _source(source: Source) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ray_guard.attribution import recurrence, reward
 from ray_guard.attribution.attribute import Result
-from ray_guard.attribution.prior import template
+from ray_guard.attribution.templates import template
 
 _TEXTS: Final = 50_000
 _CAUSE: Final = 0.5
@@ -28,54 +28,73 @@ def causes(result: Result) -> Counter[int]:
 
 def recurrences(result: Result, caused: Counter[int]) -> list[recurrence.Recurrence]:
     """Patterns of commands, tools, tasks and checkpoints, over all calls of the strata in which there were alerts."""
-    return recurrence.of_counts(_counts(result, caused)) if caused else []
+    return recurrence.enriched(_counts(result, caused)) if caused else []
 
 
-#: dimension, pattern, tool, whether iterations are compared with each other, from where
+_BY_CALLS: Final = """SELECT {pattern} AS pattern, tool, run, iteration, node, count(*) AS members,
+    count(DISTINCT trace_id) FILTER (alerts > 0) AS hits, count(*) AS calls, sum(alerts) AS alerts
+  FROM {source} GROUP BY ALL"""
+_BY_ROLLOUTS: Final = """SELECT pattern, '' AS tool, run, iteration, node, count(*) AS members,
+    count(*) FILTER (alerts > 0) AS hits, sum(calls) AS calls, sum(alerts) AS alerts
+  FROM (SELECT trace_id, {pattern} AS pattern, run, {iteration} AS iteration, node, count(*) AS calls,
+      sum(alerts) AS alerts
+    FROM {source} GROUP BY ALL) GROUP BY ALL"""
+#: dimension, what is counted in each stratum; a pattern without a name is counted and not listed
 _DIMENSIONS: Final = (
-    ("tool", "tool", "tool", False, "compared"),
-    ("command", "words", "tool", False, "compared JOIN templated USING (call)"),
-    ("task", '"group"', "''", False, """compared WHERE "group" <> ''"""),
-    ("checkpoint", "policy_version", "''", True, "compared WHERE policy_version <> ''"),
+    ("tool", _BY_CALLS.format(pattern="tool", source="compared")),
+    ("command", _BY_CALLS.format(pattern="coalesce(words, '')", source="compared LEFT JOIN templated USING (call)")),
+    ("task", _BY_ROLLOUTS.format(pattern="coalesce(\"group\", '')", iteration="iteration", source="compared")),
+    # A checkpoint is an iteration's, or nearly: to be compared at all it has to be with the others of its machines.
+    ("checkpoint", _BY_ROLLOUTS.format(pattern="policy_version", iteration="NULL", source="versioned")),
+)
+_COMPARED: Final = (
+    """CREATE OR REPLACE TEMP TABLE alerting AS
+       SELECT DISTINCT run, iteration, node FROM call JOIN causing USING (call)""",
+    """CREATE OR REPLACE TABLE compared AS
+       SELECT c.call, c.trace_id, c.run, c.iteration, c.node, coalesce(c.tool, '') AS tool, c."group",
+         coalesce(k.alerts, 0) AS alerts
+       FROM call c LEFT JOIN causing k USING (call) SEMI JOIN alerting a ON c.node = a.node
+         AND c.run IS NOT DISTINCT FROM a.run AND c.iteration IS NOT DISTINCT FROM a.iteration""",
+    """CREATE OR REPLACE TEMP VIEW versioned AS
+       SELECT c.trace_id, c.run, c.node, c.policy_version, coalesce(k.alerts, 0) AS alerts
+       FROM call c LEFT JOIN causing k USING (call) SEMI JOIN alerting a ON c.node = a.node
+         AND c.run IS NOT DISTINCT FROM a.run
+       WHERE c.policy_version <> ''""",
 )
 
 
 def _counts(result: Result, caused: Counter[int]) -> recurrence.Counts:
     db = result.db
     _name_causing(result, caused)
-    db.execute(
-        """CREATE OR REPLACE TABLE compared AS
-           SELECT c.call, c.iteration, c.node, coalesce(c.tool, '') AS tool, c."group", c.policy_version,
-             coalesce(k.alerts, 0) AS alerts
-           FROM call c LEFT JOIN causing k USING (call)
-           WHERE (c.iteration, c.node) IN (SELECT (d.iteration, d.node) FROM call d JOIN causing USING (call))
-              OR k.call IS NOT NULL"""
-    )
+    for statement in _COMPARED:
+        db.execute(statement)
     _make_templates(db)
     counts = recurrence.Counts()
-    for across, source in ((False, "compared"), (True, "compared WHERE policy_version <> ''")):
-        for *where, size, alerting in db.execute(
-            f"SELECT {_stratum(across)}, count(*), count(*) FILTER (alerts > 0) FROM {source} GROUP BY ALL"
-        ).fetchall():
-            counts.size[tuple(where)], counts.alerting[tuple(where)] = size, alerting
-    for dimension, pattern, tool, across, source in _DIMENSIONS:
-        for said, of_tool, *where, members, hits, alerts in db.execute(
-            f"""SELECT * FROM (
-                  SELECT {pattern} AS pattern, {tool} AS of_tool, {_stratum(across)}, count(*),
-                    count(*) FILTER (alerts > 0) AS hits, CAST(sum(alerts) AS BIGINT)
-                  FROM {source} GROUP BY ALL)
-                QUALIFY sum(hits) OVER (PARTITION BY pattern, of_tool) >= ?""",
+    for dimension, counted in _DIMENSIONS:
+        db.execute(
+            f"""CREATE OR REPLACE TEMP TABLE counted AS
+                SELECT *, sum(members) OVER stratum AS size, sum(hits) OVER stratum AS drawn FROM ({counted})
+                WINDOW stratum AS (PARTITION BY run, iteration, node)"""
+        )
+        # Told by how many there are and where alerts were, not by which of them alerted: else the test would be biased.
+        ((tested,),) = db.execute(
+            """SELECT count(*) FROM (SELECT 1 FROM counted WHERE pattern <> '' GROUP BY pattern, tool
+                 HAVING sum(least(members, drawn)) >= ?)""",
+            [recurrence.FEWEST],
+        ).fetchall()
+        counts.tested += tested
+        for pattern, tool, *where, members, hits, calls, alerts, size, drawn in db.execute(
+            """SELECT * FROM counted WHERE pattern <> ''
+               QUALIFY sum(hits) OVER (PARTITION BY pattern, tool) >= ?""",
             [recurrence.FEWEST],
         ).fetchall():
-            named = (dimension, said, of_tool)
-            counts.members[named][tuple(where)] = members
+            named, stratum = (dimension, pattern, tool), (dimension, *where)
+            counts.size[stratum], counts.alerting[stratum] = int(size), int(drawn)
+            counts.members[named][stratum] = members
             counts.hits[named] += hits
-            counts.alerts[named] += alerts
+            counts.calls[named] += int(calls)
+            counts.alerts[named] += int(alerts)
     return counts
-
-
-def _stratum(across: bool) -> str:  # noqa: FBT001 - a row of the table above
-    return "'checkpoints' AS iteration, node" if across else "iteration, node"
 
 
 def _make_templates(db: duckdb.DuckDBPyConnection) -> None:
@@ -95,22 +114,42 @@ def _make_templates(db: duckdb.DuckDBPyConnection) -> None:
     )
 
 
+def _number(name: str) -> str:
+    value = f"TRY_CAST(attributes['{name}'] AS DOUBLE)"
+    return f"CASE WHEN isfinite({value}) THEN {value} END"
+
+
+#: the last reward and advantage of each rollout, finite numbers: on its span, or told later in a trace of its own
+_REWARDED: Final = f"""CREATE OR REPLACE TEMP VIEW rewarded AS
+    WITH said AS (
+      SELECT trace_id, run, rollout, coalesce(end_ns, start_ns) AS at_ns, {_number("rl.reward.score")} AS score,
+        {_number("rl.advantage")} AS advantage
+      FROM span WHERE name LIKE 'invoke_agent%' OR name = 'ray_guard.reward'),
+    named AS (
+      SELECT run, rollout, min(trace_id) AS trace_id FROM rollout GROUP BY ALL HAVING count(*) = 1),
+    placed AS (
+      SELECT * FROM said SEMI JOIN rollout USING (trace_id)
+      UNION ALL
+      SELECT n.trace_id, s.* EXCLUDE (trace_id) FROM said s ANTI JOIN rollout USING (trace_id)
+        JOIN named n ON n.rollout = s.rollout AND n.run IS NOT DISTINCT FROM s.run)
+    SELECT trace_id, arg_max(score, (at_ns, score)) AS score, arg_max(advantage, (at_ns, advantage)) AS advantage
+    FROM placed GROUP BY trace_id"""
+
+
 def association(result: Result, caused: Counter[int]) -> reward.Association:
-    """Reward against violation, over all rollouts of the traces."""
+    """Reward against violation, over all rollouts of the traces. Leaves the view ``rewarded``."""
     _name_causing(result, caused)
+    result.db.execute(_REWARDED)
     rows = result.db.execute(
         """WITH violating AS (
              SELECT trace_id FROM call JOIN causing USING (call)
-             UNION SELECT trace_id FROM rollout JOIN causing USING (call)),
-           told AS (
-             SELECT trace_id, max(TRY_CAST(attributes['rl.reward.score'] AS DOUBLE)) AS score FROM span
-             WHERE name LIKE 'invoke_agent%' GROUP BY trace_id)
-           SELECT r."group", r.iteration, t.score, r.trace_id IN (SELECT trace_id FROM violating)
-           FROM rollout r LEFT JOIN told t USING (trace_id) ORDER BY r.trace_id"""
+             UNION SELECT trace_id FROM rollout JOIN causing USING (call))
+           SELECT r.run, r."group", r.iteration, t.score, t.advantage, r.trace_id IN (SELECT trace_id FROM violating)
+           FROM rollout r LEFT JOIN rewarded t USING (trace_id) ORDER BY r.trace_id"""
     ).fetchall()
     return reward.associate(
-        reward.Rollout(group, iteration, score if score is not None and abs(score) < float("inf") else None, violating)
-        for group, iteration, score, violating in rows
+        reward.Rollout(None if group is None else (run, group), iteration, score, violating, advantage)
+        for run, group, iteration, score, advantage, violating in rows
     )
 
 

@@ -19,7 +19,7 @@ import zstandard
 from ray_guard.attribution import nat
 from ray_guard.attribution.clock import Clock
 from ray_guard.attribution.observation import Action, Time
-from ray_guard.attribution.sources.reader import FileReport, Record, files, read
+from ray_guard.attribution.sources.reader import FileReport, NotAlerts, Record, files, read
 
 SECOND: Final = 1_000_000_000
 BATCH: Final = 20_000
@@ -161,8 +161,10 @@ class Intake:
         """
         for given in paths:
             for path in files(given):
-                report = FileReport(str(path) if Path(given).is_dir() else os.fspath(given))
-                yield from self.take(read(path, report, options.format), report, options, span)
+                inside = Path(given).is_dir()
+                report = FileReport(str(path) if inside else os.fspath(given))
+                records = read(path, report, options.format)
+                yield from self.take(_passing(records, report) if inside else records, report, options, span)
 
     def take(
         self, records: Iterable[Record], report: FileReport, options: Options, span: tuple[int, int]
@@ -233,6 +235,14 @@ class Intake:
             ]
             self.batches.append(pa.RecordBatch.from_arrays(columns, schema=ALERT_SCHEMA))
             rows.clear()
+
+
+def _passing(records: Iterator[Record], report: FileReport) -> Iterator[Record]:
+    """The records of a file that a folder holds: that it cannot be read is counted, and costs no other file."""
+    try:
+        yield from records
+    except NotAlerts as error:
+        report.reject(0, 0, "unreadable", error.why)
 
 
 def placed(time: Time, options: Options, span: tuple[int, int]) -> Time:

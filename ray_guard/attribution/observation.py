@@ -89,8 +89,8 @@ class Observation(NamedTuple):
         signature: what was recognised (an IDS signature, an attack's name).
         host: name of the far side: domain, SNI, Host, queried name.
         node: whose log it is, where the record says so: host name, node name, instance id.
-        within: byte offset, from the begin of the line, of the line this record begins in (several records in one
-            document).
+        within: bytes from the begin of the line to where this record stands, where a line or document holds several.
+        part: the text that it is of there; empty: the whole line.
     """
 
     time: Time
@@ -110,6 +110,7 @@ class Observation(NamedTuple):
     bytes_in: int | None = None
     flow_id: str = ""
     within: int = 0
+    part: str = ""
 
     @property
     def informational(self) -> bool:

@@ -1,6 +1,6 @@
 """A job's tables made in parts, and put together again. Runs later, on any machine.
 
-All that :func:`ray_guard.attribution.store.derive` makes of a span it makes of its trace alone. So traces may be dealt
+All that :func:`ray_guard.attribution.store.arrange` makes of a span it makes of its trace alone. So traces may be dealt
 out to as many stores as there is evidence for; what they make of them is narrow, and is numbered anew when it meets.
 The numbers are those that one store would have given, so that whatever follows is the same to the byte.
 """
@@ -39,12 +39,13 @@ def derived(spans: Sequence[pa.Table]) -> dict[str, pa.Table]:
     db = store.connect("1GB", threads=1)
     for table in spans:
         store.insert(db, "span", table)
-    first, last = store.settle(db)
-    store.derive(db)
+    first, last = store.bounds(db)
+    store.arrange(db)
     made = {name: db.sql(f"SELECT * FROM {name}").to_arrow_table() for name in _TABLES[:-1]}
     made["root"] = db.sql(
-        """SELECT trace_id, span_id, name, start_ns, end_ns, iteration,
-             attributes['rl.reward.score'] AS score FROM span WHERE name LIKE 'invoke_agent%'"""
+        """SELECT trace_id, span_id, name, start_ns, end_ns, run, iteration, rollout,
+             attributes['rl.reward.score'] AS score, attributes['rl.advantage'] AS advantage
+           FROM span WHERE name LIKE 'invoke_agent%' OR name = 'ray_guard.reward'"""
     ).to_arrow_table()
     return made | {"bounds": pa.table({"first_ns": [first], "last_ns": [last]})}
 
@@ -89,6 +90,6 @@ _JOIN: Final = (
     f"""CREATE TABLE alive AS SELECT n.call, p.* EXCLUDE (part, call, node), m.node
           FROM part_alive p {_NUMBERED} {_PLACED}""",
     f"CREATE TABLE words AS SELECT n.call, p.* EXCLUDE (part, call) FROM part_words p {_NUMBERED}",
-    """INSERT INTO span BY NAME SELECT * EXCLUDE (part, score),
-         CASE WHEN score IS NULL THEN MAP {} ELSE MAP {'rl.reward.score': score} END AS attributes FROM part_root""",
+    """INSERT INTO span BY NAME SELECT * EXCLUDE (part, score, advantage),
+         MAP {'rl.reward.score': score, 'rl.advantage': advantage} AS attributes FROM part_root""",
 )

@@ -65,34 +65,3 @@ def names(text: str, what: str) -> str:
     before, after = r"(^|[^0-9A-Za-z_.-]|\\[nrt])", r"($|[^0-9A-Za-z_.-]|[.]($|[^0-9A-Za-z]))"
     return f"""(CASE WHEN coalesce({what} <> '' AND contains(lower({text}), {what}), false)
                  THEN regexp_matches(lower({text}), '{before}' || {quoted} || '{after}') ELSE false END)"""
-
-
-#: (what has to be there for the pattern to match at all, pattern, word): most texts lack most of these
-_TEMPLATE: Final = (
-    ("", re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{12,}\b", re.IGNORECASE), "<id>"),
-    ("://", re.compile(r"\b(?:https?|ssh|tcp|udp|wss?|stratum\+\w+)://[^\s'\"]+"), "<url>"),
-    ("@", re.compile(r"[\w.+-]+@[\w.-]+"), "<user>@<host>"),
-    (".", re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b"), "<ip>"),
-    ("/", re.compile(r"(?<!\S)(?:/[\w.@%+-]+){2,}/?"), "<path>"),
-    ("", re.compile(r"\"[^\"]{24,}\"|'[^']{24,}'"), "<text>"),
-    ("", re.compile(r"\d+(?:\.\d+)*"), "<n>"),
-)
-
-
-def template(text: str) -> str:
-    """A command with what varies taken out, so that its repetitions count as one pattern."""
-    shortened = _command(text)[:400]
-    for needed, pattern, word in _TEMPLATE:
-        if needed in shortened:
-            shortened = pattern.sub(word, shortened)
-    return " ".join(shortened.split())[:160]
-
-
-def _command(text: str) -> str:
-    """The command within ``{"command": "…"}``, which is what most tools' arguments look like."""
-    if text[:1] != "{":
-        return text
-    found = re.search(r'"(?:command|cmd|code|script|input|query|args?)"\s*:\s*("(?:[^"\\]|\\.)*")', text)
-    if found is None:
-        return text
-    return found[1][1:-1].replace("\\n", "\n").replace('\\"', '"')

@@ -3,13 +3,17 @@
 An exact stratified test: within one iteration on one machine, alerting calls are taken to be drawn at random from all
 calls there; how many of a pattern would be among them follows from counting (hypergeometric, summed over the strata).
 That is the permutation test within strata, carried to its end. Checkpoints, which differ from iteration to iteration,
-are compared within machines alone. Over many patterns, Benjamini and Hochberg's rate of false discoveries.
+are compared within machines alone.
+
+What one rollout does again and again has happened once: of a command or tool its alerting calls count once a rollout,
+and tasks and checkpoints are compared by rollouts. Over all patterns that could have recurred, whether they did or not,
+Benjamini and Hochberg's rate of false discoveries.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import lgamma
@@ -23,21 +27,6 @@ FEWEST: Final = 2
 _FLOATS = npt.NDArray[np.floating]
 _Chances = tuple[int, _FLOATS]
 """The least number, and the chances of it and of those that follow."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One tool call as the test sees it.
-
-    Args:
-        stratum: iteration and machine.
-        patterns: (dimension, pattern, tool) that it is an instance of.
-        alerts: how many alerts are put down to it.
-    """
-
-    stratum: Hashable
-    patterns: tuple[tuple[str, str, str], ...]
-    alerts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +48,36 @@ Pattern = tuple[str, str, str]
 
 @dataclass(slots=True)
 class Counts:
-    """Calls, counted.
+    """What alerts are drawn from, counted: calls, or rollouts.
 
     Attributes:
-        size, alerting: of each stratum, its calls, and those that alerted.
-        members: of each pattern, its calls by stratum.
-        hits, alerts: of each pattern, its calls that alerted, and their alerts.
+        size, alerting: of each stratum, how many there are, and how many of them alerted.
+        members: of each pattern, how many there are by stratum.
+        hits: of each pattern, how many of them alerted.
+        calls, alerts: of each pattern, for what is said of it.
+        tested: how many patterns could have alerted :data:`FEWEST` times, given where alerts were.
     """
 
     size: Counter[Hashable] = field(default_factory=Counter)
     alerting: Counter[Hashable] = field(default_factory=Counter)
     members: dict[Pattern, Counter[Hashable]] = field(default_factory=lambda: defaultdict(Counter))
     hits: Counter[Pattern] = field(default_factory=Counter)
+    calls: Counter[Pattern] = field(default_factory=Counter)
     alerts: Counter[Pattern] = field(default_factory=Counter)
+    tested: int = 0
 
 
-def enriched(calls: Iterable[Call]) -> list[Recurrence]:
-    """Patterns that alerted at least twice, the least likely first."""
-    counts = Counts()
-    for call in calls:
-        counts.size[call.stratum] += 1
-        counts.alerting[call.stratum] += call.alerts > 0
-        for pattern in call.patterns:
-            counts.members[pattern][call.stratum] += 1
-            counts.hits[pattern] += call.alerts > 0
-            counts.alerts[pattern] += call.alerts
-    return of_counts(counts)
-
-
-def of_counts(counts: Counts) -> list[Recurrence]:
-    """:func:`enriched`, of calls that are counted already; patterns with fewer than two hits may be left out."""
+def enriched(counts: Counts) -> list[Recurrence]:
+    """Patterns that alerted at least twice, the least likely first; others may be left out of the counts."""
     found = [  # ties go by name
         (pattern, p_value(counts.hits[pattern], strata, counts.size, counts.alerting))
         for pattern, strata in counts.members.items()
         if counts.hits[pattern] >= FEWEST
     ]
     found.sort(key=lambda each: (each[1], each[0]))
-    adjusted = benjamini_hochberg([p for _, p in found])
+    adjusted = benjamini_hochberg([p for _, p in found], max(counts.tested, len(found)))
     return [
-        Recurrence(*pattern, counts.alerts[pattern], counts.members[pattern].total(), p, q)
+        Recurrence(*pattern, counts.alerts[pattern], counts.calls[pattern], p, q)
         for (pattern, p), q in zip(found, adjusted, strict=True)
     ]
 
@@ -148,11 +128,11 @@ def _choose(n: int, k: int) -> float:
     return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
 
 
-def benjamini_hochberg(p_values: list[float]) -> list[float]:
-    """q-values of p-values that come in ascending order."""
-    count, least = len(p_values), 1.0
+def benjamini_hochberg(p_values: list[float], tested: int) -> list[float]:
+    """q-values of the least p-values, in ascending order, of ``tested`` ones."""
+    least = 1.0
     adjusted: list[float] = []
-    for rank in range(count, 0, -1):
-        least = min(least, p_values[rank - 1] * count / rank)
+    for rank in range(len(p_values), 0, -1):
+        least = min(least, p_values[rank - 1] * tested / rank)
         adjusted.append(least)
     return adjusted[::-1]

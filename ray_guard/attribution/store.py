@@ -165,8 +165,20 @@ def insert(db: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
     db.unregister("incoming")
 
 
-def settle(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
-    """One row for each span, and no facts but the supervisor's. The first and the last nanosecond of the traces.
+def bounds(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    """The first and the last nanosecond of the traces."""
+    ((first, last),) = db.execute("SELECT min(start_ns), max(coalesce(end_ns, start_ns)) FROM span").fetchall()
+    return (first or 0, last or 0)
+
+
+def arrange(db: duckdb.DuckDBPyConnection) -> None:
+    """Makes the tables of the job out of the traces."""
+    settle(db)
+    derive(db)
+
+
+def settle(db: duckdb.DuckDBPyConnection) -> None:
+    """One row for each span, and no facts but the supervisor's.
 
     Only what comes more than once is looked at in full: by a hash first, so that it costs two columns of the rest.
     """
@@ -175,7 +187,8 @@ def settle(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
     db.execute(
         """CREATE TEMP TABLE twice AS SELECT trace_id, span_id FROM line
            WHERE hash(trace_id, span_id) IN (
-             SELECT each FROM (SELECT hash(trace_id, span_id) AS each FROM line) GROUP BY each HAVING count(*) > 1)
+             SELECT each FROM (SELECT hash(trace_id, span_id) AS each FROM line)
+             QUALIFY each = lag(each) OVER (ORDER BY each))
            GROUP BY trace_id, span_id HAVING count(*) > 1"""
     )
     # Of several lines about one span the supervisor's word counts before the target's, then the ended one.
@@ -193,8 +206,6 @@ def settle(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
             WHERE NOT (coalesce(source, '') = 'target'
               AND (name = 'egress connect' OR name LIKE 'process %' OR name = 'ray_guard.violation'))"""
     )
-    ((first, last),) = db.execute("SELECT min(start_ns), max(coalesce(end_ns, start_ns)) FROM span").fetchall()
-    return (first or 0, last or 0)
 
 
 def _put_together(db: duckdb.DuckDBPyConnection, spans: str) -> str:
@@ -220,33 +231,8 @@ def derive(db: duckdb.DuckDBPyConnection) -> None:
     patterns = {"suspect": prior.SUSPECT, "network": prior.NETWORK, "silent": prior.SILENT, "tells": prior.TELLS}
     for name, pattern in patterns.items():
         db.execute(f"SET VARIABLE {name} = ?", [pattern])
-    for statement in _PREPARE:
-        db.execute(statement)
-    for table in ("flow", "process"):
-        _own(db, table)
     for statement in _DERIVE:
         db.execute(statement)
-
-
-def _own(db: duckdb.DuckDBPyConnection, table: str) -> None:
-    """Walks from each span of a kind up to its tool call, or to where its trace ends."""
-    db.execute(f"CREATE OR REPLACE TEMP TABLE {table}_owner (trace_id VARCHAR, span_id VARCHAR, call BIGINT)")
-    db.execute(
-        f"CREATE OR REPLACE TEMP TABLE climbing AS SELECT trace_id, span_id, parent_id AS above FROM {table}_span"
-    )
-    for _ in range(_DEPTH + 1):
-        db.execute(
-            """CREATE OR REPLACE TEMP TABLE reached AS SELECT k.trace_id, k.span_id, s.parent_id AS above, s.call
-               FROM climbing k JOIN step s ON k.trace_id = s.trace_id AND k.above = s.span_id"""
-        )
-        db.execute(f"INSERT INTO {table}_owner SELECT trace_id, span_id, call FROM reached WHERE call IS NOT NULL")
-        db.execute(
-            """CREATE OR REPLACE TEMP TABLE climbing AS SELECT trace_id, span_id, above FROM reached
-               WHERE call IS NULL AND above IS NOT NULL"""
-        )
-        ((left,),) = db.execute("SELECT count(*) FROM climbing").fetchall()
-        if not left:
-            break
 
 
 def canonical(db: duckdb.DuckDBPyConnection) -> None:
@@ -269,7 +255,13 @@ NODE_IP: Final = """CREATE OR REPLACE TABLE node_ip AS
          SELECT DISTINCT node, unnest(string_split(ips, ',')) AS ip FROM node WHERE ips <> ''"""
 _NODE: Final = """JOIN named_node n ON n.host IS NOT DISTINCT FROM s.host AND n.node_id IS NOT DISTINCT FROM s.node_id
            AND n.host_ips IS NOT DISTINCT FROM s.host_ips"""
-_PREPARE: Final = (
+
+
+def _numbered(table: str) -> str:
+    return f"(SELECT rowid AS row, row_number() OVER (ORDER BY start_ns, span_id, trace_id) AS number FROM {table})"
+
+
+_DERIVE: Final = (
     """CREATE TEMP TABLE said_node AS SELECT *, coalesce(array_to_string(list_sort(host_ips), ','), '') AS ips
          FROM (SELECT DISTINCT host, node_id, host_ips FROM span)""",
     """CREATE OR REPLACE TABLE node AS SELECT row_number() OVER (ORDER BY host, node_id, ips) AS node, * FROM (
@@ -279,25 +271,25 @@ _PREPARE: Final = (
     NODE_IP,
     """CREATE OR REPLACE TEMP TABLE about AS SELECT trace_id, min(run) AS run, min(iteration) AS iteration,
          min("group") AS "group", min(rollout) AS rollout, min(policy_version) AS policy_version,
-         min(start_ns) AS first_ns, max(coalesce(end_ns, start_ns)) AS last_ns FROM span GROUP BY trace_id""",
-    # What is numbered is sorted: as little as tells the order.
-    """CREATE OR REPLACE TEMP TABLE numbered AS
-         SELECT trace_id, span_id, row_number() OVER (ORDER BY start_ns, span_id, trace_id) AS call FROM span
-         WHERE name LIKE 'execute_tool%'""",
-    f"""CREATE OR REPLACE TABLE call AS
-         SELECT m.call, s.trace_id, s.shown_trace_id, s.span_id, n.node,
+         bool_or(name <> 'ray_guard.reward') AS lived, max(coalesce(end_ns, start_ns)) AS last_ns
+         FROM span GROUP BY trace_id""",
+    f"""CREATE TEMP TABLE call_span AS
+         SELECT s.trace_id, s.shown_trace_id, s.span_id, s.parent_id, n.node,
            coalesce(s.run, a.run) AS run, coalesce(s.iteration, a.iteration) AS iteration,
-           coalesce(s."group", a."group") AS "group", coalesce(s.rollout, a.rollout) AS rollout,
-           coalesce(s.turn, t.turn) AS turn, coalesce(s.policy_version, a.policy_version) AS policy_version,
+           coalesce(s."group", a."group") AS "group", coalesce(s.rollout, a.rollout) AS rollout, s.turn,
+           coalesce(s.policy_version, a.policy_version) AS policy_version,
            coalesce(s.attributes['gen_ai.tool.name'], substr(s.name, 14)) AS tool,
            s.attributes['gen_ai.tool.call.id'] AS call_id,
            s.start_ns, greatest(coalesce(s.end_ns, a.last_ns), s.start_ns + 1) AS end_ns,
            coalesce(s.attributes['gen_ai.tool.call.arguments'], s.attributes['input.value'], '') AS arguments
-         FROM span s JOIN numbered m USING (trace_id, span_id) JOIN about a USING (trace_id)
-         {_NODE}
-         LEFT JOIN (SELECT trace_id, span_id, turn FROM span WHERE name = 'rl.turn') t
-           ON s.turn IS NULL AND t.trace_id = s.trace_id AND t.span_id = s.parent_id
-         WHERE s.name LIKE 'execute_tool%'""",
+         FROM span s JOIN about a USING (trace_id) {_NODE} WHERE s.name LIKE 'execute_tool%'""",
+    """CREATE TEMP TABLE turn AS SELECT s.rowid AS row, t.turn FROM call_span s JOIN span t
+         ON t.trace_id = s.trace_id AND t.span_id = s.parent_id WHERE s.turn IS NULL AND t.name = 'rl.turn'""",
+    # What is numbered is sorted: as little as tells the order.
+    f"""CREATE OR REPLACE TABLE call AS
+         SELECT m.number AS call, s.* EXCLUDE (parent_id) REPLACE (coalesce(s.turn, t.turn) AS turn)
+         FROM call_span s JOIN {_numbered("call_span")} m ON m.row = s.rowid LEFT JOIN turn t ON t.row = s.rowid""",
+    "DROP TABLE call_span",
     f"""CREATE TEMP TABLE process_span AS
          SELECT s.trace_id, s.span_id, s.parent_id, n.node, TRY_CAST(s.attributes['process.pid'] AS BIGINT) AS pid,
            s.start_ns, s.end_ns,
@@ -317,26 +309,35 @@ _PREPARE: Final = (
            s.attributes['ray_guard.egress.scope'] = 'ambiguous' AS ambiguous,
            TRY_CAST(s.attributes['ray_guard.egress.candidates'] AS VARCHAR[]) AS candidates
          FROM span s {_NODE} WHERE s.name = 'egress connect'""",
-    # What stands between a socket and its call: other processes, then the call.
-    """CREATE OR REPLACE TEMP VIEW step AS SELECT trace_id, span_id, CAST(NULL AS VARCHAR) AS parent_id, call FROM call
-         UNION ALL SELECT trace_id, span_id, parent_id, NULL FROM process_span""",
-)
-_DERIVE: Final = (
-    # Below zero: a rollout, where a socket belongs to none of its calls.
+    # What stands between a process and its call: other processes. From the calls down, so that none is passed twice.
+    """CREATE TEMP TABLE process_parent AS SELECT k.rowid AS row, p.rowid AS above FROM process_span k
+         JOIN process_span p ON p.trace_id = k.trace_id AND p.span_id = k.parent_id""",
+    f"""CREATE TEMP TABLE process_owner AS
+         WITH RECURSIVE owned AS (
+           SELECT k.rowid AS row, c.call, 0 AS between FROM process_span k
+             JOIN call c ON c.trace_id = k.trace_id AND c.span_id = k.parent_id
+           UNION ALL
+           SELECT p.row, o.call, o.between + 1 FROM owned o JOIN process_parent p ON p.above = o.row
+             WHERE o.between < {_DEPTH})
+         SELECT row, call FROM owned""",
+    """CREATE TEMP TABLE flow_owner AS SELECT k.rowid AS row, o.call FROM flow_span k
+         JOIN (SELECT trace_id, span_id, call FROM call
+           UNION ALL SELECT p.trace_id, p.span_id, o.call FROM process_span p JOIN process_owner o ON o.row = p.rowid) o
+           ON o.trace_id = k.trace_id AND o.span_id = k.parent_id""",
+    # Below zero: a rollout, where a socket belongs to none of its calls. A reward told after its end has a trace of its
+    # own, which is none.
     """CREATE OR REPLACE TABLE rollout AS SELECT -row_number() OVER (ORDER BY trace_id) AS call, trace_id, run,
-         iteration, "group", rollout, policy_version FROM about WHERE rollout IS NOT NULL""",
+         iteration, "group", rollout, policy_version FROM about WHERE rollout IS NOT NULL AND lived""",
     """CREATE OR REPLACE TABLE process AS
          SELECT o.call, s.node, s.pid, s.start_ns, coalesce(s.end_ns, a.last_ns) AS end_ns, s.command
-         FROM process_span s LEFT JOIN process_owner o USING (trace_id, span_id) JOIN about a USING (trace_id)""",
-    """DROP TABLE process_span CASCADE""",
-    """CREATE OR REPLACE TABLE flow AS
-         SELECT row_number() OVER (ORDER BY s.start_ns, s.span_id, s.trace_id) AS flow,
-           coalesce(o.call, r.call) AS call, s.node, s.trace_id, s.span_id, coalesce(s.rollout, a.rollout) AS rollout,
-           s.start_ns, coalesce(s.end_ns, a.last_ns) AS end_ns, s.local_ip, s.local_port, s.peer_ip, s.peer_port,
-           s.proto, s.host, s.decision, s.ambiguous, s.candidates
-         FROM flow_span s LEFT JOIN flow_owner o USING (trace_id, span_id) JOIN about a USING (trace_id)
-         LEFT JOIN rollout r USING (trace_id)""",
-    """DROP TABLE flow_span CASCADE""",
+         FROM process_span s LEFT JOIN process_owner o ON o.row = s.rowid JOIN about a USING (trace_id)""",
+    f"""CREATE OR REPLACE TABLE flow AS
+         SELECT m.number AS flow, coalesce(o.call, r.call) AS call, s.node, s.trace_id, s.span_id,
+           coalesce(s.rollout, a.rollout) AS rollout, s.start_ns, coalesce(s.end_ns, a.last_ns) AS end_ns,
+           s.local_ip, s.local_port, s.peer_ip, s.peer_port, s.proto, s.host, s.decision, s.ambiguous, s.candidates
+         FROM flow_span s JOIN {_numbered("flow_span")} m ON m.row = s.rowid LEFT JOIN flow_owner o ON o.row = s.rowid
+         JOIN about a USING (trace_id) LEFT JOIN rollout r USING (trace_id)""",
+    "DROP TABLE flow_span",
     # A call is alive as long as anything it started: a background process belongs to the call that spawned it.
     """CREATE OR REPLACE TABLE alive AS
          SELECT c.call, c.node, c.start_ns, greatest(c.end_ns, coalesce(l.end_ns, c.end_ns)) AS end_ns,
@@ -350,9 +351,10 @@ _DERIVE: Final = (
                 WHEN regexp_matches(text, getvariable('suspect')) THEN 3
                 WHEN regexp_matches(text, getvariable('network')) THEN 2
                 WHEN regexp_matches(text, getvariable('silent')) THEN 0 ELSE 1 END AS reach FROM (
-         SELECT c.call, concat_ws(' ; ', nullif(c.arguments, ''), p.commands) AS text
+         SELECT c.call, concat_ws(' ; ', nullif(c.arguments, ''), array_to_string(p.commands, ' ; ')) AS text
          FROM call c LEFT JOIN (
-           SELECT call, string_agg(left(command, 400), ' ; ' ORDER BY start_ns) AS commands FROM (
-             SELECT * FROM process WHERE command <> '' AND call IS NOT NULL
-             QUALIFY row_number() OVER (PARTITION BY call ORDER BY start_ns) <= 16) GROUP BY call) p USING (call)))""",
+           SELECT o.call, arg_min(left(s.command, 400), {'at': s.start_ns, 'id': s.span_id}, 16) AS commands
+           FROM process_span s JOIN process_owner o ON o.row = s.rowid WHERE s.command <> ''
+           GROUP BY o.call) p USING (call)))""",
+    "DROP TABLE process_span",
 )

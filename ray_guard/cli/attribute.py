@@ -6,14 +6,16 @@ Runs later, on any machine: needs nothing but traces and logs.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -30,13 +32,17 @@ from ray_guard.attribution.intake import Options
 from ray_guard.attribution.sources import FORMATS
 from ray_guard.attribution.sources.reader import NotAlerts
 from ray_guard.cli.output import failed, say
+from ray_guard.evidence.layout import SUFFIX
 from ray_guard.evidence.reader import NotEvidence
+from ray_guard.report.text import date, printable
 
 if TYPE_CHECKING:
     from ray_guard.cli.output import Subparsers
 
 _EVERY_S: Final = 10.0
 _BLOCK: Final = 1000
+_YEARS: Final = (1970, 2261)
+"""That Unix nanoseconds in 64 bits can tell."""
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -56,7 +62,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--nat", metavar="PATH", nargs="+", default=[], help="conntrack, FortiGate, PAN-OS or CSV")
     parser.add_argument("--tz", metavar="ZONE", help="time zone of times that say none, such as Asia/Shanghai")
-    parser.add_argument("--year", metavar="YYYY", type=int, help="year of dates that say none")
+    parser.add_argument("--year", metavar="YYYY", type=_year, help="year of dates that say none")
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -69,15 +75,22 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     return parser
 
 
+def _year(said: str) -> int:
+    if not (said.isascii() and said.isdecimal() and _YEARS[0] <= int(said) <= _YEARS[1]):
+        raise argparse.ArgumentTypeError(f"{said!r} is no year from {_YEARS[0]} to {_YEARS[1]}")
+    return int(said)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Prints a summary. 0; 2 with a line on stderr when there is nothing to read or OUT cannot be written."""
+    """Prints a summary. 0; 2 with a line on stderr when there is nothing to read or to write to; 130 after Ctrl-C."""
     try:
         zone = ZoneInfo(args.tz) if args.tz else None
-    except (ZoneInfoNotFoundError, ValueError):
+    except (ZoneInfoNotFoundError, ValueError, OSError):
         return failed("attribute", f"--tz {args.tz}: no such time zone; give a name such as Europe/Berlin, or UTC")
     options = Options(None if args.format == "auto" else args.format, zone, args.year)
     progress = _Progress()
     try:
+        _refuse_same(args)
         spread = None if args.ray is None else _ray(args.ray)
         result = attribute(args.traces, args.alerts, maps=args.nat, options=options, progress=progress, spread=spread)
         if args.json is not None or args.html is not None:
@@ -85,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
             _write(args, result)
     except (NotEvidence, NotAlerts, _NotWritten, _NoRay) as error:
         return failed("attribute", str(error))
+    except KeyboardInterrupt:
+        failed("attribute", "interrupted; what was not written whole was not written at all")
+        return 128 + signal.SIGINT
     finally:
         progress.end()
     for part in _summary(result):
@@ -148,24 +164,59 @@ class _Hashed:
 
 
 def _write(args: argparse.Namespace, result: Result) -> None:
-    try:
-        with (
-            args.json.open("wb") if args.json is not None else nullcontext() as file,
-            ThreadPoolExecutor(1) as beside,
-        ):
-            # Mostly the store's work: alerts are written meanwhile.
-            found, out = beside.submit(document.found, result), _Hashed(file)
-            document.write(result, out, found.result)
-    except OSError as error:
-        raise _NotWritten(f"{args.json} cannot be written: {error.strerror}") from error
+    with (
+        _whole(args.json) if args.json is not None else nullcontext() as file,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        # Mostly the store's work: alerts are written meanwhile.
+        found, out = beside.submit(document.found, result), _Hashed(file)
+        document.write(result, out, found.result)
     if args.html is not None:
         if args.ray is not None:
             store.look_again(result.db, args.traces)
         page = _page(args, result, found.result(), out.hexdigest())
+        with _whole(args.html) as file:
+            file.write(page.encode())
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there when all of it is: what ends before (a full disk, Ctrl-C) leaves what was there before."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe, /dev/stdout; a folder is refused by its name
+            with path.open("wb") as file:
+                yield file
+            return
+        path = path.resolve()  # where a link leads to, the link stays
+        beside = path.with_name(f".{path.name[:200]}.{os.getpid()}")
         try:
-            args.html.write_text(page, encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise _NotWritten(f"{args.html} cannot be written: {error.strerror}") from error
+            with beside.open("xb") as file:
+                yield file
+            if path.exists():
+                beside.chmod(path.stat().st_mode & 0o7777)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise _NotWritten(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _refuse_same(args: argparse.Namespace) -> None:
+    """Raises _NotWritten where an answer would be written over what it is made of, or both to one file."""
+    said = [(f"--{name}", path) for name in ("json", "html") if (path := getattr(args, name)) is not None]
+    for name, path in said:
+        if not path.is_file():
+            continue
+        for given in (*args.traces, *args.alerts, *args.nat):
+            read = Path(given)
+            # A folder of logs is read whole, an answer of last time in it too; of evidence the segments alone.
+            inside = read.is_dir() and read.resolve() in path.resolve().parents
+            if (read.exists() and path.samefile(read)) or (
+                inside and (given in args.alerts or path.name.endswith(SUFFIX))
+            ):
+                raise _NotWritten(f"{name} {path} is one of the files to read; write the answer elsewhere")
+    if len(said) == 2 and said[0][1].resolve() == said[1][1].resolve() and not said[0][1].is_char_device():
+        raise _NotWritten(f"--json and --html both name {said[0][1]}; give each a file of its own")
 
 
 def _page(args: argparse.Namespace, result: Result, found: dict[str, Any], digest: str) -> str:
@@ -220,6 +271,11 @@ def _summary(result: Result) -> Iterator[str]:
             lines.append(
                 f"{report.path}: {count} quarantined as {first.reason}, first in line {first.line}: {first.detail}"
             )
+    if result.quarantine.total:
+        lines.append(
+            f"traces: {', '.join(f'{n} {why}' for why, n in sorted(result.quarantine.counts.items()))} quarantined"
+        )
+    lines += _apart(result)
     quiet = result.alerts.informational
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
@@ -227,9 +283,21 @@ def _summary(result: Result) -> Iterator[str]:
     for alert in result.alerts.of(np.flatnonzero(~quiet)):
         lines.append(f"{alert.source.path}:{alert.record}  {_answer(alert)}")
         if len(lines) >= _BLOCK:
-            yield "\n".join(lines) + "\n"
+            yield "".join(f"{printable(line)}\n" for line in lines)
             lines = []
-    yield "".join(f"{line}\n" for line in lines)
+    yield "".join(f"{printable(line)}\n" for line in lines)
+
+
+def _apart(result: Result) -> list[str]:
+    """A warning where no record can be the doing of any call, which is not the same as nobody's doing."""
+    ((first, last),) = result.db.execute("SELECT min(start_ns), max(end_ns) FROM alive").fetchall()
+    at = result.alerts.middles()
+    if first is None or not len(at) or (at.min() <= last and at.max() >= first):
+        return []
+    records, calls = (
+        f"{date(int(begin))} to {date(int(end))} UTC" for begin, end in ((at.min(), at.max()), (first, last))
+    )
+    return [f"beware: the records are of {records}, the traces' calls of {calls}: are their times Unix nanoseconds?"]
 
 
 def _answer(alert: Attribution) -> str:

@@ -96,6 +96,7 @@ def _findings(paths: list[str], rules: list[Path]) -> Iterator[dict[str, Any]]:
     for each in rules:
         cases.take(str(each))  # they were read before without complaint
     for path in segments(paths):
+        before = cases.spans
         sealed = is_sealed(path)
         with open_segment(path) as file:
             for line in scan(file):
@@ -104,6 +105,8 @@ def _findings(paths: list[str], rules: list[Path]) -> Iterator[dict[str, Any]]:
                 for case in cases.of(line.content or b""):
                     told = {key: case[key] for key in ("kind", "rule", "trace", "span", "call")}
                     yield {"flagged": True, **told, **case["identity"]}
+        if cases.spans == before and path.stat().st_size:
+            raise NotEvidence(str(path), "no line of it is a span; give an evidence folder, or OTLP JSON lines")
 
 
 def _command(rules: list[Rule]) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -10,9 +10,12 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 METADATA_ADDRESSES: Final = frozenset(
-    ("169.254.169.254", "169.254.170.2", "100.100.100.200", "fd00:ec2::254", "192.0.0.192")
+    (
+        *("169.254.169.254", "169.254.170.2", "169.254.170.23", "169.254.42.42", "100.100.100.200", "192.0.0.192"),
+        *("fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254"),
+    )
 )
-"""Where clouds tell a machine of its own credentials."""
+"""Where clouds tell a machine of its own credentials (AWS, ECS, EKS, Scaleway, Alibaba, Oracle, Google)."""
 
 
 class Kind(StrEnum):

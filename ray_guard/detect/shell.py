@@ -1,46 +1,44 @@
-"""A command line as the programs that it starts. Runs later. Pure.
+"""Takes a shell's command line apart into the programs it starts. Runs later, and live. Pure.
 
-Not a shell: quotes, pipelines, lists, substitutions, wrappers (``sudo``, ``nohup``, ``bash -c`` …) and the usual ways
-to hide a text (base64, hex, ``printf``) are taken apart, so that rules look at programs and arguments and not at
-spelling. What cannot be taken apart is kept as text.
+No shell's whole grammar: enough of it that what is run is seen. Quotes, lists, substitutions and here-documents are
+taken apart here, wrappers (``sudo``, ``nohup``, ``docker run`` …) by :mod:`.wrappers`, other ways to write a text by
+:mod:`.hidden`, so that rules look at programs and arguments and not at spelling.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import codecs
-import itertools
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
+from ray_guard.detect.hidden import LONGEST, run_by_code, unhidden
+from ray_guard.detect.wrappers import SHELLS, Unwrapped, unwrapped
+
 DEPTH: Final = 6
 """Commands within commands; deeper ones are not looked at."""
-LONGEST: Final = 1 << 16
-"""Characters of a command line; what is behind them is not looked at."""
-_TEXTS: Final = 32
-_NAMES: Final = 64
-
-_SHELLS: Final = frozenset("sh bash dash zsh ksh ash fish busybox".split())
-#: programs that run another one, with the letters of their options that take a value
-_WRAPPERS: Final = {
-    word.partition(":")[0]: word.partition(":")[2]
-    for word in (
-        "sudo:ugpCchrtT doas:uC env:uCS nohup setsid nice:n ionice:cnpP timeout:ks stdbuf:ioe time:fo command "
-        "exec:a builtin xargs:IinLlPsdEa strace:eopsSuEaXO unbuffer torsocks proxychains:f proxychains4:f chroot "
-        "systemd-run:pM screen:Sc tmux watch:n script:c busybox taskset:c flock:wE then do else if while until ! & {"
+READERS: Final = frozenset(
+    (
+        "grep egrep fgrep rg ag ack cat less more head tail echo printf sed awk find ls wc sort uniq diff git man "
+        "cd jq tee nano"
     ).split()
-}
-_ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
-_BASE64: Final = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")
-_HEX: Final = re.compile(r"(?:\\x[0-9a-fA-F]{2}){4,}")
-_BARE_HEX: Final = re.compile(r"\b(?:[0-9a-fA-F]{2}){8,}\b")
-_OCTAL: Final = re.compile(r"(?:\\0?[0-3][0-7]{2}){4,}")
-_ROT13: Final = re.compile(r"\btr\b[^|;]{0,40}(?:A-Za-z|a-zA-Z)\W+\w?(?:N-ZA-M|n-za-m)|rot_?13", re.IGNORECASE)
-_VARIABLE: Final = re.compile(r"(?:^|[\s;&(])([A-Za-z_]\w*)=(?:'([^'$]*)'|\"([^\"$]*)\"|([\w./:@+-]+))(?=[\s;&])")
+)
+"""Programs that search, show or write down a text and run nothing of it."""
+_TALKERS: Final = READERS | frozenset(
+    "gh glab curl wget yq logger python python2 python3 perl ruby node php lua psql mysql sqlite3 docker claude "
+    "llm".split()
+)
+"""Whose arguments of several words are no command lines."""
+_READ_AS_COMMANDS: Final = SHELLS | frozenset(
+    "su runuser ssh crontab at batch make expect source . eval parallel".split()
+)
+"""Programs that run what they read from their input."""
+_PAPERS: Final = re.compile(
+    r"(?i)\.(?:md|txt|rst|adoc|log|json|jsonl|ya?ml|toml|ini|cfg|csv|tsv|html?|xml|tex|py|js|ts|go|rs|c|h|cpp|java|rb|pl|php)$|^/dev/null$|^&\d"
+)
+"""Files that nobody runs as they are."""
 
 
 @dataclass(slots=True)
@@ -51,16 +49,25 @@ class Command:
         name: the program's name without folder.
         arguments: the others, unquoted.
         piped_from: the command whose output it reads, in a pipeline.
+        redirects: operator and target of each, as ``>file``.
+        documents: here-documents and here-strings that it reads.
     """
 
     name: str
     arguments: list[str]
     piped_from: Command | None = None
     redirects: list[str] = field(default_factory=list)
+    documents: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         return " ".join([self.name, *self.arguments])
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for two that do the same."""
+        before = () if self.piped_from is None else ("|", *self.piped_from.key)
+        return (self.name, *self.arguments, *self.redirects, *self.documents, *before)
 
 
 def commands(text: str, depth: int = 0) -> Iterator[Command]:
@@ -68,101 +75,42 @@ def commands(text: str, depth: int = 0) -> Iterator[Command]:
     if depth > DEPTH:
         return
     before: Command | None = None
-    for words, piped in _split(text[:LONGEST]):
-        found = _program(words)
+    splitter = _Splitter(text[:LONGEST])
+    for words, piped in splitter.found:
+        found, inner_texts = _program(words, splitter.documents)
         if found is None:
             before = None if not piped else before
-            continue
-        found.piped_from = before if piped else None
-        before = found
-        yield found
-        for inner in _within(found):
+        else:
+            found.piped_from = before if piped else None
+            before = found
+            yield found
+            inner_texts += _within(found)
+        for inner in inner_texts:
             yield from commands(inner, depth + 1)
 
 
-def unhidden(text: str) -> Iterator[str]:
-    """The text, and what it becomes: decoded (base64, escapes, hex, rot13), reversed, variables in their places.
+class _Quoted(str):
+    """A word that begins in quotes: no redirection, whatever it looks like."""
 
-    Whatever turns out to be text, also of what was decoded; as many as :data:`_TEXTS` of them.
-    """
-    found = [text]
-    for at in range(_TEXTS):
-        if at == len(found):
-            return
-        yield found[at]
-        found += [each for each in itertools.islice(_becomes(found[at]), _TEXTS) if each not in found]
-
-
-def _becomes(text: str) -> Iterator[str]:
-    filled = _filled(text)
-    if filled != text:
-        yield filled
-    if re.search(r"\|\s*rev\b", text):
-        yield text[::-1]
-    if _ROT13.search(text):
-        yield codecs.encode(text, "rot13")
-    if _HEX.search(text):
-        yield _HEX.sub(lambda found: _characters(found[0], 16), text)
-    if _OCTAL.search(text):
-        yield _OCTAL.sub(lambda found: _characters(found[0], 8), text)
-    for word in _BASE64.findall(text):
-        decoded = _decoded(word)
-        if decoded is not None:
-            yield decoded
-    for word in _BARE_HEX.findall(text):
-        plain = bytes.fromhex(word)
-        if _readable(plain):
-            yield plain.decode()
-
-
-def _characters(escapes: str, base: int) -> str:
-    whole = "".join(chr(int(each, base) & 0xFF) for each in re.findall(r"\\x?([0-9a-fA-F]+)", escapes))
-    return whole if base == 16 or whole.isprintable() else escapes
-
-
-def _filled(text: str) -> str:
-    """The text with the plain values of its own assignments in the places of the variables."""
-    assigned = itertools.islice(_VARIABLE.finditer(text), _NAMES)
-    values = {found[1]: found[2] or found[3] or found[4] or "" for found in assigned}
-    if not values:
-        return text
-    names = "|".join(sorted(map(re.escape, values), key=len, reverse=True))
-    return re.sub(rf"\$(?:\{{({names})\}}|({names})\b)", lambda found: values[found[1] or found[2]], text)
-
-
-def _decoded(found: str) -> str | None:
-    try:
-        plain = base64.b64decode(found + "=" * (-len(found) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        return None
-    return plain.decode() if _readable(plain) else None
-
-
-def _readable(plain: bytes) -> bool:
-    """Whether bytes are text, and not by chance: any run of letters decodes to something."""
-    try:
-        text = plain.decode("ascii")
-    except UnicodeDecodeError:
-        return False
-    if len(text) < 8 or not all(char.isprintable() or char in "\n\t\r" for char in text):
-        return False
-    return " " in text or _BASE64.fullmatch(text.strip()) is not None  # encoded twice
-
-
-def _split(text: str) -> list[tuple[list[str], bool]]:
-    """Simple commands as (words, whether the one before is piped into it); quotes are taken off, substitutions kept."""
-    return _Splitter(text).found
+    __slots__ = ()
 
 
 class _Splitter:
+    """Simple commands as (words, whether the one before is piped into it); quotes are taken off, substitutions kept.
+
+    A here-document is taken out of the text; the word ``<<N`` says that it is the N-th of :attr:`documents`.
+    """
+
     def __init__(self, text: str) -> None:
         self.found: list[tuple[list[str], bool]] = []
+        self.documents: list[str] = []
         self._text = text
         self._at = 0
         self._words: list[str] = []
         self._word: list[str] = []
-        self._begun = self._piped = False
+        self._begun = self._piped = self._in_quotes = False
         self._quote = ""
+        self._awaited: list[tuple[int, str]] = []
         while self._at < len(text):
             if self._quote:
                 self._quoted(text[self._at])
@@ -176,7 +124,11 @@ class _Splitter:
         self._begun = True
 
     def _quoted(self, char: str) -> None:
-        if char == self._quote:
+        run = _QUOTED_RUN.match(self._text, self._at)
+        if run:
+            self._add(run[0])
+            self._at = run.end() - 1
+        elif char == self._quote:
             self._quote = ""
         elif char == "\\" and self._quote == '"' and self._text[self._at + 1 : self._at + 2] in ('"', "\\", "$", "`"):
             self._at += 1
@@ -185,42 +137,72 @@ class _Splitter:
             self._add(char)
 
     def _plain(self, char: str) -> None:
+        run = _PLAIN_RUN.match(self._text, self._at)
+        if run:
+            self._add(run[0])
+            self._at = run.end() - 1
+            return
+        following = self._text[self._at + 1 : self._at + 2]
         if char in "'\"":
+            self._in_quotes = self._in_quotes or not self._begun
             self._quote, self._begun = char, True
             if self._word and self._word[-1] == "$":  # $'…'
                 self._word.pop()
-        elif char == "\\" and self._at + 1 < len(self._text):
+        elif char == "\\" and following:
             self._at += 1
-            if self._text[self._at] != "\n":
-                self._add(self._text[self._at])
-        elif char == "`" or self._text.startswith("$(", self._at):
+            if following != "\n":
+                self._add(following)
+        elif char == "`" or (char in "$<>" and following == "("):
             end = _closing(self._text, self._at)
             self._add(self._text[self._at : end])
             self._at = end - 1
+        elif self._text.startswith("<<<", self._at):
+            self._end_word()
+            self._words.append("<<<")
+            self._at += 2
+        elif char == "<" and (begins := _HERE.match(self._text, self._at)):
+            self._here(begins)
         elif char in " \t\r":
             self._end_word()
         elif char == "#" and not self._begun:
             end = self._text.find("\n", self._at)
             self._at = (end if end >= 0 else len(self._text)) - 1
         elif char in "\n;&|()":
-            self._separator(char)
+            self._separator(char, following)
         else:
             self._add(char)
 
-    def _separator(self, char: str) -> None:
-        following = self._text[self._at + 1 : self._at + 2]
+    def _here(self, begins: re.Match[str]) -> None:
+        self._end_word()
+        self._awaited.append((len(self.documents), next(each for each in begins.groups() if each is not None)))
+        self._words.append(f"<<{len(self.documents)}")
+        self.documents.append("")
+        self._at = begins.end() - 1
+
+    def _separator(self, char: str, following: str) -> None:
         # `>&` and `&>` are redirections.
-        if char == "&" and ((self._word and self._word[-1] == ">") or following == ">"):
+        if char == "&" and ((self._word and self._word[-1] in "<>") or following == ">"):
             self._add(char)
             return
         self._end_command(into_next=char == "|" and following != char)
-        self._at += following == char
+        self._at += following == char or (char == "|" and following == "&")
+        if char == "\n":
+            for number, end in self._awaited:
+                self._take(number, end)
+            self._awaited.clear()
+
+    def _take(self, number: int, end: str) -> None:
+        """The here-document that begins after this line."""
+        last = re.compile(rf"^[ \t]*{re.escape(end)}[ \t]*\r?$", re.MULTILINE).search(self._text, self._at + 1)
+        self.documents[number] = self._text[self._at + 1 : last.start() if last else len(self._text)]
+        self._at = last.end() if last else len(self._text)
 
     def _end_word(self) -> None:
         if self._begun:
-            self._words.append("".join(self._word))
+            word = "".join(self._word)
+            self._words.append(_Quoted(word) if self._in_quotes else word)
         self._word.clear()
-        self._begun = False
+        self._begun = self._in_quotes = False
 
     def _end_command(self, *, into_next: bool) -> None:
         self._end_word()
@@ -228,6 +210,11 @@ class _Splitter:
             self.found.append((self._words, self._piped))
             self._words = []
         self._piped = into_next
+
+
+_PLAIN_RUN: Final = re.compile(r"[\w./:=@%+,~^-]+")
+_QUOTED_RUN: Final = re.compile(r"[^'\"\\]+")
+_HERE: Final = re.compile(r"<<-?\s*(?:'([^'\n]+)'|\"([^\"\n]+)\"|\\?([\w.!-]+))")
 
 
 def _closing(text: str, at: int) -> int:
@@ -243,64 +230,98 @@ def _closing(text: str, at: int) -> int:
     return len(text)
 
 
-def _program(words: list[str]) -> Command | None:
-    """The program proper, behind assignments, wrappers and redirections."""
+_REDIRECT: Final = re.compile(r"(?:\d*|&)(?:>>?\|?|<>?|>&|<&|<<<)")
+_REDIRECTED: Final = re.compile(r"(?:\d*|&)(?:>>?\|?|<>?|>&|<&|<<<)(?!\()(?:[^=].*)?", re.DOTALL)
+_HERE_WORD: Final = re.compile(r"<<(\d+)")
+
+
+def _program(words: list[str], documents: list[str]) -> tuple[Command | None, list[str]]:
+    """The program proper, behind assignments, wrappers and redirections; and texts that the wrappers have run."""
     left = list(words)
     redirects: list[str] = []
+    read: list[str] = []
     for position in range(len(left) - 1, -1, -1):
-        if re.fullmatch(r"\d*(?:>>?|<|<>|&>|>&)\S*|<<<?", left[position]):
+        here = _HERE_WORD.fullmatch(left[position])
+        if here and int(here[1]) < len(documents):
+            left.pop(position)
+            read.append(documents[int(here[1])])
+        elif not isinstance(left[position], _Quoted) and _REDIRECTED.fullmatch(left[position]):
             taken = left.pop(position)
-            if re.fullmatch(r"\d*(?:>>?|<|<>|&>|<<<?)", taken) and position < len(left):
+            if _REDIRECT.fullmatch(taken) and position < len(left):
                 taken += left.pop(position)
             redirects.append(taken)
-    for _ in range(DEPTH):
-        while left and _ASSIGNMENT.match(left[0]):
-            left.pop(0)
-        if not left:
-            return None
-        name = left[0].rpartition("/")[2]
-        if name not in _WRAPPERS or len(left) == 1:
-            return Command(name, left[1:], redirects=redirects)
-        rest = left[1:]
-        while rest and (rest[0].startswith("-") or (name == "timeout" and re.fullmatch(r"[\d.]+[smhd]?", rest[0]))):
-            option = rest.pop(0)
-            takes = len(option) == 2 and option[1] in _WRAPPERS[name] and option[0] == "-" and rest
-            if takes:
-                rest.pop(0)
-        if name in ("taskset", "chroot", "flock", "tmux", "screen") and len(rest) > 1:
-            rest.pop(0)
-        if not rest:
-            return Command(name, left[1:], redirects=redirects)
-        left = rest
-    return Command(left[0], left[1:], redirects=redirects)
+            if "<<<" in taken:
+                read.append(taken.partition("<<<")[2])
+    found: Unwrapped = unwrapped(left)
+    if not found.words:
+        return None, found.texts
+    name = found.words[0].rpartition("/")[2] or found.words[0]
+    return Command(name, found.words[1:], redirects=redirects, documents=read), found.texts
 
 
-def _within(command: Command) -> Iterator[str]:
+def _within(command: Command) -> list[str]:
     """Texts that the command has run: a shell's ``-c``, what is substituted, what is decoded into a shell."""
-    if command.name in _SHELLS or command.name in ("su", "eval", "ssh", "watch", "script", "parallel"):
-        yield from _given_to_shell(command)
-    if command.name in ("python", "python3", "perl", "ruby", "node", "php"):
-        for option, code in pairwise(command.arguments):
-            if option in ("-c", "-e", "-r"):
-                yield from (" ".join(_STRING.findall(found)) for found in _CODE_RUNS.findall(code))
+    texts = list(_given(command))
+    if command.name in _READ_AS_COMMANDS:
+        texts += _read_by(command)
+    texts += _put_in_file(command)
+    if _INTERPRETERS.fullmatch(command.name):
+        for program in (*command.arguments, *command.documents):
+            texts += run_by_code(program)
     for argument in [*command.arguments, *command.redirects]:
         closed = argument[: max(argument.rfind(")"), argument.rfind("`")) + 1]  # else every opening looks for an end
-        for inner in re.findall(r"\$\((.+)\)|`([^`]+)`|[<>]\((.+)\)", closed, re.DOTALL):
-            yield next(each for each in inner if each)
+        texts += (
+            next(each for each in inner if each)
+            for inner in re.findall(r"\$\((.+)\)|`([^`]+)`|[<>]\((.+)\)", closed, re.DOTALL)
+        )
+    return texts
 
 
-def _given_to_shell(command: Command) -> Iterator[str]:
+_INTERPRETERS: Final = re.compile(
+    r"(?:python|perl|ruby|node|php|lua|deno|g?awk|tclsh|expect|osascript|vim?|nvim)[\d.]*"
+)
+_LED_IN: Final = re.compile(r"(?:[\w.-]{1,40}=|:!|!|\\!|\.(?:shell|system)\s|spawn\s|(?i:exec|system):)+\s*")
+
+
+def _given(command: Command) -> Iterator[str]:
+    """Its arguments that may be command lines: of a shell's ``-c``, and of several words."""
     for option, text in pairwise(command.arguments):
-        if option.startswith("-") and option.endswith("c") and not option.startswith("--"):
+        if (
+            option.startswith("-")
+            and option.endswith("c")
+            and not option.startswith("--")
+            and command.name not in _TALKERS
+        ):
             yield text
+        if command.name == "git" and option == "-c":
+            yield _LED_IN.sub("", text, count=1)
     if command.name == "eval":
         yield " ".join(command.arguments)
-    yield from (each[3:] for each in command.redirects if each.startswith("<<<"))
+    if command.name == "find":
+        yield from _executed(command.arguments)
+    talks = command.name in _TALKERS
+    for argument in command.arguments:
+        led_in = _LED_IN.match(argument)
+        if " " in argument and (not talks or (led_in and command.name in ("vim", "vi", "sqlite3", "mysql", "psql"))):
+            yield argument[led_in.end() :] if led_in else argument
+
+
+def _executed(words: list[str]) -> Iterator[str]:
+    """What ``find`` runs on what it finds."""
+    for at, word in enumerate(words):
+        if word in ("-exec", "-execdir", "-ok", "-okdir"):
+            ends = (end for end in range(at, len(words)) if words[end] in (";", "+"))
+            yield shlex.join(words[at + 1 : next(ends, len(words))])
+
+
+def _read_by(command: Command) -> Iterator[str]:
+    """What a shell reads: here-documents, and what is echoed or decoded into it."""
+    yield from command.documents
     source = command.piped_from
-    if source is not None and source.name in ("echo", "printf"):
-        yield " ".join(source.arguments).replace("\\n", "\n")
+    if source is not None and source.name in ("echo", "printf", "cat"):
+        yield _echoed(source)
     # `echo … | base64 -d | sh`: whatever was said on the way may be what is run.
-    said = list(command.redirects)
+    said = [*command.redirects, *command.documents]
     while source is not None:
         said += source.arguments
         source = source.piped_from
@@ -308,8 +329,24 @@ def _given_to_shell(command: Command) -> Iterator[str]:
     yield from (text for text in unhidden(whole) if text != whole)
 
 
-_CODE_RUNS: Final = re.compile(
-    r"(?:system|popen|run|call|Popen|check_output|spawn|spawnSync|execSync|execFile|exec)\(\s*[\[(]?\s*"
-    r"((?:(?:'[^']+'|\"[^\"]+\")[\s,\[]*)+)"
-)
-_STRING: Final = re.compile(r"(?<=')[^',\s][^']*(?=')|(?<=\")[^\",\s][^\"]*(?=\")")
+def _put_in_file(command: Command) -> Iterator[str]:
+    """What is written to a file that may be run: a script, a shell's start, a timetable."""
+    if command.name in ("echo", "printf", "cat"):
+        source, files = command, [each.lstrip("0123456789&>|") for each in command.redirects if ">" in each]
+    elif command.name == "tee" and command.piped_from is not None:
+        source, files = command.piped_from, [each for each in command.arguments if not each.startswith("-")]
+    else:
+        return
+    if any(file and not _PAPERS.search(file) for file in files):
+        yield _echoed(source)
+
+
+def _echoed(source: Command) -> str:
+    words = list(source.arguments) if source.name != "cat" else []
+    while words and re.fullmatch(r"-[neE]+|--", words[0]):
+        words.pop(0)
+    if source.name == "printf" and words:
+        values = iter(words[1:])
+        words = [re.sub(r"%-?\d*[sbdi]", lambda _: next(values, ""), words[0]), *values]
+    said = ("\n" if source.name == "printf" else " ").join(words)
+    return "\n".join([said.replace("\\n", "\n").replace("\\t", "\t"), *source.documents])

@@ -101,6 +101,7 @@ def load(paths: Iterable[Path]) -> list[Rule]:
     """
     rules: list[Rule] = []
     for given in paths:
+        before = len(rules)
         files = _files(given)
         if not files:
             raise BadRule(str(given), "a folder without *.yml; name a rule, or a folder that holds some")
@@ -109,11 +110,16 @@ def load(paths: Iterable[Path]) -> list[Rule]:
                 found = SigmaCollection.from_yaml(path.read_text(encoding="utf-8"))
             except OSError as error:
                 raise BadRule(str(path), f"cannot be read: {error.strerror}") from error
+            except (AttributeError, TypeError) as error:  # pySigma's, of YAML that is no mapping
+                told = "it must be a YAML mapping with title, logsource and detection"
+                raise BadRule(str(path), f"no Sigma rule: {told}") from error
             except Exception as error:
                 raise BadRule(str(path), f"no Sigma rule: {error}") from error
             for rule in found.rules:
                 if isinstance(rule, SigmaRule) and _of_processes(rule):
                     rules.append(Rule(rule, str(path)))
+        if len(rules) == before:
+            raise BadRule(str(given), "no rule about processes of Linux; others cannot be judged here")
     return rules
 
 

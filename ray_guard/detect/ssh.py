@@ -54,21 +54,41 @@ def parse(words: list[str]) -> Arguments | None:
     return Arguments(options, settings, host, left)
 
 
+_PORT: Final = r"(?:\d{1,5}|[a-z][a-z0-9-]*)"
+_FORWARD: Final = re.compile(rf"(?:\[?[\w.*:-]*\]?:)?\d{{1,5}}:(?:\[[\w:]+\]|[\w.-]+):{_PORT}|\d{{2,5}}:/\S+|/\S+:/\S+")
+
+
 def tunnels_back(words: list[str]) -> str:
-    """How these arguments let the far side in: the rule's name; empty where they do not."""
+    """How these arguments let the far side in, or everything out: the rule's name; empty where they do not."""
     parsed = parse(words)
     if parsed is None:
         return ""
+    letters = {letter for letter, _ in parsed.options}
     for letter, value in parsed.options:
         if letter == "R" and value:
             return "ssh.remote_forward"
         if letter == "w":
             return "ssh.tun_device"
-    letters = {letter for letter, _ in parsed.options}
-    if letters >= {"F", "N"} and not letters & set("LDWJO"):
-        return "ssh.forwards_of_a_file"  # it only forwards, and what stands in a file that was brought along
+        if letter == "L" and ("g" in letters or re.match(r"(?:0\.0\.0\.0|\*|\[::\]):\d", value)):
+            return "ssh.open_forward"
     if parsed.settings.get("remoteforward"):
         return "ssh.remote_forward"
     if parsed.settings.get("tunnel", "no").lower() not in ("no", ""):
         return "ssh.tun_device"
+    if "D" in letters or parsed.settings.get("dynamicforward"):
+        return "ssh.dynamic_forward"
+    if letters >= {"F", "N"} and not letters & set("LWJO"):
+        return "ssh.forwards_of_a_file"  # it only forwards, and what stands in a file that was brought along
     return ""
+
+
+def looks_like_remote_forward(words: list[str]) -> bool:
+    """Whether these arguments, of whatever program, are ssh's, with a forward of the far side's."""
+    if not any(word.startswith("-") and ("R" in word or "emote" in word) for word in words):
+        return False
+    parsed = parse(words)
+    if parsed is None or not parsed.host:
+        return False
+    return any(letter == "R" and _FORWARD.fullmatch(value) for letter, value in parsed.options) or bool(
+        parsed.settings.get("remoteforward")
+    )

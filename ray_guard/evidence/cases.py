@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ray_guard.detect import OTHER, UNJUDGED, commands
+from ray_guard.detect import OTHER, UNJUDGED, Finding, Kind, commands
 from ray_guard.detect.flows import Flow, Flows
 from ray_guard.errors import RayGuardError
 from ray_guard.evidence.otlp import NotOtlp, decode, resource_key
@@ -57,6 +57,8 @@ class Cases:
         self._rules: dict[str, list[Rule]] = {}
         """By their digest."""
         self._judge = self._judging()
+        self.spans = 0
+        """How many were read, whatever was said of them."""
 
     def take(self, path: str) -> dict[str, str]:
         """Has commands judged by the Sigma rules there too: their digest, or the error."""
@@ -67,8 +69,6 @@ class Cases:
             rules = sigma.load([Path(path)])
         except RayGuardError as error:
             return {"error": str(error)}
-        if not rules:
-            return {"error": f"{path}: no rule about processes of Linux"}
         self._rules[digest] = rules
         self._judge = self._judging()
         return {"digest": digest}
@@ -76,6 +76,7 @@ class Cases:
     def of(self, line: bytes) -> Iterator[Case]:
         """What there is to say of a line."""
         for resource, record in _decoded(line):
+            self.spans += 1
             if record.attributes.get("ray_guard.source") == Source.TARGET.value:
                 continue  # what a target says of itself is no ground for anything
             if record.name.startswith("process "):
@@ -99,7 +100,7 @@ class Cases:
 
     def _of_flow(self, resource: Resource, record: SpanRecord) -> Iterator[Case]:
         call = self._call_of(record)
-        found = self._flows.judge(call or record.trace_id, _flow(record))
+        found = self._flows.judge(call or record.trace_id, _flow(record)) or _offence(record)
         if found is None or not self._is_new(call or record.trace_id, said := _Said(found.kind.value, found.rule)):
             return
         above = _above(record)
@@ -184,6 +185,12 @@ def _flow(record: SpanRecord) -> Flow:
         received=_number(said("ray_guard.egress.bytes_received")),
         protocol=str(said("ray_guard.egress.protocol") or ""),
     )
+
+
+def _offence(record: SpanRecord) -> Finding | None:
+    """What the relay recognised in its first bytes."""
+    kind, _, rule = str(record.attributes.get("ray_guard.egress.offence") or "").partition(": ")
+    return Finding(Kind(kind), rule) if rule and kind in set(Kind) else None
 
 
 def _number(value: AttributeValue | None) -> int:

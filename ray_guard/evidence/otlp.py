@@ -191,8 +191,10 @@ class EgressForm:
         self._after = after.encode("ascii")
         self._begun = self._after + b"]}]}]}]}\n"
 
-    def begun(self, span_id: str, start_ns: int) -> bytes:
-        return b"".join((self._before, span_id.encode("ascii"), self._between, b"%d" % start_ns, self._begun))
+    def begun(self, span_id: str, start_ns: int, more: str = "") -> bytes:
+        """What is known at its begin, or later with ``more`` of it (as of :meth:`ended`)."""
+        after = self._begun if not more else self._after + more.encode("ascii") + b"]}]}]}]}\n"
+        return b"".join((self._before, span_id.encode("ascii"), self._between, b"%d" % start_ns, after))
 
     def ended(self, span_id: str, start_ns: int, end_ns: int, more: str, tail: str = "") -> bytes:
         """The whole span.

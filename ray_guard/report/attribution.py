@@ -32,6 +32,8 @@ _PATTERNS: Final = 100
 _LINES: Final = 100
 """Quarantined lines of each file, and of all."""
 _BARS: Final = 15
+_FALSE: Final = 0.05
+"""The rate of false discoveries up to which a pattern counts as found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ def render(found: Findings, bundle: Bundle) -> str:
             for said, count, tone in _head(found)
         ),
         "</ul>",
+        *(f"<p>{_short(said, 600)}</p>" for said in _essence(found)),
         *_read(found),
         "<h2>Timeline<small>alerts by verdict, and the iterations they fell in; by the traces' clock, UTC</small></h2>",
         timeline(found.moments, found.iterations),
@@ -83,6 +86,33 @@ def _head(found: Findings) -> list[tuple[str, int, Tone]]:
         *((said[verdict], found.verdicts[verdict], _TONES[verdict]) for verdict in _VERDICTS),
         ("informational records", found.quiet, Tone.PLAIN),
     ]
+
+
+def _essence(found: Findings) -> list[str]:
+    """What whoever gets the page wants to know first: how many did it, what they have in common, whether it paid."""
+    reward, patterns = found.answer["reward"], found.answer["recurrence"]
+    said = []
+    if reward["violating_rollouts"]:
+        said.append(f"{_counted(reward)} set off alerts.")
+    if patterns and patterns[0]["q_value"] <= _FALSE:
+        first = patterns[0]
+        more = sum(each["q_value"] <= _FALSE for each in patterns) - 1
+        others = f"; {text.plural(more, 'more pattern recurs', 'more patterns recur')}" if more else ""
+        counts = f"{text.plural(first['alerts'], 'alert')}, {text.plural(first['calls'], 'call')}"
+        what = f"{first['dimension']} {text.cut(first['pattern'], 160)}"
+        said.append(f"What recurs most: {what} ({counts}, q {first['q_value']:.1e}){others}.")
+    interval = reward["interval"]
+    if interval is not None and not interval[0] <= 0 <= interval[1]:
+        difference = reward["within_group_difference"]
+        said.append(
+            f"Such rollouts were rewarded {'more' if difference > 0 else 'less'} than others of their group: by "
+            f"{abs(difference):.3f}, 95 % between {interval[0]:+.3f} and {interval[1]:+.3f}; an association."
+        )
+    return said
+
+
+def _counted(reward: Mapping[str, Any]) -> str:
+    return f"{reward['violating_rollouts']:,} of {text.plural(reward['rollouts'], 'rollout')}"
 
 
 def _span(found: Findings) -> str:
@@ -329,17 +359,26 @@ def _rewards(found: Findings) -> list[str]:
             f"{between} ({groups})."
         )
         if interval is None:
-            said.append("One group alone gives no interval.")
+            alone = "One group alone gives" if reward["groups"] == 1 else "Groups that all differ by the same give"
+            said.append(f"{alone} no interval.")
         elif interval[0] <= 0 <= interval[1]:
             said.append("The interval holds zero: no association is shown.")
     if least is not None:
         said.append(f"With 80 % power a difference of {least:.3f} or more would have been seen.")
+    if reward["groups_of_one_reward"]:
+        even = text.plural(reward["groups_of_one_reward"], "of these groups has", "of these groups have")
+        said.append(f"{even} one reward for all: a trainer that drops such groups learns nothing from them.")
+    if reward["advantage_difference"] is not None:
+        between = reward["advantage_interval"]
+        sure = "" if between is None else f", 95 % between {between[0]:+.3f} and {between[1]:+.3f}"
+        said.append(f"Their advantage was {reward['advantage_difference']:+.3f} against the others'{sure}.")
     trend = reward["trend_per_iteration"]
     if trend is not None:
         said.append(f"From one iteration to the next the share of such rollouts changes by {trend:+.2%}.")
-    counts = [f"{reward['violating_rollouts']:,} of {text.plural(reward['rollouts'], 'rollout')} set off alerts"]
+    counts = [f"{_counted(reward)} set off alerts"]
     if reward["rollouts_without_reward"]:
-        counts.append(f"{reward['rollouts_without_reward']:,} have no reward")
+        bad = reward["violating_rollouts_without_reward"]
+        counts.append(f"{reward['rollouts_without_reward']:,} have no reward, {bad:,} of them set off alerts")
     said.append(f"This is {reward['note']}.")
     return [
         _title("Reward against alerts", *counts),
@@ -361,7 +400,7 @@ def _recurrences(patterns: Sequence[Mapping[str, Any]]) -> list[str]:
             Cell(f"{each['alerts']:,}"),
             Cell(f"{each['calls']:,}"),
             Cell(f"{each['p_value']:.1e}"),
-            Cell(f"{each['q_value']:.1e}", Tone.BAD if each["q_value"] <= 0.05 else Tone.DIM),
+            Cell(f"{each['q_value']:.1e}", Tone.BAD if each["q_value"] <= _FALSE else Tone.DIM),
         ]
         for each in patterns
     ]
@@ -489,7 +528,7 @@ def bars(patterns: Sequence[Mapping[str, Any]]) -> str:
     parts = [f'<svg viewBox="0 0 {_WIDTH} {bottom}" class="broad" role="img" aria-label="Recurrence">']
     for index, (each, length) in enumerate(zip(shown, lengths, strict=True)):
         y = high * index + 4
-        colour = "var(--bad)" if each["q_value"] <= 0.05 else "var(--dim)"
+        colour = "var(--bad)" if each["q_value"] <= _FALSE else "var(--dim)"
         said = f"{each['dimension']}: {each['pattern']}"
         parts.append(
             f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{_short(said, 52)}</text>'

@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -256,8 +255,8 @@ class _Trace:
     processes: dict[_Span, dict[str, Any]] = field(default_factory=dict)
     of_call: dict[int, list[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(list))
     chats: dict[_Span, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))  # by turn
-    rollouts: dict[str, tuple[float | None, str | None]] = field(default_factory=dict)  # by trace
-    peers: dict[tuple[Any, Any], list[tuple[str, float]]] = field(default_factory=lambda: defaultdict(list))
+    rollouts: dict[str, tuple[float | None, float | None, str | None]] = field(default_factory=dict)  # by trace
+    peers: dict[tuple[Any, Any, Any], list[tuple[str, float]]] = field(default_factory=lambda: defaultdict(list))
 
 
 _OF_CALL: Final = ("arguments", "start_ns", "end_ns", "host", "parent_id", "trace_id")
@@ -375,24 +374,23 @@ def _read_rollouts(db: duckdb.DuckDBPyConnection, abouts: Iterable[Mapping[str, 
         {"trace_id": traces},
         "SELECT s.trace_id, max(s.actor_name) FROM span s JOIN wanted w USING (trace_id) GROUP BY s.trace_id",
     ):
-        found.rollouts[trace] = (None, actor)
-    for group, iteration, trace, score in _looked_up(
+        found.rollouts[trace] = (None, None, actor)
+    for run, group, iteration, trace, score, advantage in _looked_up(
         db,
         {"trace_id": traces},
-        """WITH groups AS (SELECT DISTINCT r."group", r.iteration FROM rollout r JOIN wanted w USING (trace_id)),
-              peers AS (SELECT r.trace_id, r."group", r.iteration FROM rollout r JOIN groups g
-                ON r."group" IS NOT DISTINCT FROM g."group" AND r.iteration IS NOT DISTINCT FROM g.iteration
+        """WITH groups AS (
+                SELECT DISTINCT r.run, r."group", r.iteration FROM rollout r JOIN wanted w USING (trace_id)),
+              peers AS (SELECT r.trace_id, r.run, r."group", r.iteration FROM rollout r JOIN groups g
+                ON r.run IS NOT DISTINCT FROM g.run AND r."group" IS NOT DISTINCT FROM g."group"
+                AND r.iteration IS NOT DISTINCT FROM g.iteration
                 WHERE r."group" IS NOT NULL OR r.trace_id IN (SELECT trace_id FROM wanted))
-            SELECT p."group", p.iteration, p.trace_id, max(TRY_CAST(s.attributes['rl.reward.score'] AS DOUBLE))
-            FROM peers p JOIN span s USING (trace_id) WHERE s.name LIKE 'invoke_agent%'
-            GROUP BY ALL ORDER BY p.trace_id""",
+            SELECT p.run, p."group", p.iteration, p.trace_id, t.score, t.advantage
+            FROM peers p JOIN rewarded t USING (trace_id) ORDER BY p.trace_id""",
     ):
-        if score is None or not isfinite(score):
-            continue
         if trace in found.rollouts:
-            found.rollouts[trace] = (score, found.rollouts[trace][1])
-        if group is not None:
-            found.peers[group, iteration].append((trace, score))
+            found.rollouts[trace] = (score, advantage, found.rollouts[trace][2])
+        if group is not None and score is not None:
+            found.peers[run, group, iteration].append((trace, score))
 
 
 def _steps(row: Row, first: Candidate, trace: _Trace) -> list[Step]:
@@ -433,9 +431,11 @@ def _steps(row: Row, first: Candidate, trace: _Trace) -> list[Step]:
 
 def _rollout(about: Mapping[str, Any], trace: _Trace) -> str:
     key = about.get("trace_id", "")
-    score, actor = trace.rollouts.get(key, (None, None))
+    score, advantage, actor = trace.rollouts.get(key, (None, None, None))
     group = about.get("group")
-    rest = [value for other, value in trace.peers.get((group, about.get("iteration")), ()) if other != key]
+    rest = [
+        value for other, value in trace.peers.get((about.get("run"), group, about.get("iteration")), ()) if other != key
+    ]
     reward = "no reward was recorded" if score is None else f"reward {score:.3f}"
     if score is not None and rest:
         reward += f", against a mean of {fmean(rest):.3f} of {text.plural(len(rest), 'other')} in its group"
@@ -445,6 +445,7 @@ def _rollout(about: Mapping[str, Any], trace: _Trace) -> str:
         about.get("policy_version") and f"policy version {about['policy_version']}",
         actor and f"actor {actor}",
         reward,
+        "" if advantage is None else f"advantage {advantage:+.3f}",
         key and f"trace {key}",
     )
 
@@ -638,10 +639,7 @@ def _rewards(result: Result) -> list[Iteration]:
         )
     }
     rows = result.db.execute(
-        """WITH told AS (
-              SELECT trace_id, max(TRY_CAST(attributes['rl.reward.score'] AS DOUBLE)) AS score FROM span
-              WHERE name LIKE 'invoke_agent%' GROUP BY trace_id)
-            SELECT r.iteration, r.trace_id, t.score FROM rollout r LEFT JOIN told t USING (trace_id)
+        """SELECT r.iteration, r.trace_id, t.score FROM rollout r LEFT JOIN rewarded t USING (trace_id)
             WHERE r.iteration IS NOT NULL ORDER BY r.iteration, r.trace_id"""
     ).fetchall()
     found: dict[int, Iteration] = {}
@@ -650,6 +648,6 @@ def _rewards(result: Result) -> list[Iteration]:
         bad = trace in violating
         item.violating += bad
         item.clean += not bad
-        if score is not None and isfinite(score):
+        if score is not None:
             (item.violating_rewards if bad else item.clean_rewards).append(score)
     return list(found.values())

@@ -17,10 +17,10 @@ from ray_guard.supervisor.model_calls import speech as model_speech
 __all__ = ["MOVER_LOST", "ModelCalls", "Proxied", "model_speech", "speech"]
 
 
-def speech(request: Request, decision: Decision) -> dict[str, Any]:
-    """See :class:`~ray_guard.egress.relay.speech.choice.Speech`."""
+def speech(request: Request, decision: Decision, *, judged: bool) -> dict[str, Any]:
+    """See :class:`~ray_guard.egress.relay.speech.choice.Speech`. ``judged``: its first bytes are, while it is open."""
     denied = foreign(decision.rule, request.port) if decision.reason is Reason.RULE else frozenset()
     expected = {protocol.value: sorted(names) for protocol, names in decision.expected}
     if decision.proxy is not None:  # it is asked for one name: no other may be meant
         expected = {key: [decision.name] for key, names in expected.items() if decision.name in names}
-    return {"expected": expected, "denied": sorted(denied), "port": request.port}
+    return {"expected": expected, "denied": sorted(denied), "port": request.port, "judged": judged}

@@ -402,7 +402,7 @@ class Ring:
                 if decision.route is Route.RELAY and request.operation is Operation.CONNECT:
                     from ray_guard.supervisor import relayed
 
-                    connection.speech = relayed.speech(request, decision)
+                    connection.speech = relayed.speech(request, decision, judged=bool(self.target.policy.detect))
                     if decision.proxy is not None and decision.name is not None:
                         address = self._node.proxies.address(decision.proxy)
                         connection.proxied = relayed.Proxied(address, decision.name, request.port)
@@ -652,8 +652,20 @@ class Connection:
         self._models = relayed.ModelCalls(self._ring, self.origin, self._span, model)
 
     def heard(self, message: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
-        if self._models is not None:
+        if message["op"] == "seen":
+            self._seen(message.get("protocol"), message.get("offence"))
+        elif self._models is not None:
             self._models.heard(message, answer)
+
+    def _seen(self, protocol: str | None, offence: str | None) -> None:
+        """Journals what its first bytes are, for the judge: the flow is still open, and may be so for long."""
+        if offence is not None:
+            self._add({"ray_guard.egress.offence": offence})
+        spoken = {"ray_guard.egress.protocol": protocol} if protocol is not None else {}
+        line = self._form.begun(
+            self._span, self._start, f"{self._more},{fragment(spoken).encoded}" if spoken else self._more
+        )
+        self._journaled(self._ring.target.journal.keep, line)
 
     def left(self, crossing: Crossing, end: End) -> None:
         if self._models is not None:

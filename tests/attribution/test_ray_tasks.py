@@ -20,7 +20,7 @@ from ray_guard.evidence import columns
 from ray_guard.evidence.reader import Quarantine, read
 from tests.attribution.test_known_causes import generate
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]  # two nodes start: minutes where others want the cores too
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ _PROGRAM = """
 import json, subprocess, sys
 import ray_guard
 detect, calls, held = (json.loads(each) for each in sys.argv[1:])
-ray_guard.confine({"egress": {"allow": ["example.org:80"]}, "detect": detect})
+allow = detect.pop("allow", ["example.org:80"])
+ray_guard.confine({"egress": {"allow": allow}, "budgets": {"call": {"egress_bytes": "1MiB"}}, "detect": detect})
 said = {}
 
 def call(name):
@@ -102,7 +104,7 @@ def _offending(folder: Path) -> dict[str, list[str]]:
 class _Guarded:
     """The program above."""
 
-    def __init__(self, folder: Path, detect: dict[str, list[str]], calls: dict[str, list[str]]) -> None:
+    def __init__(self, folder: Path, detect: Mapping[str, list[str]], calls: dict[str, list[str]]) -> None:
         self.evidence = folder / "evidence"
         (folder / "work").mkdir(exist_ok=True)
         self.process = subprocess.Popen(
@@ -124,12 +126,14 @@ class _Guarded:
         lines = [line for path in sorted(self.evidence.glob("*.otlp.jsonl")) for line in path.read_bytes().split(b"\n")]
         return [span for line in lines if line.endswith(b"}") for _, span in decode(line)]
 
-    def has_found(self, kind: str) -> bool:
-        return kind in self.found()
+    def has_found(self, kind_or_rule: str) -> bool:
+        return kind_or_rule in self.found() | self.found("rule")
 
-    def found(self) -> set[str]:
-        """The kinds that the journal tells of."""
-        return {str(s.attributes["ray_guard.detection.kind"]) for s in self.spans() if s.name == "ray_guard.detection"}
+    def found(self, what: str = "kind") -> set[str]:
+        """The kinds, or rules, that the journal tells of."""
+        return {
+            str(s.attributes[f"ray_guard.detection.{what}"]) for s in self.spans() if s.name == "ray_guard.detection"
+        }
 
 
 @contextlib.contextmanager
@@ -197,6 +201,54 @@ def test_what_follows_is_the_policys_to_say(tmp_path: Path, action: str) -> None
         assert said == {"mining": ["done", 0], "a shell": ["done", 0], "violations": [offence]}
     else:
         assert {offence in said[name] for name in ("mining", "a shell", "episode")} == {True}, said
+
+
+_SPEAKS = """
+import socket, sys
+sock = socket.create_connection(("127.0.0.1", {}))
+sock.sendall(bytes(byte ^ 255 for byte in {!r}))"""
+_FIRST_BYTES = {
+    "mining": (b'{"id": "1", "params": ["x/1"], "method" : "mining.subscribe"}\n', "flow.stratum"),
+    "reverse_tunnel": (
+        b"GET / HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: chisel-v3\r\n\r\n",
+        "payload.websocket_tunnel",
+    ),
+}
+
+
+@pytest.mark.parametrize("action", ["tag", "kill_call"])
+def test_first_bytes_are_judged_while_the_flow_is_open(tmp_path: Path, action: str) -> None:
+    """The far side holds every connection open; with ``tag``, the control, each call goes on to its end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ordinary = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+        said_by = {**{kind: said for kind, (said, _rule) in _FIRST_BYTES.items()}, "metadata": ordinary}
+        # Turned over: of the command line nobody can tell what will be said.
+        calls = {
+            kind: _python(_SPEAKS.format(port, bytes(byte ^ 255 for byte in said))) for kind, said in said_by.items()
+        }
+        held = []
+        detect = {action: ["all"], "allow": [f"tcp://127.0.0.1:{port}"]}
+        with _guarded(tmp_path, detect, calls) as program:
+            for kind, (said, rule) in _FIRST_BYTES.items():
+                assert program.says() == kind
+                held.append(server.accept()[0])
+                assert held[-1].recv(len(said), socket.MSG_WAITALL) == said
+                if action == "tag":
+                    wait(partial(program.has_found, rule), f"{kind} is not found while it is open", 60)
+                program.tell("go on" if action == "tag" else "")
+            assert program.says() == "metadata"
+            held.append(server.accept()[0])
+            program.tell("go on")
+            said_last = program.says()
+        for each in held:
+            each.close()
+    assert said_last["metadata"] == ["done", 0]
+    for kind, (_said, rule) in _FIRST_BYTES.items():
+        if action == "tag":
+            assert said_last[kind] == ["done", 0]
+        else:
+            assert f"detection: {kind}: {rule}" in said_last[kind]
 
 
 def test_a_judge_that_is_killed_leaves_nothing_unjudged(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 ``start_time`` and ``end_time`` are the flow's; ``__time__`` is when the record was written, and serves only where the
 others are missing. A rule id of all zeros means that no rule was hit. A VPC firewall's ``direction`` always says out.
+Outbound, ``src_ip`` may be the public address of the instance whose own is ``src_private_ip``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,17 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ray_guard.attribution import times
-from ray_guard.attribution.observation import Action, Observation, Semantics, Time, endpoint, protocol, whole
+from ray_guard.attribution.observation import (
+    NOBODY,
+    Action,
+    Observation,
+    Semantics,
+    Time,
+    address,
+    endpoint,
+    protocol,
+    whole,
+)
 from ray_guard.attribution.sources.line import Line, Unusable, text_of
 
 FORMAT: Final = "alibaba-firewall"
@@ -23,6 +34,7 @@ _ACTIONS: Final = {
     "drop": Action.DENIED,
     "deny": Action.DENIED,
 }
+_TOPICS: Final = frozenset({"cloudfirewall_access_log", "cloudfirewall_ips_log", "cloudfirewall_vpc_ips_log"})
 _OWN: Final = frozenset(
     {"rule_result", "acl_rule_id", "cloud_instance_id", "ips_rule_name_en", "aliuid", "app_dpi_state"}
 )
@@ -35,7 +47,7 @@ class AlibabaFirewall:
         parsed = line.object
         if parsed is None:
             return False
-        if parsed.get("__topic__") == "cloudfirewall_access_log":
+        if text_of(parsed, "__topic__") in _TOPICS:
             return True
         return "src_ip" in parsed and "dst_ip" in parsed and not _OWN.isdisjoint(parsed)
 
@@ -43,15 +55,22 @@ class AlibabaFirewall:
         parsed = line.object
         if parsed is None:
             raise Unusable("malformed", "not a JSON object")
+        action = _ACTIONS.get(text_of(parsed, "rule_result").lower(), Action.UNKNOWN)
+        # An allowing policy is no objection: every session has one.
+        passed = text_of(parsed, "rule_result").lower() in ("pass", "accept")
+        seen_from, own = address(parsed.get("src_ip")), address(parsed.get("src_private_ip"))
+        hidden = own is not None and own != seen_from and text_of(parsed, "direction") != "in"
+        outside = endpoint(seen_from, parsed.get("src_port"))
         attack = text_of(parsed, "attack_type_name_en") or text_of(parsed, "attack_type_name")
         return [
             Observation(
                 _time(parsed),
-                src=endpoint(parsed.get("src_ip"), parsed.get("src_port")),
+                src=outside._replace(ip=own) if hidden else outside,
                 dst=endpoint(parsed.get("dst_ip"), parsed.get("dst_port")),
+                translated_src=outside if hidden else NOBODY,
                 proto=protocol(parsed.get("ip_protocol")),
-                action=_ACTIONS.get(text_of(parsed, "rule_result").lower(), Action.UNKNOWN),
-                rule=_hit(parsed, "acl_rule_id") or _hit(parsed, "ips_rule_id"),
+                action=action,
+                rule=("" if passed else _hit(parsed, "acl_rule_id")) or _hit(parsed, "ips_rule_id"),
                 signature=_named(text_of(parsed, "ips_rule_name_en") or text_of(parsed, "ips_rule_name") or attack),
                 severity=_hit(parsed, "vul_level"),
                 host=_named(text_of(parsed, "domain")),
@@ -68,7 +87,10 @@ def _time(parsed: dict[str, Any]) -> Time:
         return times.between(begin, end, Semantics.FLOW)
     if begin not in (None, ""):
         return times.epoch(begin, Semantics.START)
-    return times.epoch(parsed.get("__time__"), Semantics.INGEST)
+    written = parsed.get("__time__")
+    if isinstance(written, str) and "-" in written:  # as the console shows it
+        return times.iso(written, Semantics.INGEST)
+    return times.epoch(written, Semantics.INGEST)
 
 
 def _hit(parsed: dict[str, Any], key: str) -> str:

@@ -1,4 +1,4 @@
-"""AWS VPC flow logs: fields parted by spaces, a header names the columns; or JSON by way of Firehose. Runs later.
+"""AWS flow logs, of VPCs and Transit Gateways: parted by spaces, a header names the columns; or JSON, Parquet. Runs later.
 
 Pure. Without a header the columns are those of version 2, followed, where a line has more, by those that later versions
 added, in Amazon's own order.
@@ -40,7 +40,18 @@ _LATER: Final = (
     "ecs-container-instance-arn ecs-container-instance-id ecs-container-id ecs-second-container-id ecs-service-name "
     "ecs-task-definition-arn ecs-task-arn ecs-task-id reject-reason"
 ).split()
+#: the order of a Transit Gateway's logs
+_TRANSIT: Final = (
+    "version resource-type account-id tgw-id tgw-attachment-id tgw-src-vpc-account-id tgw-dst-vpc-account-id "
+    "tgw-src-vpc-id tgw-dst-vpc-id tgw-src-subnet-id tgw-dst-subnet-id tgw-src-eni tgw-dst-eni tgw-src-az-id "
+    "tgw-dst-az-id tgw-pair-attachment-id srcaddr dstaddr srcport dstport protocol packets bytes start end log-status "
+    "type packets-lost-no-route packets-lost-blackhole packets-lost-mtu-exceeded packets-lost-ttl-expired tcp-flags "
+    "region flow-direction pkt-src-aws-service pkt-dst-aws-service"
+).split()
+_GATEWAY: Final = re.compile(r"\d+ (TransitGateway|-) (\d+|-) tgw-\S+( \S+){32}")
 _RECORD: Final = re.compile(r"\d+( \S+){9} (\d+|-) (\d+|-) (ACCEPT|REJECT|-) (OK|NODATA|SKIPDATA)(?P<later>( \S+)*)")
+#: CloudWatch's own time and stream before what was logged, as it exports and tails
+_BEFORE: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|\+00:00) (?:[\w.-]*eni-\S+ )?")
 _NAMES: Final = frozenset(
     {"srcaddr", "dstaddr", "start", "interface-id", "log-status", "pkt-srcaddr", "flow-direction"}
 )
@@ -58,18 +69,20 @@ class AwsVpc:
     def recognises(self, line: Line) -> bool:
         if line.object is not None:
             return bool(_by_name(line.object))
-        text = line.text
+        text = _said(line.text)
         if _is_header(text):
             return True
         if self._headed and len(text.split(" ")) == len(self._columns):
             return True
         found = _RECORD.fullmatch(text)
+        if found is None:
+            return _GATEWAY.fullmatch(text) is not None
         return found is not None and found["later"].count(" ") <= len(_LATER)
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is not None:
             return _records(_by_name(line.object))
-        text = line.text
+        text = _said(line.text)
         if _is_header(text):
             self._columns, self._headed = text.replace("_", "-").lower().split(), True
             return []
@@ -77,19 +90,31 @@ class AwsVpc:
         columns = self._columns
         if len(fields) != len(columns) and _RECORD.fullmatch(text):  # what stands here has no header of its own
             columns = (_DEFAULT + _LATER)[: len(fields)]
+        elif len(fields) != len(columns) and _GATEWAY.fullmatch(text):
+            columns = _TRANSIT
         if len(fields) != len(columns):
             raise Unusable("fields", f"{len(fields)} fields where the header names {len(columns)}")
         return _records(dict(zip(columns, fields, strict=True)))
 
 
+def _said(text: str) -> str:
+    before = _BEFORE.match(text) if text[4:5] == "-" else None
+    return text if before is None else text[before.end() :]
+
+
 def _by_name(parsed: dict[str, Any]) -> dict[str, str]:
     """The row in a JSON object, whose names have underscores; empty where it is none."""
     row = {key.replace("_", "-"): str(value) for key, value in parsed.items() if isinstance(value, (str, int, float))}
-    return row if "interface-id" in row and {"srcaddr", "dstaddr", "start", "end"} <= row.keys() else {}
+    return row if {"srcaddr", "dstaddr", "start", "end"} <= row.keys() else {}
 
 
 def _records(row: dict[str, str]) -> list[Observation]:
-    return [] if row.get("log-status", "OK") in ("NODATA", "SKIPDATA") else [_observation(row)]
+    status = row.get("log-status", "OK")
+    if status in ("NODATA", "SKIPDATA") and address(row.get("srcaddr")) is None:
+        if status == "SKIPDATA":
+            raise Unusable("fields", f"Amazon left out records between {row.get('start')} and {row.get('end')}")
+        return []
+    return [_observation(row)]
 
 
 def _is_header(text: str) -> bool:

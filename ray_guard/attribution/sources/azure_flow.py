@@ -33,11 +33,16 @@ class AzureFlow:
         for record in _records(line.object):
             node = text_of(record, "macAddress") or text_of(record, "systemId")
             for rule, written in _tuples(record):
-                found = line.raw.find(written.encode(), searched)
+                found = line.raw.find(written.encode("utf-8", "surrogatepass"), searched)
                 searched = max(searched, found)
-                begin = line.raw.rfind(b"\n", 0, max(found, 0)) + 1
-                seen.append(_observation(written, rule, node, begin))
+                seen.append(_observation(written, rule, node, _stands(line.raw, max(found, 0))))
         return seen
+
+
+def _stands(raw: bytes, found: int) -> int:
+    """Where a tuple's line begins, or it itself where it has none of its own."""
+    begin = raw.rfind(b"\n", 0, found) + 1
+    return begin if raw[begin:found].strip() == b'"' else found
 
 
 def _records(parsed: dict[str, Any]) -> list[dict[str, Any]]:
@@ -81,4 +86,5 @@ def _observation(written: str, rule: str, node: str, within: int) -> Observation
         bytes_out=whole(fields[10]) if len(fields) > 10 and fields[10] else None,
         bytes_in=whole(fields[12]) if len(fields) > 12 and fields[12] else None,
         within=within,
+        part=written,
     )

@@ -8,6 +8,7 @@ that of the syslog header, or not known.
 from __future__ import annotations
 
 import re
+from datetime import date, timedelta
 from typing import Any, Final
 
 from ray_guard.attribution import times
@@ -23,7 +24,7 @@ from ray_guard.attribution.observation import (
     protocol,
     whole,
 )
-from ray_guard.attribution.sources.line import Line, Unusable, text_of
+from ray_guard.attribution.sources.line import Line, Unusable, at, text_of
 
 FORMAT: Final = "falco"
 
@@ -35,12 +36,15 @@ _FIELD: Final = re.compile(r"(?:^|(?<=[\s(]))([a-z_][\w.]*(?:\[\d+\])?)=")
 #: what the rules that Falco comes with call its fields, in their messages
 _NAMES: Final = {
     "command": "proc.cmdline",
+    "cmdline": "proc.cmdline",
     "process": "proc.name",
+    "program": "proc.name",
     "proc_exepath": "proc.exepath",
     "pid": "proc.pid",
     "ppid": "proc.ppid",
     "user": "user.name",
     "container_id": "container.id",
+    "container": "container.id",
     "connection": "fd.name",
     "lport": "fd.lport",
     "rport": "fd.rport",
@@ -50,6 +54,27 @@ _NAMES: Final = {
 _CONNECTION: Final = re.compile(
     r"(?<![\da-fA-F:.])(\[?[\da-fA-F:.]{2,45}\]?):(\d{1,5})->(\[?[\da-fA-F:.]{2,45}\]?):(\d{1,5})"
 )
+
+
+#: hours: more lie between what is written at one time only where midnight does
+_TURN: Final = 18
+
+
+class _Fields:
+    """What a rule put out. Stores that make nothing of dots name fields with underscores, or nest them."""
+
+    def __init__(self, said: object) -> None:
+        self._said: dict[str, Any] = said if isinstance(said, dict) else {}
+
+    def get(self, key: str) -> Any:
+        found = self._said.get(key)
+        if found is None:
+            found = self._said.get(key.replace(".", "_"))
+        return at(self._said, *key.split(".")) if found is None else found
+
+    def text(self, key: str) -> str:
+        found = self.get(key)
+        return "" if found is None or found == "<NA>" or isinstance(found, (dict, list)) else str(found)
 
 
 class Falco:
@@ -65,8 +90,11 @@ class Falco:
         parsed = line.object
         if parsed is None:
             parsed = _of_text(line.text)
-        said = parsed.get("output_fields")
-        fields: dict[str, Any] = said if isinstance(said, dict) else {}
+        if text_of(parsed, "rule").startswith("Falco internal:"):
+            if "drop" not in text_of(parsed, "output"):
+                return []  # its own figures
+            raise Unusable("fields", f"Falco lost events here: {text_of(parsed, 'output'):.100}")
+        fields = _Fields(parsed.get("output_fields"))
         src, dst = _ends(fields, text_of(parsed, "output"))
         return [
             Observation(
@@ -78,15 +106,15 @@ class Falco:
                 rule=text_of(parsed, "rule"),
                 signature=text_of(parsed, "output"),
                 severity=text_of(parsed, "priority"),
-                host=text_of(fields, "fd.sip.name"),
-                node=text_of(parsed, "hostname") or text_of(fields, "evt.hostname"),
+                host=fields.text("fd.sip.name"),
+                node=text_of(parsed, "hostname") or fields.text("evt.hostname"),
                 process=Process(
                     pid=whole(fields.get("proc.pid")),
                     parent_pid=whole(fields.get("proc.ppid")),
-                    executable=text_of(fields, "proc.exepath") or text_of(fields, "proc.name"),
-                    command=text_of(fields, "proc.cmdline"),
-                    container=text_of(fields, "container.id").replace("host", ""),
-                    user=text_of(fields, "user.name"),
+                    executable=fields.text("proc.exepath") or fields.text("proc.name"),
+                    command=fields.text("proc.cmdline"),
+                    container=fields.text("container.id").replace("host", ""),
+                    user=fields.text("user.name"),
                 ),
             )
         ]
@@ -98,13 +126,16 @@ def _of_text(text: str) -> dict[str, Any]:
     if found is None:
         raise Unusable("malformed", "neither a JSON object nor a time, priority and message")
     output = found["output"]
-    message, _, listed = output.partition(" (" if output.endswith(")") else " | ")
-    keys = list(_FIELD.finditer(listed))
-    ends = [*(key.start() for key in keys[1:]), len(listed)]
-    said = {key[1]: listed[key.end() : end].strip(" |") for key, end in zip(keys, ends, strict=True)}
-    if keys and output.endswith(")"):
-        said[keys[-1][1]] = said[keys[-1][1]].removesuffix(")")
-    fields = {_NAMES.get(key, key): value for key, value in said.items() if value not in ("<NA>", "")}
+    keys = list(_FIELD.finditer(output))
+    ends = [*(key.start() for key in keys[1:]), len(output)]
+    message = output[: keys[0].start()].rstrip(" (|") if keys else output
+    fields: dict[str, str] = {}
+    for key, end in zip(keys, ends, strict=True):
+        value = output[key.end() : end].strip(" |,")
+        if value.count(")") > value.count("("):  # that of the list of fields; more may follow it
+            value = value.rstrip(" ").removesuffix(")")
+        if value not in ("<NA>", ""):  # a command may name fields too: what stands first is the rule's
+            fields.setdefault(_NAMES.get(key[1], key[1]), value)
     return {
         "time": found["time"] if "T" in found["time"] else _on_its_day(found["header"], found["time"]),
         "priority": found["priority"],
@@ -117,16 +148,18 @@ def _of_text(text: str) -> dict[str, Any]:
 
 def _on_its_day(header: str, clock: str) -> str | Time:
     """A time of day with the day of the syslog header before it; a classic header's own time, which says as much."""
-    day = re.search(r"\d{4}-\d\d-\d\d(?=T)", header)
+    day = re.search(r"(\d{4}-\d\d-\d\d)T(\d\d):", header)
     if day is not None:
-        return f"{day[0]}T{clock}"
+        ahead = int(clock[:2]) - int(day[2])  # the header is written later: midnight may lie between
+        turned = date.fromisoformat(day[1]) - timedelta(days=(ahead > _TURN) - (ahead < -_TURN))
+        return f"{turned}T{clock}"
     try:
         return times.syslog(header, Semantics.PACKET)[0]
     except times.BadTime:
         raise Unusable("time", "a time of day without a day; set time_format_iso_8601 in falco.yaml") from None
 
 
-def _time(parsed: dict[str, Any], fields: dict[str, Any]) -> Time:
+def _time(parsed: dict[str, Any], fields: _Fields) -> Time:
     candidates = (parsed.get("time"), fields.get("evt.time.iso8601"), fields.get("evt.time"), fields.get("evt.rawtime"))
     for written in candidates:
         if isinstance(written, Time):
@@ -141,7 +174,7 @@ def _time(parsed: dict[str, Any], fields: dict[str, Any]) -> Time:
     raise Unusable("time", "none of time, evt.time.iso8601, evt.time, evt.rawtime holds one")
 
 
-def _ends(fields: dict[str, Any], output: str) -> tuple[Endpoint, Endpoint]:
+def _ends(fields: _Fields, output: str) -> tuple[Endpoint, Endpoint]:
     if fields.get("fd.cip") or fields.get("fd.sip"):
         return endpoint(fields.get("fd.cip"), fields.get("fd.cport")), endpoint(
             fields.get("fd.sip"), fields.get("fd.sport")
@@ -150,7 +183,7 @@ def _ends(fields: dict[str, Any], output: str) -> tuple[Endpoint, Endpoint]:
         return endpoint(fields.get("fd.lip"), fields.get("fd.lport")), endpoint(
             fields.get("fd.rip"), fields.get("fd.rport")
         )
-    found = _CONNECTION.search(text_of(fields, "fd.name")) or _CONNECTION.search(output)
+    found = _CONNECTION.search(fields.text("fd.name")) or _CONNECTION.search(output)
     if found is None:
         return NOBODY, NOBODY
     return endpoint(found[1], found[2]), endpoint(found[3], found[4])

@@ -1,7 +1,7 @@
 """Google Cloud VPC flow and firewall rules logs: a LogEntry with ``jsonPayload``, or that payload alone.
 
 Runs later. Pure. A flow's window is ``start_time`` to ``end_time``; a firewall record has the entry's own
-``timestamp``. Behind Cloud NAT the address in ``connection`` may be the translated one.
+``timestamp``. Behind Cloud NAT the address in ``connection`` may be the translated one; its own log says both.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ class GcpVpc:
                 _time(line.object, payload),
                 src=endpoint(connection.get("src_ip"), connection.get("src_port")),
                 dst=endpoint(connection.get("dest_ip"), connection.get("dest_port")),
+                translated_src=endpoint(connection.get("nat_ip"), connection.get("nat_port")),
                 proto=protocol(connection.get("protocol")),
                 action=Action.DENIED if denied else Action.ALLOWED if allowed else Action.UNKNOWN,
                 # An allowing rule is no objection: logging is switched on for all that it lets through.
                 rule=text_of(payload, "rule_details", "reference") if denied else "",
                 node=text_of(payload, "src_instance", "vm_name")
                 or text_of(payload, "instance", "vm_name")
+                or text_of(payload, "endpoint", "vm_name")
                 or text_of(payload, "src_gke_details", "pod", "pod_name"),
                 bytes_out=whole(payload.get("bytes_sent")),
             )

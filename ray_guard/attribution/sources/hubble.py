@@ -18,29 +18,40 @@ FORMAT: Final = "hubble"
 _ACTIONS: Final = {
     "FORWARDED": Action.ALLOWED,
     "REDIRECTED": Action.ALLOWED,
-    "TRANSLATED": Action.ALLOWED,
-    "TRACED": Action.ALLOWED,
     "DROPPED": Action.DENIED,
     "ERROR": Action.DENIED,
     "1": Action.ALLOWED,
     "2": Action.DENIED,
     "3": Action.DENIED,
+    "5": Action.ALLOWED,
 }
+#: what is exported besides flows
+_OTHERS: Final = frozenset({"lost_events", "node_status", "agent_event", "debug_event"})
 
 
 class Hubble:
     format = FORMAT
 
     def recognises(self, line: Line) -> bool:
-        flow = _flow(line.object)
-        return flow is not None and "verdict" in flow and ("IP" in flow or "l4" in flow or "source" in flow)
+        parsed = line.object
+        if parsed is None:
+            return False
+        flow = _flow(parsed)
+        if flow is None:
+            return "node_name" in parsed and not _OTHERS.isdisjoint(parsed)
+        return "verdict" in flow and ("IP" in flow or "l4" in flow or "source" in flow)
 
     def read(self, line: Line) -> list[Observation]:
         flow = _flow(line.object)
-        if line.object is None or flow is None:
-            raise Unusable("malformed", "no flow in the object")
-        if "verdict" not in flow:
-            return []  # lost events, node status
+        if line.object is None:
+            raise Unusable("malformed", "not a JSON object")
+        lost = at(line.object, "lost_events")
+        if lost is not None:
+            raise Unusable("fields", f"Hubble lost {at(lost, 'num_events_lost')} events here: {at(lost, 'source')}")
+        if flow is None or "verdict" not in flow:
+            if _OTHERS.isdisjoint(line.object):
+                raise Unusable("malformed", "no flow in the object")
+            return []  # what became of a node or of the agent
         proto, l4 = next(iter((flow.get("l4") or {}).items()), ("", {}))
         verdict = text_of(flow, "verdict")
         denied = _ACTIONS.get(verdict, Action.UNKNOWN) is Action.DENIED
@@ -55,7 +66,7 @@ class Hubble:
                 translated_src=endpoint(at(flow, "IP", "source_xlated")) if at(flow, "IP", "source_xlated") else NOBODY,
                 proto={"icmpv4": "icmp", "icmpv6": "icmp6"}.get(proto.lower(), proto.lower()),
                 action=_ACTIONS.get(verdict, Action.UNKNOWN),
-                rule=(policy or why or "dropped") if denied else ("audit" if verdict == "AUDIT" else ""),
+                rule=(policy or why or "dropped") if denied else ("audit" if verdict in ("AUDIT", "4") else ""),
                 host=_host(flow),
                 node=text_of(flow, "node_name") or text_of(line.object, "node_name"),
                 flow_id=text_of(flow, "uuid"),

@@ -12,8 +12,12 @@ from typing import Any, Final
 
 _HALF: Final = re.compile("[\ud800-\udfff]")
 _UNREAD: Final = object()
-#: keys under which collectors put a line (Filebeat, Fluent Bit, journald, CloudWatch, Log Service)
-_WRAPPERS: Final = ("message", "log", "MESSAGE", "msg", "content")
+#: keys under which collectors put a line, or what they made of one (Filebeat, Fluent Bit, journald, CloudWatch, Log
+#: Service, Splunk, Elasticsearch, Loki, OpenTelemetry, Google's logging)
+_WRAPPERS: Final = (
+    *("message", "log", "MESSAGE", "msg", "content", "@message", "_raw", "_source", "line", "body", "stringValue"),
+    *("jsonPayload", "textPayload", "event", "original", "result", "hits", "data"),
+)
 
 
 class Unusable(ValueError):
@@ -56,10 +60,12 @@ class Line:
             Unusable: it is no text.
         """
         if self._text is None:
-            # Some devices end what they send to syslog with a NUL.
-            self._text = self.raw.decode("utf-8", "replace").lstrip("\r\n\ufeff ").rstrip("\r\n\0 ")
-            if "\0" in self._text:
-                raise Unusable("binary", "a NUL byte")
+            text = self.raw.decode("utf-8", "replace").strip("\r\n\ufeff ")
+            if "\0" in text:  # the end of a message to syslog; padding, where a machine went down or a log was cut
+                text = text.strip("\0\r\n\ufeff ")
+                if "\0" in text or not text[:1].isprintable() or not text:
+                    raise Unusable("binary", "a NUL byte")
+            self._text = text
         return self._text
 
     @property
@@ -70,14 +76,30 @@ class Line:
         return self._object  # type: ignore[no-any-return]
 
     def unwrapped(self) -> Line | None:
-        """The line that a collector put into this JSON object."""
+        """The line, or the object, that a collector put into this JSON object."""
         if self.object is None:
-            return None
+            return self._quoted()
         for key in _WRAPPERS:
             inner = self.object.get(key)
             if isinstance(inner, str) and inner.strip():
-                return Line(inner.encode("utf-8", "surrogatepass"), self.offset, self.object)
+                line = Line(inner.encode("utf-8", "surrogatepass"), self.offset)
+            elif isinstance(inner, dict):
+                line = of_object(json.dumps(inner).encode(), self.offset, inner)
+            else:
+                continue
+            line.envelope = {**(self.envelope or {}), **self.object}
+            return line
         return None
+
+    def _quoted(self) -> Line | None:
+        """The line in a JSON string (an item of an array)."""
+        if not self.text.startswith('"'):
+            return None
+        try:
+            inner = json.loads(self.text)
+        except ValueError:
+            return None
+        return Line(inner.encode("utf-8", "surrogatepass"), self.offset, self.envelope)
 
 
 def of_object(raw: bytes, offset: int, parsed: object) -> Line:

@@ -1,4 +1,4 @@
-"""Reads logs of any known format, packed or not, one line in memory at a time. Runs later, on any machine.
+"""Reads logs of any known format, packed or not, one line or record in memory at a time. Runs later, on any machine.
 
 What cannot be used is quarantined: counted by reason, the first ones kept with where they stand. Nothing in a file ends
 the reading of it.
@@ -6,32 +6,27 @@ the reading of it.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
-import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, cast
 
-import zstandard
-
 from ray_guard.attribution.observation import Observation
-from ray_guard.attribution.sources import FORMATS, Source
-from ray_guard.attribution.sources.line import Line, Unusable, of_object, sound
+from ray_guard.attribution.sources import FORMATS, Source, documents, packed
+from ray_guard.attribution.sources.line import Line, Unusable
 from ray_guard.attribution.times import BadTime
 from ray_guard.errors import BadPath
 from ray_guard.evidence.reader import open_segment
 
 LINE_LIMIT: Final = 1 << 24
-"""Bytes of one line; an Azure hour on one line has less."""
-DOCUMENT_LIMIT: Final = 1 << 29
+"""Bytes of one line. A document may have more: its records may not."""
 _KEPT: Final = 1000
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_DEEP: Final = 6
+"""Envelopes within one another that are opened: five of OpenTelemetry's around a collector's."""
 
 
 class NotAlerts(BadPath):
@@ -44,8 +39,8 @@ class Record(NamedTuple):
     Args:
         format: of this record; a file may mix them.
         record: number within the file, from 0; headers and quarantined lines do not count.
-        byte_offset: of the begin of its line, in the file as unpacked.
-        raw: the line.
+        byte_offset: of the begin of its line, in the file as unpacked; of its own where several share a line.
+        raw: the line; its own part where several share one.
     """
 
     format: str
@@ -95,13 +90,21 @@ def files(path: str | os.PathLike[str]) -> list[Path]:
     """
     given = Path(path)
     if given.is_dir():
-        inside = sorted(each for each in given.rglob("*") if each.is_file() and not each.name.startswith("."))
+        inside = sorted(_inside(given))
         if not inside:
             raise NotAlerts(str(path), "a folder without files; name the log, or a folder that holds logs")
         return inside
     if not given.exists():
         raise NotAlerts(str(path), "no such file or folder")
     return [given]
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """All but folders, and what is hidden; a folder that cannot be looked into is given out itself."""
+    unread: list[OSError] = []
+    for parent, _, names in os.walk(folder, onerror=unread.append):
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+    yield from (Path(error.filename) for error in unread)
 
 
 def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[Record]:
@@ -115,19 +118,25 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
     Raises:
         NotAlerts: the file cannot be opened, or is no regular file.
     """
-    try:
-        hashed = _Hashed(open_segment(path))
-    except OSError as error:
-        raise NotAlerts(str(path), f"cannot be read: {error.strerror}") from error
     detector = _Detector(forced)
-    with hashed:
+    count = 0
+    for number, line in _numbered(path, report):
+        if not line.raw or line.raw.isspace():
+            continue
         try:
-            stream = _unpacked(hashed)
-            for number, line in enumerate(_lines(stream, report), 1):
-                yield from _records(line, number, detector, report)
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            report.reject(0, 0, "unreadable", str(error))
-        report.sha256 = hashed.rest_hashed()
+            source, seen = detector.read(line)
+        except _Unknown as error:
+            found = _opened(line, number, line.raw, _Opening(detector, report, error))
+        except _FAULTS as error:
+            report.reject(number, line.offset, *_reason(error))
+            continue
+        else:
+            found = ((source.format, line.offset, line.raw, each) for each in seen)
+        for name, offset, raw, each in found:
+            own = each.part.encode() if each.part else raw
+            yield Record(name, count, offset + each.within, own, each)
+            count += 1
+            report.records[name] += 1
 
 
 def lines(path: Path, report: FileReport) -> Iterator[Line]:
@@ -136,35 +145,75 @@ def lines(path: Path, report: FileReport) -> Iterator[Line]:
     Raises:
         NotAlerts: the file cannot be opened, or is no regular file.
     """
+    for _, line in _numbered(path, report):
+        yield line
+
+
+def _numbered(path: Path, report: FileReport) -> Iterator[tuple[int, Line]]:
+    """The lines of one file with their numbers."""
     try:
-        hashed = _Hashed(open_segment(path))
+        file = open_segment(path)
     except OSError as error:
         raise NotAlerts(str(path), f"cannot be read: {error.strerror}") from error
-    with hashed:
+    with file:
+        hashed = _Hashed(file)
         try:
-            stream = _unpacked(hashed)
-            yield from _lines(stream, report)
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            report.reject(0, 0, "unreadable", str(error))
+            yield from _lines(packed.unpacked(cast("BinaryIO", hashed), path), report)
+        except packed.DAMAGE as error:
+            report.reject(0, 0, "unreadable", str(error) or type(error).__name__)
         report.sha256 = hashed.rest_hashed()
 
 
-def _records(line: Line, number: int, detector: _Detector, report: FileReport) -> Iterator[Record]:
-    if not line.raw.strip():
-        return
+class _Unknown(Unusable):
+    """Of no known format as it stands."""
+
+
+_FAULTS: Final = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
+"""Data of a shape its format does not have: a fault of the line, whatever it makes a parser stumble over."""
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """(reason, detail) of what a parser stumbled over."""
+    if isinstance(error, Unusable):
+        return error.reason, error.detail
+    return ("time", str(error)) if isinstance(error, BadTime) else ("malformed", f"{type(error).__name__}: {error}")
+
+
+class _Opening(NamedTuple):
+    """What opening an envelope needs: ``error`` says what is wrong with the line as it stands."""
+
+    detector: _Detector
+    report: FileReport
+    error: _Unknown
+    depth: int = 0
+
+
+def _opened(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[tuple[str, int, bytes, Observation]]:
+    """(format, offset, line, record) of what a collector or a service wrapped into a line of no format."""
+    report = opening.report
+    inner = line.unwrapped()
+    if opening.depth < _DEEP and documents.holds_records(line):
+        try:
+            for each in documents.within(line):
+                yield from _inner(each, number, each.raw, opening)
+        except documents.Broken as broken:
+            report.reject(number, line.offset, "malformed", f"JSON that does not end, or is none: {broken}")
+    elif opening.depth < _DEEP and inner is not None:
+        yield from _inner(inner, number, raw, opening)
+    else:
+        report.reject(number, line.offset, *_reason(opening.error))
+
+
+def _inner(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[tuple[str, int, bytes, Observation]]:
     try:
-        source, seen = detector.read(line)
-    except Unusable as error:
-        report.reject(number, line.offset, error.reason, error.detail)
-    except BadTime as error:
-        report.reject(number, line.offset, "time", str(error))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
-        # Data of a shape its format does not have: a fault of the line, whatever it makes a parser stumble over.
-        report.reject(number, line.offset, "malformed", f"{type(error).__name__}: {error}")
+        source, seen = opening.detector.read(line)
+    except _Unknown as error:
+        yield from _opened(line, number, raw, opening._replace(error=error, depth=opening.depth + 1))
+    except _FAULTS as error:
+        opening.report.reject(number, line.offset, *_reason(error))
     else:
         for each in seen:
-            yield Record(source.format, report.records.total(), line.offset + each.within, line.raw, each)
-            report.records[source.format] += 1
+            yield source.format, line.offset, raw, each
 
 
 class _Detector:
@@ -176,105 +225,82 @@ class _Detector:
         self._forced = forced is not None
 
     def read(self, line: Line) -> tuple[Source, list[Observation]]:
-        if self._current is not None and (self._forced or self._current.recognises(line)):
+        if self._current is not None and self._current.recognises(line):
             return self._current, self._current.read(line)
-        for candidate in (line, line.unwrapped()):
-            for source in self._sources if candidate is not None else ():
-                if candidate is not None and source.recognises(candidate):
-                    self._current = source
-                    return source, source.read(candidate)
+        for source in self._sources:
+            if source.recognises(line):
+                self._current = source
+                return source, source.read(line)
+        if documents.holds_records(line) or line.unwrapped() is not None:
+            raise _Unknown("unknown", "of no format that is known, and neither is what is in it")
         if line.object is None and line.text[:1] in "{[":
-            raise Unusable("malformed", "JSON that does not end, or is none")
-        raise Unusable("unknown", "of no format that is known; say --format to force one")
+            raise _Unknown("malformed", "JSON that does not end, or is none")
+        if self._forced:
+            return self._sources[0], self._sources[0].read(line)
+        raise _Unknown("unknown", "of no format that is known; say --format to force one")
 
 
-def _lines(stream: BinaryIO, report: FileReport) -> Iterator[Line]:
-    """The lines; or, of a file that is one JSON document, its records."""
-    head = stream.readline(LINE_LIMIT)
-    if _begins_document(head):
-        body = head + stream.read(DOCUMENT_LIMIT)
-        document = _document(body)
-        if document is not None:
-            yield from document
-            return
-        stream = cast("BinaryIO", io.BufferedReader(_Joined(body, stream)))
-        head = stream.readline(LINE_LIMIT)
-    offset = 0
-    while head:
+def _lines(stream: BinaryIO, report: FileReport) -> Iterator[tuple[int, Line]]:
+    """The lines with their numbers; where JSON does not keep to lines, its records."""
+    offset, number, barred = 0, 1, 0
+    source = _Rereadable(stream)
+    while head := source.readline(LINE_LIMIT):
+        if offset >= barred and documents.begins(head):
+            document = documents.Documents(head, offset, cast("BinaryIO", source))
+            try:
+                for passed, line in document.lines():
+                    yield number + passed, line
+            except documents.Broken as broken:
+                barred = document.offset + max(broken.ahead, 1)
+                if not document.rest().strip():
+                    report.reject(number + document.newlines, document.offset, "malformed", f"cut short: {broken}")
+            source.again(document.rest())
+            offset, number = document.offset, number + document.newlines
+            continue
         size, whole = len(head), head.endswith(b"\n")
-        while not head.endswith(b"\n") and size >= LINE_LIMIT and (head := stream.readline(LINE_LIMIT)):
+        while not head.endswith(b"\n") and size >= LINE_LIMIT and (head := source.readline(LINE_LIMIT)):
             size += len(head)
         if size > LINE_LIMIT:
-            report.reject(0, offset, "huge", f"a line of {size} bytes; at most {LINE_LIMIT} are read")
+            report.reject(number, offset, "huge", f"a line of {size} bytes; at most {LINE_LIMIT} are read")
         else:
-            yield Line(head[:-1] if whole else head, offset)
+            yield number, Line(head[:-1] if whole else head, offset)
         offset += size
-        head = stream.readline(LINE_LIMIT)
+        number += 1
 
 
-def _begins_document(head: bytes) -> bool:
-    """Whether a file's first line is no JSON by itself but begins some."""
-    text = head.strip().removeprefix(b"\xef\xbb\xbf")
-    if text[:1] not in (b"{", b"["):
-        return False
-    if text[:1] == b"[":
-        return text[1:2] in (b"", b"{", b" ")
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return len(text) < 200  # `{` or `{"records": [`; a damaged line of a log is longer
-    return False
+class _Rereadable:
+    """A stream of which what was read may be put back."""
 
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._window: io.BytesIO | None = None
+        self._beyond = False
 
-def _document(body: bytes) -> list[Line] | None:
-    """An array's items, or the one object, that a whole file is; None where it is neither."""
-    try:
-        text = body.decode("utf-8-sig")
-        skipped = len(body) - len(text.encode())
-        decoder = json.JSONDecoder()
-        at = len(text) - len(text.lstrip())
-        if text[at] == "{":
-            parsed, end = decoder.raw_decode(text, at)
-            return [of_object(body, 0, sound(parsed, text))] if not text[end:].strip() else None
-        items: list[Line] = []
-        offset, counted = skipped, 0
-        at += 1
-        while True:
-            while at < len(text) and text[at] in " \t\r\n,":
-                at += 1
-            if at >= len(text) or text[at] == "]":
-                return items if not text[at + 1 :].strip() else None
-            parsed, end = decoder.raw_decode(text, at)
-            begin = text.rfind("\n", 0, at) + 1
-            offset += len(text[counted:begin].encode()) if begin > counted else 0
-            counted = max(counted, begin)
-            items.append(of_object(text[at:end].encode(), offset, sound(parsed, text)))
-            at = end
-    except (ValueError, IndexError, RecursionError):
-        return None
+    def readline(self, limit: int) -> bytes:
+        if self._window is None:
+            return self._stream.readline(limit)
+        line = self._window.readline(limit)
+        if not line.endswith(b"\n"):
+            self._window = None
+            line += self._stream.readline(limit - len(line)) if len(line) < limit else b""
+        return line
 
+    def read(self, size: int) -> bytes:
+        data = b"" if self._window is None else self._window.read(size)
+        if not data:
+            self._beyond, data = True, self._stream.read(size)
+        return data
 
-class _Joined(io.RawIOBase):
-    """What was read ahead, then the rest."""
-
-    def __init__(self, ahead: bytes, rest: BinaryIO) -> None:
-        self._parts = [io.BytesIO(ahead), rest]
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while self._parts:
-            piece = self._parts[0].read(len(buffer))
-            if piece:
-                buffer[: len(piece)] = piece
-                return len(piece)
-            self._parts.pop(0)
-        return 0
+    def again(self, rest: bytes) -> None:
+        """Puts back what was read last."""
+        if self._window is None or self._beyond:
+            self._window, self._beyond = io.BytesIO(rest), False
+        else:
+            self._window.seek(-len(rest), io.SEEK_CUR)
 
 
 class _Hashed(io.RawIOBase):
-    """A file whose bytes are hashed as they go by."""
+    """A file whose bytes are hashed as they go by. Closed by whoever drops its last reader, it leaves the file open."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -294,19 +320,3 @@ class _Hashed(io.RawIOBase):
         while piece := self._file.read(1 << 20):
             self._hash.update(piece)
         return self._hash.hexdigest()
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _unpacked(file: _Hashed) -> BinaryIO:
-    buffered = io.BufferedReader(file, 1 << 18)
-    magic = buffered.peek(4)[:4]
-    if magic[:2] == _GZIP:
-        return cast("BinaryIO", gzip.GzipFile(fileobj=buffered))
-    if magic == _ZSTD:
-        return cast(
-            "BinaryIO", io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True))
-        )
-    return buffered

@@ -62,7 +62,8 @@ class Owner(Protocol):
         """It was never connected."""
 
     def heard(self, message: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
-        """What is said of a dialogue with a model, as often as there is something to say; a question is answered."""
+        """What is said of a dialogue with a model, as often as there is something to say; a question is answered.
+        Of any other: what its first bytes are (``seen``)."""
 
     def over_budget(self, exceeded: Exceeded) -> None:
         """It wants more than is left, and is cut."""

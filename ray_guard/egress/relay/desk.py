@@ -26,7 +26,7 @@ log = logger("ray_guard.relay")
 
 MOVER_LOST: Final = "mover_lost"
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
-_SPOKEN: Final = ("ask", "called", "refused")
+_SPOKEN: Final = ("ask", "called", "refused", "seen")
 Message = dict[str, Any]
 
 

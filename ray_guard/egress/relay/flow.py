@@ -283,6 +283,7 @@ class Flow:
         sent, received: allowances of the two directions, as the target sees them.
         speech: who reads along.
         ended: called once, when both sockets are closed.
+        tell: what is seen while it is open (:meth:`~ray_guard.egress.relay.speech.choice.Speech.seen`), once each.
     """
 
     def __init__(
@@ -295,6 +296,7 @@ class Flow:
         received: Allowance,
         speech: Speech,
         ended: Callable[[Flow], None],
+        tell: Callable[[dict[str, Any]], None],
     ) -> None:
         self.number = number
         self.descriptors = (tool.fileno(), upstream.fileno())
@@ -309,6 +311,8 @@ class Flow:
         self.streaming = False
         self.parting = False
         self._ended = ended
+        self._tell = tell
+        self._told: dict[str, Any] | None = None
 
     @property
     def closing(self) -> bool:
@@ -343,6 +347,10 @@ class Flow:
                 return False
             if self.closing:  # it asked, and was cut
                 return False
+        seen = self.speech.seen()
+        if seen != self._told and seen is not None:
+            self._told = seen
+            self._tell({"op": "seen", "flow": self.number, **seen})
         self.streaming = self.up.count + self.down.count - before >= _STREAM
         if self.up.done and self.down.done:
             if self.finishing:

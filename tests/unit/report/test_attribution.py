@@ -21,6 +21,7 @@ from ray_guard.attribution.answers import Candidate
 from ray_guard.attribution.attribute import attribute
 from ray_guard.attribution.document import found
 from ray_guard.cli import attribute as command
+from ray_guard.cli.__main__ import main
 from ray_guard.records import SpanKind
 from ray_guard.report import attribution, causes, text
 
@@ -145,6 +146,7 @@ def page(folder: Path, traces: Path, alerts: Path) -> Path:
 def test_a_chain_leads_from_the_iteration_to_the_alert(writer: Any, tmp_path: Path) -> None:
     log = written(tmp_path, alert(12.0))
     lines = read(page(tmp_path, job(writer), log)).lines
+    assert "1 of 2 rollouts set off alerts." in lines[: lines.index("What was read")]
     at = lines.index("iteration", lines.index("Chains"))
     chain = lines[at : lines.index("Reward against alerts")]
     assert [said for said in chain if said in _LINKS] == _LINKS
@@ -175,13 +177,17 @@ def test_a_chain_leads_from_the_iteration_to_the_alert(writer: Any, tmp_path: Pa
 _LINKS = ["iteration", "rollout", "turn", "model output", "tool call", "process", "process", "flow", "alert"]
 
 
-@pytest.mark.usefixtures("capsys")
-def test_nothing_in_a_log_or_a_command_is_markup(writer: Any, tmp_path: Path) -> None:
+def test_nothing_in_a_log_or_a_command_is_markup(
+    writer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rollouts, commands, model output, reasons and the log itself are hostile: one script remains, the page's own."""
     log = written(tmp_path, alert(12.0, signature=HOSTILE), HOSTILE + "\n", name="<img src=x onerror=alert(1)>.json")
     out = page(tmp_path, job(writer, hostile=HOSTILE), log)
     found = read(out)
     raw = out.read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert "\\x1b[31m" in printed, "nor does a terminal obey a rollout's name"
+    assert all(line.isprintable() for line in printed.splitlines())
     assert len(found.scripts) == 1
     digest = base64.b64encode(hashlib.sha256(found.scripts[0].encode()).digest()).decode()
     assert found.policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -267,6 +273,91 @@ def test_a_page_that_cannot_be_written_is_named(
     with pytest.raises(AssertionError):
         page(tmp_path, job(writer), written(tmp_path, alert(12.0)))
     assert f"{tmp_path / 'page.html'} cannot be written: Is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eve.json", "evidence/driver.otlp.jsonl"])
+def test_an_answer_is_not_written_over_what_it_is_made_of(
+    writer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    evidence, log = job(writer), written(tmp_path, alert(12.0))
+    target = tmp_path / name
+    if not target.exists():
+        next(evidence.glob("*.otlp.jsonl")).rename(target)
+    before = target.read_bytes()
+    words = ["attribute", "--traces", str(evidence), "--alerts", str(log), "--json", str(target)]
+    assert main(words) == 2
+    assert "is one of the files to read; write the answer elsewhere" in capsys.readouterr().err
+    assert target.read_bytes() == before
+
+
+@pytest.mark.usefixtures("capsys")
+def test_what_ends_before_its_end_leaves_what_was_there(
+    writer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the answer is written."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    evidence, log, out = job(writer), written(tmp_path, alert(12.0)), tmp_path / "answer.json"
+    out.write_text("of last time")
+    monkeypatch.setattr(command.document, "write", interrupted)
+    assert main(["attribute", "--traces", str(evidence), "--alerts", str(log), "--json", str(out)]) == 130
+    assert out.read_text() == "of last time"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["answer.json", "eve.json", "evidence"]
+
+
+@pytest.mark.parametrize("year", ["0", "99999", "20x6", "-1"])
+def test_a_year_that_is_none_is_named(year: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["attribute", "--traces", "t", "--alerts", "a", f"--year={year}"])
+    assert ended.value.code == 2
+    assert f"'{year}' is no year from 1970 to 2261" in capsys.readouterr().err
+
+
+def test_a_late_reward_and_a_checkpoint_that_alone_alerts(writer: Any, tmp_path: Path) -> None:
+    """Rewards are told twice and after the end, in a trace of their own; no iteration is known."""
+    lines = []
+    for number in range(12):
+        at, bad = 10.0 * number, number >= 8
+        writer.identity = {"rl.run.id": "demo", "rl.rollout.id": f"r-{number}", "rl.group.id": f"g-{number % 4}",
+                           "rl.policy.version": str(number // 4)}  # fmt: skip
+        rollout = writer.write("invoke_agent a", None, at, 9.0, source="target", rl__reward__score=0.9)
+        call = writer.write("execute_tool bash", rollout, at + 1, 6.0, source="target", gen_ai__tool__name="bash")
+        if bad:
+            writer.flow(call, at + 2, FAR, 22, reason="x", network__local__address="192.0.2.1",
+                        network__local__port=40000 + number)  # fmt: skip
+            lines.append(alert(at + 2, port=40000 + number))
+        writer.identity = {"rl.run.id": "demo", "rl.rollout.id": f"r-{number}"}
+        score = 0.5 + 0.01 * number * bad if number != 3 else "nan"
+        writer.write(
+            "ray_guard.reward", None, at + 9.5, source="target", rl__reward__score=score, rl__advantage=1.0 * bad
+        )
+    writer.journal.close()
+    answer = found(attribute([tmp_path / "evidence"], [written(tmp_path, *lines)]))
+    assert answer["reward"]["rollouts"] == 12, "a reward is no rollout"
+    assert answer["reward"]["groups"] == 4
+    assert answer["reward"]["within_group_difference"] == pytest.approx((0.08 + 0.09 + 0.10 + 0.11 - 0.2) / 4, abs=1e-9)
+    assert answer["reward"]["advantage_difference"] == pytest.approx(1.0)
+    (checkpoint,) = [each for each in answer["recurrence"] if each["dimension"] == "checkpoint"]
+    assert (checkpoint["pattern"], checkpoint["alerts"], checkpoint["calls"]) == ("2", 4, 4)
+    assert checkpoint["p_value"] == pytest.approx(1 / 495)
+
+
+@pytest.mark.parametrize(("content", "why"), [("", "nothing is in there"), ('{"a": 1}\n', "1 foreign")])
+def test_traces_without_spans_do_not_clear_a_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, why: str
+) -> None:
+    """That nobody did it is an answer only where it is known who was there."""
+    traces = written(tmp_path, content, name="traces.jsonl")
+    assert main(["attribute", "--traces", str(traces), "--alerts", str(written(tmp_path, alert(12.0)))]) == 2
+    assert f"no spans to attribute anything to ({why})" in capsys.readouterr().err
+
+
+def test_traces_of_another_time_are_named(writer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = written(tmp_path, alert(12.0).replace("2026-", "2031-"))
+    assert main(["attribute", "--traces", str(job(writer)), "--alerts", str(log)]) == 0
+    assert "beware: the records are of 2031-03-07 03:40:" in capsys.readouterr().out
 
 
 def test_an_input_that_is_gone_is_said_to_be(writer: Any, tmp_path: Path) -> None:

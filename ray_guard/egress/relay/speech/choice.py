@@ -8,7 +8,7 @@ from typing import Any
 from ray_guard.egress.relay.speech import Refused, Verifier
 from ray_guard.egress.relay.speech.http import Requests
 from ray_guard.egress.relay.speech.ssh import ClientBanner, ServerBanner
-from ray_guard.egress.relay.speech.tags import Sniffer, Watch
+from ray_guard.egress.relay.speech.tags import SSH, STRATUM, Sniffer, Watch
 from ray_guard.egress.relay.speech.tls import ClientHello
 from ray_guard.policy.destination import Protocol
 
@@ -74,6 +74,7 @@ class Speech:
     def __init__(self, told: Mapping[str, Any]) -> None:
         expected = {Protocol(protocol): frozenset(names) for protocol, names in told["expected"].items()}
         self._named = bool(expected)
+        self._judged = bool(told.get("judged"))
         self._choice: Choice | None = None
         self._sniffer: Sniffer | None = None
         self.sent: Verifier
@@ -83,8 +84,18 @@ class Speech:
             if expected.keys() == {Protocol.SSH}:
                 self.received = ServerBanner()
         else:
-            self._sniffer = Sniffer(frozenset(told["denied"]))
+            self._sniffer = Sniffer(frozenset(told["denied"]), judged=bool(told.get("judged")))
             self.sent, self.received = Watch(self._sniffer, sent=True), Watch(self._sniffer, sent=False)
+
+    def seen(self) -> dict[str, Any] | None:
+        """What is to be known while the connection still is open: its ``protocol``, what its first bytes ``offend``.
+
+        None: nothing yet, or nobody judges it.
+        """
+        sniffer = self._sniffer
+        if sniffer is None or not self._judged or (sniffer.offence is None and sniffer.tag not in (SSH, STRATUM)):
+            return None
+        return {"protocol": sniffer.tag, "offence": sniffer.offence}
 
     def found(self) -> dict[str, Any]:
         """``protocol`` that was spoken, where it is known; where names count, whether one was ``verified``, and which.

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
+from ray_guard.detect import payloads
 from ray_guard.egress.relay.speech import Refused
 
 WINDOW: Final = 4096
@@ -33,27 +34,37 @@ class Sniffer:
 
     Args:
         denied: tags that must not be seen here.
+        judged: the first bytes are judged as :mod:`ray_guard.detect.payloads` judges them, beyond a tag.
     """
 
-    def __init__(self, denied: frozenset[str]) -> None:
+    def __init__(self, denied: frozenset[str], *, judged: bool = False) -> None:
         self.tag: str | None = None
+        self.offence: str | None = None
+        """What was recognised in the first bytes, as ``kind: rule``; None: nothing, or nobody asks."""
         self._denied = denied
+        self._judged = judged
         self._seen = {True: bytearray(), False: bytearray()}
 
     @property
     def done(self) -> bool:
         """Nothing more will be learnt."""
-        return self.tag is not None or all(len(seen) >= WINDOW for seen in self._seen.values())
+        known = self.tag is not None and (self.offence is not None or not self._judged)
+        return known or all(len(seen) >= WINDOW for seen in self._seen.values())
 
     def look(self, data: bytes, *, sent: bool) -> None:
         """``data`` comes next in its direction (``sent``: from the client). Raises Refused for a tag that is denied."""
         seen = self._seen[sent]
-        if self.tag is not None or len(seen) >= WINDOW:
+        if self.done or len(seen) >= WINDOW:
             return
         seen += data[: WINDOW - len(seen)]
-        self.tag = _tag(bytes(seen))
-        if self.tag in self._denied:
-            raise Refused(f"{self.tag}_not_allowed")
+        if self.tag is None:
+            self.tag = _tag(bytes(seen))
+            if self.tag in self._denied:
+                raise Refused(f"{self.tag}_not_allowed")
+        if self._judged and self.offence is None:
+            found = payloads.judge(bytes(seen), "sent" if sent else "received")
+            if found is not None and found.rule != payloads.SSH:  # that is allowed here or denied above, by its port
+                self.offence = f"{found.kind}: {found.rule}"
 
 
 class Watch:

@@ -1,0 +1,97 @@
+"""Programs in other languages, given on a command line, in a here-document or in a file. Runs later, and live. Pure.
+
+Each rule names what a text must show, all of it, and what excuses it. Each is searched for by itself, in linear time.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+from ray_guard.detect import Finding, Kind
+from ray_guard.detect.commands.line import Line
+
+
+class _Code(NamedTuple):
+    kind: Kind
+    rule: str
+    shows: tuple[re.Pattern[str], ...]
+    excused: re.Pattern[str] | None = None
+
+
+_CONNECTS: Final = re.compile(
+    r"socket\.socket|\bsocket\(|create_connection|[\"']socket[\"']\)\.socket|open_connection|fsockopen|stream_socket_client|socket_create|socket\.tcp\(|"
+    r"TCPSocket|IO::Socket|require\(?\s*[\"']socket[\"']|-MIO\b|net\.(?:connect|Socket|createConnection|Dial)|[\"']net[\"']\)|socket\(\s*(?:S,\s*)?PF_INET|"
+    r"Sockets\.TCPClient|new Socket\(|\bsocket \d+\.\d+\.\d+\.\d+ \d+|TcpStream::connect"
+)
+_LOOPBACK: Final = re.compile(r"localhost|127\.0\.0\.1|\[::1\]")
+_SENDS: Final = re.compile(
+    r"(?:requests|httpx|session|aiohttp|client|s|r)\.(?:post|put)\(|\burlopen\b|\bRequest\(|\.sendall\b|\.send\(|http\.client|smtplib|sendmail|ftplib|\bfetch\(|"
+    r"https?[\"']\)\.request|->post\b|Net::HTTP\.(?:post|put|start)|file_get_contents\([\"']https?:|upload_file\(|upload_fileobj\(|\.put\([\"']/|"
+    r"put_object\(|axios\.(?:post|put)|curl_exec|storbinary|UploadString|Invoke-(?:WebRequest|RestMethod)"
+)
+_SECRET: Final = re.compile(
+    r"\.ssh/(?!config\b|known_hosts)|id_(?:rsa|ed25519|ecdsa|dsa)\b(?!\.pub)|\.aws/credentials|\.netrc\b|"
+    r"\.git-credentials|\.kube/config|\.docker/config\.json|/etc/shadow|/etc/passwd|/proc/(?:self|\d+)/environ|wallet\.dat|\.bash_history|\.gnupg|"
+    r"serviceaccount/token|huggingface/token"
+)
+_RANGE: Final = re.compile(
+    r"\brange\s*\(|\.\.\s*\d{2,5}|<=?\s*\d{2,5}\s*;\s*\$?\w+\+\+|ip_network\(|\.hosts\(\)|\beach\b|\bseq\b|dport=\(|IPNetwork\("
+)
+
+_CODE: Final = (
+    _Code(Kind.REVERSE_SHELL, "code.socket_to_shell", (
+        _CONNECTS,
+        re.compile(
+            r"dup2|pty[\"']?\)?\.spawn|/bin/(?:ba|da|z|k)?sh\b|cmd\.exe|proc_open|exec\s*\(?\s*[\"'](?:/bin/)?(?:ba)?sh|"
+            r"spawn\(?\s*[\"'](?:/bin/)?(?:ba|z)?sh|\biex\b|Invoke-Expression|fdopen\("),
+    )),
+    _Code(Kind.REVERSE_SHELL, "code.obeys", (
+        _CONNECTS,
+        re.compile(r"\.recv\(|fgets\(|\.gets\b|[.:]receive\(|<\$\w+>|<>|readline|\[gets\b|\.read\(|\.on\(['\"]data"),
+        re.compile(
+            r"(?:getoutput|check_output|popen|os\.system|subprocess\.\w+|Popen|io\.popen|os\.execute|shell_exec|IO\.popen|exec|system|eval)\s*"
+            r"(?:\(|\s|\$)[^\n\"'(]{0,20}(?:\bs\.recv|\brecv|\bfgets|\b\w{1,8}\s*[,)]|\$_|\{\*\}|\[gets)|[`]\$_?\w*`"),
+    ), _LOOPBACK),
+    _Code(Kind.REVERSE_SHELL, "code.ztcp", (re.compile(r"\bztcp\b"), re.compile(r"[<>]&"))),
+    _Code(Kind.DNS_TUNNEL, "code.dns", (
+        re.compile(
+            r"(?:gethostbyname|getaddrinfo|resolver\.(?:resolve|query)|dns\.(?:lookup|resolve\w*)|dns_get_record|Resolv\.getaddress)\s*\(|gethostbyname\b"),
+        re.compile(r"b(?:16|32|64|85)encode|hexlify|\.hex\(\)|toString\(['\"](?:hex|base64)|unpack\(['\"]H|bin2hex|base64_encode|unpack1?\("),
+    )),
+    _Code(Kind.EXFILTRATION, "code.secret", (_SENDS, _SECRET), _LOOPBACK),
+    _Code(Kind.EXFILTRATION, "code.environment", (
+        _SENDS,
+        re.compile(
+            r"(?:dict|str|repr|dumps|urlencode)\(\s*(?:\w+=)?\s*os\.environ\s*\)|(?:json|data|params|files)\s*=\s*(?:dict\()?os\.environ\b(?!\s*\[|\.get)|"
+            r"JSON\.stringify\(process\.env\)|ENV\.to_(?:h|a|s|json)|json_encode\(\$_ENV\)|\(getenv\(\)\)|https?://[^\s\"']*[\"']\s*\+\s*os\.environ\b"),
+    ), _LOOPBACK),
+    _Code(Kind.EXFILTRATION, "code.file_to_address", (
+        re.compile(
+            r"(?:requests|httpx)\.(?:post|put)\(\s*f?[\"']https?://(?!10\.|127\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.)"
+            r"\d{1,3}\.\d+\.\d+\.\d+"),
+        re.compile(r"\bopen\(|read_bytes\(|read_text\("),
+    )),
+    _Code(Kind.REVERSE_TUNNEL, "code.remote_forward", (
+        re.compile(
+            r"request_port_forward|forward_remote_port|reverse_forward_tunnel|create_remote_forward|"
+            r"ngrok\.(?:connect|forward)|from pyngrok|"
+            r"\bpyngrok\b.*connect|localtunnel\(|forward_remote_path|open_reverse_tunnel|start_ngrok|cloudflared_tunnel"),
+    )),
+    _Code(Kind.MINING, "code.browser_miner", (
+        re.compile(r"(?i)coin-?hive|CoinImp|cryptoloot|webminepool|deepMiner\b"),
+    )),
+    _Code(Kind.PROBING, "code.scanner", (
+        re.compile(
+            r"\barping\(|\bPortScanner\(|\bnmap\.(?:PortScanner|Scan)|\bsrp?1?\(\s*(?:Ether|IP)\(|"
+            r"PortScannerAsync|masscan\.PortScanner"),
+    )),
+)  # fmt: skip
+
+
+def in_text(line: Line) -> Finding | None:
+    """The first of the rules whose words the text shows."""
+    for code in _CODE:
+        if all(each.search(line.text) for each in code.shows) and not (code.excused and code.excused.search(line.text)):
+            return None if line.only_read else Finding(code.kind, code.rule)
+    return None
