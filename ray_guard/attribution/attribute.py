@@ -217,6 +217,7 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
             foreign | unmapped,
             times["slack_ns"],
             times["end_ns"] - times["start_ns"],
+            times["start_ns"],
             episode,
             1.0 / np.bincount(episode)[episode],
         ),

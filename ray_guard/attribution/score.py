@@ -35,8 +35,10 @@ _EXPECTED: Final = np.array(
 _PSEUDO_CALLS: Final = 4.0
 """How many calls' worth of experience the expectation counts for."""
 _UNNAMED: Final = np.arange(2 * CLASSES) % CLASSES < 8
-_GUESSED: Final = _UNNAMED & (np.arange(2 * CLASSES) % 4 < 3)
+_GUESSED: Final = _UNNAMED & (np.arange(2 * CLASSES) % 4 < 2)
 """Calls of which nothing speaks: what they cause has to be guessed."""
+_TALKING: Final = _UNNAMED & (np.arange(2 * CLASSES) % 4 == 2)
+"""Calls that use the network, to wherever: a firewall may object to them all, or to none. It is quickly learned."""
 _GUESSES: Final = 10.0 ** np.arange(-1.0, 2.6, 0.5)
 """By how much more than expected they may cause."""
 _DOUBT: Final = 1.7
@@ -92,6 +94,7 @@ class Groups(NamedTuple):
         foreign: for each alert, whether its own address, or who stands behind it, is of no machine of the job.
         slack: for each alert, nanoseconds by which times may be off.
         width: of each alert, nanoseconds from its begin to its end.
+        begin: of each alert, nanoseconds.
         episode: of each alert, the event it is part of: many of one machine to one place within moments.
         weight: of each alert, one over how many are part of that.
     """
@@ -103,6 +106,7 @@ class Groups(NamedTuple):
     foreign: _BOOLS
     slack: _INTS
     width: _INTS
+    begin: _INTS
     episode: _INTS
     weight: _FLOATS
 
@@ -152,8 +156,9 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
     of_class = (groups.kind[group] * CLASSES + known * 4 + rows.reach).astype(np.int64)
     factor = np.where(rows.watched & ~rows.used, elsewhere, 1.0)
     factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
-    factor *= _together(rows, groups)
-    density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, scale) for scale in _SCALES_NS])
+    together, lasted = _together(rows, groups)
+    factor *= together
+    density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, lasted, scale) for scale in _SCALES_NS])
 
     # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
     met = np.zeros(2 * CLASSES)
@@ -165,17 +170,19 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
     return _learn(rows, of_class, density, groups, exposed)
 
 
-def _together(rows: Rows, groups: Groups) -> _FLOATS:
-    """How much less likely each row is because its call was not open for alerts that came together with this one.
+def _together(rows: Rows, groups: Groups) -> tuple[_FLOATS, _FLOATS]:
+    """(how much less likely each row is because its call was not open for alerts that came together with this one,
+    nanoseconds of its call's life that these alerts take up).
 
     Many alerts of one machine to one place within moments have one cause, mostly: who explains but some of them is
-    less likely than who explains more.
+    less likely than who explains more. And all of them have to fall into its life: the longer they last, the less of it
+    is left for when they begin.
     """
     of = groups.episode[rows.alert]
-    factor = np.ones(len(of))
+    factor, lasted = np.ones(len(of)), np.zeros(len(of))
     many = np.flatnonzero((groups.weight[rows.alert] < 1) & (groups.kind[groups.of[rows.alert]] == 0))
     if not len(many):
-        return factor
+        return factor, lasted
     least = rows.call[many].min()
     wide = int(rows.call[many].max() - least) + 1
     _, back = np.unique(of[many] * wide + rows.call[many] - least, return_inverse=True)
@@ -183,14 +190,19 @@ def _together(rows: Rows, groups: Groups) -> _FLOATS:
     most = np.zeros(len(groups.of))
     np.maximum.at(most, rows.alert[many], covered)
     factor[many] = _APART ** np.minimum(most[rows.alert[many]] - covered, _MOST_APART)
-    return factor
+    began, ended = np.full(back.max() + 1, np.iinfo(np.int64).max), np.zeros(back.max() + 1, dtype=np.int64)
+    at = groups.begin[rows.alert[many]]
+    np.minimum.at(began, back, at)
+    np.maximum.at(ended, back, at)
+    lasted[many] = np.minimum((ended - began)[back], rows.span[many] * (1 - 1 / (np.bincount(back)[back] + 1)))
+    return factor, lasted
 
 
-def _kernel(rows: Rows, groups: Groups, scale: int) -> _FLOATS:
+def _kernel(rows: Rows, groups: Groups, lasted: _FLOATS, scale: int) -> _FLOATS:
     """How likely (per second) a call's alert is to fall where this one fell, if times are off by about ``scale``."""
     # What that adds up to wherever it may fall: a call's life, the alert's own width, and margins, where it fades.
     margin = 2 * scale * (1 - np.exp(-groups.slack[rows.alert] / scale))
-    life = (rows.span + groups.width[rows.alert] + margin) / 1e9
+    life = (rows.span - lasted + groups.width[rows.alert] + margin) / 1e9
     density: _FLOATS = np.exp(-rows.gap / scale) / life
     return density
 
@@ -247,7 +259,7 @@ def _fit(pairs: _Pairs, taken: _BOOLS, groups: Groups, exposed: _FLOATS, guess: 
     # Of a part of the alerts everything is learned as if all caused so much less.
     part = np.bincount(kinds, size, 2) / np.maximum(np.bincount(kinds, whole, 2), 1e-9)
     usual = np.tile(_EXPECTED, 2) * np.where(_GUESSED, guess, 1.0) * np.repeat(np.maximum(part, 1e-9), CLASSES)
-    believed = np.where(_GUESSED, 1 / usual, _PSEUDO_CALLS)
+    believed = np.where(_GUESSED, 1 / usual, np.where(_TALKING, 0.5 / usual, _PSEUDO_CALLS))
     """As many calls' worth of experience say what is usual."""
     per_call = usual.copy()
     promised = np.bincount(np.arange(2 * CLASSES) // CLASSES, exposed * usual, 2)

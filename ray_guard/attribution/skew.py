@@ -162,9 +162,8 @@ def _posterior(pairs: Telling, room_ns: int) -> _Posterior:
             centres.append(centre)
         if len(centres) == _WINDOWS:
             break
-    top = float(most.max())
-    elsewhere = float(np.exp(most - top).sum())
-    offsets, masses = [], []
+    offsets, masses, peaks = [], [], [float(np.logaddexp.reduce(none))]
+    outside = usual.copy()
     for centre in centres:
         grid = centre + np.arange(-_WINDOW_NS, _WINDOW_NS + 1, _GRID_NS, dtype=np.float64)
         here = _usual(grid + _GRID_NS / 2) - _usual(grid - _GRID_NS / 2)
@@ -179,14 +178,18 @@ def _posterior(pairs: Telling, room_ns: int) -> _Posterior:
             for share, base in zip(_SHARES, none, strict=True)
         ]
         offsets.append(grid)
-        masses.append(np.exp(np.logaddexp.reduce(likely) - top) * here)
+        depths = np.logaddexp.reduce(likely)
+        masses.append((depths, here))
+        peaks.append(float(depths.max()))
         bound = np.clip(until, *_usual(grid[[0, -1]] + np.array([-_GRID_NS, _GRID_NS]) / 2))
-        elsewhere -= float((np.exp(depth - top) * np.diff(bound, prepend=bound[0])).sum())
-    mass = np.concatenate(masses)
+        outside -= np.diff(bound, prepend=bound[0])
+    # What was looked at in full is what could be likeliest: nowhere else is more so than in the second of these.
+    peaks.sort()
+    top, most_elsewhere = peaks[-1], np.minimum(depth, peaks[-2])
+    elsewhere = float((np.exp(most_elsewhere - top) * np.maximum(outside, 0.0)).sum())
+    mass = np.concatenate([np.exp(depths - top) * here for depths, here in masses])
     found = float(mass.sum())
-    return _Posterior(
-        np.concatenate(offsets), mass / (found + max(elsewhere, 0.0)), top + float(np.log(max(found, 1e-300)))
-    )
+    return _Posterior(np.concatenate(offsets), mass / (found + elsewhere), top + float(np.log(max(found, 1e-300))))
 
 
 def edges_of(low: _FLOATS, high: _FLOATS) -> tuple[_FLOATS, _INTS]:

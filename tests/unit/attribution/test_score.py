@@ -39,6 +39,7 @@ def weighed(gap: float, *, watched: bool = False, lost: float = 0.0) -> tuple[fl
         foreign=np.zeros(COUNT, dtype=bool),
         slack=np.full(COUNT, 2 * SECOND),
         width=np.zeros(COUNT, dtype=np.int64),
+        begin=np.arange(COUNT) * SECOND,
         episode=np.arange(COUNT),
         weight=np.ones(COUNT),
     )
