@@ -19,7 +19,7 @@ from ray_guard.attribution.answers import Answers, Facts
 from ray_guard.attribution.clock import Clock
 from ray_guard.attribution.intake import Options, Source
 from ray_guard.attribution.sources.reader import FileReport
-from ray_guard.evidence.reader import NotEvidence, Quarantine
+from ray_guard.evidence.reader import Quarantine
 
 SECOND: Final = 1_000_000_000
 _TICK_S: Final = 0.5
@@ -96,11 +96,6 @@ def attribute(
         span = store.bounds(db)
     else:
         span = spread(db, traces, quarantine)
-    if not span[1]:
-        # Not the same as nobody: who was there was never told.
-        said = ", ".join(f"{count} {reason}" for reason, count in sorted(quarantine.counts.items()))
-        why = f"no spans to attribute anything to ({said or 'nothing is in there'}); OTLP JSON lines are read"
-        raise NotEvidence(", ".join(os.fspath(path) for path in traces), why)
     logs = intake.Intake()
     # The store works without the interpreter: logs are read meanwhile.
     with ThreadPoolExecutor(1) as beside:

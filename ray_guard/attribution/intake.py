@@ -6,9 +6,12 @@ A million records as objects would take gigabytes; as columns and packed lines t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo
@@ -18,12 +21,12 @@ import zstandard
 
 from ray_guard.attribution import nat
 from ray_guard.attribution.clock import Clock
-from ray_guard.attribution.observation import Action, Time
+from ray_guard.attribution.observation import Action, Endpoint, Observation, Time
 from ray_guard.attribution.sources.reader import FileReport, NotAlerts, Record, files, read
 
 SECOND: Final = 1_000_000_000
-BATCH: Final = 20_000
-"""Records of one Arrow batch."""
+BATCH: Final = 4_000
+"""Records of one Arrow batch: all that are objects at a time."""
 _EARLY: Final = 2
 """The last month in which a log may still be one that was begun the year before:"""
 _TURN_NS: Final = 30 * 86_400 * SECOND
@@ -98,11 +101,11 @@ class Lines:
         self._open: list[bytes] = []
         self._last: tuple[int, list[bytes]] = (-1, [])
 
-    def append(self, line: bytes) -> None:
-        self._open.append(line)
-        if len(self._open) == _PACK:
-            self._packs.append(_packed(self._open))
-            self._open = []
+    def extend(self, lines: Iterable[bytes]) -> None:
+        self._open.extend(lines)
+        while len(self._open) >= _PACK:
+            self._packs.append(_packed(self._open[:_PACK]))
+            del self._open[:_PACK]
 
     def __getitem__(self, number: int) -> bytes:
         pack, place = divmod(number, _PACK)
@@ -114,15 +117,15 @@ class Lines:
 
 
 def _packed(lines: list[bytes]) -> bytes:
-    sizes = b"".join(len(line).to_bytes(4, "little") for line in lines)
+    sizes = array("I", map(len, lines)).tobytes()
     return zstandard.ZstdCompressor(level=1).compress(sizes + b"".join(lines))
 
 
 def _unpacked(pack: bytes) -> list[bytes]:
     whole = zstandard.ZstdDecompressor().decompress(pack)
-    lines, at = [], 4 * _PACK
-    for n in range(_PACK):
-        size = int.from_bytes(whole[4 * n : 4 * n + 4], "little")
+    at = _PACK * array("I").itemsize
+    lines = []
+    for size in array("I", whole[:at]):
         lines.append(whole[at : at + size])
         at += size
     return lines
@@ -142,9 +145,9 @@ class Intake:
 
     sources: list[Source] = field(default_factory=list)
     batches: list[pa.RecordBatch] = field(default_factory=list)
-    source: list[int] = field(default_factory=list)
-    record: list[int] = field(default_factory=list)
-    offset: list[int] = field(default_factory=list)
+    source: array[int] = field(default_factory=lambda: array("l"))
+    record: array[int] = field(default_factory=lambda: array("q"))
+    offset: array[int] = field(default_factory=lambda: array("q"))
     lines: Lines = field(default_factory=Lines)
     mappings: list[tuple[int, nat.Mapping]] = field(default_factory=list)
 
@@ -170,71 +173,77 @@ class Intake:
         self, records: Iterable[Record], report: FileReport, options: Options, span: tuple[int, int]
     ) -> Iterator[int]:
         """Takes the records of one file, as :meth:`read` does of many."""
-        rows: list[tuple[Any, ...]] = []
         here: dict[str, int] = {}
-        for record in records:
-            rows.append(self._row(record, report, here, options, span))
-            if len(rows) == BATCH:
-                self._flush(rows)
-                yield len(self.source)
-        self._flush(rows)
+        records = iter(records)
+        while batch := list(islice(records, BATCH)):
+            self._add(batch, report, here, options, span)
+            yield len(self.source)
         if not here:
             self.sources.append(Source(report.path, options.format or "unknown", report))
         yield len(self.source)
 
-    def _row(
-        self, record: Record, report: FileReport, here: dict[str, int], options: Options, span: tuple[int, int]
-    ) -> tuple[Any, ...]:
-        source = here.get(record.format)
-        if source is None:
-            source = here[record.format] = len(self.sources)
-            self.sources.append(Source(report.path, record.format, report))
-        self.sources[source].records += 1
-        seen = record.seen
-        time = seen.time
-        if not time.dated or (not time.zoned and options.zone is not None):
-            time = placed(time, options, span)
-            seen = seen._replace(time=time)
-        number = len(self.source)
-        self.source.append(source)
-        self.record.append(record.record)
-        self.offset.append(record.byte_offset)
-        self.lines.append(record.raw)
-        mapping = nat.of_record(seen)
-        if mapping is not None:
-            self.mappings.append((source, mapping))
-        process = seen.process
-        rule, signature = seen.rule, seen.signature
-        return (
-            number,
-            source,
-            time.start_ns,
-            time.end_ns,
-            time.semantics.value,
-            time.dated,
-            seen.src.ip,
-            seen.src.port,
-            seen.dst.ip,
-            seen.dst.port,
-            None,
-            None,
-            seen.proto,
-            seen.action is Action.DENIED,
-            (f"{rule} {signature}" if rule and signature and rule != signature else rule or signature) or None,
-            seen.host.lower().rstrip(".") or None,
-            seen.node or None,
-            process.pid,
-            process.command or None,
-            seen.informational,
-        )
+    def _add(
+        self, batch: list[Record], report: FileReport, here: dict[str, int], options: Options, span: tuple[int, int]
+    ) -> None:
+        first = len(self.source)
+        formats, numbers, offsets, raws, seen = zip(*batch, strict=True)
+        for name, count in Counter(formats).items():
+            if name not in here:
+                here[name] = len(self.sources)
+                self.sources.append(Source(report.path, name, report))
+            self.sources[here[name]].records += count
+        self.source.extend(map(here.__getitem__, formats))
+        self.record.extend(numbers)
+        self.offset.extend(offsets)
+        self.lines.extend(raws)
+        times = [placed(each.time, options, span) for each in seen]
+        for number, (each, time) in enumerate(zip(seen, times, strict=True), first):
+            mapping = nat.of_record(each if time is each.time else each._replace(time=time))
+            if mapping is not None:
+                self.mappings.append((self.source[number], mapping))
+        made = _columns(first, self.source[first:], times, seen)
+        columns = [pa.array(made[each.name], each.type) for each in ALERT_SCHEMA]
+        self.batches.append(pa.RecordBatch.from_arrays(columns, schema=ALERT_SCHEMA))
 
-    def _flush(self, rows: list[tuple[Any, ...]]) -> None:
-        if rows:
-            columns = [
-                pa.array(column, each.type) for column, each in zip(zip(*rows, strict=True), ALERT_SCHEMA, strict=True)
-            ]
-            self.batches.append(pa.RecordBatch.from_arrays(columns, schema=ALERT_SCHEMA))
-            rows.clear()
+
+def _columns(
+    first: int, source: array[int], times: Sequence[Time], seen: Sequence[Observation]
+) -> dict[str, Sequence[Any]]:
+    """The columns of :data:`ALERT_SCHEMA`, by name."""
+    of, time = _turned(Observation, seen), _turned(Time, times)
+    src, dst = _turned(Endpoint, of.src), _turned(Endpoint, of.dst)
+    nothing = [None] * len(seen)
+    return {
+        "alert": range(first, first + len(seen)),
+        "source": source,
+        "start_ns": time.start_ns,
+        "end_ns": time.end_ns,
+        "semantics": time.semantics,
+        "dated": time.dated,
+        "src_ip": src.ip,
+        "src_port": src.port,
+        "dst_ip": dst.ip,
+        "dst_port": dst.port,
+        "inside_ip": nothing,
+        "inside_port": nothing,
+        "proto": of.proto,
+        "denied": [each is Action.DENIED for each in of.action],
+        "rule": list(map(_rule, of.rule, of.signature)),
+        "host": [each.lower().rstrip(".") or None if each else None for each in of.host],
+        "node": [each or None for each in of.node],
+        "pid": [each.pid for each in of.process],
+        "command": [each.command or None for each in of.process],
+        "informational": [each.informational for each in seen],
+    }
+
+
+def _turned(kind: Any, rows: Iterable[tuple[Any, ...]]) -> Any:
+    """Rows of a kind as one of that kind: under each field's name stands its column."""
+    return kind(*zip(*rows, strict=True))
+
+
+def _rule(rule: str, signature: str) -> str | None:
+    return (f"{rule} {signature}" if rule and signature and rule != signature else rule or signature) or None
 
 
 def _passing(records: Iterator[Record], report: FileReport) -> Iterator[Record]:
@@ -247,6 +256,8 @@ def _passing(records: Iterator[Record], report: FileReport) -> Iterator[Record]:
 
 def placed(time: Time, options: Options, span: tuple[int, int]) -> Time:
     """The time with what the log did not say: the year nearest to the traces', the zone that the user named."""
+    if time.dated and (time.zoned or options.zone is None):
+        return time
     start = time.start_ns
     if not time.dated:
         start = _dated(start, options.year, span)

@@ -16,17 +16,23 @@ from ray_guard.attribution.observation import Semantics, Time
 SECOND: Final = 1_000_000_000
 _EARLIEST: Final = 946_684_800  # 2000-01-01: no log of a container is older
 _LATEST: Final = 4_102_444_800  # 2100-01-01
+_FIRST: Final = _EARLIEST * SECOND
+_END: Final = _LATEST * SECOND
 
-_ISO: Final = re.compile(
-    r"(\d{4})[-/](\d\d)[-/](\d\d)[T t](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9})\d*)?\s*(Z|z|UTC|[+-]\d\d:?(?:\d\d)?)?"
-)
-_SYSLOG: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?")
+_CIVIL: Final = re.compile(r"(\d{4})[-/](\d\d)[-/](\d\d)[T t](\d\d):(\d\d):(\d\d)")
+_CIVIL_LENGTH: Final = 19
+_FRACTION_AND_ZONE: Final = re.compile(r"(?:[.,](\d{1,9})\d*)?\s*(\S*)")
+_ZONE: Final = re.compile(r"Z|z|UTC|[+-]\d\d:?(?:\d\d)?|")
+_SYSLOG: Final = re.compile(r"([A-Z][a-z]{2} {1,2}\d{1,2} \d\d:\d\d:\d\d)(?:\.(\d{1,9}))?")
+_SYSLOG_CIVIL: Final = re.compile(r"([A-Z][a-z]{2}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)")
 _CTIME: Final = re.compile(
     r"(?:[A-Z][a-z]{2} +)?(?P<month>[A-Z][a-z]{2}) +(?P<day>\d{1,2}) (?:(?P<year>\d{4}) )?"
     r"(?P<clock>\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?(year)| (?P<last>\d{4}))(?!\d)"
 )
 _MONTHS: Final = {name: number for number, name in enumerate(calendar.month_abbr) if name}
-_EPOCH: Final = re.compile(r"[+-]?\d{1,20}(?:\.\d+)?")
+_EPOCH: Final = re.compile(r"([+-]?\d{1,20})(?:\.(\d+))?")
+_UNITS: Final = tuple((_FIRST // width, _END // width, width) for width in (SECOND, 1_000_000, 1_000, 1))
+"""The first number that is possible, the first that is too late, and nanoseconds, of each unit."""
 
 
 class BadTime(ValueError):
@@ -39,19 +45,30 @@ def iso(text: object, semantics: Semantics) -> Time:
     Raises:
         BadTime: it is none.
     """
-    match = _ISO.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
+    written = text.strip() if isinstance(text, str) else ""
+    rest = _FRACTION_AND_ZONE.fullmatch(written, _CIVIL_LENGTH)
+    fraction, zone = rest.groups() if rest is not None else (None, "none")
+    # Lines come many in a second: all but the fraction has mostly been met before.
+    start = _civil(written[:_CIVIL_LENGTH], zone)
+    if start is None:
         raise BadTime(f"{text!r:.60} is no date and time")
-    year, month, day, hour, minute, second, fraction, zone = match.groups()
-    start = _seconds((int(year), int(month), int(day)), (int(hour), int(minute), int(second))) * SECOND
     width = SECOND
     if fraction:
         width = 10 ** (9 - len(fraction))
         start += int(fraction) * width
-    start -= _offset(zone) * SECOND
-    if not _EARLIEST * SECOND <= start < _LATEST * SECOND:
+    if not _FIRST <= start < _END:
         raise BadTime(f"{text!r:.60} is no time between 2000 and 2100")
-    return Time(start, start + width, semantics, zoned=zone is not None)
+    return Time(start, start + width, semantics, zone != "")
+
+
+@lru_cache(maxsize=4096)
+def _civil(date: str, zone: str) -> int | None:
+    """Unix nanoseconds of a date with its time of day; None for what is none. Raises BadTime for impossible ones."""
+    match = _CIVIL.fullmatch(date)
+    if match is None or not _ZONE.fullmatch(zone):
+        return None
+    year, month, day, hour, minute, second = map(int, match.groups())
+    return (_seconds((year, month, day), (hour, minute, second)) - _offset(zone)) * SECOND
 
 
 def syslog(text: str, semantics: Semantics) -> tuple[Time, str]:
@@ -61,17 +78,25 @@ def syslog(text: str, semantics: Semantics) -> tuple[Time, str]:
         BadTime: the line begins with something else.
     """
     match = _SYSLOG.match(text)
-    if match is None or match[1] not in _MONTHS:
+    start = _syslog_civil(match[1]) if match is not None else None
+    if match is None or start is None:
         raise BadTime(f"{text!r:.40} does not begin with a syslog time")
-    month, day = _MONTHS[match[1]], int(match[2])
+    width = SECOND
+    if fraction := match[2]:
+        width = 10 ** (9 - len(fraction))
+        start += int(fraction) * width
+    return Time(start, start + width, semantics, zoned=False, dated=False), text[match.end() :].lstrip()
+
+
+@lru_cache(maxsize=4096)
+def _syslog_civil(date: str) -> int | None:
+    match = _SYSLOG_CIVIL.fullmatch(date)
+    if match is None or match[1] not in _MONTHS:
+        return None
+    month, day, hour, minute, second = _MONTHS[match[1]], *map(int, match.groups()[1:])
     # 1972 has a 29 February; every other day is the same in 1970.
     year = 1972 if (month, day) == (2, 29) else 1970
-    start = _seconds((year, month, day), (int(match[3]), int(match[4]), int(match[5]))) * SECOND
-    width = SECOND
-    if match[6]:
-        width = 10 ** (9 - len(match[6]))
-        start += int(match[6]) * width
-    return Time(start, start + width, semantics, zoned=False, dated=False), text[match.end() :].lstrip()
+    return _seconds((year, month, day), (hour, minute, second)) * SECOND
 
 
 def ctime(text: str, semantics: Semantics) -> tuple[Time, str]:
@@ -94,17 +119,19 @@ def epoch_ns(value: object) -> tuple[int, int]:
     Raises:
         BadTime: it is no number, or no instant between 2000 and 2100 in any of these units.
     """
-    text = str(value).strip() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
     if isinstance(value, float):
         text = f"{value:.9f}".rstrip("0").rstrip(".")
-    if not _EPOCH.fullmatch(text):
+    else:
+        text = str(value).strip() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    match = _EPOCH.fullmatch(text)
+    if match is None:
         raise BadTime(f"{value!r:.60} is no epoch")
-    number, _, fraction = text.partition(".")
-    for width in (SECOND, 1_000_000, 1_000, 1):
-        if _EARLIEST <= int(number) * width / SECOND < _LATEST:
-            start = int(number) * width
-            digits = min(len(fraction), len(str(width)) - 1)
-            if digits:
+    whole, fraction = match.groups()
+    number = int(whole)
+    for earliest, latest, width in _UNITS:
+        if earliest <= number < latest:
+            start = number * width
+            if fraction and (digits := min(len(fraction), len(str(width)) - 1)):
                 width //= 10**digits  # noqa: PLW2901 - the width of what was written, from here on
                 start += int(fraction[:digits]) * width
             # A double holds 2026 in seconds to about a quarter of a microsecond: its digits are not all true.
@@ -162,10 +189,9 @@ def _seconds(date: tuple[int, int, int], clock: tuple[int, int, int]) -> int:
     return _day(*date) + hour * 3600 + minute * 60 + second
 
 
-@lru_cache(maxsize=256)
-def _offset(zone: str | None) -> int:
-    """Seconds east of UTC."""
-    if zone is None or zone in ("Z", "z", "UTC"):
+def _offset(zone: str) -> int:
+    """Seconds east of UTC; of no zone too."""
+    if zone in ("", "Z", "z", "UTC"):
         return 0
     digits = zone[1:].replace(":", "")
     hours, minutes = int(digits[:2]), int(digits[2:] or 0)

@@ -6,6 +6,7 @@ Runs later, on any machine: needs nothing but traces and logs.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import platform
 import shlex
@@ -34,7 +35,8 @@ from ray_guard.attribution.sources.reader import NotAlerts
 from ray_guard.cli.output import failed, say
 from ray_guard.evidence.layout import SUFFIX
 from ray_guard.evidence.reader import NotEvidence
-from ray_guard.report.text import date, printable
+from ray_guard.report import causes
+from ray_guard.report.text import printable
 
 if TYPE_CHECKING:
     from ray_guard.cli.output import Subparsers
@@ -89,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         return failed("attribute", f"--tz {args.tz}: no such time zone; give a name such as Europe/Berlin, or UTC")
     options = Options(None if args.format == "auto" else args.format, zone, args.year)
     progress = _Progress()
+    gc.freeze()  # what is loaded by now stays: among millions of records it would be looked through again and again
     try:
         _refuse_same(args)
         spread = None if args.ray is None else _ray(args.ray)
@@ -221,7 +224,7 @@ def _refuse_same(args: argparse.Namespace) -> None:
 
 def _page(args: argparse.Namespace, result: Result, found: dict[str, Any], digest: str) -> str:
     # Only here: who does not ask for a page need not wait for what draws it.
-    from ray_guard.report import attribution, causes
+    from ray_guard.report import attribution
 
     versions = [
         ("ray-guard", __version__),
@@ -275,7 +278,7 @@ def _summary(result: Result) -> Iterator[str]:
         lines.append(
             f"traces: {', '.join(f'{n} {why}' for why, n in sorted(result.quarantine.counts.items()))} quarantined"
         )
-    lines += _apart(result)
+    lines += causes.beware(result)
     quiet = result.alerts.informational
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
     named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
@@ -286,18 +289,6 @@ def _summary(result: Result) -> Iterator[str]:
             yield "".join(f"{printable(line)}\n" for line in lines)
             lines = []
     yield "".join(f"{printable(line)}\n" for line in lines)
-
-
-def _apart(result: Result) -> list[str]:
-    """A warning where no record can be the doing of any call, which is not the same as nobody's doing."""
-    ((first, last),) = result.db.execute("SELECT min(start_ns), max(end_ns) FROM alive").fetchall()
-    at = result.alerts.middles()
-    if first is None or not len(at) or (at.min() <= last and at.max() >= first):
-        return []
-    records, calls = (
-        f"{date(int(begin))} to {date(int(end))} UTC" for begin, end in ((at.min(), at.max()), (first, last))
-    )
-    return [f"beware: the records are of {records}, the traces' calls of {calls}: are their times Unix nanoseconds?"]
 
 
 def _answer(alert: Attribution) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from ray_guard.attribution.answers import Candidate
 from ray_guard.attribution.clock import Clock
 from ray_guard.report import html, text
-from ray_guard.report.causes import Chain, Findings, Input, Row, Step
+from ray_guard.report.causes import Chain, Findings, Input, Row, Step, beware
 from ray_guard.report.tables import Cell, Column, Table, Tone
 
 _VERDICTS: Final = ("attributed", "ambiguous", "unobserved")
@@ -91,7 +91,7 @@ def _head(found: Findings) -> list[tuple[str, int, Tone]]:
 def _essence(found: Findings) -> list[str]:
     """What whoever gets the page wants to know first: how many did it, what they have in common, whether it paid."""
     reward, patterns = found.answer["reward"], found.answer["recurrence"]
-    said = []
+    said = beware(found.result)
     if reward["violating_rollouts"]:
         said.append(f"{_counted(reward)} set off alerts.")
     if patterns and patterns[0]["q_value"] <= _FALSE:

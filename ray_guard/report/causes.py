@@ -155,6 +155,24 @@ def gather(result: Result, answer: Mapping[str, Any]) -> Findings:
     )
 
 
+def beware(result: Result) -> list[str]:
+    """A warning where no record can be the doing of any call, which is not the same as nobody's doing."""
+    at = result.alerts.middles()
+    if not len(at):
+        return []
+    ((first, last),) = result.db.execute("SELECT min(start_ns), max(end_ns) FROM alive").fetchall()
+    if first is None:
+        left = ", ".join(f"{count} {reason}" for reason, count in sorted(result.quarantine.counts.items()))
+        why = f"; of their lines {left} could not be used" if left else ""
+        return [f"beware: there is no tool call in the traces{why}: nobody can be named, which clears nobody"]
+    if at.min() <= last and at.max() >= first:
+        return []
+    records, calls = (
+        f"{text.date(int(begin))} to {text.date(int(end))} UTC" for begin, end in ((at.min(), at.max()), (first, last))
+    )
+    return [f"beware: the records are of {records}, the traces' calls of {calls}: are their times Unix nanoseconds?"]
+
+
 def inputs(result: Result, traces: Sequence[str], maps: Sequence[str]) -> list[Input]:
     """Every file that was read, with its SHA-256: alerts as they were read, the others as they lie there now.
 

@@ -40,5 +40,5 @@ class AwsFirewall:
             return [seen]
         stopped = text_of(inner, "revocation_check", "action").upper() in ("DROP", "REJECT")
         action = Action.DENIED if stopped else seen.action
-        host = seen.host or text_of(inner, "sni")
+        host = seen.host or text_of(inner, "sni").strip("-")
         return [seen._replace(host=host, signature=seen.signature or said, action=action, proto=seen.proto or "tcp")]

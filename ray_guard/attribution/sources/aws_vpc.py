@@ -1,4 +1,4 @@
-"""AWS flow logs, of VPCs and Transit Gateways: parted by spaces, a header names the columns; or JSON, Parquet. Runs later.
+"""AWS flow logs, of VPCs and Transit Gateways: parted by spaces below a header; or JSON, Parquet. Runs later.
 
 Pure. Without a header the columns are those of version 2, followed, where a line has more, by those that later versions
 added, in Amazon's own order.
@@ -110,9 +110,9 @@ def _by_name(parsed: dict[str, Any]) -> dict[str, str]:
 
 def _records(row: dict[str, str]) -> list[Observation]:
     status = row.get("log-status", "OK")
-    if status in ("NODATA", "SKIPDATA") and address(row.get("srcaddr")) is None:
-        if status == "SKIPDATA":
-            raise Unusable("fields", f"Amazon left out records between {row.get('start')} and {row.get('end')}")
+    if status == "SKIPDATA" and address(row.get("srcaddr")) is None:
+        raise Unusable("fields", f"Amazon left out records between {row.get('start')} and {row.get('end')}")
+    if status == "NODATA":
         return []
     return [_observation(row)]
 

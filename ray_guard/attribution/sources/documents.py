@@ -24,10 +24,12 @@ _CONTAINERS: Final = frozenset(
     {"records", "Records", "value", "logEvents", "events", "logs", "entries", "results", "hits"}
     | {"resourceLogs", "scopeLogs", "logRecords"}
 )
+_NESTED: Final = "hits"
+"""Elasticsearch's array is in an object of the same name."""
 _BEGIN: Final = re.compile(r'[\s,\x1e\ufeff]*(?:\{\s*(?:["}]|$)|\[\s*(?:[\[{"\]]|$))')
 _GAP: Final = re.compile(r"[\s,\x1e\ufeff]*")
 _RECORDS: Final = re.compile(r'\[\s*[{"]')
-_OPENERS: Final = frozenset(b"{[ \t,\x1e\xef")
+_OPENERS: Final = frozenset(b"{[ \t\0,\x1e\xef")
 _DECODER: Final = json.JSONDecoder()
 
 
@@ -42,13 +44,15 @@ class Broken(ValueError):
     def __init__(self, detail: str, ahead: int) -> None:
         super().__init__(detail)
         self.ahead = ahead
+        self.offset = -1
+        """Where it begins, in the file as unpacked; below 0: not told."""
 
 
 def begins(raw: bytes) -> bool:
     """Whether a line begins JSON that it does not end, or an array."""
     if not raw or raw[0] not in _OPENERS or raw.endswith(b"}\n"):
         return False
-    body = raw.strip(b" \t\r\n,\x1e\xef\xbb\xbf")
+    body = raw.strip(b" \t\r\n\0,\x1e\xef\xbb\xbf")
     if body[:1] not in (b"{", b"[") or (body[:1] == b"{" and body[-1:] == b"}"):
         return False
     return _BEGIN.match(body[:4096].decode("utf-8", "replace")) is not None
@@ -58,7 +62,8 @@ def holds_records(line: Line) -> bool:
     """Whether a line may be a document with records in it, or several."""
     if line.object is None:
         return line.text[:1] in ("{", "[")
-    return any(isinstance(line.object[key], list) and line.object[key] for key in _CONTAINERS & line.object.keys())
+    held = [line.object[key] for key in _CONTAINERS & line.object.keys()]
+    return any(isinstance(each, list) and each for each in held) or isinstance(line.object.get(_NESTED), dict)
 
 
 def within(line: Line) -> Iterator[Line]:
@@ -69,10 +74,14 @@ def within(line: Line) -> Iterator[Line]:
     """
     begin = line.raw.find(b"{") if line.object is not None else 0
     document = Documents(line.raw[begin:], line.offset + begin, io.BytesIO())
-    for _, each in document.lines():
-        if len(each.raw) < len(line.raw) - begin:
-            each.envelope = line.envelope
-            yield each
+    try:
+        for _, each in document.lines():
+            if len(each.raw) < len(line.raw) - begin:
+                each.envelope = line.envelope
+                yield each
+    except Broken as broken:
+        broken.offset = document.offset
+        raise
 
 
 class Documents:
@@ -124,6 +133,9 @@ class Documents:
                 taken_apart = True
                 yield from self._array()
                 self._count(self._at)
+            elif key == _NESTED and self._peek() == "{":
+                taken_apart = True
+                yield from self._object()
             else:
                 parsed[str(key)] = self._decoded()
                 if taken_apart:

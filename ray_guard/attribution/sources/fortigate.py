@@ -25,10 +25,11 @@ from ray_guard.attribution.observation import (
 )
 from ray_guard.attribution.sources import cef
 from ray_guard.attribution.sources.line import Line, Unusable
+from ray_guard.attribution.sources.pairs import Pairs
 
 FORMAT: Final = "fortigate"
 
-_PAIR: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s"]*)')
+_KEY: Final = r"(?<![\w-])[A-Za-z_]\w*+"
 #: with ``set csv enable`` a comma ends a value that is not quoted
 _PAIR_CSV: Final = re.compile(r'(?<![\w-])([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^,"]*)')
 _CSV: Final = re.compile(r"\b(?:date|time|logid|type)=[^\s,]+,\w+=")
@@ -63,6 +64,9 @@ _UNNAMED: Final = frozenset({"", "N/A", "unknown"})
 class Fortigate:
     format = FORMAT
 
+    def __init__(self) -> None:
+        self._pairs = Pairs(_KEY, r'[^\s"]*+', quotes=True)
+
     def recognises(self, line: Line) -> bool:
         text = line.text
         if "|Fortinet|" in text:
@@ -70,7 +74,12 @@ class Fortigate:
         return "=" in text and ("devid=" in text or "logid=" in text or "eventtime=" in text) and "type=" in text
 
     def read(self, line: Line) -> list[Observation]:
-        said = _cef(line.text) or pairs(line.text)
+        said = _cef(line.text)
+        if said is None:
+            said = self._said(line.text)
+            if " srcip=" in line.text and "srcip" not in said:
+                # A path's last backslash stands before the quote that ends it, and escapes nothing.
+                said = self._said(line.text.replace('\\" ', '" '))
         if "type" not in said:
             raise Unusable("malformed", "no type= among the pairs")
         if "srcip" not in said and "dstip" not in said:
@@ -79,14 +88,15 @@ class Fortigate:
             return []  # of the device itself
         return [_observation(said)]
 
+    def _said(self, text: str) -> dict[str, str]:
+        return _listed(text) or self._pairs.of(text)
 
-def pairs(text: str) -> dict[str, str]:
-    """``key=value`` and ``key="value"``; a key that comes twice has its last value."""
-    pair = _PAIR_CSV if text.find(",", 0, 400) >= 0 and _CSV.search(text, 0, 400) else _PAIR
-    found = pair.findall(text)
-    if " srcip=" in text and not any(key == "srcip" for key, _ in found):
-        # A path's last backslash stands before the quote that ends it, and escapes nothing.
-        found = pair.findall(text.replace('\\" ', '" '))
+
+def _listed(text: str) -> dict[str, str] | None:
+    """The pairs where commas part them, else None; a key that comes twice has its last value."""
+    if text.find(",", 0, 400) < 0 or not _CSV.search(text, 0, 400):
+        return None
+    found = _PAIR_CSV.findall(text)
     return {key: value[1:-1].replace('\\"', '"') if value[:1] == '"' else value.strip() for key, value in found}
 
 

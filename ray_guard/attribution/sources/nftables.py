@@ -11,6 +11,7 @@ quotes, in brackets, the packet it is about: that one's addresses are not this o
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any, Final
 
 from ray_guard.attribution import conntrack, times
@@ -27,6 +28,7 @@ from ray_guard.attribution.observation import (
     whole,
 )
 from ray_guard.attribution.sources.line import Line, Unusable, text_of
+from ray_guard.attribution.sources.pairs import Pairs
 from ray_guard.attribution.times import BadTime
 
 FORMAT: Final = "nftables"
@@ -34,10 +36,10 @@ FORMAT: Final = "nftables"
 _LONGEST: Final = 1 << 14
 """Bytes: the kernel writes less than two thousand."""
 #: an interface's name has at most 15 characters
-_PACKET: Final = re.compile(r"(?<!PHYS)IN=\S{0,32} (?:PHYSIN=\S{0,32} )?OUT=\S{0,32} ")
-_SRC: Final = re.compile(r"\bSRC=")
+_PACKET: Final = re.compile(r"IN=(?<!PHYSIN=)\S{0,32} (?:PHYSIN=\S{0,32} )?OUT=\S{0,32} ")
+_SRC: Final = re.compile(r"SRC=(?<!\wSRC=)")
 _QUOTED: Final = re.compile(r"\[SRC=.*?(?:\]|$)")
-_FIELD: Final = re.compile(r"\b([A-Z]{2,8})=(\S*)")
+_KEY: Final = r"\b[A-Z]{2,8}"
 _PRIORITY: Final = re.compile(r"<\d{1,3}>(?:1 )?")
 _CONTAINER: Final = re.compile(r"\S+ std(?:out|err) [FP] ")
 _NODE: Final = r"(?P<node>[^\s:\[]+|(?:[0-9A-Fa-f]*:){2,7}[0-9A-Fa-f]*) "
@@ -60,6 +62,9 @@ _ALLOWED: Final = re.compile(r"accept|allow|permit|pass", re.IGNORECASE)
 class Nftables:
     format = FORMAT
 
+    def __init__(self) -> None:
+        self._pairs = Pairs(_KEY, r"\S*+", first=True)  # LEN comes twice, of IP and UDP
+
     def recognises(self, line: Line) -> bool:
         parsed = line.object
         if parsed is not None:
@@ -76,7 +81,7 @@ class Nftables:
         fields = text[begin:]
         if "[SRC=" in fields:
             fields = _QUOTED.sub("", fields)
-        said = dict(reversed(_FIELD.findall(fields)))  # LEN comes twice, of IP and UDP
+        said = self._pairs.of(fields)
         before = text[:begin]
         try:
             time, sender, rest = _stamp(before)
@@ -86,12 +91,11 @@ class Nftables:
             time, prefix = _journal(line.envelope), before
             node = text_of(line.envelope, "_HOSTNAME") or text_of(line.envelope, "host", "hostname")
         else:
-            said_by = sender.match(rest + " ")
-            node = said_by["node"] if said_by else ""
-            prefix = (rest + " ")[said_by.end() :] if said_by else rest
+            node, prefix = _written_by(sender, rest)
         return [_packet(time, node, _UPTIME.sub("", prefix, count=1).strip(" :\ufeff"), said)]
 
 
+@lru_cache(maxsize=1)  # asked twice for each line
 def _packet_in(text: str) -> int | None:
     """Where the packet begins: a prefix before it may look like one."""
     ends = [found.start() for found in _SRC.finditer(text)]
@@ -99,9 +103,16 @@ def _packet_in(text: str) -> int | None:
     return begins[-1] if begins else None
 
 
+@lru_cache(maxsize=1024)
+def _written_by(sender: re.Pattern[str], rest: str) -> tuple[str, str]:
+    """(node, prefix) of what stands between the time and the packet."""
+    found = sender.match(rest + " ")
+    return (found["node"], (rest + " ")[found.end() :]) if found else ("", rest)
+
+
 def _stamp(text: str) -> tuple[Time, re.Pattern[str], str]:
     """(time, what says who wrote it, the rest). Raises BadTime for what has no time that is known."""
-    if found := _PRIORITY.match(text) or _CONTAINER.match(text):
+    if found := _PRIORITY.match(text) or (_CONTAINER.match(text) if " std" in text else None):
         text = text[found.end() :]
     if text[:1].isdigit():
         stamp, _, rest = text.partition(" ")
@@ -203,6 +214,7 @@ def _ulogd(parsed: dict[str, Any]) -> Observation:
     )
 
 
+@lru_cache(maxsize=1024)
 def _action(prefix: str) -> Action:
     verdict = _VERDICT.search(prefix)
     if _DENIED.search(prefix) or (verdict and verdict[1] in "DR"):

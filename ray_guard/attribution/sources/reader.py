@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, cast
@@ -111,7 +111,7 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
     """The records of one file, in its order.
 
     Args:
-        path: the file; gzip and zstd are recognised by their first bytes.
+        path: the file, packed or not.
         report: takes the counts.
         forced: the format's name; None finds it out for each line, trying what the line before was.
 
@@ -120,18 +120,18 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
     """
     detector = _Detector(forced)
     count = 0
+    found: Iterable[tuple[str, int, bytes, Observation]]
     for number, line in _numbered(path, report):
         if not line.raw or line.raw.isspace():
             continue
         try:
             source, seen = detector.read(line)
+            found = [(source.format, line.offset, line.raw, each) for each in seen]
         except _Unknown as error:
             found = _opened(line, number, line.raw, _Opening(detector, report, error))
         except _FAULTS as error:
             report.reject(number, line.offset, *_reason(error))
             continue
-        else:
-            found = ((source.format, line.offset, line.raw, each) for each in seen)
         for name, offset, raw, each in found:
             own = each.part.encode() if each.part else raw
             yield Record(name, count, offset + each.within, own, each)
@@ -195,9 +195,12 @@ def _opened(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[
     if opening.depth < _DEEP and documents.holds_records(line):
         try:
             for each in documents.within(line):
-                yield from _inner(each, number, each.raw, opening)
+                if raw is not line.raw:  # places in what was wrapped are none in the file
+                    each.offset = line.offset
+                yield from _inner(each, number, each.raw if raw is line.raw else raw, opening)
         except documents.Broken as broken:
-            report.reject(number, line.offset, "malformed", f"JSON that does not end, or is none: {broken}")
+            at = broken.offset if raw is line.raw else line.offset
+            report.reject(number, at, "malformed", f"JSON that does not end, or is none: {broken}")
     elif opening.depth < _DEEP and inner is not None:
         yield from _inner(inner, number, raw, opening)
     else:
@@ -213,7 +216,7 @@ def _inner(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[t
         opening.report.reject(number, line.offset, *_reason(error))
     else:
         for each in seen:
-            yield source.format, line.offset, raw, each
+            yield source.format, line.offset, raw, each if raw is line.raw else each._replace(within=0)
 
 
 class _Detector:
@@ -233,7 +236,7 @@ class _Detector:
                 return source, source.read(line)
         if documents.holds_records(line) or line.unwrapped() is not None:
             raise _Unknown("unknown", "of no format that is known, and neither is what is in it")
-        if line.object is None and line.text[:1] in "{[":
+        if line.object is None and line.text.startswith(("{", "[")):
             raise _Unknown("malformed", "JSON that does not end, or is none")
         if self._forced:
             return self._sources[0], self._sources[0].read(line)
@@ -280,9 +283,9 @@ class _Rereadable:
         if self._window is None:
             return self._stream.readline(limit)
         line = self._window.readline(limit)
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") and len(line) < limit:
             self._window = None
-            line += self._stream.readline(limit - len(line)) if len(line) < limit else b""
+            line += self._stream.readline(limit - len(line))
         return line
 
     def read(self, size: int) -> bytes:

@@ -24,6 +24,8 @@ from ray_guard.attribution.sources.line import Line, Unusable, at, text_of
 FORMAT: Final = "suricata"
 
 _ACTIONS: Final = {"blocked": Action.DENIED, "drop": Action.DENIED, "allowed": Action.ALLOWED, "pass": Action.ALLOWED}
+_NAMED: Final = (("tls", "sni"), ("http", "hostname"), ("quic", "sni"))
+"""Where the far side's name stands, but for DNS."""
 
 
 class Suricata:
@@ -71,8 +73,8 @@ def event(parsed: dict[str, Any], node: str = "") -> Observation:
         host=_host(parsed),
         node=node or text_of(parsed, "host"),
         # A netflow event is of one direction.
-        bytes_out=whole(at(parsed, "flow", "bytes_toserver") or at(parsed, "netflow", "bytes")),
-        bytes_in=whole(at(parsed, "flow", "bytes_toclient")),
+        bytes_out=whole(at(parsed.get("flow"), "bytes_toserver") or at(parsed.get("netflow"), "bytes")),
+        bytes_in=whole(at(parsed.get("flow"), "bytes_toclient")),
         flow_id=text_of(parsed, "flow_id"),
     )
 
@@ -91,10 +93,12 @@ def _time(parsed: dict[str, Any]) -> Time:
 
 
 def _host(parsed: dict[str, Any]) -> str:
-    named = text_of(parsed, "tls", "sni") or text_of(parsed, "http", "hostname") or text_of(parsed, "quic", "sni")
-    if named:
-        return without_port(named)
+    for layer, name in _NAMED:
+        if layer in parsed and (named := text_of(parsed, layer, name)):
+            return without_port(named)
     dns = parsed.get("dns")
+    if dns is None:
+        return ""
     queried = at(dns, "rrname") or at(dns, "queries") or at(dns, "query")  # by the version of the record
     if isinstance(queried, list):
         queried = next((at(each, "rrname") for each in queried if isinstance(each, dict)), None)

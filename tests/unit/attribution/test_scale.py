@@ -137,5 +137,5 @@ def test_packed_lines_come_back(count: int) -> None:
     lines = Lines()
     said = [f"{n}".encode() * (n % 7) for n in range(count)]
     for line in said:
-        lines.append(line)
+        lines.extend([line])
     assert [lines[n] for n in range(count)] == said

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from ray_guard.attribution.intake import Intake, Options
 from ray_guard.attribution.observation import Action, Semantics
 from ray_guard.attribution.sources import FORMATS
 from ray_guard.attribution.sources.reader import FileReport, NotAlerts, Record, files, read
@@ -405,7 +412,17 @@ def test_offsets_records_and_quarantine_of_a_mixed_file(tmp_path: Path) -> None:
     assert [each.line for each in report.first] == [3, 5, 7, 8, 9]
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bytes])
+PACKS: list[Pack] = [
+    *(gzip.compress, zstandard.compress, bz2.compress, lzma.compress, bytes),
+    lambda data: gzip.compress(gzip.compress(data)),
+    lambda data: b"".join(map(gzip.compress, data.splitlines(keepends=True))) + bytes(512),
+    lambda data: b"\x50\x2a\x4d\x18\x04\0\0\0skip" + b"".join(map(zstandard.compress, data.splitlines(keepends=True))),
+    lambda data: b"\xff\xfe" + data.decode().encode("utf-16-le"),
+    lambda data: b"\xfe\xff" + data.decode().encode("utf-16-be"),
+]
+
+
+@pytest.mark.parametrize("pack", PACKS)
 def test_packed_files_keep_their_own_hash(tmp_path: Path, pack: Pack) -> None:
     content = pack((json.dumps(SURICATA) + "\n").encode() * 3)
     found, report = records(tmp_path, content)
@@ -413,11 +430,125 @@ def test_packed_files_keep_their_own_hash(tmp_path: Path, pack: Pack) -> None:
     assert report.sha256 == hashlib.sha256(content).hexdigest()
 
 
-def test_a_packed_file_that_ends_too_early_keeps_what_it_had(tmp_path: Path) -> None:
-    content = gzip.compress((json.dumps(SURICATA) + "\n").encode() * 20_000)
-    found, report = records(tmp_path, content[: len(content) // 2])
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+def test_a_packed_file_that_ends_too_early_keeps_what_it_had(tmp_path: Path, pack: Pack) -> None:
+    lines = [json.dumps(SURICATA | {"flow_id": os.urandom(64).hex()}) for _ in range(4_000)]
+    content = pack("\n".join(lines).encode())
+    found, report = records(tmp_path, content[: len(content) * 3 // 4])
     assert found
     assert report.quarantined["unreadable"] == 1
+
+
+def test_what_follows_a_packed_file_is_counted(tmp_path: Path) -> None:
+    found, report = records(tmp_path, gzip.compress((json.dumps(SURICATA) + "\n").encode()) + b"garbage")
+    assert len(found) == 1
+    assert report.quarantined == {"unreadable": 1}
+
+
+def test_rows_of_parquet_are_records(tmp_path: Path) -> None:
+    row = {"version": 2, "interface_id": "eni-1", "srcaddr": "10.0.0.5", "dstaddr": "198.51.100.7", "srcport": 44318}
+    row |= {"dstport": 22, "protocol": 6, "start": 1772854811, "end": 1772854869, "action": "REJECT"}
+    pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / "rows")
+    content = (tmp_path / "rows").read_bytes()
+    found, report = records(tmp_path, content)
+    assert [(each.format, each.seen.src.port, each.seen.action) for each in found] == [("aws-vpc", 44318, "denied")] * 2
+    assert report.sha256 == hashlib.sha256(content).hexdigest()
+    found, report = records(tmp_path, content[:-20])
+    assert (found, report.quarantined) == ([], {"unreadable": 1})
+
+
+EVE, FLOW = json.dumps(SURICATA), VPC.splitlines()[1].rsplit(" ", 3)[0].replace("5 1", "2 1", 1)
+LOGGED = {"id": "1", "timestamp": 1772854811000, "message": FLOW}
+SUBSCRIBED = {"messageType": "DATA_MESSAGE", "logGroup": "g", "logEvents": [LOGGED, LOGGED]}
+COLLECTED = {"resourceLogs": [{"scopeLogs": [{"logRecords": [{"body": {"stringValue": EVE}}]}]}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "count", "quarantined"),
+    [
+        ("\ufeff" + EVE + "\r\n" + EVE + "\r\n", 2, {}),
+        ("\ufeff" + VPC, 1, {}),
+        (EVE + "\0\n" + "\0" * 4096 + EVE + "\n" + "\0" * 4096, 2, {"binary": 1}),
+        ("\ufeff", 0, {"unknown": 1}),
+        ("\n \r\n", 0, {}),
+        (json.dumps({"Records": [SURICATA, FALCO]}), 2, {}),
+        (json.dumps({"records": [GCP, GCP], "count": 2}, indent=2), 2, {}),
+        (json.dumps({"@odata.context": "x", "value": [HUBBLE, TETRAGON]}, indent=1), 2, {}),
+        (json.dumps([SURICATA, FALCO, None, 7, EVE]), 3, {"unknown": 2}),
+        (json.dumps([[SURICATA], [FALCO]]), 2, {}),
+        (json.dumps(SUBSCRIBED) * 2, 4, {}),
+        (json.dumps(SUBSCRIBED) + "\n" + json.dumps(SUBSCRIBED | {"logEvents": []}) + "\n", 2, {"unknown": 1}),
+        (json.dumps({"events": [LOGGED, LOGGED], "nextForwardToken": "f"}, indent=4), 2, {}),
+        (json.dumps(COLLECTED), 1, {}),
+        (EVE + EVE + " " + EVE, 3, {}),
+        (EVE + ",\n" + EVE + ",\n", 2, {}),
+        ("\x1e" + EVE + "\n\x1e" + EVE + "\n", 2, {}),
+        ("\n".join([json.dumps(SURICATA, indent=2), SYSLOG, json.dumps(FALCO, indent="\t"), EVE]), 4, {}),
+        (json.dumps(SURICATA, indent=2) * 3, 3, {}),
+        (json.dumps(SURICATA, indent=0), 1, {}),
+        ("[" + EVE + ",\n" + EVE + ",\n", 2, {"malformed": 1}),
+        ("[\n" + EVE + ",\n" + EVE[:90] + ",\n" + EVE + "\n]\n", 2, {"malformed": 1, "unknown": 1}),
+        (EVE[:90] + "\n" + EVE + "\n" + EVE[:-1] + "\n" + EVE, 2, {"malformed": 2}),
+        (json.dumps({"message": AWS_FIREWALL}), 1, {}),
+        (json.dumps({"message": json.dumps({"log": EVE})}), 1, {}),
+        (json.dumps({"_index": "i", "_source": SURICATA}), 1, {}),
+        (json.dumps({"hits": {"total": 2, "hits": [{"_source": SURICATA}, {"_source": FALCO}]}}), 2, {}),
+        (json.dumps({"a": {"message": "x"}, "message": "nothing known"}), 0, {"unknown": 1}),
+        ("[" * 5000, 0, {"malformed": 1}),
+    ],
+)
+def test_json_that_does_not_keep_to_lines(
+    tmp_path: Path, content: str, count: int, quarantined: dict[str, int]
+) -> None:
+    found, report = records(tmp_path, content)
+    assert (len(found), dict(report.quarantined)) == (count, quarantined), report.first
+    assert [each.record for each in found] == list(range(count))
+    assert len({each.byte_offset for each in found}) == count or "stringValue" in content
+    assert all(each.seen.dst == ("198.51.100.7", 22) for each in found)
+    written = content.encode()
+    assert all(each.raw in written[each.byte_offset : each.byte_offset + len(each.raw) + 2] for each in found)
+    assert all(written.count(b"\n", 0, each.byte_offset) == each.line - 1 for each in report.first)
+
+
+@pytest.mark.timeout(60)  # what is quadratic takes hours
+@pytest.mark.parametrize(
+    ("head", "each", "tail", "count"),
+    [
+        (b"[", EVE.encode() + b",", b"", 45_000),  # more than a line may have
+        (b"", json.dumps(SURICATA, indent=2).encode() + b"\nhello\n", b"", 3_000),
+        (b"", b'{"a":\n', b"", 0),
+        (b"", b'{"a" x\n', b"", 0),
+        (b"", b"[\n", b"", 0),
+        (b'{"a":"', b"x" * 1000, b"", 0),
+    ],
+)
+def test_documents_of_any_size_take_as_long_as_they_are(
+    tmp_path: Path, head: bytes, each: bytes, tail: bytes, count: int
+) -> None:
+    found, report = records(tmp_path, head + each * (count or 20_000) + tail)
+    assert len(found) == count
+    assert report.quarantined.total() > 0
+
+
+def test_a_folder_is_read_to_its_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "deep" / "er" / "eve.json").write_text(EVE)
+    (folder / "eve.json.1.gz").write_bytes(gzip.compress(EVE.encode()))
+    (folder / ".hidden").write_text(EVE)
+    (folder / "gone").symlink_to("/nowhere")
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(folder / "socket"))
+        logs = Intake()
+        assert list(logs.read([folder], Options(), (0, 0)))[-1] == 2
+        with pytest.raises(NotAlerts, match="cannot be read"):
+            list(Intake().read([folder / "socket"], Options(), (0, 0)))
+    with pytest.raises(NotAlerts, match="not a regular file"):
+        list(Intake().read([folder / "pipe"], Options(), (0, 0)))
+    unread = {Path(each.path).name: each.report.first[0].detail for each in logs.sources if not each.records}
+    assert unread.keys() == {"gone", "pipe", "socket"}
+    assert all(detail.startswith("cannot be read: ") for detail in unread.values())
 
 
 def test_tuples_of_a_pretty_document_stand_where_they_are(tmp_path: Path) -> None:
