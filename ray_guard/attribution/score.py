@@ -59,6 +59,11 @@ _SCALES_NS: Final = (30_000_000, 200_000_000, 1_000_000_000, 5_000_000_000)
 """By how much a corrected time may be off: a clock's error is a mixture of these, learned from the alerts by it."""
 _PSEUDO_TIMES: Final = 1.0
 """How many alerts' worth of experience says that each of these is as likely."""
+_MISLED: Final = 0.02
+"""How often a call that names or used the destination is there by chance, whatever the rates say."""
+_MISTAKEN: Final = 0.05
+"""How often the picture of calls and constant rates is wrong for an alert that only time connects."""
+_FEW: Final = 100
 _ROUNDS: Final = 60
 _SETTLED: Final = 1e-3
 
@@ -143,11 +148,29 @@ def confidences(rows: Rows, groups: Groups, calls: _FLOATS, *, lost: float) -> t
 
     soft = ~hard[rows.alert]
     if soft.any():
-        soft_probability, soft_nobody = _mixture(rows, soft, groups, calls, max(lost, _ELSEWHERE))
+        mixture = _mixture(rows, soft, groups, calls, max(lost, _ELSEWHERE))
+        soft_probability, soft_nobody = _doubted(rows, groups, *mixture)
         probability[soft] = soft_probability[soft]
         open_ = ~hard
         nobody[open_] = soft_nobody[open_]
     return probability, nobody
+
+
+def _doubted(rows: Rows, groups: Groups, probability: _FLOATS, nobody: _FLOATS) -> tuple[_FLOATS, _FLOATS]:
+    """What is left of soft evidence when the picture itself, of calls and constant rates, may be wrong.
+
+    No timing alone is as good as certain: of each call a little goes to nobody. And of nobody a little goes to the
+    calls that were open, to the less likely of them as well, unless that would name hundreds.
+    """
+    alerts = len(groups.of)
+    taken = probability * np.where(rows.named | rows.used, _MISLED, _MISTAKEN)
+    size = np.bincount(rows.alert, probability > 0, alerts)
+    given = np.where((size > 0) & (size <= _FEW) & ~groups.foreign, nobody * _MISTAKEN, 0.0)
+    spread = np.sqrt(probability)
+    whole = np.bincount(rows.alert, spread, alerts)[rows.alert]
+    share = np.divide(spread, whole, out=np.zeros_like(spread), where=whole > 0)
+    left = probability - taken + given[rows.alert] * share
+    return left, nobody - given + np.bincount(rows.alert, taken, alerts)
 
 
 def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere: float) -> tuple[_FLOATS, _FLOATS]:
