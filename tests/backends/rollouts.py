@@ -52,7 +52,7 @@ class Environment:
 
 def main() -> None:
     port = int(sys.argv[1])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     guarded: Any = ray_guard.guard(role="env", allow=["cluster", f"127.0.0.1:{port}"])(Environment)
     environments = [ray.remote(num_cpus=0)(guarded).options(name=f"env-{n}").remote(port) for n in range(2)]
     ray.get([actor.__ray_ready__.remote() for actor in environments])

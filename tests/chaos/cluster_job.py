@@ -72,7 +72,7 @@ def begun_again(actor: Any) -> dict[str, int]:
 
 def main() -> None:
     ledger, batch_ledger, endpoint = sys.argv[1:]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     guarded: Any = guard(allow=[])(ray.remote(num_cpus=0, max_restarts=1, max_task_retries=0)(Guarded))
     actors = [guarded.remote(ledger), ray.remote(num_cpus=0)(Batched).remote(batch_ledger, endpoint)]  # type: ignore[attr-defined]
     policy: Any = None

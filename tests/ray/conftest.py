@@ -83,7 +83,7 @@ def cluster(request: pytest.FixtureRequest, evidence: Path) -> Iterator[Any]:
     before = dict(os.environ)
     os.environ["RAY_GUARD_EVIDENCE"] = str(evidence)
     register_pickle_by_value(request.module)
-    context = ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    context = ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield context
     ray.shutdown()
     unregister_pickle_by_value(request.module)

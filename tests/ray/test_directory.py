@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray]
 def context() -> Any:
     """With a dashboard and agents: those are what must stay out."""
     before = dict(os.environ)
-    yield ray.init(num_cpus=4, log_to_driver=False)
+    yield ray.init("local", num_cpus=4, log_to_driver=False)
     ray.shutdown()
     os.environ.clear()
     os.environ.update(before)

@@ -25,7 +25,7 @@ def users() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = FOLDER
     import guarded_module
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield guarded_module
     ray.shutdown()
     sys.path.remove(FOLDER)

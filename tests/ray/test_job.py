@@ -31,7 +31,7 @@ def reach(text):
 def hook():
     os.environ["HOOKED"] = reach("callable hook")
 
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={runtime_env})
+ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={runtime_env})
 
 @ray.remote(num_cpus=0)
 class Plain:

@@ -70,7 +70,7 @@ def task():
     return socket.create_connection(("index.example.org", port), 5).recv(9).decode()
 
 
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 worker = Worker.remote()
 kinds = ("own", "child", "tool", "loop", "other", "nested", "sends", "own")
 print(json.dumps([ray.get(getattr(worker, kind).remote(), timeout=60) for kind in kinds]))

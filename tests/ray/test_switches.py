@@ -23,7 +23,7 @@ _PROGRAM = """
 import json, os, socket, sys, time
 import ray, ray_guard
 granted, denied = int(sys.argv[1]), int(sys.argv[2])
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 
 def reach(port, text):
     try:

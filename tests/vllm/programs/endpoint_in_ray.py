@@ -65,7 +65,7 @@ class Environment:
 def main() -> None:
     port = int(sys.argv[3])
     register_pickle_by_value(serving)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=True)
     engine = ray_guard.guard(
         {
             "role": "policy",

@@ -68,7 +68,7 @@ class Environment:
 
 
 def main() -> None:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=True)
     policy = Policy.remote()
     environment = Environment.remote(policy)
     names: dict[str, dict[str, int] | None] = {"rich": None, "poor": {"tokens": 50}}
