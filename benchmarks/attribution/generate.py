@@ -68,6 +68,8 @@ SCENARIOS = {
     "interval-skew": Scenario(sockets=False, skew_s=-112.0),
     "interval-bare": Scenario(sockets=False, arguments=False, skew_s=0.0),
     "nat-hidden": Scenario(sockets=False, nat="hidden", skew_s=0.0),
+    "interval-one-node": Scenario(nodes=1, slots=16, minutes=120, guilty=0.01, sockets=False, strays_per_hour=15.0),
+    "negatives-few": Scenario(guilty=0.0, sockets=False, strays_per_hour=10.0),
     "negatives": Scenario(guilty=0.0, strays_per_hour=400.0, skew_s=0.0),
     "negatives-bare": Scenario(guilty=0.0, sockets=False, strays_per_hour=400.0, skew_s=0.0),
 }

@@ -217,7 +217,10 @@ def _drift(low: _INTS, high: _INTS, since: _INTS) -> float:
     return found if best > still * 1.01 + 2 else 0.0
 
 
-_SAMPLE: Final = """sampled AS (SELECT * FROM alert WHERE source = $source ORDER BY hash(alert) LIMIT 4000)"""
+def _sampled(most: int) -> str:
+    return f"sampled AS (SELECT * FROM alert WHERE source = $source ORDER BY hash(alert) LIMIT {most})"
+
+
 _SIDES: Final = """sides AS (
    SELECT alert, start_ns, end_ns, src_ip AS local_ip, src_port AS local_port, dst_ip AS peer_ip, dst_port AS peer_port,
           host FROM sampled
@@ -228,7 +231,7 @@ _SIDES: Final = """sides AS (
    WHERE inside_ip IS NOT NULL)"""
 
 _SOCKETS: Final = f"""
-WITH {_SAMPLE}, {_SIDES},
+WITH {_sampled(4000)}, {_SIDES},
  told AS (SELECT * FROM sides UNION
    SELECT s.alert, s.start_ns, s.end_ns, m.inside_ip, m.inside_port, coalesce(m.aimed_ip, s.peer_ip),
      coalesce(m.aimed_port, s.peer_port), s.host
@@ -242,7 +245,7 @@ WHERE abs(t.start_ns - f.start_ns) < $reach LIMIT $limit"""
 _TELLING: Final = (
     # An alert that tells no machine may be of any: ``node`` is NULL, and only some of the calls are looked at.
     f"""CREATE OR REPLACE TEMP TABLE heard AS
- WITH {_SAMPLE}, {_SIDES},
+ WITH {_sampled(1000)}, {_SIDES},
   placed AS (
     SELECT s.alert, s.start_ns, s.end_ns, s.peer_ip, s.host, i.node FROM sides s JOIN node_ip i ON i.ip = s.local_ip
     UNION
