@@ -108,7 +108,7 @@ class Answers(Sequence[Attribution]):
         intake: the records.
         times: start_ns, end_ns (by the traces' clock) and width_ns of each.
         facts: of each record.
-        rows: the candidates: alert, call, tier, gap_ns, reach, named, used, watched, in any order.
+        rows: the candidates: alert, call, tier, gap_ns, reach, named, used, watched, by alert and call.
         probability: of each row.
         nobody: of each record.
     """
@@ -126,7 +126,7 @@ class Answers(Sequence[Attribution]):
         self._intake, self._times, self.informational = intake, times, facts.informational
         self._place = [np.asarray(each) for each in (intake.source, intake.record, intake.offset)]
         count = len(intake.source)
-        order = np.lexsort((rows["call"], -probability, rows["alert"]))
+        order = np.lexsort((-probability, rows["alert"]))  # stable: where alike, by call
         begin = np.searchsorted(rows["alert"][order], np.arange(count + 1))
         listed, named = _listed(begin, probability[order], nobody)
         scale = np.divide(1.0, named, out=np.ones(count), where=named > 0)

@@ -165,16 +165,13 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
               OR alert NOT IN (SELECT alert FROM candidate WHERE tier < {score.HARD_TIERS})
             ORDER BY alert, call"""
     ).fetchnumpy()
-    times = db.execute(
-        """SELECT t.start_ns, t.end_ns, t.slack_ns, a.end_ns - a.start_ns AS width_ns
+    said = db.execute(
+        """SELECT t.start_ns, t.end_ns, t.slack_ns, a.end_ns - a.start_ns AS width_ns,
+             t.informational, t.alert IN (SELECT alert FROM place WHERE known) AS known,
+             CAST(hash(t.source, t.informational, t.src_ip, t.dst_ip) >> 1 AS BIGINT) AS between
            FROM timed t JOIN alert a USING (alert) ORDER BY alert"""
     ).fetchnumpy()
-    facts = db.execute(
-        """SELECT t.informational, t.alert IN (SELECT alert FROM place WHERE known) AS known,
-             CAST(hash(t.source, t.informational, t.src_ip, t.dst_ip) >> 1 AS BIGINT) AS between
-           FROM timed t ORDER BY t.alert"""
-    ).fetchnumpy()
-    informational, known = facts["informational"].astype(bool), facts["known"].astype(bool)
+    informational, known = said["informational"].astype(bool), said["known"].astype(bool)
     foreign = np.zeros(len(known), dtype=bool)
     strangers = db.execute(
         """SELECT coalesce(inside_ip, src_ip) AS ip, list(alert) FROM timed t
@@ -187,8 +184,8 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     # An ordinary flow and an objection have nothing in common: each kind learns its own rates.
     group = np.array(logs.source, dtype=np.int64) * 4 + known * 2 + informational
     groups = 4 * len(logs.sources)
-    episode = _episodes(facts["between"], times["start_ns"])
-    calls, room = _exposures(db, groups, group, times["start_ns"], times["end_ns"])
+    episode = _episodes(said["between"], said["start_ns"])
+    calls, room = _exposures(db, groups, group, said["start_ns"], said["end_ns"])
     # A socket that hangs under no call is its rollout's; where calls are always there, it is because one was lost.
     ((lost,),) = db.execute("SELECT coalesce(avg(CAST(call < 0 AS INTEGER)), 0.0) FROM flow").fetchall()
     probability, nobody = score.confidences(
@@ -210,16 +207,16 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
             room,
             np.arange(groups) // 4,
             foreign | unmapped,
-            times["slack_ns"],
-            times["end_ns"] - times["start_ns"],
-            times["start_ns"],
+            said["slack_ns"],
+            said["end_ns"] - said["start_ns"],
+            said["start_ns"],
             episode,
             1.0 / np.bincount(episode)[episode],
         ),
         calls,
         lost=lost,
     )
-    return Answers(db, logs, times, Facts(informational, known, unmapped), rows, probability, nobody)
+    return Answers(db, logs, said, Facts(informational, known, unmapped), rows, probability, nobody)
 
 
 def _episodes(between: Any, start: Any) -> Any:

@@ -168,9 +168,9 @@ class Nvml:
             samples: also what processes used, since this was last asked.
             energy: also the energy, and whether it is a MIG GPU by now.
         """
-        return [self._read(index, device, samples, energy) for index, device in enumerate(self._devices)]
+        return [self._read(index, device, sampled=samples, energy=energy) for index, device in enumerate(self._devices)]
 
-    def _read(self, index: int, device: Any, sampled: bool, energy: bool) -> Reading:  # noqa: FBT001 - read's
+    def _read(self, index: int, device: Any, *, sampled: bool, energy: bool) -> Reading:
         utilization = self._map("nvmlDeviceGetUtilizationRates", lambda rates: int(rates.gpu), device)
         samples: tuple[Sample, ...] | Missing = self._unsampled[index] or ()
         window_s = 0.0

@@ -23,7 +23,7 @@ from ray_guard.kernel.syscalls import NUMBERS
 from ray_guard.supervisor.view import View
 
 _PAGE: Final = 4096
-_PATH_LIMIT: Final = 4096
+PATH_LIMIT: Final = 4096
 _NAME_LIMIT: Final = 256
 _VALUE_LIMIT: Final = 1 << 16
 _AT_FDCWD: Final = 0xFFFFFF9C
@@ -145,7 +145,7 @@ class Metadata:
         flags &= 0xFFFFFFFF
         if flags & ~(_AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH):
             raise BadAddress(errno.EINVAL)
-        path = _text(gate, n, pointer, _PATH_LIMIT, errno.ENAMETOOLONG)
+        path = text(gate, n, pointer, PATH_LIMIT, errno.ENAMETOOLONG)
         if not path:
             if not flags & _AT_EMPTY_PATH:
                 raise BadAddress(errno.ENOENT)
@@ -240,7 +240,7 @@ def _pinned(tid: int, folder: int, path: bytes, *, follow: bool) -> int:
             os.close(at)
 
 
-def _text(gate: Gate, n: Notification, pointer: int, limit: int, too_long: int) -> bytes:
+def text(gate: Gate, n: Notification, pointer: int, limit: int, too_long: int) -> bytes:
     """The text at ``pointer``, without its NUL. Raises BadAddress EFAULT, or ``too_long``."""
     found = b""
     while len(found) < limit:
@@ -295,11 +295,11 @@ def _attribute(gate: Gate, n: Notification) -> Act:
     size = n.arg3
     if size > _VALUE_LIMIT:
         raise BadAddress(errno.E2BIG)
-    name = _text(gate, n, n.arg1, _NAME_LIMIT, errno.ERANGE)
+    name = text(gate, n, n.arg1, _NAME_LIMIT, errno.ERANGE)
     value = gate.read(n, n.arg2, size)
     return lambda path: os.setxattr(path, name, value, n.arg4 & 0xFFFFFFFF)
 
 
 def _no_attribute(gate: Gate, n: Notification) -> Act:
-    name = _text(gate, n, n.arg1, _NAME_LIMIT, errno.ERANGE)
+    name = text(gate, n, n.arg1, _NAME_LIMIT, errno.ERANGE)
     return lambda path: os.removexattr(path, name)

@@ -16,10 +16,9 @@ from ray_guard.egress.gate import Gate, Handler
 from ray_guard.egress.sockaddr import BadAddress
 from ray_guard.kernel import procfs
 from ray_guard.kernel.seccomp import Notification
+from ray_guard.supervisor import metadata
 
-_NAME: Final = re.compile(rb"/proc/(self|[0-9]+)/task/([0-9]+)/comm\0")
-_LONGEST: Final = 64
-_PAGE: Final = 4096
+_NAME: Final = re.compile(rb"/proc/(self|[0-9]+)/task/([0-9]+)/comm")
 
 
 def handlers() -> Mapping[str, Handler]:
@@ -30,7 +29,7 @@ def handlers() -> Mapping[str, Handler]:
 
 
 def _opens(gate: Gate, n: Notification, pointer: int, flags: int) -> None:
-    found = _NAME.match(gate.read(n, pointer, min(_LONGEST, _PAGE - pointer % _PAGE)))
+    found = _NAME.fullmatch(metadata.text(gate, n, pointer, metadata.PATH_LIMIT, errno.ENAMETOOLONG))
     group = procfs.thread_group(n.pid) if found is not None else None
     if found is None or group is None or found[1] not in (b"self", b"%d" % group):
         gate.listener.proceed(n.id)

@@ -35,9 +35,6 @@ _SECRET: Final = re.compile(
     r"\.git-credentials|\.kube/config|\.docker/config\.json|/etc/shadow|/etc/passwd|/proc/(?:self|\d+)/environ|wallet\.dat|\.bash_history|\.gnupg|"
     r"serviceaccount/token|huggingface/token"
 )
-_RANGE: Final = re.compile(
-    r"\brange\s*\(|\.\.\s*\d{2,5}|<=?\s*\d{2,5}\s*;\s*\$?\w+\+\+|ip_network\(|\.hosts\(\)|\beach\b|\bseq\b|dport=\(|IPNetwork\("
-)
 
 _CODE: Final = (
     _Code(Kind.REVERSE_SHELL, "code.socket_to_shell", (
