@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import zstandard
 
-from ray_guard.attribution import nat
+from ray_guard.attribution import nat, rotation
 from ray_guard.attribution.clock import Clock
 from ray_guard.attribution.observation import Action, Endpoint, Observation, Time
 from ray_guard.attribution.sources.reader import FileReport, NotAlerts, Record, files, read
@@ -31,8 +34,13 @@ _EARLY: Final = 2
 """The last month in which a log may still be one that was begun the year before:"""
 _TURN_NS: Final = 30 * 86_400 * SECOND
 """if it is within so much of the traces then."""
+_DAY_NS: Final = 86_400 * SECOND
+_TURN_OF_YEAR_NS: Final = 200 * _DAY_NS
+"""No line that stands out of order is further from the others, where each is in the year nearest to the traces."""
 _PACK: Final = 2_000
 """Lines that are packed together: what has to be unpacked to see one of them."""
+
+_INTS = npt.NDArray[np.int64]
 
 ALERT_SCHEMA: Final = pa.schema(
     [
@@ -77,11 +85,13 @@ class Options:
 
 @dataclass(slots=True)
 class Source:
-    """One format within one file: what shares a clock."""
+    """One format within one file."""
 
     path: str
     format: str
     report: FileReport
+    log: int = 0
+    """The first source of the log that it is a part of: what shares a clock."""
     clocks: list[Clock] = field(default_factory=lambda: [Clock()])
     records: int = 0
     set_at: list[int] = field(default_factory=list)
@@ -162,12 +172,33 @@ class Intake:
         Raises:
             NotAlerts: a path holds nothing to read.
         """
-        for given in paths:
-            for path in files(given):
-                inside = Path(given).is_dir()
-                report = FileReport(str(path) if inside else os.fspath(given))
-                records = read(path, report, options.format)
-                yield from self.take(_passing(records, report) if inside else records, report, options, span)
+        found = ((given, path) for given in paths for path in files(given))
+        for given, path in rotation.in_order(found, lambda one: str(one[1])):
+            inside = Path(given).is_dir()
+            report = FileReport(str(path) if inside else os.fspath(given))
+            records = read(path, report, options.format)
+            yield from self.take(_passing(records, report) if inside else records, report, options, span)
+        self._settle_years(options, span)
+
+    def _settle_years(self, options: Options, span: tuple[int, int]) -> None:
+        """Years that are not said follow one another as a log's records do, from file to file."""
+        if not any(pc.any(pc.invert(batch["dated"])).as_py() for batch in self.batches):
+            return
+        alerts = pa.Table.from_batches(self.batches)
+        start, end = (alerts[name].to_numpy().copy() for name in ("start_ns", "end_ns"))
+        of_log = np.empty(len(self.sources), dtype=np.int64)
+        for log in rotation.alike((source.path, source.format) for source in self.sources):
+            of_log[log] = log[0]
+        undated = np.flatnonzero(~alerts["dated"].to_numpy())
+        owner = of_log[np.array(self.source)[undated]]
+        order = np.argsort(owner, kind="stable")
+        for mine in np.split(undated[order], np.flatnonzero(np.diff(owner[order])) + 1):
+            moved = in_order(start[mine], span, from_first=options.year is not None) - start[mine]
+            start[mine] += moved
+            end[mine] += moved
+        for name, settled in (("start_ns", start), ("end_ns", end)):
+            alerts = alerts.set_column(alerts.column_names.index(name), name, pa.array(settled))
+        self.batches = alerts.to_batches()
 
     def take(
         self, records: Iterable[Record], report: FileReport, options: Options, span: tuple[int, int]
@@ -266,6 +297,27 @@ def placed(time: Time, options: Options, span: tuple[int, int]) -> Time:
         offset = civil.utcoffset()
         start -= int(offset.total_seconds()) * SECOND if offset is not None else 0
     return time._replace(start_ns=start, end_ns=start + time.end_ns - time.start_ns)
+
+
+def in_order(starts: _INTS, span: tuple[int, int], *, from_first: bool) -> _INTS:
+    """Moments of one log, each in the year nearest to ``span``, in years that follow one another as they do.
+
+    Where a log falls back by nearly a year it went on into the next. What stays is what is nearest to ``span``, else
+    (``from_first``) the begin, of which the user named the year.
+    """
+    leaps = np.diff(starts, prepend=starts[:1])
+    years = np.cumsum((leaps < -_TURN_OF_YEAR_NS).astype(np.int64) - (leaps > _TURN_OF_YEAR_NS))
+    if not years.any():
+        return starts
+    away = np.maximum(span[0] - starts, starts - span[1])
+    years -= years[0 if from_first else np.argmin(away)]
+    days = (starts // _DAY_NS).astype("M8[D]")
+    months = days.astype("M8[M]")
+    within = days - months.astype("M8[D]")
+    leap_day = (months.astype(np.int64) % 12 == 1) & (within.astype(np.int64) == 28)  # is where it can be
+    turned = (months + 12 * np.where(leap_day, 0, years)).astype("M8[D]") + within
+    settled: _INTS = turned.astype(np.int64) * _DAY_NS + starts % _DAY_NS
+    return settled
 
 
 def _dated(start_ns: int, year: int | None, span: tuple[int, int]) -> int:
