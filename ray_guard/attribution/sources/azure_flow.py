@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ray_guard.attribution import times
 from ray_guard.attribution.observation import Action, Observation, Semantics, endpoint, protocol, whole
-from ray_guard.attribution.sources.line import Line, Unusable, at, text_of
+from ray_guard.attribution.sources.line import Line, Partly, Unusable, at, text_of
 
 FORMAT: Final = "azure-flow"
 
@@ -29,14 +29,30 @@ class AzureFlow:
         if line.object is None:
             raise Unusable("malformed", "not a JSON object")
         seen: list[Observation] = []
+        faults: list[Exception] = []
         searched = 0
         for record in _records(line.object):
             node = text_of(record, "macAddress") or text_of(record, "systemId")
             for rule, written in _tuples(record):
-                found = line.raw.find(written.encode("utf-8", "surrogatepass"), searched)
-                searched = max(searched, found)
-                seen.append(_observation(written, rule, node, _stands(line.raw, max(found, 0))))
+                found = _place(line.raw, written, searched)
+                searched = max(searched, found + 1)
+                try:
+                    each = _observation(written, rule, node)
+                except (Unusable, times.BadTime) as error:
+                    faults.append(error)
+                else:
+                    part = line.raw[found : line.raw.find(b'"', found)] or written.encode()
+                    within = _stands(line.raw, max(found, 0))
+                    seen.append(each._replace(within=within, part=part.decode("utf-8", "surrogateescape")))
+        if faults:
+            raise Partly(seen, faults)
         return seen
+
+
+def _place(raw: bytes, written: str, searched: int) -> int:
+    """Where a tuple is; one that is not as it was written (a byte that is no UTF-8, an escape) by its time."""
+    found = raw.find(written.encode("utf-8", "surrogatepass"), searched)
+    return found if found >= 0 else raw.find(written.partition(",")[0].encode("utf-8", "surrogatepass"), searched)
 
 
 def _stands(raw: bytes, found: int) -> int:
@@ -68,7 +84,7 @@ def _tuples(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
                     yield rule, written
 
 
-def _observation(written: str, rule: str, node: str, within: int) -> Observation:
+def _observation(written: str, rule: str, node: str) -> Observation:
     fields = [field.strip() for field in written.split(",")]
     if len(fields) < 8:
         raise Unusable("fields", f"a tuple of {len(fields)} fields: {written:.60}")
@@ -85,6 +101,4 @@ def _observation(written: str, rule: str, node: str, within: int) -> Observation
         node=node,
         bytes_out=whole(fields[10]) if len(fields) > 10 and fields[10] else None,
         bytes_in=whole(fields[12]) if len(fields) > 12 and fields[12] else None,
-        within=within,
-        part=written,
     )

@@ -20,12 +20,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from ray_guard.attribution.sources import foreign
+
 DAMAGE: Final = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pa.ArrowException)
 """What reading raises where a packed file is cut or damaged."""
 _AHEAD: Final = 1 << 18
 _TWICE: Final = 2
 _ZSTD_FED: Final = 1 << 12
 """Bytes of zstd that are unpacked at once. A few may stand for very many: 4 KiB for 128 MiB."""
+
+
+class Foreign(ValueError):
+    """A file that holds no lines; what it is instead."""
 
 
 def unpacked(file: BinaryIO, path: Path) -> BinaryIO:
@@ -36,6 +42,7 @@ def unpacked(file: BinaryIO, path: Path) -> BinaryIO:
         path: of the same file; Parquet is read from its end.
 
     Raises:
+        Foreign: it is something else.
         One of :data:`DAMAGE`, then or while it is read.
     """
     stream = cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", file), _AHEAD))
@@ -44,6 +51,8 @@ def unpacked(file: BinaryIO, path: Path) -> BinaryIO:
         if opened is None:
             break
         stream = cast("BinaryIO", io.BufferedReader(opened, _AHEAD))
+    if what := foreign.file(cast("io.BufferedReader", stream).peek(8)[:8]):
+        raise Foreign(what)
     return stream
 
 
