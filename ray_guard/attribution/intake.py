@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,6 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import zstandard
 
 from ray_guard.attribution import nat, rotation
@@ -37,6 +37,9 @@ _TURN_NS: Final = 30 * 86_400 * SECOND
 _DAY_NS: Final = 86_400 * SECOND
 _TURN_OF_YEAR_NS: Final = 200 * _DAY_NS
 """No line that stands out of order is further from the others, where each is in the year nearest to the traces."""
+_QUARTER_NS: Final = 900 * SECOND
+_LATE_NS: Final = 60 * SECOND
+"""By less than this lines stand out of order."""
 _PACK: Final = 2_000
 """Lines that are packed together: what has to be unpacked to see one of them."""
 
@@ -160,6 +163,8 @@ class Intake:
     offset: array[int] = field(default_factory=lambda: array("q"))
     lines: Lines = field(default_factory=Lines)
     mappings: list[tuple[int, nat.Mapping]] = field(default_factory=list)
+    _repeated: dict[int, int] = field(default_factory=dict)
+    """Of alerts whose civil time came twice, as clocks were set back: how much later the second was, nanoseconds."""
 
     def read(self, paths: Iterable[str | os.PathLike[str]], options: Options, span: tuple[int, int]) -> Iterator[int]:
         """Reads logs; yields how many records there are, now and then.
@@ -173,32 +178,50 @@ class Intake:
             NotAlerts: a path holds nothing to read.
         """
         found = ((given, path) for given in paths for path in files(given))
+        met: dict[str, FileReport] = {}
         for given, path in rotation.in_order(found, lambda one: str(one[1])):
             inside = Path(given).is_dir()
             report = FileReport(str(path) if inside else os.fspath(given))
+            first = met.setdefault(os.path.realpath(path), report)
+            if first is not report:
+                report.reject(0, 0, "twice", f"the same file as {first.path}")
+                report.sha256 = first.sha256
+                yield from self.take((), report, options, span)
+                continue
             records = read(path, report, options.format)
             yield from self.take(_passing(records, report) if inside else records, report, options, span)
-        self._settle_years(options, span)
+        self._settle(options, span)
 
-    def _settle_years(self, options: Options, span: tuple[int, int]) -> None:
-        """Years that are not said follow one another as a log's records do, from file to file."""
-        if not any(pc.any(pc.invert(batch["dated"])).as_py() for batch in self.batches):
+    def _settle(self, options: Options, span: tuple[int, int]) -> None:
+        """What a time alone leaves open, and its place in its log tells: the year; which of two hours with one name."""
+        dated = [batch["dated"].to_numpy(zero_copy_only=False) for batch in self.batches]
+        if all(each.all() for each in dated) and not self._repeated:
             return
         alerts = pa.Table.from_batches(self.batches)
         start, end = (alerts[name].to_numpy().copy() for name in ("start_ns", "end_ns"))
-        of_log = np.empty(len(self.sources), dtype=np.int64)
-        for log in rotation.alike((source.path, source.format) for source in self.sources):
-            of_log[log] = log[0]
-        undated = np.flatnonzero(~alerts["dated"].to_numpy())
-        owner = of_log[np.array(self.source)[undated]]
-        order = np.argsort(owner, kind="stable")
-        for mine in np.split(undated[order], np.flatnonzero(np.diff(owner[order])) + 1):
+        for mine in self._by_log(np.flatnonzero(~np.concatenate(dated))):
             moved = in_order(start[mine], span, from_first=options.year is not None) - start[mine]
+            start[mine] += moved
+            end[mine] += moved
+        by = np.zeros(len(start), dtype=np.int64)
+        by[list(self._repeated)] = list(self._repeated.values())
+        for mine in self._by_log(np.array(list(self._repeated), dtype=np.int64)):
+            moved = np.where(_second_time(start[mine]), by[mine], 0)
             start[mine] += moved
             end[mine] += moved
         for name, settled in (("start_ns", start), ("end_ns", end)):
             alerts = alerts.set_column(alerts.column_names.index(name), name, pa.array(settled))
         self.batches = alerts.to_batches()
+
+    def _by_log(self, alerts: _INTS) -> Iterator[_INTS]:
+        """Alerts, parted by the log that they are of, in its order."""
+        of_log = np.empty(len(self.sources), dtype=np.int64)
+        for log in rotation.alike((source.path, source.format) for source in self.sources):
+            of_log[log] = log[0]
+        owner = of_log[np.array(self.source)[alerts]]
+        order = np.argsort(owner, kind="stable")
+        if len(alerts):
+            yield from np.split(alerts[order], np.flatnonzero(np.diff(owner[order])) + 1)
 
     def take(
         self, records: Iterable[Record], report: FileReport, options: Options, span: tuple[int, int]
@@ -228,6 +251,10 @@ class Intake:
         self.offset.extend(offsets)
         self.lines.extend(raws)
         times = [placed(each.time, options, span) for each in seen]
+        if options.zone is not None:
+            for number, (each, time) in enumerate(zip(seen, times, strict=True), first):
+                if not each.time.zoned and (by := _repeated(time.start_ns // _QUARTER_NS, options.zone)):
+                    self._repeated[number] = by
         for number, (each, time) in enumerate(zip(seen, times, strict=True), first):
             mapping = nat.of_record(each if time is each.time else each._replace(time=time))
             if mapping is not None:
@@ -318,6 +345,32 @@ def in_order(starts: _INTS, span: tuple[int, int], *, from_first: bool) -> _INTS
     turned = (months + 12 * np.where(leap_day, 0, years)).astype("M8[D]") + within
     settled: _INTS = turned.astype(np.int64) * _DAY_NS + starts % _DAY_NS
     return settled
+
+
+def _second_time(starts: _INTS) -> npt.NDArray[np.bool_]:
+    """Which moments of one log, all of them in hours whose civil time comes twice, are in the second such hour.
+
+    Their order tells: where the log falls back, the second begins.
+    """
+    later = np.zeros(len(starts), dtype=bool)
+    nights = np.flatnonzero(np.abs(np.diff(starts)) > _DAY_NS) + 1
+    for night in np.split(np.arange(len(starts)), nights):
+        leaps = np.diff(starts[night])
+        if len(leaps) and leaps.min() < -_LATE_NS:
+            later[night[np.argmin(leaps) + 1 :]] = True
+    return later
+
+
+@lru_cache(maxsize=4096)
+def _repeated(quarter: int, zone: ZoneInfo) -> int:
+    """By how much a moment's civil time comes once more, nanoseconds; 0 where it does not."""
+    civil = datetime.fromtimestamp(quarter * _QUARTER_NS // SECOND, zone)
+    first, second = civil.utcoffset(), civil.replace(fold=1).utcoffset()
+    return (
+        int((first - second).total_seconds()) * SECOND
+        if first is not None and second is not None and first > second
+        else 0
+    )
 
 
 def _dated(start_ns: int, year: int | None, span: tuple[int, int]) -> int:

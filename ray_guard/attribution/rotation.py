@@ -25,8 +25,10 @@ _MOMENT: Final = re.compile(
     rf"(?:^|[/._-])(?:{_DATE}(?:/\d\d(?=/)|[T_.:+-]?\d{{2,10}}(?!\d))*Z?|\d\d(?::\d\d)+(?:[_-]\d\d(?::\d\d)+)*|1\d{{9}})"
     r"(?![0-9A-Za-z])"
 )
+_DELIVERED: Final = re.compile(rf"(_{_DATE}T?\d{{4}}Z?)_[0-9a-f]{{8}}(?=\.)")
+"""How Amazon names what it delivers of one flow log or firewall: the parts overlap, and the clock is Amazon's."""
 _STRAY: Final = 0.05
-"""So many of a file's records may be older than the latest of the file before: flows are written when they are over."""
+"""So many of a file's records may be older than the file before reaches: flows are written when they are over."""
 _Item = TypeVar("_Item")
 
 
@@ -47,6 +49,8 @@ def place(path: str) -> Place:
     name = _PACKED.sub("", str(PurePath(path)))
     number = None if _ADDRESS.search(name) else _NUMBER.search(name)
     name = name[: number.start()] if number is not None else name
+    if delivered := _DELIVERED.search(name):
+        name = name[: delivered.end(1)] + name[delivered.end() :]
     dates = tuple(found[0].strip("/._-") for found in _MOMENT.finditer(name))
     # What has neither is being written to.
     return Place(_MOMENT.sub("", name), (not dates, dates, -1 - int(number[1]) if number is not None else 0))
@@ -70,12 +74,16 @@ def alike(sources: Iterable[tuple[str, str]]) -> list[list[int]]:
 
 
 def logs(db: duckdb.DuckDBPyConnection, sources: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """Which (path, format) are one log: alike, and the records of each, in ``alert``, after those of the one before."""
+    """Which (path, format) are one log: alike, and the records of each, in ``alert``, after those of the one before.
+
+    Amazon's parts of one need not be.
+    """
     found = []
     for log in alike(sources):
-        found.append(log[:1])
-        if len(log) == 1:
+        if len(log) == 1 or _DELIVERED.search(sources[log[0]][0]):
+            found.append(log)
             continue
+        found.append(log[:1])
         rows = db.execute(
             """SELECT source, quantile_disc(end_ns, $stray), quantile_disc(end_ns, 1 - $stray) FROM alert
                WHERE source IN (SELECT unnest($log)) GROUP BY source""",

@@ -282,10 +282,23 @@ def _lines(stream: BinaryIO, report: FileReport) -> Iterator[tuple[int, Line]]:
             size += len(head)
         if size > LINE_LIMIT:
             report.reject(number, offset, "huge", f"a line of {size} bytes; at most {LINE_LIMIT} are read")
+        elif b"\r" in head:
+            yield from ((number, line) for line in _parted(head[:-1] if whole else head, offset))
         else:
             yield number, Line(head[:-1] if whole else head, offset)
         offset += size
         number += 1
+
+
+def _parted(raw: bytes, offset: int) -> Iterator[Line]:
+    """A line; or those that a carriage return alone ends, which in JSON is a gap like others."""
+    if raw.startswith((b"{", b"[")) or b"\r" not in raw.rstrip(b"\r"):
+        yield Line(raw, offset)
+        return
+    for each in raw.split(b"\r"):
+        if each:
+            yield Line(each, offset)
+        offset += len(each) + 1
 
 
 class _Rereadable:

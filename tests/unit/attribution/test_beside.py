@@ -7,7 +7,10 @@ and made ours).
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -241,3 +244,65 @@ def test_no_line_is_lost_without_a_count(tmp_path_factory: pytest.TempPathFactor
     seen, report = of(tmp_path_factory.getbasetemp(), f"first\n{content}\nlast")
     assert not seen
     assert report.quarantined.total() >= 3, (content, report.first)
+
+
+# ── what disks, editors and archives do to a file ─────────────────────────────────────────────────────────────
+
+LINES = [f"Mar  7 03:40:1{n} gw kernel: {DENY.replace('44318', str(44318 + n))}" for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["\r".join(LINES), "\r\n".join(LINES), f"{LINES[0]}\n{LINES[1]}\r{LINES[2]}\r\n{LINES[3]}\r\r\n\ufeff{LINES[4]}\r"],
+)
+def test_lines_end_as_they_do(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(raw := content.encode())
+    report = FileReport(str(path))
+    found = list(read(path, report))
+    assert [each.seen.src.port for each in found] == [44318 + n for n in range(5)]
+    assert not report.quarantined
+    assert [raw[each.byte_offset :][: len(each.raw)] for each in found] == [each.raw for each in found]
+
+
+def test_the_files_in_an_archive_follow_one_another(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w:gz") as archive:
+        for name, content in (
+            ("logs/a.1.gz", gzip.compress("\n".join(LINES[:2]).encode())),
+            ("logs/a", "\n".join(LINES[2:4]).encode()),
+            ("logs/b", LINES[4].encode("utf-16")),
+            ("logs/empty", b""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        archive.addfile(tarfile.TarInfo("logs/c"))
+    seen, report = of(tmp_path, whole.getvalue())
+    assert [each.src.port for each in seen] == [44318 + n for n in range(5)]
+    assert not report.quarantined
+    plain = gzip.decompress(whole.getvalue())
+    seen, report = of(tmp_path, plain + plain)
+    assert (len(seen), report.quarantined) == (10, {})
+    for damaged in (whole.getvalue()[:-8], plain[:5000].replace(b"logs/empty", b"logs/emptx"), plain + b"x" * 512):
+        seen, report = of(tmp_path, damaged)
+        assert (len(seen), report.quarantined) == (5, {"unreadable": 1})
+
+
+@pytest.mark.parametrize(
+    ("said", "address"),
+    [
+        ("10.0.0.5/32", "10.0.0.5"),
+        ("10.0.0.5/24", "10.0.0.5"),  # as an interface has it
+        ("10.0.0.0/24", None),
+        ("2001:db8::5/128", "2001:db8::5"),
+        ("2001:db8::/64", None),
+        ("fe80::1%eth0", "fe80::1"),
+        ("::ffff:10.0.0.5", "10.0.0.5"),
+        ("10.0.0.5/99", None),
+        ("node-3.example", None),
+        ("010.0.0.5", None),
+    ],
+)
+def test_addresses_however_they_are_written(tmp_path: Path, said: str, address: str | None) -> None:
+    assert only(tmp_path, LINES[0].replace("10.0.0.5", said)).src.ip == address

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -334,6 +335,30 @@ def test_files_that_may_be_of_two_sensors_stay_apart(tmp_path: Path, names: Sequ
     assert {round(told(source.clock)) for source in result.sources} == {0, 30, 60}
 
 
+def test_amazons_parts_of_one_log_overlap(tmp_path: Path) -> None:
+    names = [f"1_vpcflowlogs_eu-west-1_fl-7_20260307T03{n}Z_{n}3456ab.log.gz" for n in (40, 45, 50)]
+    flows = steady(60)
+    log = direct(flows, lambda _: 37.0)
+    result = parted(tmp_path, flows, [*log[::3], *log[1::3], *log[2::3]], names, (20, 40))
+    assert len({clock for source in result.sources for clock in source.clocks}) == 1
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    """However many names lead to it."""
+    log = "".join(f"{each}\n" for each in direct(steady(3), lambda _: 0.0))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "fw.log").write_text(log)
+    (tmp_path / "logs" / "link.log").symlink_to("fw.log")
+    logs = Intake()
+    list(logs.read([tmp_path / "logs", tmp_path / "logs" / "fw.log"], Options(), (BEGIN, BEGIN + SECOND)))
+    assert [(source.records, dict(source.report.quarantined)) for source in logs.sources] == [
+        (3, {}),
+        (0, {"twice": 1}),
+        (0, {"twice": 1}),
+    ]
+    assert len({source.report.sha256 for source in logs.sources}) == 1
+
+
 def test_two_clocks_in_one_file_are_none(tmp_path: Path) -> None:
     flows = steady(60)
     result = answer(tmp_path, flows, direct(flows, lambda flow: 90.0 if flow.port % 3 == 0 else 4.0))
@@ -431,3 +456,39 @@ def test_years_follow_one_another_from_file_to_file(
     ]
     assert [moment.year for moment in moments] == expected
     assert [moment.strftime("%b %e") for moment in moments] == [day for days in written for day in days]
+
+
+@pytest.mark.parametrize(
+    ("zone", "written", "expected"),
+    [
+        # set back from 3 to 2 o'clock: 2:30 comes twice, and the log tells which
+        (
+            "Europe/Berlin",
+            ["25 01:59", "25 02:10", "25 02:50", "25 02:05", "25 02:55", "25 03:10"],
+            ["24 23:59", "25 00:10", "25 00:50", "25 01:05", "25 01:55", "25 02:10"],
+        ),
+        ("Europe/Berlin", ["25 02:10", "25 02:50", "25 03:10"], ["25 00:10", "25 00:50", "25 02:10"]),
+        ("Australia/Lord_Howe", ["04 01:40", "04 01:50"], ["03 15:10", "03 15:20"]),
+        ("Asia/Shanghai", ["25 02:10", "25 02:05"], ["24 18:10", "24 18:05"]),
+    ],
+)
+def test_an_hour_that_comes_twice(tmp_path: Path, zone: str, written: list[str], expected: list[str]) -> None:
+    begin = int(datetime.fromisoformat("2026-10-25T00:00:00Z").timestamp()) * SECOND
+    path = tmp_path / "log"
+    path.write_text(
+        "".join(f"2026-10-{each}:00 gw kernel: IN= OUT=e SRC={HERE} DST={PEER} SPT=1\n" for each in written)
+    )
+    logs = Intake()
+    list(logs.read([path], Options(zone=ZoneInfo(zone)), (begin, begin + 3600 * SECOND)))
+    assert [
+        f"{datetime.fromtimestamp(at // SECOND, UTC):%d %H:%M}"
+        for batch in logs.batches
+        for at in batch["start_ns"].to_pylist()
+    ] == expected
+
+
+def test_an_hour_that_never_was(tmp_path: Path) -> None:
+    """A clock that was not set for summer goes on by its own time."""
+    time, _ = syslog("Mar 29 02:30:00", Semantics.PACKET)
+    begin = int(datetime.fromisoformat("2026-03-29T01:30:00Z").timestamp()) * SECOND
+    assert placed(time, Options(zone=ZoneInfo("Europe/Berlin")), (begin, begin)).start_ns == begin
