@@ -34,6 +34,9 @@ class AzureFlow:
         for record in _records(line.object):
             node = text_of(record, "macAddress") or text_of(record, "systemId")
             for rule, written in _tuples(record):
+                if written is None:
+                    faults.append(Unusable("fields", "flows without flowTuples"))
+                    continue
                 found = _place(line.raw, written, searched)
                 searched = max(searched, found + 1)
                 try:
@@ -74,14 +77,21 @@ def _groups(record: dict[str, Any]) -> list[Any]:
     return []
 
 
-def _tuples(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(rule, tuple) of a record: ``flows[].rule`` over ``flows[]``, or ``flowGroups[].rule``."""
+def _tuples(record: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """(rule, tuple) of a record: ``flows[].rule`` over ``flows[]``, or ``flowGroups[].rule``; None where one lacks."""
     for outer in _groups(record):
-        for inner in at(outer, "flowGroups") or at(outer, "flows") or []:
+        inners = at(outer, "flowGroups") or at(outer, "flows")
+        if not isinstance(inners, list):
+            yield "", None
+            continue
+        for inner in inners:
             rule = text_of(inner, "rule") or text_of(outer, "rule")
-            for written in at(inner, "flowTuples") or []:
-                if isinstance(written, str):
-                    yield rule, written
+            held = at(inner, "flowTuples")
+            if not isinstance(held, list):
+                yield rule, None
+                continue
+            for written in held:
+                yield rule, written if isinstance(written, str) else None
 
 
 def _observation(written: str, rule: str, node: str) -> Observation:

@@ -38,6 +38,11 @@ _DENIES: Final = frozenset(
     "deny drop drop-all drop-all-packets drop-icmp drop-packet reset-client reset-server reset-both block-ip block-url "
     "block block-continue sinkhole random-drop".split()
 )
+#: of the firewall itself, or said of a flow beside its TRAFFIC record
+_OTHERS: Final = frozenset(
+    "CONFIG SYSTEM AUDIT ALARM USERID HIPMATCH HIP-MATCH IPTAG IP-TAG GLOBALPROTECT AUTHENTICATION AUTH CORRELATION "
+    "DECRYPTION TUNNEL SCTP GTP URL DATA FILE WILDFIRE DNS DNSSECURITY DNS-SECURITY EXTPCAP".split()
+)
 #: why a session ended that a rule had let begin
 _CUT_SHORT: Final = (["policy-deny"], ["threat"])
 _DOMAIN: Final = re.compile(r"(?:[\w-]+\.)+[A-Za-z][\w-]*\.?")
@@ -56,7 +61,7 @@ class Panos:
     def read(self, line: Line) -> list[Observation]:
         named = panos_cloud.fields(line)
         if named is not None:
-            return [_named(named)] if named["LogType"].upper() in ("TRAFFIC", "THREAT") else []
+            return [_named(named)] if _is_of_a_flow(named["LogType"].upper()) else []
         found = _BEGIN.search(line.text)
         if found is None:
             raise Unusable("malformed", "no time, serial number and type of a PAN-OS record")
@@ -64,11 +69,20 @@ class Panos:
             fields = next(csv.reader([found[1]]))
         except csv.Error as error:
             raise Unusable("malformed", str(error)) from error
-        if fields[3] not in ("TRAFFIC", "THREAT"):
-            return []  # configuration, system, user-id …: not about traffic
+        if not _is_of_a_flow(fields[3]):
+            return []
         if len(fields) < 37:
             raise Unusable("fields", f"{fields[3]} record of {len(fields)} fields")
         return [_observation(fields)]
+
+
+def _is_of_a_flow(kind: str) -> bool:
+    """Raises Unusable for what is no kind of record."""
+    if kind in ("TRAFFIC", "THREAT"):
+        return True
+    if kind not in _OTHERS:
+        raise Unusable("fields", f"a record of type {kind!r:.30}")
+    return False
 
 
 def _observation(fields: list[str]) -> Observation:

@@ -306,3 +306,21 @@ def test_the_files_in_an_archive_follow_one_another(tmp_path: Path) -> None:
 )
 def test_addresses_however_they_are_written(tmp_path: Path, said: str, address: str | None) -> None:
     assert only(tmp_path, LINES[0].replace("10.0.0.5", said)).src.ip == address
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'date=2026-03-07 time=03:40:11 devname="fw" devid="F" eventtime=1772854811 tz="+0000" type="tra',
+        '{"LogType": "TRAXFIC", "TimeGenerated": "2026-03-07T03:40:12Z", "SourceAddress": "10.0.0.5"}',
+        "1,2026/03/07 03:40:11,0128,TRAXFIC,end,2049,2026/03/07 03:40:11,10.0.0.5,198.51.100.7",
+        '{"records": [{"properties": {"flows": [{"rule": "r", "flows": [{"flowTuplXs": ["1,2"]}]}]}}]}',
+        "the srcaddr, its dstaddr (and start) were the same as before",
+        '{"records": [1]}',
+        '{"message": "[ 1.2] x"}',
+        "[  307.757925] usb 1-1: new device",
+    ],
+)
+def test_what_is_cut_or_damaged_is_counted(tmp_path: Path, line: str) -> None:
+    seen, report = of(tmp_path, line)
+    assert (seen, report.quarantined.total()) == ([], 1)
