@@ -10,7 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ _EARLY: Final = 2
 _TURN_NS: Final = 30 * 86_400 * SECOND
 """if it is within so much of the traces then."""
 _DAY_NS: Final = 86_400 * SECOND
+_EPOCH: Final = date(1970, 1, 1).toordinal()
 _TURN_OF_YEAR_NS: Final = 200 * _DAY_NS
 """No line that stands out of order is further from the others, where each is in the year nearest to the traces."""
 _QUARTER_NS: Final = 900 * SECOND
@@ -374,22 +375,31 @@ def _repeated(quarter: int, zone: ZoneInfo) -> int:
 
 
 def _dated(start_ns: int, year: int | None, span: tuple[int, int]) -> int:
-    moment = datetime.fromtimestamp(start_ns // SECOND, UTC)
-    middle = datetime.fromtimestamp(((span[0] + span[1]) // 2 or start_ns) // SECOND, UTC).year
+    day = start_ns // _DAY_NS
+    return start_ns + (_day_in_its_year(day, year, span) - day) * _DAY_NS
+
+
+@lru_cache(maxsize=4096)
+def _day_in_its_year(day: int, year: int | None, span: tuple[int, int]) -> int:
+    """The day since the epoch that a day is, whose year is not said."""
+    written = date.fromordinal(_EPOCH + day)
+    middle = datetime.fromtimestamp(((span[0] + span[1]) // 2 or day * _DAY_NS) // SECOND, UTC).year
     best: int | None = None
     # A leap year may be far; who names a year names the one that the log begins in.
-    reach = 8 if (moment.month, moment.day) == (2, 29) else 1
+    reach = 8 if (written.month, written.day) == (2, 29) else 1
     near = range(middle - reach, middle + reach + 1)
-    for candidate in near if year is None else (year, year + 1) if moment.month <= _EARLY else (year,):
+    for candidate in near if year is None else (year, year + 1) if written.month <= _EARLY else (year,):
         try:
-            at = int(moment.replace(year=candidate).timestamp()) * SECOND + start_ns % SECOND
+            at = written.replace(year=candidate).toordinal() - _EPOCH
         except ValueError:
             continue  # the 29th of February of a year that has none
-        turned = year is not None and candidate > year and _distance(at, span) > _TURN_NS
-        if best is None or (_distance(at, span) < _distance(best, span) and not turned):
+        away = _distance(at * _DAY_NS, span)
+        turned = year is not None and candidate > year and away > _TURN_NS
+        if best is None or (away < _distance(best * _DAY_NS, span) and not turned):
             best = at
-    return start_ns if best is None else best
+    return day if best is None else best
 
 
-def _distance(moment: int, span: tuple[int, int]) -> int:
-    return max(span[0] - moment, moment - span[1], 0)
+def _distance(day_ns: int, span: tuple[int, int]) -> int:
+    """From a day's end: of two years as near a log is rather of the one before."""
+    return max(span[0] - day_ns - _DAY_NS, day_ns + _DAY_NS - span[1], 0)

@@ -37,25 +37,24 @@ class AzureFlow:
                 if written is None:
                     faults.append(Unusable("fields", "flows without flowTuples"))
                     continue
-                found = _place(line.raw, written, searched)
+                found, part = _place(line.raw, written, searched)
                 searched = max(searched, found + 1)
                 try:
-                    each = _observation(written, rule, node)
+                    seen.append(_observation(written, rule, node, _stands(line.raw, max(found, 0)), part))
                 except (Unusable, times.BadTime) as error:
                     faults.append(error)
-                else:
-                    part = line.raw[found : line.raw.find(b'"', found)] or written.encode()
-                    within = _stands(line.raw, max(found, 0))
-                    seen.append(each._replace(within=within, part=part.decode("utf-8", "surrogateescape")))
         if faults:
             raise Partly(seen, faults)
         return seen
 
 
-def _place(raw: bytes, written: str, searched: int) -> int:
-    """Where a tuple is; one that is not as it was written (a byte that is no UTF-8, an escape) by its time."""
+def _place(raw: bytes, written: str, searched: int) -> tuple[int, str]:
+    """(where a tuple is, its text there); by its time where that is not as it was read (bytes that are no UTF-8)."""
     found = raw.find(written.encode("utf-8", "surrogatepass"), searched)
-    return found if found >= 0 else raw.find(written.partition(",")[0].encode("utf-8", "surrogatepass"), searched)
+    if found >= 0:
+        return found, written
+    found = raw.find(written.partition(",")[0].encode("utf-8", "surrogatepass"), searched)
+    return found, raw[found : raw.find(b'"', found)].decode("utf-8", "surrogateescape") if found >= 0 else written
 
 
 def _stands(raw: bytes, found: int) -> int:
@@ -94,7 +93,7 @@ def _tuples(record: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
                 yield rule, written if isinstance(written, str) else None
 
 
-def _observation(written: str, rule: str, node: str) -> Observation:
+def _observation(written: str, rule: str, node: str, within: int, part: str) -> Observation:
     fields = [field.strip() for field in written.split(",")]
     if len(fields) < 8:
         raise Unusable("fields", f"a tuple of {len(fields)} fields: {written:.60}")
@@ -111,4 +110,6 @@ def _observation(written: str, rule: str, node: str) -> Observation:
         node=node,
         bytes_out=whole(fields[10]) if len(fields) > 10 and fields[10] else None,
         bytes_in=whole(fields[12]) if len(fields) > 12 and fields[12] else None,
+        within=within,
+        part=part,
     )

@@ -84,13 +84,13 @@ class Nftables:
         if line.object is not None and self.recognises(line):
             return [_connection(line.object) if "reply.ip.daddr.str" in line.object else _ulogd(line.object)]
         text = line.text
-        if _FLOW in text:
-            time, node, _ = header.taken(text[: text.index("[")])
-            return [_flow(conntrack.event(line)._replace(at=time), node)]
-        if (printed := _printed(text)) is not None:
-            return [_connection(printed) if "reply.ip.daddr.str" in printed else _ulogd(printed)]
         begin = _packet_in(text)
         if begin is None:
+            if _FLOW in text:
+                time, node, _ = header.taken(text[: text.index("[")])
+                return [_flow(conntrack.event(line)._replace(at=time), node)]
+            if (printed := _printed(text)) is not None:
+                return [_connection(printed) if "reply.ip.daddr.str" in printed else _ulogd(printed)]
             raise Unusable("malformed", "no IN= OUT= SRC= of a logged packet")
         fields = text[begin:]
         if "[SRC=" in fields:

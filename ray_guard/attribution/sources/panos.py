@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import re
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final
 
 from ray_guard.attribution import times
@@ -56,17 +57,17 @@ class Panos:
     def recognises(self, line: Line) -> bool:
         if panos_cloud.fields(line) is not None:
             return True
-        return line.object is None and "," in line.text and _BEGIN.search(line.text) is not None
+        return line.object is None and "," in line.text and _record(line.text) is not None
 
     def read(self, line: Line) -> list[Observation]:
         named = panos_cloud.fields(line)
         if named is not None:
             return [_named(named)] if _is_of_a_flow(named["LogType"].upper()) else []
-        found = _BEGIN.search(line.text)
+        found = _record(line.text)
         if found is None:
             raise Unusable("malformed", "no time, serial number and type of a PAN-OS record")
         try:
-            fields = next(csv.reader([found[1]]))
+            fields = next(csv.reader([found]))
         except csv.Error as error:
             raise Unusable("malformed", str(error)) from error
         if not _is_of_a_flow(fields[3]):
@@ -74,6 +75,13 @@ class Panos:
         if len(fields) < 37:
             raise Unusable("fields", f"{fields[3]} record of {len(fields)} fields")
         return [_observation(fields)]
+
+
+@lru_cache(maxsize=1)  # asked twice for each line
+def _record(text: str) -> str | None:
+    """The record behind whatever header."""
+    found = _BEGIN.search(text)
+    return None if found is None else found[1]
 
 
 def _is_of_a_flow(kind: str) -> bool:
@@ -149,7 +157,7 @@ def _translated(after: Endpoint, before: Endpoint) -> Endpoint:
 def _time(fields: list[str], traffic: bool) -> Time:  # noqa: FBT001
     zone, written = "", None
     for field in fields[37:]:
-        if match := _PRECISE.fullmatch(field):
+        if field[10:11] == "T" and (match := _PRECISE.fullmatch(field)):
             zone = match[1]
             with suppress(times.BadTime):  # 1969 stands for unset, and its zone is true all the same
                 written = times.iso(field, Semantics.PACKET)
