@@ -81,7 +81,7 @@ def attribute(
         maps: NAT maps.
         options: what the logs leave open.
         progress: is told in words how far it is.
-        spread: arranges the traces in the store's stead, on other machines (:mod:`ray_guard.integrations.ray_tasks`).
+        spread: arranges the traces in the store's stead, on other machines (:mod:`ray_guard.integrations.ray_data`).
             The answer is the same; what spans said besides is not there to be reported.
 
     Raises:

@@ -134,14 +134,14 @@ class _NoRay(Exception):
 
 def _ray(address: str) -> Spread:
     try:
-        from ray_guard.integrations import ray_tasks
+        from ray_guard.integrations import ray_data
 
-        ray_tasks.join(address)
+        ray_data.join(address)
     except ImportError as error:
-        raise _NoRay(f"--ray needs ray-guard[ray]: {error}") from error
+        raise _NoRay(f"--ray needs ray-guard[data]: {error}") from error
     except ConnectionError as error:
         raise _NoRay(f"--ray {address}: no such cluster ({error}); `ray start --head` starts one") from error
-    return ray_tasks.spread
+    return ray_data.spread
 
 
 class _Hashed:
