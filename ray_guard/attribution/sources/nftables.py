@@ -47,8 +47,14 @@ _FLOW: Final = "] ORIG: SRC="
 _PRINTED: Final = re.compile(r"(?:^|,)(timestamp|[a-z0-9]+(?:\.[a-z0-9_]+)+)=")
 _FEW: Final = 8
 """Keys that GPRINT's line of any packet or connection has, and more."""
-#: numbers that JSON has beside the text are left out of it
+#: an address that IP2STR put into text stands behind the same that GPRINT itself did
 _JSON_NAMES: Final = {
+    "ip.saddr": "src_ip",
+    "ip.daddr": "dest_ip",
+    "orig.ip.saddr": "src_ip",
+    "orig.ip.daddr": "dest_ip",
+    "reply.ip.saddr": "reply.ip.saddr.str",
+    "reply.ip.daddr": "reply.ip.daddr.str",
     "ip.saddr.str": "src_ip",
     "ip.daddr.str": "dest_ip",
     "orig.ip.saddr.str": "src_ip",

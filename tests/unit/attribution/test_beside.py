@@ -120,6 +120,7 @@ def test_packets_as_gprint_writes_them(tmp_path: Path) -> None:
         ("timestamp=2026/03/07-11:40:12," + stamped, AT + 824_919_000, True),
         (stamped, AT + 824_919_000, True),
         ("timestamp=2026/03/07-03:40:11," + PACKET.format(time=""), AT, False),
+        (stamped[: stamped.index(",ip.saddr.str")], AT + 824_919_000, True),  # without IP2STR
     ):
         seen = only(tmp_path, line)
         assert (seen.src, seen.dst, seen.proto, seen.rule, seen.bytes_out) == (HERE, THERE, "tcp", "drop, all", 52)
