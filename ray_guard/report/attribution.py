@@ -372,9 +372,11 @@ def _rewards(found: Findings) -> list[str]:
         between = reward["advantage_interval"]
         sure = "" if between is None else f", 95 % between {between[0]:+.3f} and {between[1]:+.3f}"
         said.append(f"Their advantage was {reward['advantage_difference']:+.3f} against the others'{sure}.")
-    trend = reward["trend_per_iteration"]
+    trend, between = reward["trend_per_iteration"], reward["trend_interval"]
     if trend is not None:
-        said.append(f"From one iteration to the next the share of such rollouts changes by {trend:+.2%}.")
+        sure = ", without an interval" if between is None else f", 95 % between {between[0]:+.2%} and {between[1]:+.2%}"
+        none = ": no trend is shown" if between is not None and between[0] <= 0 <= between[1] else ""
+        said.append(f"From one iteration to the next the share of such rollouts changes by {trend:+.2%}{sure}{none}.")
     counts = [f"{_counted(reward)} set off alerts"]
     if reward["rollouts_without_reward"]:
         bad = reward["violating_rollouts_without_reward"]
