@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ray_guard.attribution import clock
 from ray_guard.attribution.answers import Attribution
 from ray_guard.attribution.attribute import Result, attribute
 from ray_guard.attribution.clock import Clock
@@ -255,9 +256,9 @@ def told(clock: Clock) -> float:
 def test_a_clock_is_told_and_taken_off(tmp_path: Path, every: float, skew: Callable[[Flow], float]) -> None:
     flows = steady(60, every)
     result = answer(tmp_path, flows, direct(flows, skew))
-    (clock,) = result.sources[0].clocks
-    middle = next(flow for flow in flows if flow.start_ns > clock.reference_ns - (skew(flow) + 1) * SECOND)
-    assert abs(told(clock) - skew(middle)) <= 0.5 + every * 500e-6
+    (one,) = result.sources[0].clocks
+    middle = next(flow for flow in flows if flow.start_ns > one.reference_ns - (skew(flow) + 1) * SECOND)
+    assert abs(told(one) - skew(middle)) <= 0.5 + every * 500e-6
     assert all_named(result) == calls(60)
 
 
@@ -280,6 +281,20 @@ def test_two_clocks_in_one_file_are_none(tmp_path: Path) -> None:
     (clock,) = result.sources[0].clocks
     assert not clock.identifiable
     assert all_named(result) == ["unobserved" if flow.port % 3 == 0 else f"call-{n}" for n, flow in enumerate(flows)]
+
+
+@pytest.mark.parametrize("offset", [-1000.0, 5.0])
+def test_what_texts_tell_counts_as_far_as_sockets_allow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float
+) -> None:
+    """Flows of minutes bound the clock: calls at regular intervals once told one that none of the sockets allowed."""
+    ns = int(offset * SECOND)
+    by_texts = Clock(ns, low_ns=ns - SECOND // 10, high_ns=ns + SECOND // 10, identifiable=True)
+    monkeypatch.setattr(clock, "_by_texts", lambda *_, **__: by_texts)
+    flows = [Flow(20.0 * n, 600.0, 40000 + n) for n in range(30)]
+    result = answer(tmp_path, flows, direct(flows, lambda _: 5.0))
+    assert result.sources[0].clock.identifiable == (offset == 5.0)
+    assert all_named(result) == calls(30)
 
 
 @pytest.mark.parametrize(
