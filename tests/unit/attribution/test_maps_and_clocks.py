@@ -59,7 +59,7 @@ def traces(
     rows: list[dict[str, Any]] = []
     for number, flow in enumerate(flows):
         same = {"trace_id": f"{number:032x}", "source": "supervisor", "rollout": f"r{number}", "host": host}
-        same |= {"host_ips": list(ips)}
+        same |= {"host_ips": list(ips)} if flow.ip in (HERE, *ips) else {"host": f"at-{flow.ip}", "host_ips": [flow.ip]}
         call = {"span_id": f"{number:015x}1", "name": "execute_tool bash"}
         call |= {"start_ns": flow.start_ns - SECOND // 5, "end_ns": flow.end_ns + SECOND // 5}
         arguments = [("gen_ai.tool.call.arguments", f"curl https://{flow.peer}/")] if texts else []
@@ -195,6 +195,64 @@ def test_icmp_has_no_ports_that_a_map_could_lack(tmp_path: Path) -> None:
     ping = line(flows[5].start_ns, GATEWAY, 8, dport=0).replace("PROTO=TCP", "PROTO=ICMP")
     result = answer(tmp_path, flows, [*outside(flows), ping], conntrack(flows, "NEW DESTROY"))
     assert result.db.execute("SELECT count(*) FROM unmapped").fetchall() == [(0,)]
+
+
+ELSEWHERE: Final = "198.51.100.99"
+
+
+def busy(rounds: int) -> tuple[list[Flow], list[int]]:
+    """Three machines that are at work at once, one of which goes to the peer; which calls those are."""
+    chance = Random(3)
+    flows, guilty = [], []
+    for n in range(rounds):
+        who = chance.randrange(3)
+        guilty.append(3 * n + who)
+        for machine in range(3):
+            at = 30.0 * n + chance.uniform(0, 2)
+            peer = PEER if machine == who else ELSEWHERE
+            flows.append(Flow(at, 8.0, 40000 + n, f"10.0.0.{machine + 5}", peer))
+    return flows, guilty
+
+
+def with_peers(flows: Sequence[Flow]) -> str:
+    rows = ["start,end,inside_ip,inside_port,outside_ip,outside_port,proto,peer_ip,peer_port"]
+    for number, flow in enumerate(flows):
+        rows.append(
+            f"{flow.start_ns / SECOND},{flow.end_ns / SECOND + 1},{flow.ip},{flow.port},{GATEWAY},{61000 + number},"
+            f"tcp,{flow.peer},443"
+        )
+    return "\n".join(rows)
+
+
+def portless(flows: Iterable[Flow]) -> list[str]:
+    """What a firewall behind the gateway says that sums flows up."""
+    return [line(flow.start_ns + SECOND, GATEWAY, "").replace("SPT= ", "") for flow in flows]
+
+
+def test_without_a_source_port_the_map_names_the_sockets_to_there(tmp_path: Path) -> None:
+    flows, guilty = busy(20)
+    result = answer(tmp_path, flows, portless(flows[number] for number in guilty), with_peers(flows))
+    assert all_named(result) == [f"call-{number}" for number in guilty]
+    assert {each.candidates[0].tier for each in result.alerts} == {"nat"}
+
+
+def test_without_a_source_port_the_map_names_the_machine(tmp_path: Path) -> None:
+    """No sockets were recorded, and all three say in their commands that they would go there."""
+    flows, guilty = busy(20)
+    said = [flow._replace(peer=PEER) for flow in flows]
+    result = answer(tmp_path, said, portless(flows[number] for number in guilty), with_peers(flows), texts=True)
+    assert all_named(result) == [f"call-{number}" for number in guilty]
+
+
+@pytest.mark.parametrize("ports", [True, False])
+def test_a_map_that_names_another_machine_clears_the_job(tmp_path: Path, *, ports: bool) -> None:
+    """Calls that would go there were open all the time; the gateway translated for a machine that is none of theirs."""
+    flows = [Flow(10.0 * n, 9.0, 40000 + n) for n in range(30)]
+    strangers = [Flow(30.0 * n + 4, 1.0, 50000 + n, "10.9.9.9") for n in range(10)]
+    seen = [line(flow.start_ns + SECOND, GATEWAY, 61000 + n) for n, flow in enumerate(strangers)]
+    seen = seen if ports else portless(strangers)
+    result = answer(tmp_path, flows, seen, with_peers([*strangers, *flows[1::3]]), texts=True)
+    assert all_named(result) == ["unobserved"] * 10
 
 
 # ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
