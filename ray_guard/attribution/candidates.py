@@ -283,17 +283,25 @@ _AFTER: Final = (
          UNION
          SELECT b.alert, b.call FROM best b JOIN timed t USING (alert)
            SEMI JOIN open o ON o.call = b.call AND o.host = t.host""",
-    f"""CREATE OR REPLACE TABLE candidate AS
+    # Texts that hold an address are few, and so are alerts that name a host: each is looked for among those alone.
+    f"""CREATE OR REPLACE TABLE named AS
+         SELECT b.alert, b.call FROM (SELECT * FROM words WHERE regexp_matches(text, '{prior.ADDRESS}')) w
+           JOIN best b USING (call) JOIN timed t USING (alert)
+           WHERE {prior.names("w.text", "t.dst_ip")} OR {prior.names("w.text", "t.src_ip")}
+         UNION
+         SELECT b.alert, b.call FROM (SELECT * FROM timed WHERE host <> '') t
+           JOIN best b USING (alert) JOIN words w USING (call) WHERE {prior.names("w.text", "t.host")}""",
+    """CREATE OR REPLACE TABLE candidate AS
          WITH about AS (
-           SELECT call, l.end_ns - l.start_ns AS span_ns, w.reach, w.tells, w.text, v.call IS NOT NULL AS watched
+           SELECT call, l.end_ns - l.start_ns AS span_ns, w.reach, w.tells, v.call IS NOT NULL AS watched
            FROM alive l FULL JOIN watched v USING (call) LEFT JOIN words w USING (call))
-         SELECT b.*, coalesce(a.span_ns, 0) AS span_ns, t.source,
-           coalesce(a.reach, 1) AS reach, coalesce(a.tells, false) AS tells,
-           {prior.names("a.text", "t.dst_ip")} OR {prior.names("a.text", "t.src_ip")}
-             OR {prior.names("a.text", "t.host")} AS named,
-           u.call IS NOT NULL AS used, coalesce(a.watched, false) AS watched
-         FROM best b JOIN timed t USING (alert) LEFT JOIN about a USING (call) LEFT JOIN used u USING (alert, call)""",
+         SELECT b.*, coalesce(a.span_ns, 0) AS span_ns, coalesce(a.reach, 1) AS reach,
+           coalesce(a.tells, false) AS tells, n.call IS NOT NULL AS named, u.call IS NOT NULL AS used,
+           coalesce(a.watched, false) AS watched
+         FROM best b LEFT JOIN about a USING (call) LEFT JOIN named n USING (alert, call)
+           LEFT JOIN used u USING (alert, call)""",
     "DROP TABLE by_interval",
     "DROP TABLE best",
     "DROP TABLE used",
+    "DROP TABLE named",
 )

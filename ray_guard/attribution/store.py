@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import duckdb
@@ -69,6 +70,18 @@ def connect(memory: str = "2GB", threads: int | None = None) -> duckdb.DuckDBPyC
     for name, schema in (("span", columns.SCHEMA), ("alert", ALERT_SCHEMA), ("nat", NAT_SCHEMA)):
         _create(db, name, schema)
     return db
+
+
+@contextmanager
+def fewer_threads(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Leaves one processor to others meanwhile, also while statements run."""
+    ((threads,),) = db.execute("SELECT current_setting('threads')").fetchall()
+    beside = db.cursor()
+    beside.execute(f"SET threads = {max(1, threads - 1)}")
+    try:
+        yield
+    finally:
+        beside.execute(f"SET threads = {threads}")
 
 
 def _create(db: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema) -> None:

@@ -6,6 +6,7 @@ import itertools
 from fractions import Fraction
 from math import comb
 
+import duckdb
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from ray_guard.attribution.prior import Reach, reach
 from ray_guard.attribution.recurrence import Counts, benjamini_hochberg, enriched, p_value
 from ray_guard.attribution.reward import Rollout, associate, student
 from ray_guard.attribution.skew import Telling, of_texts
-from ray_guard.attribution.templates import template
+from ray_guard.attribution.templates import alike, template
 
 
 def ranges(rows: list[tuple[int, float, float, float]]) -> tuple[np.ndarray, ...]:
@@ -278,3 +279,7 @@ def test_what_a_command_lets_one_expect(command: str, expected: Reach) -> None:
 )
 def test_templates_of_repetitions_are_the_same(one: str, two: str, expected: str) -> None:
     assert template(one) == template(two) == expected
+    # What is made alike before, by the store, changes nothing of it.
+    for text in (one, two):
+        ((first,),) = duckdb.execute(f"SELECT {alike('$1')}", [text]).fetchall()
+        assert template(first) == expected
