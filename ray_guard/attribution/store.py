@@ -299,7 +299,7 @@ _DERIVE: Final = (
          FROM span s JOIN about a USING (trace_id) {_NODE} WHERE s.name LIKE 'execute_tool%'""",
     # Who knows nothing of rollouts has a trace for each.
     """UPDATE about SET rollout = trace_id WHERE rollout IS NULL
-         AND (agent OR trace_id IN (SELECT trace_id FROM call_span WHERE source IS NULL))""",
+         AND (agent OR trace_id IN (SELECT trace_id FROM call_span WHERE source IS NULL AND rollout IS NULL))""",
     """UPDATE call_span SET rollout = a.rollout FROM about a
          WHERE call_span.rollout IS NULL AND a.rollout IS NOT NULL AND a.trace_id = call_span.trace_id""",
     # Two witnesses of one call, in one trace one within the other: the guard's own has its sockets.

@@ -615,7 +615,7 @@ svg.broad { max-width: 60rem; }
   --bad: #a01010; --warn: #704800; --good: #14562f; --clean: #1d4f8f; font-size: 9px; }
   body { padding: 0; font-size: 10px; } input, label, button { display: none; }
   div.wide, div.records, div.plot { overflow: visible; max-height: none; border: 0; }
-  details:not([open]) { display: none; }
+  details.chain:not([open]) { display: none; }
   th, td { padding: 2px 4px; } pre { max-height: none; } tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 

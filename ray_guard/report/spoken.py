@@ -37,18 +37,24 @@ def spoken(attributes: Mapping[str, str], events: str | None) -> str:
     """
     if said := attributes.get(_MESSAGES):
         return words(said)
-    told = [
-        next((str(about[key]) for key in _OF_EVENT if about.get(key)), "")
-        for name, _, about in (json.loads(events) if events else ())
-        if name in _EVENTS
-    ]
-    if any(told):
-        return "\n".join(words(each) for each in told if each)
+    if told := "\n".join(words(each) for each in _in_events(events) if each):
+        return told
     pieces = sorted((_in_order(key), value) for key, value in attributes.items() if value and _PIECE.match(key))
     if pieces:
         return "\n".join(value for _, value in pieces)
     results = (each for each in _RESULTS if any(attributes.get(key) for key in each))
     return "\n".join(words(attributes[key]) for key in next(results, ()) if attributes.get(key))
+
+
+def _in_events(events: str | None) -> list[str]:
+    try:
+        return [
+            next((str(about[key]) for key in _OF_EVENT if about.get(key)), "")
+            for name, _, about in (json.loads(events) if events else ())
+            if name in _EVENTS
+        ]
+    except (ValueError, TypeError, AttributeError):  # a table that others wrote
+        return []
 
 
 def _in_order(key: str) -> list[tuple[int, str]]:
