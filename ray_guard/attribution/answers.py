@@ -303,7 +303,7 @@ def _said(rung: int, reach: int, *facts: int) -> Said:
         if watched and not used:
             against.append("sockets of its rollout were recorded, none of this call to this destination")
     if unmapped and tier in ("destination", "interval"):
-        against.append("the NAT map knows no machine behind this port at that time")
+        against.append("the NAT map knows no machine of this job there at that time")
     return Said(tier, tuple(evidence), tuple(against))
 
 

@@ -467,9 +467,21 @@ def _decode_value(value: object) -> AttributeValue:
             if not isinstance(content, dict):
                 raise NotOtlp("invalid", f"arrayValue is {content!r:.80}")
             return tuple(_text(_decode_value(item)) for item in _objects(content, "values"))
-        # bytesValue, kvlistValue and what later versions add: kept readable rather than lost.
+        if key == "kvlistValue" and isinstance(content, dict):
+            return json.dumps(_plain(value), ensure_ascii=False)
+        # bytesValue and what later versions add: kept readable rather than lost.
         return content if isinstance(content, str) else json.dumps(content, sort_keys=True, separators=(",", ":"))
     return ""
+
+
+def _plain(value: object) -> object:
+    """A structured value as JSON has it."""
+    if isinstance(value, dict):
+        if isinstance(inside := value.get("kvlistValue"), dict):
+            return {str(each.get("key")): _plain(each.get("value")) for each in _objects(inside, "values")}
+        if isinstance(inside := value.get("arrayValue"), dict):
+            return [_plain(each) for each in _objects(inside, "values")]
+    return _decode_value(value)
 
 
 def _text(value: AttributeValue) -> str:
@@ -568,11 +580,14 @@ def decode(line: bytes | str) -> list[tuple[Resource, SpanRecord]]:
         data = json.loads(text, object_pairs_hook=_camel if snake else None) if known is None else {}
     except (ValueError, RecursionError) as error:
         raise NotOtlp("malformed", f"not JSON: {error!s:.120}") from None
-    if known is not None:
-        return [(known[0], _decode_span(span)) for span in known[1]]
-    if not isinstance(data, dict) or "resourceSpans" not in data:
-        raise NotOtlp("foreign", "JSON without resourceSpans")
-    spans = _decode_spans(data)
+    try:
+        if known is not None:
+            return [(known[0], _decode_span(span)) for span in known[1]]
+        if not isinstance(data, dict) or "resourceSpans" not in data:
+            raise NotOtlp("foreign", "JSON without resourceSpans")
+        spans = _decode_spans(data)
+    except RecursionError:
+        raise NotOtlp("malformed", "a value of too many levels") from None
     if spans and not snake:
         _keep_head(text, spans[0][0])
     return spans
@@ -597,13 +612,13 @@ def _after_known_head(text: str) -> tuple[Resource, list[dict[str, Any]]] | None
 def _keep_head(text: str, resource: Resource) -> None:
     """Keeps what a line begins with, if nothing but spans and the ends of what it opened can follow it."""
     head, mark, rest = text.partition(_SPANS)
-    if not mark or not rest.endswith(_CLOSE):
+    if not mark or not rest.endswith(_CLOSE) or len(head) > STRING_LIMIT:
         return
     try:
         alone = json.loads(head + mark + _CLOSE)
     except ValueError:
         return
-    scopes = [scope for group in alone.get("resourceSpans", ()) for scope in group.get("scopeSpans", ())]
+    scopes = [scope for group in alone["resourceSpans"] for scope in _objects(group, "scopeSpans")]
     if len(scopes) == 1 == len(alone["resourceSpans"]) and scopes[0].get("spans") == []:
         if len(_heads) >= _HEAD_LIMIT:
             _heads.clear()
