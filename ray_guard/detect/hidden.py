@@ -22,6 +22,8 @@ from typing import Final
 LONGEST: Final = 1 << 16
 """Characters of a command line; what is behind them is not looked at."""
 _TEXTS: Final = 32
+_WORK: Final = 4 * LONGEST
+"""Characters of all that one text becomes: what is short when it is decoded has always room."""
 _NAMES: Final = 64
 _UNPACKED: Final = 1 << 16
 
@@ -86,9 +88,13 @@ _DOTS: Final = str.maketrans("。．｡", "...")
 def unhidden(text: str) -> Iterator[str]:
     """The text, and what it becomes, and what that becomes; as many as :data:`_TEXTS` of them."""
     found = [text]
+    left = _WORK
     for at in range(_TEXTS):
         if at == len(found):
             return
+        if len(found[at]) > left:
+            continue
+        left -= len(found[at])
         yield found[at]
         becomes = itertools.chain.from_iterable(way(found[at]) for way in _WAYS)
         found += [each for each in itertools.islice(becomes, _TEXTS) if each not in found]
@@ -134,6 +140,8 @@ def _integer(text: str) -> int:
 
 
 def _escaped(text: str) -> str:
+    if "\\" not in text:
+        return text
     try:
         return str(ast.literal_eval('"' + text.replace('"', r"\"").replace("\n", r"\n").replace(r"\e", r"\x1b") + '"'))
     except (SyntaxError, ValueError, MemoryError):

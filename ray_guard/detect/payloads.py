@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Final
 
-from ray_guard.detect import Finding, Kind
+from ray_guard.detect import Finding, Kind, pools
 
 SSH: Final = "payload.ssh"
 _MINING: Final = re.compile(
@@ -28,19 +28,11 @@ _CHISEL: Final = re.compile(
     rb"\ACONNECT \S*\.(?:ngrok|argotunnel|trycloudflare)\.",
     re.MULTILINE,
 )
+_POOL: Final = re.compile(pools.NAME.encode())
 _HTTP_MINING: Final = re.compile(
     rb"(?i)^x-mining-\w+:|^user-agent:\s*(?:xmrig|cpuminer|cgminer|bfgminer|ethminer|t-rex|nbminer|lolminer|"
-    rb"srbminer|teamredminer)|\ACONNECT \S*"
-    rb"(?:minexmr|supportxmr|nanopool|moneroocean|hashvault|2miners|f2pool|herominers|unmineable|nicehash)\.",
+    rb"srbminer|teamredminer)|\ACONNECT \S{0,253}" + pools.NAME.encode(),
     re.MULTILINE,
-)
-_POOL_NAMES: Final = re.compile(
-    rb"(?i)(?<![\w-])(?:minexmr\.com|supportxmr\.com|nanopool\.org|moneroocean\.stream|hashvault\.pro|"
-    rb"xmrpool\.\w+|c3pool\.\w+|2miners\.com|"
-    rb"ethermine\.org|f2pool\.com|flypool\.org|herominers\.com|unmineable\.com|nicehash\.com|miningpoolhub\.com|"
-    rb"antpool\.com|viabtc\.com|"
-    rb"poolin\.com|slushpool\.com|braiins\.com|woolypooly\.com|zpool\.ca|rplant\.xyz|luckpool\.net|"
-    rb"kryptex\.network|zergpool\.com)"
 )
 _FRAMED: Final = re.compile(
     rb"\A(?:\x00\x01\x00\x01\x00\x00\x00[\x01\x02]|\x00\x02\x00\x01\x00\x00\x00\x00|\x17\x16\x03[\x00-\x04])"
@@ -111,7 +103,7 @@ def judge(payload: bytes, direction: str) -> Finding | None:
     if payload[:1] == b"\x16" and payload[5:6] == b"\x01":
         if _TUNNEL_NAMES.search(payload):
             return Finding(Kind.REVERSE_TUNNEL, "payload.tunnel_name")
-        if _POOL_NAMES.search(payload):
+        if _POOL.search(payload):
             return Finding(Kind.MINING, "payload.pool_name")
     if _names_of(payload):
         return Finding(Kind.DNS_TUNNEL, "payload.dns_label")
