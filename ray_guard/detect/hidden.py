@@ -91,13 +91,14 @@ def unhidden(text: str) -> Iterator[str]:
     left = _WORK
     for at in range(_TEXTS):
         if at == len(found):
-            return
-        if len(found[at]) > left:
-            continue
-        left -= len(found[at])
-        yield found[at]
-        becomes = itertools.chain.from_iterable(way(found[at]) for way in _WAYS)
-        found += [each for each in itertools.islice(becomes, _TEXTS) if each not in found]
+            break
+        if len(found[at]) <= left:
+            left -= len(found[at])
+            yield found[at]
+            becomes = itertools.chain.from_iterable(way(found[at]) for way in _WAYS)
+            found += [each for each in itertools.islice(becomes, _TEXTS) if each not in found]
+    for way in _REWRITTEN:
+        yield from (each for each in way(text) if each not in found and len(each) <= left)
 
 
 # -- a shell's own ways -----------------------------------------------------------------------------------------------
@@ -390,10 +391,16 @@ def _normal(text: str) -> str:
 
 
 _MAY_NAME: Final = re.compile(r"\balias\b|\(\)|\b(?:cp|mv|ln|install)\b")
-_WAYS: Final[tuple[Callable[[str], Iterator[str]], ...]] = (
-    *map(_one, (_normal, _filled, _said_in_place, _spelt, _named, _escapes)),
-    _reversed,
-    _replaced,
-    _decoded,
-    run_by_code,
-)
+_REWRITTEN: Final = tuple(map(_one, (_normal, _filled, _said_in_place, _spelt, _named, _escapes)))
+
+
+def _rewritten(text: str) -> Iterator[str]:
+    """Every rewriting after the other: of each by itself, and of some of them, there would be too many."""
+    written = text
+    for way in _REWRITTEN:
+        written = next(way(written), written)
+    if written != text:
+        yield written
+
+
+_WAYS: Final[tuple[Callable[[str], Iterator[str]], ...]] = (_rewritten, _reversed, _replaced, _decoded, run_by_code)
