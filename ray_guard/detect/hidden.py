@@ -18,6 +18,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Final
+from urllib.parse import unquote
 
 LONGEST: Final = 1 << 16
 """Characters of a command line; what is behind them is not looked at."""
@@ -53,6 +54,7 @@ _OCTAL: Final = re.compile(r"(?:\\0?[0-3][0-7]{2}){4,}")
 _UNICODE: Final = re.compile(r"(?:\\u00[0-9a-fA-F]{2}){4,}")
 _BARE_HEX: Final = re.compile(r"\b(?:0x)?((?:[0-9a-fA-F]{2}){8,})\b")
 _SPACED_HEX: Final = re.compile(r"\b[0-9a-fA-F]{2}(?:[ :,]\s?(?:0x)?[0-9a-fA-F]{2}){7,}\b")
+_PERCENT: Final = re.compile(r"(?:%[2-7][0-9a-fA-F][^%\s]{0,64}){4}")
 _CODES: Final = re.compile(r"\b\d{2,3}(?:\s*,\s*\d{2,3}){7,}")
 _CHR: Final = re.compile(r"(?:\bchr\(\d{2,3}\)\s*[.+]\s*){3,}chr\(\d{2,3}\)")
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
@@ -259,6 +261,8 @@ def _ranges(said: str) -> str:
 
 
 def _escapes(text: str) -> str:
+    if _PERCENT.search(text):
+        text = unquote(text, errors="replace")
     if "\\" not in text:
         return text
     text = _HEX.sub(lambda found: _characters(found[0], 16), text)

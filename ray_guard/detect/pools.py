@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 _POOLS: Final = (
-    "minexmr supportxmr nanopool moneroocean hashvault xmrpool c3pool 2miners ethermine f2pool flypool herominers "
-    "unmineable nicehash miningpoolhub antpool viabtc poolin slushpool braiins hiveon kryptex woolypooly zpool rplant "
-    "zergpool luckpool ezil flexpool suprnova prohashing coinhive minergate kaspa-pool acc-pool k1pool xmr-pool "
-    "monerohash"
+    "minexmr.com supportxmr.com nanopool.org moneroocean.stream hashvault.pro xmrpool.eu xmrpool.net xmrpool.de "
+    "xmr-pool.net c3pool.com c3pool.org monerohash.com 2miners.com ethermine.org flypool.org flexpool.io f2pool.com "
+    "herominers.com unmineable.com nicehash.com miningpoolhub.com antpool.com viabtc.com viabtc.net poolin.com "
+    "poolin.me slushpool.com braiins.com hiveon.com hiveon.net kryptex.network kryptex.com woolypooly.com zpool.ca "
+    "rplant.xyz zergpool.com luckpool.net ezil.me suprnova.cc prohashing.com coinhive.com minergate.com "
+    "kaspa-pool.org kaspa-pool.com acc-pool.pw k1pool.com"
 )
-_ENDINGS: Final = "com org net network pro io stream co ca eu me in one xyz cc us"
 
-NAME: Final = rf"(?i:(?<![\w-])(?:{_POOLS.replace(' ', '|')})\.(?:{_ENDINGS.replace(' ', '|')})\b)"
+NAME: Final = rf"(?i:(?<![\w-])(?:{_POOLS.replace('.', '[.]').replace(' ', '|')})\b)"
 """An expression for a pool's domain, whatever stands before it."""

@@ -42,7 +42,7 @@ _CODE: Final = (
         _CONNECTS,
         re.compile(
             r"dup2|(?<!#!)(?<!#! )/bin/(?:ba|da|z|k)?sh\b|"
-            r"pty[\"']?\)?\.spawn|cmd\.exe|proc_open|exec(?:\s*\()?\s*[\"'](?:/bin/)?(?:ba)?sh|"
+            r"pty[\"']?\)?\.spawn|ProcessBuilder\(\w+\)\.redirectErrorStream|cmd\.exe|proc_open|exec(?:\s*\()?\s*[\"'](?:/bin/)?(?:ba)?sh|"
             r"spawn\(?\s*[\"'](?:/bin/)?(?:ba|z)?sh|\biex\b|Invoke-Expression|fdopen\("),
     )),
     _Code(Kind.REVERSE_SHELL, "code.obeys", (
