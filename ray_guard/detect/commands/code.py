@@ -80,7 +80,7 @@ _CODE: Final = (
     )),
     _Code(Kind.EXFILTRATION, "code.file_to_socket", (
         re.compile(
-            r"(?:[.:]connect\(\(?|PeerAddr\s*=>|fsockopen\(|TCPSocket\.(?:new|open)\(|create_connection\(\(?|net\.connect\([^)]{0,20})\s*[\"'][\w.-]+\.[\w-]+[\"']"),
+            r"(?:[.:]connect\(\(?(?:\s*\d+,)?|PeerAddr\s*=>|fsockopen\(|TCPSocket\.(?:new|open)\(|create_connection\(\(?)\s*[\"'][\w.-]+\.[\w-]+[\"']"),
         re.compile(r"\bopen\([^)\n]{0,40}[\"']/|io\.open\(|readFile|createReadStream\(|File\.(?:read|open)\(|file_get_contents\([\"'][^h]"),
         re.compile(r"[.:]send(?:all|file)?\(|\.write\(|fwrite\(|\bprint \$\w+ |\.puts\b|\.pipe\("),
     ), _LOOPBACK),
@@ -88,7 +88,7 @@ _CODE: Final = (
         re.compile(
             r"request_port_forward|forward_remote_port|reverse_forward_tunnel|create_remote_forward|"
             r"ngrok\.(?:connect|forward)|from pyngrok|"
-            r"\bpyngrok\b.*connect|localtunnel\(|forward_remote_path|open_reverse_tunnel|start_ngrok|cloudflared_tunnel"),
+            r"\bpyngrok\b.{0,300}connect|localtunnel\(|forward_remote_path|open_reverse_tunnel|start_ngrok|cloudflared_tunnel"),
     )),
     _Code(Kind.MINING, "code.browser_miner", (
         re.compile(r"(?i)coin-?hive|CoinImp|cryptoloot|webminepool|deepMiner\b"),

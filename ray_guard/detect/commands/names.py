@@ -51,7 +51,7 @@ def _is_told_by_dns(command: Command) -> bool:
 
 def _in_host(text: str) -> Finding | None:
     """Of a URL: a label that a command has said."""
-    if re.search(r"(?:^|\s|://)[\w+/-]{8,63}={1,2}\.[\w-]+\.[a-z]{2,}(?:[/:\s]|$)", text):
+    if re.search(r"(?:^|\s|://)[\w+/-]{8,63}={1,2}\.(?:[\w-]{1,63}\.){1,8}[a-z]{2,}(?:[/:\s]|$)", text):
         return Finding(Kind.DNS_TUNNEL, "dns.encoded_label")
     for computed in re.findall(r"https?://[^\s/$`]{0,80}(?:\$\(([^)]{1,200})\)|`([^`]{1,200})`)\.[\w-]+\.[a-z]", text):
         if _TELLS.search("".join(computed)):

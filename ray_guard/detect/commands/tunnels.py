@@ -138,14 +138,13 @@ zerotier-one .
 zrok \b(?:share|reserve)\b
 """.strip().splitlines()
 )
+_SHAPED: Final = 4096
+"""Characters of arguments whose shape is looked at: many patterns look on from each of many places."""
 #: what the arguments of tunnels look like under any name
 _SHAPES: Final = tuple(
     (rule, re.compile(pattern))
     for rule, pattern in (
-        (
-            "chisel",
-            r"\bclient\s+(?:-\S{1,200}\s+(?:\S{1,200}\s+)?){0,12}\S+:\d+\S*\s+.{0,300}?\bR:(?:\S+:)?(?:socks|\d+)",
-        ),
+        ("chisel", r"^.{0,300}?\bclient\s.{0,300}?:\d+\S{0,200}\s.{0,300}?\bR:(?:\S{1,253}:)?(?:socks|\d+)"),
         ("chisel", r"\bserver\b.{0,300}\s--reverse\b"),
         ("frp", r"(?:^|\s)(?:-c[= ]?|--config[= ])?\S*\bfrp[cs]?\.(?:ini|toml|ya?ml|json)\b"),
         ("frp", r"^(?:tcp|udp|https?|stcp|xtcp)\s.{0,300}--local[_-]port\b"),
@@ -225,7 +224,7 @@ def by_program(command: Command, _line: Line) -> Finding | None:
     ):
         return Finding(Kind.REVERSE_TUNNEL, f"tunnel.{name}")
     for rule, shape in _SHAPES if command.name not in _TALKERS else ():
-        if shape.search(arguments):
+        if shape.search(arguments[:_SHAPED]):
             return Finding(Kind.REVERSE_TUNNEL, f"tunnel.{rule}_shape")
     if command.name in ("ssh", "curl", "nc", "ncat") and (_BY_SERVICE.search(arguments) or _ONION.search(arguments)):
         return Finding(Kind.REVERSE_TUNNEL, "tunnel.service")
