@@ -140,7 +140,7 @@ class Answers(Sequence[Attribution]):
         told += [np.repeat(each, listed) for each in (facts.placed, facts.unmapped)]
         self._said = np.ravel_multi_index([each.astype(np.int16) for each in told], _SHAPE).astype(np.int16)
         self._confidence = probability[order] * np.repeat(scale, listed)
-        self._about = _About(db, np.unique(self._call))
+        self._about = _About(db, _distinct(self._call))
         first, _ = self.firsts()
         self._verdict = np.select([first >= ATTRIBUTED, self.unobserved >= UNOBSERVED], [0, 1], 2)
 
@@ -213,6 +213,16 @@ class Answers(Sequence[Attribution]):
     def middles(self) -> Any:
         """The middle of each record's own interval, by the traces' clock, in Unix nanoseconds."""
         return self._times["end_ns"] - self._times["width_ns"] // 2
+
+
+def _distinct(calls: Any) -> Any:
+    """In order. Calls are numbered nearly without holes: what is there is ticked off, ten times as fast as sorted."""
+    if not len(calls):
+        return calls
+    least = calls.min()
+    there = np.zeros(calls.max() - least + 1, dtype=bool)
+    there[calls - least] = True
+    return np.flatnonzero(there) + least
 
 
 def _listed(begin: Any, probability: Any, nobody: Any) -> tuple[Any, Any]:
@@ -293,7 +303,7 @@ def _said(rung: int, reach: int, *facts: int) -> Said:
         if watched and not used:
             against.append("sockets of its rollout were recorded, none of this call to this destination")
     if unmapped and tier in ("destination", "interval"):
-        against.append("the NAT map knows no machine behind this port at that time")
+        against.append("the NAT map knows no machine of this job there at that time")
     return Said(tier, tuple(evidence), tuple(against))
 
 

@@ -81,7 +81,7 @@ def attribute(
         maps: NAT maps.
         options: what the logs leave open.
         progress: is told in words how far it is.
-        spread: arranges the traces in the store's stead, on other machines (:mod:`ray_guard.integrations.ray_tasks`).
+        spread: arranges the traces in the store's stead, on other machines (:mod:`ray_guard.integrations.ray_data`).
             The answer is the same; what spans said besides is not there to be reported.
 
     Raises:
@@ -97,11 +97,12 @@ def attribute(
     else:
         span = spread(db, traces, quarantine)
     logs = intake.Intake()
-    # The store works without the interpreter: logs are read meanwhile.
+    # The store works without the interpreter: logs are read meanwhile, on a processor that is left to them.
     with ThreadPoolExecutor(1) as beside:
-        job = beside.submit(store.arrange if spread is None else _nothing_left, db)
-        for done in logs.read(alerts, options, span):
-            progress(f"{done:,} alert records read")
+        with store.fewer_threads(db):
+            job = beside.submit(store.arrange if spread is None else _nothing_left, db)
+            for done in logs.read(alerts, options, span):
+                progress(f"{done:,} alert records read")
         while not job.done():
             progress("arranging the job's calls")
             wait([job], _TICK_S)
@@ -172,13 +173,14 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
            FROM timed t JOIN alert a USING (alert) ORDER BY alert"""
     ).fetchnumpy()
     informational, known = said["informational"].astype(bool), said["known"].astype(bool)
+    strangers = db.sql(
+        """SELECT t.alert, coalesce(inside_ip, src_ip) AS ip
+           FROM timed t ANTI JOIN (FROM place WHERE known) USING (alert)"""
+    ).to_arrow_table()
+    ips = strangers["ip"].combine_chunks().dictionary_encode()
+    private = np.array([*map(_private, ips.dictionary.to_pylist()), False])
     foreign = np.zeros(len(known), dtype=bool)
-    strangers = db.execute(
-        """SELECT coalesce(inside_ip, src_ip) AS ip, list(alert) FROM timed t
-           WHERE alert NOT IN (SELECT alert FROM place WHERE known) GROUP BY ip"""
-    ).fetchall()
-    for ip, met in strangers:
-        foreign[met] = _private(ip)
+    foreign[strangers["alert"].to_numpy()] = private[ips.indices.fill_null(-1).to_numpy()]
     unmapped = np.zeros(len(known), dtype=bool)
     unmapped[db.execute("SELECT alert FROM unmapped").fetchnumpy()["alert"]] = True
     # An ordinary flow and an objection have nothing in common: each kind learns its own rates.
@@ -271,5 +273,5 @@ def _heard(start: Any, end: Any, first: int, last: int) -> tuple[int, int]:
 _INSIDE: Final = tuple(map(ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")))
 
 
-def _private(address: str | None) -> bool:
-    return address is not None and any(ip_address(address) in network for network in _INSIDE)
+def _private(address: str) -> bool:
+    return any(ip_address(address) in network for network in _INSIDE)

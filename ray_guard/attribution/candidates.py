@@ -20,6 +20,8 @@ _GATEWAYS: Final = 3
 """How many may translate one after the other."""
 _SOME: Final = 4_000
 """Translations of one map that its clock is told by."""
+_COMPARED: Final = 50_000_000
+"""Pairs of an alert without a port and a translation to its peer that are looked at: of the rarest peers first."""
 _ALWAYS: Final = nat.ALWAYS
 LOOKBACK_NS: Final = 300_000_000_000
 """How far back a record may look that says only when it was written, or when something ended."""
@@ -30,7 +32,7 @@ def join(db: duckdb.DuckDBPyConnection) -> None:
     reach, tells (its text names a destination), named (this one), used (the call has a recorded socket to there),
     watched (sockets of its rollout were recorded).
 
-    Fills ``unmapped`` (alert): those of an address whose NAT map knows nobody for their port.
+    Fills ``unmapped`` (alert): those of an address whose NAT map knows nobody for their port, or none of the job.
 
     Needs ``clock`` (source, skew_ns, drift, reference_ns, slack_ns) beside what :func:`store.prepare` makes.
     """
@@ -181,6 +183,22 @@ _BEFORE: Final = (
              p.start_ns, p.end_ns, p.slack_ns, p.proto, p.host
            FROM plain p JOIN (SELECT * FROM mapping WHERE outside_port IS NULL) m ON m.outside_ip = p.local_ip
              AND {_HELD}""",
+    # Without a port the map tells who went to that peer then; one that was given, for what logs carry is not all.
+    f"""INSERT INTO side
+         WITH p AS (SELECT * FROM side WHERE local_port IS NULL AND peer_ip IS NOT NULL AND NOT mapped),
+         m AS (SELECT *, peer_ip AS to_ip FROM mapping
+           WHERE outside_port IS NOT NULL AND source NOT IN (SELECT source FROM alert)),
+         few AS (
+           SELECT outside_ip, to_ip FROM (SELECT outside_ip, to_ip, count(*) AS rows FROM m GROUP BY ALL)
+             JOIN (SELECT local_ip, peer_ip, count(*) AS alerts FROM p GROUP BY ALL)
+               ON local_ip = outside_ip AND peer_ip = to_ip
+           QUALIFY sum(rows * alerts) OVER (ORDER BY rows * alerts, outside_ip, to_ip) <= {_COMPARED})
+         SELECT p.alert, m.inside_ip, m.inside_port,
+             coalesce(m.aimed_ip, p.peer_ip), coalesce(m.aimed_port, p.peer_port), true,
+             greatest(p.start_ns, m.start_ns - p.slack_ns), least(p.end_ns, m.end_ns + p.slack_ns), p.slack_ns,
+             p.proto, p.host
+           FROM p JOIN (SELECT * FROM m SEMI JOIN few USING (outside_ip, to_ip)) m
+             ON m.outside_ip = p.local_ip AND m.to_ip = p.peer_ip AND {_HELD}""",
     # Behind an address whose map was given stood somebody whom the map, as far as it reaches, does not know. What logs
     # say of their own records' translation is no such map: it is silent of all that they do not record. Nor is one of
     # which no row fits any record of that address: its clock may be wrong.
@@ -194,7 +212,13 @@ _BEFORE: Final = (
          SELECT DISTINCT s.alert FROM side s JOIN reach r ON r.outside_ip = s.local_ip
            AND s.start_ns >= r.start_ns AND s.end_ns <= r.end_ns
          WHERE NOT s.mapped AND s.local_port IS NOT NULL AND s.local_ip IN (SELECT local_ip FROM fits)
-           AND s.alert NOT IN (SELECT alert FROM side WHERE mapped)""",
+           AND s.alert NOT IN (SELECT alert FROM side WHERE mapped)
+         -- Or somebody who is none of the job's machines, by a map that knows those by their addresses.
+         UNION
+         SELECT s.alert FROM side s JOIN side m ON m.alert = s.alert AND m.mapped
+           WHERE NOT s.mapped AND s.local_ip IN (
+             SELECT outside_ip FROM mapping SEMI JOIN node_ip ON ip = inside_ip WHERE outside_ip <> inside_ip)
+           GROUP BY s.alert HAVING bool_and(m.local_ip NOT IN (SELECT ip FROM node_ip))""",
     f"""CREATE OR REPLACE TABLE by_socket AS
           SELECT s.alert,
             unnest(CASE WHEN f.ambiguous AND len(f.candidates) > 0 THEN f.candidates ELSE [NULL] END) AS one_of,
@@ -259,17 +283,25 @@ _AFTER: Final = (
          UNION
          SELECT b.alert, b.call FROM best b JOIN timed t USING (alert)
            SEMI JOIN open o ON o.call = b.call AND o.host = t.host""",
-    f"""CREATE OR REPLACE TABLE candidate AS
+    # Texts that hold an address are few, and so are alerts that name a host: each is looked for among those alone.
+    f"""CREATE OR REPLACE TABLE named AS
+         SELECT b.alert, b.call FROM (SELECT * FROM words WHERE regexp_matches(text, '{prior.ADDRESS}')) w
+           JOIN best b USING (call) JOIN timed t USING (alert)
+           WHERE {prior.names("w.text", "t.dst_ip")} OR {prior.names("w.text", "t.src_ip")}
+         UNION
+         SELECT b.alert, b.call FROM (SELECT * FROM timed WHERE host <> '') t
+           JOIN best b USING (alert) JOIN words w USING (call) WHERE {prior.names("w.text", "t.host")}""",
+    """CREATE OR REPLACE TABLE candidate AS
          WITH about AS (
-           SELECT call, l.end_ns - l.start_ns AS span_ns, w.reach, w.tells, w.text, v.call IS NOT NULL AS watched
+           SELECT call, l.end_ns - l.start_ns AS span_ns, w.reach, w.tells, v.call IS NOT NULL AS watched
            FROM alive l FULL JOIN watched v USING (call) LEFT JOIN words w USING (call))
-         SELECT b.*, coalesce(a.span_ns, 0) AS span_ns, t.source,
-           coalesce(a.reach, 1) AS reach, coalesce(a.tells, false) AS tells,
-           {prior.names("a.text", "t.dst_ip")} OR {prior.names("a.text", "t.src_ip")}
-             OR {prior.names("a.text", "t.host")} AS named,
-           u.call IS NOT NULL AS used, coalesce(a.watched, false) AS watched
-         FROM best b JOIN timed t USING (alert) LEFT JOIN about a USING (call) LEFT JOIN used u USING (alert, call)""",
+         SELECT b.*, coalesce(a.span_ns, 0) AS span_ns, coalesce(a.reach, 1) AS reach,
+           coalesce(a.tells, false) AS tells, n.call IS NOT NULL AS named, u.call IS NOT NULL AS used,
+           coalesce(a.watched, false) AS watched
+         FROM best b LEFT JOIN about a USING (call) LEFT JOIN named n USING (alert, call)
+           LEFT JOIN used u USING (alert, call)""",
     "DROP TABLE by_interval",
     "DROP TABLE best",
     "DROP TABLE used",
+    "DROP TABLE named",
 )

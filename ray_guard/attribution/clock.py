@@ -74,6 +74,8 @@ def estimate(db: duckdb.DuckDBPyConnection, source: int) -> list[Clock]:
             return [best._replace(identifiable=not _another(*ranges, best))]
     # Where the sockets themselves were found and tell no clock, that somebody went there is nothing new.
     told = _by_texts(db, source, sockets=not len(found["alert"]))
+    if best.bounded and not best.low_ns - SECOND <= told.skew_ns <= best.high_ns + SECOND:
+        return [best]
     return [told if told.identifiable or not best.bounded else best]
 
 

@@ -96,6 +96,7 @@ def _reward(found: Association) -> dict[str, Any]:
         "within_group_difference": reward.mean,
         "interval": None if reward.interval is None else list(reward.interval),
         "trend_per_iteration": found.trend,
+        "trend_interval": None if found.trend_interval is None else list(found.trend_interval),
         "groups": reward.groups,
         "groups_of_one_reward": reward.even,
         "rollouts": found.rollouts,

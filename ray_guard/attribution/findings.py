@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ray_guard.attribution import recurrence, reward
 from ray_guard.attribution.attribute import Result
-from ray_guard.attribution.templates import template
+from ray_guard.attribution.templates import alike, template
 
 _TEXTS: Final = 50_000
 _CAUSE: Final = 0.5
@@ -31,50 +31,45 @@ def recurrences(result: Result, caused: Counter[int]) -> list[recurrence.Recurre
     return recurrence.enriched(_counts(result, caused)) if caused else []
 
 
-_BY_CALLS: Final = """SELECT {pattern} AS pattern, tool, run, iteration, node, count(*) AS members,
+_BY_CALLS: Final = """SELECT {pattern} AS pattern, tool, stratum, count(*) AS members,
     count(DISTINCT trace_id) FILTER (alerts > 0) AS hits, count(*) AS calls, sum(alerts) AS alerts
   FROM {source} GROUP BY ALL"""
-_BY_ROLLOUTS: Final = """SELECT pattern, '' AS tool, run, iteration, node, count(*) AS members,
+_BY_ROLLOUTS: Final = """SELECT pattern, '' AS tool, stratum, count(*) AS members,
     count(*) FILTER (alerts > 0) AS hits, sum(calls) AS calls, sum(alerts) AS alerts
-  FROM (SELECT trace_id, {pattern} AS pattern, run, {iteration} AS iteration, node, count(*) AS calls,
-      sum(alerts) AS alerts
+  FROM (SELECT trace_id, {pattern} AS pattern, stratum, count(*) AS calls, sum(alerts) AS alerts
     FROM {source} GROUP BY ALL) GROUP BY ALL"""
 #: dimension, what is counted in each stratum; a pattern without a name is counted and not listed
 _DIMENSIONS: Final = (
     ("tool", _BY_CALLS.format(pattern="tool", source="compared")),
     ("command", _BY_CALLS.format(pattern="coalesce(words, '')", source="compared LEFT JOIN templated USING (call)")),
-    ("task", _BY_ROLLOUTS.format(pattern="coalesce(\"group\", '')", iteration="iteration", source="compared")),
-    # A checkpoint is an iteration's, or nearly: to be compared at all it has to be with the others of its machines.
-    ("checkpoint", _BY_ROLLOUTS.format(pattern="policy_version", iteration="NULL", source="versioned")),
+    ("task", _BY_ROLLOUTS.format(pattern="coalesce(\"group\", '')", source="compared")),
+    ("checkpoint", _BY_ROLLOUTS.format(pattern="policy_version", source="versioned")),
 )
-_COMPARED: Final = (
-    """CREATE OR REPLACE TEMP TABLE alerting AS
-       SELECT DISTINCT run, iteration, node FROM call JOIN causing USING (call)""",
-    """CREATE OR REPLACE TABLE compared AS
-       SELECT c.call, c.trace_id, c.run, c.iteration, c.node, coalesce(c.tool, '') AS tool, c."group",
+
+
+def _within(strata: str) -> str:
+    """SQL for all calls of the strata in which there were alerts."""
+    same = " AND ".join(f"c.{column} IS NOT DISTINCT FROM s.{column}" for column in strata.split(", "))
+    return f"""SELECT c.call, c.trace_id, s.stratum, coalesce(c.tool, '') AS tool, c."group", c.policy_version,
          coalesce(k.alerts, 0) AS alerts
-       FROM call c LEFT JOIN causing k USING (call) SEMI JOIN alerting a ON c.node = a.node
-         AND c.run IS NOT DISTINCT FROM a.run AND c.iteration IS NOT DISTINCT FROM a.iteration""",
-    """CREATE OR REPLACE TEMP VIEW versioned AS
-       SELECT c.trace_id, c.run, c.node, c.policy_version, coalesce(k.alerts, 0) AS alerts
-       FROM call c LEFT JOIN causing k USING (call) SEMI JOIN alerting a ON c.node = a.node
-         AND c.run IS NOT DISTINCT FROM a.run
-       WHERE c.policy_version <> ''""",
-)
+       FROM call c LEFT JOIN causing k USING (call)
+       JOIN (SELECT *, row_number() OVER (ORDER BY {strata}) AS stratum
+             FROM (SELECT DISTINCT {strata} FROM call JOIN causing USING (call))) s ON {same}"""
 
 
 def _counts(result: Result, caused: Counter[int]) -> recurrence.Counts:
     db = result.db
     _name_causing(result, caused)
-    for statement in _COMPARED:
-        db.execute(statement)
+    db.execute(f"CREATE OR REPLACE TABLE compared AS {_within('run, iteration, node')}")
+    # A checkpoint is an iteration's, or nearly: to be compared at all it has to be with the others of its machines.
+    db.execute(f"CREATE OR REPLACE TEMP VIEW versioned AS {_within('run, node')} WHERE c.policy_version <> ''")
     _make_templates(db)
     counts = recurrence.Counts()
     for dimension, counted in _DIMENSIONS:
         db.execute(
             f"""CREATE OR REPLACE TEMP TABLE counted AS
                 SELECT *, sum(members) OVER stratum AS size, sum(hits) OVER stratum AS drawn FROM ({counted})
-                WINDOW stratum AS (PARTITION BY run, iteration, node)"""
+                WINDOW stratum AS (PARTITION BY stratum)"""
         )
         # Told by how many there are and where alerts were, not by which of them alerted: else the test would be biased.
         ((tested,),) = db.execute(
@@ -83,12 +78,12 @@ def _counts(result: Result, caused: Counter[int]) -> recurrence.Counts:
             [recurrence.FEWEST],
         ).fetchall()
         counts.tested += tested
-        for pattern, tool, *where, members, hits, calls, alerts, size, drawn in db.execute(
+        for pattern, tool, number, members, hits, calls, alerts, size, drawn in db.execute(
             """SELECT * FROM counted WHERE pattern <> ''
                QUALIFY sum(hits) OVER (PARTITION BY pattern, tool) >= ?""",
             [recurrence.FEWEST],
         ).fetchall():
-            named, stratum = (dimension, pattern, tool), (dimension, *where)
+            named, stratum = (dimension, pattern, tool), (dimension, number)
             counts.size[stratum], counts.alerting[stratum] = int(size), int(drawn)
             counts.members[named][stratum] = members
             counts.hits[named] += hits
@@ -99,18 +94,22 @@ def _counts(result: Result, caused: Counter[int]) -> recurrence.Counts:
 
 def _make_templates(db: duckdb.DuckDBPyConnection) -> None:
     """Fills ``templated``: call, words."""
-    db.execute("CREATE OR REPLACE TEMP TABLE template (text VARCHAR, words VARCHAR)")
+    db.execute(
+        f"""CREATE OR REPLACE TABLE said AS SELECT text, {alike("text")} AS alike
+            FROM (SELECT DISTINCT text FROM words WHERE text <> '' AND call IN (SELECT call FROM compared))"""
+    )
+    db.execute("CREATE OR REPLACE TEMP TABLE template (alike VARCHAR, words VARCHAR)")
     # Of its own: what is written meanwhile would end the reading.
     reading = db.cursor()
-    reading.execute("SELECT DISTINCT text FROM words WHERE text <> '' AND call IN (SELECT call FROM compared)")
+    reading.execute("SELECT DISTINCT alike FROM said")
     while rows := reading.fetchmany(_TEXTS):
         texts = [text for (text,) in rows]
-        db.register("made", pa.table({"text": texts, "words": list(map(template, texts))}))
+        db.register("made", pa.table({"alike": texts, "words": list(map(template, texts))}))
         db.execute("INSERT INTO template SELECT * FROM made WHERE words <> ''")
         db.unregister("made")
     db.execute(
-        """CREATE OR REPLACE TEMP TABLE templated AS
-           SELECT call, t.words FROM compared JOIN words w USING (call) JOIN template t ON t.text = w.text"""
+        """CREATE OR REPLACE TEMP TABLE templated AS SELECT call, t.words FROM compared JOIN words USING (call)
+           JOIN said USING (text) JOIN template t USING (alike)"""
     )
 
 

@@ -7,7 +7,6 @@ The numbers are those that one store would have given, so that whatever follows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import duckdb
@@ -18,27 +17,22 @@ from ray_guard.evidence import columns
 
 _TABLES: Final = ("node", "call", "rollout", "process", "flow", "alive", "words", "root")
 
+PART: Final = pa.field("part", pa.int32())
 
-def dealt(spans: pa.Table, parts: int) -> list[tuple[int, pa.Table]]:
-    """Spans by the part that their trace falls to: (part, its spans), parts without any left out."""
+
+def dealt(spans: pa.Table, count: int) -> pa.Table:
+    """The spans with the part that their trace falls to: a column more, from 0 to ``count`` less one."""
+    spans = spans.select(columns.SCHEMA.names).cast(columns.SCHEMA)
     db = duckdb.connect(config={"threads": 1})
-    db.register("spans", spans)
-    named = ", ".join(f'"{name}"' for name in columns.SCHEMA.names)
-    whole = db.sql(
-        f"SELECT {named}, CAST(hash(trace_id) % {int(parts)} AS INTEGER) AS part FROM spans"
-    ).to_arrow_table()
-    db.register("whole", whole)
-    return [
-        (part, db.sql(f"SELECT * EXCLUDE (part) FROM whole WHERE part = {part}").to_arrow_table().cast(columns.SCHEMA))
-        for (part,) in db.execute("SELECT DISTINCT part FROM whole ORDER BY part").fetchall()
-    ]
+    ids = spans.select(["trace_id"])  # noqa: F841 - read by its name
+    part = db.sql(f"SELECT CAST(hash(trace_id) % {int(count)} AS INTEGER) AS part FROM ids").to_arrow_table()
+    return spans.append_column(PART, part["part"])
 
 
-def derived(spans: Sequence[pa.Table]) -> dict[str, pa.Table]:
+def derived(spans: pa.Table) -> dict[str, pa.Table]:
     """The tables of one part, with numbers of its own. ``root`` has what findings ask of rollouts' own spans."""
     db = store.connect("1GB", threads=1)
-    for table in spans:
-        store.insert(db, "span", table)
+    store.insert(db, "span", spans)
     first, last = store.bounds(db)
     store.arrange(db)
     made = {name: db.sql(f"SELECT * FROM {name}").to_arrow_table() for name in _TABLES[:-1]}

@@ -59,9 +59,13 @@ def reach(text: str) -> Reach:
     return Reach.UNKNOWN
 
 
+ADDRESS: Final = r"\d\.\d|[0-9A-Fa-f:]:[0-9A-Fa-f:]"
+"""What a text has that holds any address, and few others."""
+
+
 def names(text: str, what: str) -> str:
     """The SQL that tells whether a text names an address or a host, and no longer one that holds it. Both in SQL."""
     quoted = f"replace({what}, '.', '[.]')"
     before, after = r"(^|[^0-9A-Za-z_.-]|\\[nrt])", r"($|[^0-9A-Za-z_.-]|[.]($|[^0-9A-Za-z]))"
-    return f"""(CASE WHEN coalesce({what} <> '' AND contains(lower({text}), {what}), false)
+    return f"""(CASE WHEN coalesce({what}, '') = '' THEN false WHEN contains(lower({text}), {what})
                  THEN regexp_matches(lower({text}), '{before}' || {quoted} || '{after}') ELSE false END)"""

@@ -86,11 +86,8 @@ def p_value(
     hits: int, members: Mapping[Hashable, int], size: Mapping[Hashable, int], alerting: Mapping[Hashable, int]
 ) -> float:
     """Chance of at least ``hits`` alerting calls among a pattern's, alerts drawn at random within each stratum."""
-    parts = [
-        _hypergeometric(size[stratum], members[stratum], drawn)
-        for stratum in sorted(members, key=repr)
-        if (drawn := alerting.get(stratum, 0))
-    ]
+    kinds = Counter((size[stratum], marked, alerting.get(stratum, 0)) for stratum, marked in members.items())
+    parts = [_repeated(_hypergeometric(*kind), times) for kind, times in sorted(kinds.items()) if kind[2]]
     # In pairs, then pairs of pairs: one after the other, long rows would be gone through for every short one.
     while len(parts) > 1:
         odd = parts[len(parts) & ~1 :]
@@ -109,6 +106,15 @@ def _sum(one: _Chances, other: _Chances) -> _Chances:
     return _trimmed(one[0] + other[0], np.convolve(one[1], other[1]))
 
 
+def _repeated(one: _Chances, times: int) -> _Chances:
+    """The sum of so many alike: by squares, then squares of squares."""
+    if times == 1:
+        return one
+    half = _repeated(one, times // 2)
+    whole = _sum(half, half)
+    return _sum(whole, one) if times % 2 else whole
+
+
 def _trimmed(least: int, chance: _FLOATS) -> _Chances:
     some = np.flatnonzero(chance > _NOTHING)
     return (least + int(some[0]), chance[some[0] : some[-1] + 1]) if len(some) else (least, chance[:1])
@@ -118,10 +124,11 @@ def _trimmed(least: int, chance: _FLOATS) -> _Chances:
 def _hypergeometric(size: int, marked: int, drawn: int) -> _Chances:
     """Of how many marked ones there are among ``drawn`` out of ``size``."""
     least, most = max(0, drawn - (size - marked)), min(drawn, marked)
-    chance = np.zeros(most + 1 - least)
-    for k in range(least, most + 1):
-        chance[k - least] = np.exp(_choose(marked, k) + _choose(size - marked, drawn - k) - _choose(size, drawn))
-    return _trimmed(least, chance)
+    first = _choose(marked, least) + _choose(size - marked, drawn - least) - _choose(size, drawn)
+    k = np.arange(least, most)
+    # From each to the next.
+    ratio = (marked - k) / (k + 1) * (drawn - k) / (size - marked - drawn + k + 1)
+    return _trimmed(least, np.exp(first + np.concatenate([[0.0], np.cumsum(np.log(ratio))])))
 
 
 def _choose(n: int, k: int) -> float:

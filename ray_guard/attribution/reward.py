@@ -6,7 +6,9 @@ or episodes that a trainer filtered out are missing here.
 
 A group's difference weighs as much as it would tell if rewards scattered alike everywhere. The interval does not take
 that for granted: it goes by how much the groups differ from each other, with the correction for few and unequal ones
-of Bell and McCaffrey (2002) and Student's distribution.
+of Bell and McCaffrey (2002) and Student's distribution. So does that of the trend, by how much the iterations scatter
+around their line, and no less than chance alone would: rollouts of one iteration have their policy in common, and what
+iterations have in common beyond the line (a drift to and fro) is not seen.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import lgamma, pi, sqrt
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -66,6 +68,7 @@ class Association:
     Args:
         reward, advantage: differences within groups.
         trend: change of the share of violating rollouts from one iteration to the next; None with a single iteration.
+        trend_interval: 95 %; None with fewer than three iterations, or where all rollouts are alike.
         rollouts, violating: counts.
         unrewarded, violating_unrewarded: counts of rollouts without a reward, of all and of the violating ones.
     """
@@ -73,6 +76,7 @@ class Association:
     reward: Difference
     advantage: Difference
     trend: float | None
+    trend_interval: tuple[float, float] | None
     rollouts: int
     violating: int
     unrewarded: int
@@ -86,7 +90,7 @@ def associate(rollouts: Iterable[Rollout]) -> Association:
     return Association(
         within_groups(known, lambda each: each.reward),
         within_groups(known, lambda each: each.advantage),
-        _trend(known),
+        *_trend(known),
         len(known),
         sum(each.violating for each in known),
         len(unrewarded),
@@ -152,7 +156,7 @@ def student(chance: float, freedom: float) -> float:
     return float(sqrt(freedom) * np.tan(np.interp((chance - 0.5) * whole, below, angle)))
 
 
-def _trend(rollouts: list[Rollout]) -> float | None:
+def _trend(rollouts: list[Rollout]) -> tuple[float | None, tuple[float, float] | None]:
     """Slope of the share of violating rollouts over iterations, each weighing as many rollouts as it has."""
     counts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for each in rollouts:
@@ -160,9 +164,37 @@ def _trend(rollouts: list[Rollout]) -> float | None:
             counts[each.iteration][0] += 1
             counts[each.iteration][1] += each.violating
     if len(counts) < 2:
-        return None
+        return None, None
     at = np.array(sorted(counts), dtype=np.float64)
     size = np.array([counts[int(i)][0] for i in at], dtype=np.float64)
     share = np.array([counts[int(i)][1] for i in at]) / size
     centred = at - np.average(at, weights=size)
-    return float((size * centred * share).sum() / (size * centred**2).sum())
+    spread = float((size * centred**2).sum())
+    slope = float((size * centred * share).sum()) / spread
+    mean = float(np.average(share, weights=size))
+    if len(counts) < 3 or not 0 < mean < 1:
+        return slope, None
+    chance = student(_SURE, _NORMAL) * sqrt(mean * (1 - mean) / spread)
+    half = max(chance, _scatter(share - mean - slope * centred, size, centred))
+    return slope, (slope - half, slope + half)
+
+
+def _scatter(residuals: Any, size: Any, centred: Any) -> float:
+    """Half of a slope's interval, by how far iterations lie from their line.
+
+    ``weight`` is what each one's square has in the variance, ``freedom`` of Satterthwaite: the trace of the quadratic
+    form, squared, through that of its square, where rollouts were independent and scattered alike.
+    """
+    total, spread = size.sum(), (size * centred**2).sum()
+    leverage = size * (1 / total + centred**2 / spread)
+    left = np.maximum(1 - leverage, _ROUNDING)
+    weight = size * centred**2 / spread**2 / left
+    error = sqrt(float((weight * size * residuals**2).sum()))
+    seen = weight * size
+    across = (
+        (seen.sum() / total) ** 2
+        + 2 * (seen * centred).sum() ** 2 / (total * spread)
+        + ((seen * centred**2).sum() / spread) ** 2
+    )
+    freedom = float((weight * left).sum() ** 2 / ((weight**2 * (1 - 2 * leverage)).sum() + across))
+    return student(_SURE, max(1.0, freedom)) * error

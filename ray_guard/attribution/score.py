@@ -184,11 +184,9 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
     density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, lasted, scale) for scale in _SCALES_NS])
 
     # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
-    met = np.zeros(2 * CLASSES)
-    if len(of_class):
-        least = rows.call.min()
-        calls_wide = int(rows.call.max() - least) + 1
-        met += np.bincount(np.unique(of_class * calls_wide + rows.call - least) // calls_wide, minlength=2 * CLASSES)
+    told = np.flatnonzero(~_UNNAMED[of_class])
+    pair = of_class[told] + 2 * CLASSES * rows.call[told]
+    met = np.bincount(np.unique(pair) % (2 * CLASSES), minlength=2 * CLASSES)
     exposed = np.where(_UNNAMED, np.tile(np.concatenate([calls.ravel(), np.zeros(CLASSES - 8)]), 2), met)
     return _learn(rows, of_class, density, groups, exposed)
 

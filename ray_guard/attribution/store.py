@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import duckdb
@@ -69,6 +70,18 @@ def connect(memory: str = "2GB", threads: int | None = None) -> duckdb.DuckDBPyC
     for name, schema in (("span", columns.SCHEMA), ("alert", ALERT_SCHEMA), ("nat", NAT_SCHEMA)):
         _create(db, name, schema)
     return db
+
+
+@contextmanager
+def fewer_threads(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Leaves one processor to others meanwhile, also while statements run."""
+    ((threads,),) = db.execute("SELECT current_setting('threads')").fetchall()
+    beside = db.cursor()
+    beside.execute(f"SET threads = {max(1, threads - 1)}")
+    try:
+        yield
+    finally:
+        beside.execute(f"SET threads = {threads}")
 
 
 def _create(db: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema) -> None:
@@ -271,10 +284,11 @@ _DERIVE: Final = (
     NODE_IP,
     """CREATE OR REPLACE TEMP TABLE about AS SELECT trace_id, min(run) AS run, min(iteration) AS iteration,
          min("group") AS "group", min(rollout) AS rollout, min(policy_version) AS policy_version,
-         bool_or(name <> 'ray_guard.reward') AS lived, max(coalesce(end_ns, start_ns)) AS last_ns
+         bool_or(name <> 'ray_guard.reward') AS lived, bool_or(name LIKE 'invoke_agent%') AS agent,
+         max(coalesce(end_ns, start_ns)) AS last_ns
          FROM span GROUP BY trace_id""",
     f"""CREATE TEMP TABLE call_span AS
-         SELECT s.trace_id, s.shown_trace_id, s.span_id, s.parent_id, n.node,
+         SELECT s.trace_id, s.shown_trace_id, s.span_id, s.parent_id, s.source, n.node,
            coalesce(s.run, a.run) AS run, coalesce(s.iteration, a.iteration) AS iteration,
            coalesce(s."group", a."group") AS "group", coalesce(s.rollout, a.rollout) AS rollout, s.turn,
            coalesce(s.policy_version, a.policy_version) AS policy_version,
@@ -283,11 +297,20 @@ _DERIVE: Final = (
            s.start_ns, greatest(coalesce(s.end_ns, a.last_ns), s.start_ns + 1) AS end_ns,
            coalesce(s.attributes['gen_ai.tool.call.arguments'], s.attributes['input.value'], '') AS arguments
          FROM span s JOIN about a USING (trace_id) {_NODE} WHERE s.name LIKE 'execute_tool%'""",
+    # Who knows nothing of rollouts has a trace for each.
+    """UPDATE about SET rollout = trace_id WHERE rollout IS NULL
+         AND (agent OR trace_id IN (SELECT trace_id FROM call_span WHERE source IS NULL AND rollout IS NULL))""",
+    """UPDATE call_span SET rollout = a.rollout FROM about a
+         WHERE call_span.rollout IS NULL AND a.rollout IS NOT NULL AND a.trace_id = call_span.trace_id""",
+    # Two witnesses of one call, in one trace one within the other: the guard's own has its sockets.
+    """DELETE FROM call_span s USING call_span g WHERE s.source IS NULL AND g.source IS NOT NULL
+         AND g.trace_id = s.trace_id AND (g.start_ns BETWEEN s.start_ns AND s.end_ns AND g.end_ns <= s.end_ns
+           OR s.start_ns BETWEEN g.start_ns AND g.end_ns AND s.end_ns <= g.end_ns)""",
     """CREATE TEMP TABLE turn AS SELECT s.rowid AS row, t.turn FROM call_span s JOIN span t
          ON t.trace_id = s.trace_id AND t.span_id = s.parent_id WHERE s.turn IS NULL AND t.name = 'rl.turn'""",
     # What is numbered is sorted: as little as tells the order.
     f"""CREATE OR REPLACE TABLE call AS
-         SELECT m.number AS call, s.* EXCLUDE (parent_id) REPLACE (coalesce(s.turn, t.turn) AS turn)
+         SELECT m.number AS call, s.* EXCLUDE (parent_id, source) REPLACE (coalesce(s.turn, t.turn) AS turn)
          FROM call_span s JOIN {_numbered("call_span")} m ON m.row = s.rowid LEFT JOIN turn t ON t.row = s.rowid""",
     "DROP TABLE call_span",
     f"""CREATE TEMP TABLE process_span AS

@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -23,11 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import numpy as np
-
 from ray_guard import __version__
 from ray_guard.attribution import document, store
-from ray_guard.attribution.answers import Attribution
 from ray_guard.attribution.attribute import Result, Spread, attribute
 from ray_guard.attribution.intake import Options
 from ray_guard.attribution.sources import FORMATS
@@ -35,14 +31,12 @@ from ray_guard.attribution.sources.reader import NotAlerts
 from ray_guard.cli.output import failed, say
 from ray_guard.evidence.layout import SUFFIX
 from ray_guard.evidence.reader import NotEvidence
-from ray_guard.report import causes
-from ray_guard.report.text import printable
+from ray_guard.report import causes, verdicts
 
 if TYPE_CHECKING:
     from ray_guard.cli.output import Subparsers
 
 _EVERY_S: Final = 10.0
-_BLOCK: Final = 1000
 _YEARS: Final = (1970, 2261)
 """That Unix nanoseconds in 64 bits can tell."""
 
@@ -106,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + signal.SIGINT
     finally:
         progress.end()
-    for part in _summary(result):
+    for part in verdicts.summary(result):
         say(part)
     return 0
 
@@ -140,14 +134,14 @@ class _NoRay(Exception):
 
 def _ray(address: str) -> Spread:
     try:
-        from ray_guard.integrations import ray_tasks
+        from ray_guard.integrations import ray_data
 
-        ray_tasks.join(address)
+        ray_data.join(address)
     except ImportError as error:
-        raise _NoRay(f"--ray needs ray-guard[ray]: {error}") from error
+        raise _NoRay(f"--ray needs ray-guard[data]: {error}") from error
     except ConnectionError as error:
         raise _NoRay(f"--ray {address}: no such cluster ({error}); `ray start --head` starts one") from error
-    return ray_tasks.spread
+    return ray_data.spread
 
 
 class _Hashed:
@@ -250,52 +244,3 @@ def _command(args: argparse.Namespace) -> list[str]:
         if value is not None:
             words += [f"--{name}", str(value)]
     return words
-
-
-def _summary(result: Result) -> Iterator[str]:
-    lines = []
-    for source in result.sources:
-        clock = source.clock
-        skew = f"{clock.skew_ns / 1e9:+.1f} s" if clock.identifiable else "not identifiable"
-        if clock.bounded and not clock.identifiable:
-            skew += f" between {clock.low_ns / 1e9:+.1f} and {clock.high_ns / 1e9:+.1f} s"
-        for later in source.clocks[1:]:
-            skew += f", set in between to {later.skew_ns / 1e9:+.1f} s"
-        left = source.report.quarantined.total()
-        lines.append(f"{source.path}: {source.format}, {source.records} records, {left} quarantined, clock skew {skew}")
-    for each in result.maps:
-        left = each.report.quarantined.total()
-        skew = f"clock skew {each.clock.skew_ns / 1e9:+.1f} s" if each.own_clock else "clock taken to be the logs'"
-        lines.append(f"{each.report.path}: NAT map, {each.translations} translations, {left} quarantined, {skew}")
-    for report in result.reports:
-        firsts = {each.reason: each for each in reversed(report.first)}
-        for first in sorted(firsts.values(), key=lambda each: each.line):
-            count = report.quarantined[first.reason]
-            lines.append(
-                f"{report.path}: {count} quarantined as {first.reason}, first in line {first.line}: {first.detail}"
-            )
-    if result.quarantine.total:
-        lines.append(
-            f"traces: {', '.join(f'{n} {why}' for why, n in sorted(result.quarantine.counts.items()))} quarantined"
-        )
-    lines += causes.beware(result)
-    quiet = result.alerts.informational
-    counts = Counter(result.alerts.verdicts()[~quiet].tolist())
-    named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
-    lines.append(f"{named}; {quiet.sum()} informational records")
-    for alert in result.alerts.of(np.flatnonzero(~quiet)):
-        lines.append(f"{alert.source.path}:{alert.record}  {_answer(alert)}")
-        if len(lines) >= _BLOCK:
-            yield "".join(f"{printable(line)}\n" for line in lines)
-            lines = []
-    yield "".join(f"{printable(line)}\n" for line in lines)
-
-
-def _answer(alert: Attribution) -> str:
-    if alert.verdict == "unobserved":
-        return f"nobody in this job ({alert.unobserved:.2f})"
-    first = alert.candidates[0]
-    about = first.about
-    names = ("iteration", "group", "rollout", "turn", "tool", "call_id")
-    parts = [f"{name.replace('call_id', 'call')} {about[name]}" for name in names if about.get(name) is not None]
-    return f"{alert.verdict} {first.confidence:.2f} ({first.tier}): {', '.join(parts)}"

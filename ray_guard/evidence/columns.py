@@ -22,7 +22,8 @@ attributes          map<string, string>    all others of the span; numbers as te
 events, links       string                 JSON arrays, null where there are none
 ==================  =====================  =============================================================================
 
-An identity that stands on the resource alone counts for its spans.
+An identity that stands on the resource alone counts for its spans. What other instrumentations call otherwise has the
+trace model's names (:mod:`~ray_guard.evidence.conventions`) beside its own.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from ray_guard.evidence import conventions
 from ray_guard.evidence.reader import Entry
 from ray_guard.records import AttributeValue
 
@@ -86,7 +88,8 @@ def batches(entries: Iterable[Entry]) -> Iterator[pa.RecordBatch]:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    span, own, about = entry.span, entry.span.attributes, entry.resource.attributes
+    span, about = conventions.told(entry.span), entry.resource.attributes
+    own = span.attributes
     row: dict[str, Any] = {
         "trace_id": span.trace_id,
         "span_id": span.span_id,

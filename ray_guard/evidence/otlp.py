@@ -464,9 +464,21 @@ def _decode_value(value: object) -> AttributeValue:
             if not isinstance(content, dict):
                 raise NotOtlp("invalid", f"arrayValue is {content!r:.80}")
             return tuple(_text(_decode_value(item)) for item in _objects(content, "values"))
-        # bytesValue, kvlistValue and what later versions add: kept readable rather than lost.
+        if key == "kvlistValue" and isinstance(content, dict):
+            return json.dumps(_plain(value), ensure_ascii=False)
+        # bytesValue and what later versions add: kept readable rather than lost.
         return content if isinstance(content, str) else json.dumps(content, sort_keys=True, separators=(",", ":"))
     return ""
+
+
+def _plain(value: object) -> object:
+    """A structured value as JSON has it."""
+    if isinstance(value, dict):
+        if isinstance(inside := value.get("kvlistValue"), dict):
+            return {str(each.get("key")): _plain(each.get("value")) for each in _objects(inside, "values")}
+        if isinstance(inside := value.get("arrayValue"), dict):
+            return [_plain(each) for each in _objects(inside, "values")]
+    return _decode_value(value)
 
 
 def _text(value: AttributeValue) -> str:
@@ -558,7 +570,10 @@ def decode(line: bytes | str) -> list[tuple[Resource, SpanRecord]]:
         raise NotOtlp("malformed", f"not JSON: {error!s:.120}") from None
     if not isinstance(data, dict) or "resourceSpans" not in data:
         raise NotOtlp("foreign", "JSON without resourceSpans")
-    return _decode_spans(data)
+    try:
+        return _decode_spans(data)
+    except RecursionError:
+        raise NotOtlp("malformed", "a value of too many levels") from None
 
 
 def _decode_spans(data: Mapping[str, Any]) -> list[tuple[Resource, SpanRecord]]:

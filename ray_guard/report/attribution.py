@@ -29,6 +29,8 @@ _QUOTED: Final = 4_000
 _ROOM: Final = 2_000_000
 """Characters of HTML for the alerts, and as many for the chains: what hostile text can blow up ends there."""
 _PATTERNS: Final = 100
+_OPEN: Final = 20
+"""Chains that are open; the others are a line each, and not printed."""
 _LINES: Final = 100
 """Quarantined lines of each file, and of all."""
 _BARS: Final = 15
@@ -55,7 +57,7 @@ class Bundle:
 
 def render(found: Findings, bundle: Bundle) -> str:
     """The whole page."""
-    drawn = _fitting(map(_chain, found.chains))
+    drawn = _fitting(_chain(chain, opened=number < _OPEN) for number, chain in enumerate(found.chains))
     chained = {chain.row.number for chain in found.chains[: len(drawn)]}
     parts = [
         f'<p class="fact">{_safe(bundle.command)}</p>',
@@ -118,8 +120,9 @@ def _counted(reward: Mapping[str, Any]) -> str:
 def _span(found: Findings) -> str:
     if not found.moments:
         return "no record in these logs is an alert: nothing was refused, and no rule or signature spoke"
-    first, last = found.moments[0][0], found.moments[-1][0]
-    return f"alerts from {text.date(first)} to {text.date(last)} UTC, by the traces' clock"
+    first, last = (text.date(found.moments[each][0]) for each in (0, -1))
+    when = f"at {first}" if first == last else f"from {first} to {last}"
+    return f"alerts {when} UTC, by the traces' clock"
 
 
 def _safe(said: str) -> str:
@@ -164,11 +167,12 @@ def _title(title: str, *notes: str) -> str:
 
 
 def _clock(clock: Clock, *later: Clock) -> tuple[Cell, Cell, Cell]:
+    between = Cell(f"{clock.low_ns / 1e9:+.3f} to {clock.high_ns / 1e9:+.3f} s" if clock.bounded else "")
     if not clock.identifiable:
-        return Cell("not identifiable", Tone.WARN), Cell(), Cell()
+        return Cell("not identifiable", Tone.WARN), between, Cell()
     return (
         Cell(", then ".join(f"{each.skew_ns / 1e9:+.3f} s" for each in (clock, *later))),
-        Cell(f"{clock.low_ns / 1e9:+.3f} to {clock.high_ns / 1e9:+.3f} s"),
+        between,
         Cell(f"{clock.drift * 1e6:+.1f} ppm"),
     )
 
@@ -243,11 +247,8 @@ def _alerts(found: Findings, chained: set[int]) -> list[str]:
         return parts
     return [
         *parts,
-        '<input type="radio" name="verdict" id="every" checked><label for="every">all</label>',
-        *(
-            f'<input type="radio" name="verdict" id="only-{verdict}"><label for="only-{verdict}">{verdict}</label>'
-            for verdict in _VERDICTS
-        ),
+        '<label><input type="radio" name="verdict" checked>all</label>',
+        *(f'<label><input type="radio" name="verdict" id="only-{verdict}">{verdict}</label>' for verdict in _VERDICTS),
         '<input type="search" id="words" placeholder="words that a row must have: socket bash 198.51.100.7" hidden>',
         _table(rows),
     ]
@@ -262,7 +263,7 @@ _COLUMNS: Final = (
 def _table(rows: Iterable[str]) -> str:
     head = "".join(f'<th scope="col">{title}</th>' for title in _COLUMNS)
     body = "\n".join(rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    return f'<div class="wide records"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _row(row: Row, *, linked: bool) -> str:
@@ -307,16 +308,17 @@ def _chains(found: Findings, drawn: Sequence[str]) -> list[str]:
         return []
     note = "from the iteration down to the alert, what speaks for and against it, and who came second"
     more = _more(len(drawn), found.verdicts.total(), "chains")
-    return [_title("Chains", note, more), '<div class="chains">', *drawn, "</div>"]
+    fold = '<button id="unfold" hidden>open all (closed ones are not printed)</button>' if len(drawn) > _OPEN else ""
+    return [_title("Chains", note, more), fold, '<div class="chains">', *drawn, "</div>"]
 
 
-def _chain(chain: Chain) -> str:
+def _chain(chain: Chain, *, opened: bool) -> str:
     row, alert = chain.row, chain.row.alert
     verdict = alert.verdict
     sure = alert.unobserved if verdict == "unobserved" else alert.candidates[0].confidence
     about = " · ".join(_short(said, most) for said, most in ((row.where, 200), (row.far, 60), (row.rule, 80)) if said)
     parts = [
-        f'<details open class="chain {verdict}" id="a{row.number}"><summary>{about} · ',
+        f'<details{" open" if opened else ""} class="chain {verdict}" id="a{row.number}"><summary>{about} · ',
         f'<b class="{_TONES[verdict].value}">{verdict} {sure:.3f}</b></summary><dl>',
     ]
     steps = chain.steps or (
@@ -372,9 +374,11 @@ def _rewards(found: Findings) -> list[str]:
         between = reward["advantage_interval"]
         sure = "" if between is None else f", 95 % between {between[0]:+.3f} and {between[1]:+.3f}"
         said.append(f"Their advantage was {reward['advantage_difference']:+.3f} against the others'{sure}.")
-    trend = reward["trend_per_iteration"]
+    trend, between = reward["trend_per_iteration"], reward["trend_interval"]
     if trend is not None:
-        said.append(f"From one iteration to the next the share of such rollouts changes by {trend:+.2%}.")
+        sure = ", without an interval" if between is None else f", 95 % between {between[0]:+.2%} and {between[1]:+.2%}"
+        none = ": no trend is shown" if between is not None and between[0] <= 0 <= between[1] else ""
+        said.append(f"From one iteration to the next the share of such rollouts changes by {trend:+.2%}{sure}{none}.")
     counts = [f"{_counted(reward)} set off alerts"]
     if reward["rollouts_without_reward"]:
         bad = reward["violating_rollouts_without_reward"]
@@ -468,7 +472,8 @@ def timeline(moments: Sequence[tuple[int, str]], iterations: Sequence[tuple[int,
         bands.append(_band(number, across(begin), across(end), _FLOOR + 20 + 18 * lane))
     bottom = _FLOOR + 24 + 18 * len(lanes)
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {bottom}" class="broad" role="img" aria-label="Alerts over time, by verdict">'
+        '<div class="plot">',
+        f'<svg viewBox="0 0 {_WIDTH} {bottom}" class="broad" role="img" aria-label="Alerts over time, by verdict">',
     ]
     for index, verdict in enumerate(_VERDICTS):
         parts.append(f'<text x="{_LEFT + 90 * index}" y="12" style="fill:{_COLOURS[verdict]}">■ {verdict}</text>')
@@ -493,7 +498,7 @@ def timeline(moments: Sequence[tuple[int, str]], iterations: Sequence[tuple[int,
         f'<text x="{_LEFT}" y="{_FLOOR + 14}">{text.date(first)}</text>',
         f'<text x="{_WIDTH}" y="{_FLOOR + 14}" text-anchor="end">{text.date(last)}</text>',
         *bands,
-        "</svg>",
+        "</svg></div>",
     ]
     if len(inside) < len(moments):
         outside = text.plural(len(moments) - len(inside), "alert")
@@ -525,13 +530,16 @@ def bars(patterns: Sequence[Mapping[str, Any]]) -> str:
     def across(length: float) -> float:
         return left + room * length / longest
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {bottom}" class="broad" role="img" aria-label="Recurrence">']
+    parts = [
+        '<div class="plot">',
+        f'<svg viewBox="0 0 {_WIDTH} {bottom}" class="broad" role="img" aria-label="Recurrence">',
+    ]
     for index, (each, length) in enumerate(zip(shown, lengths, strict=True)):
         y = high * index + 4
         colour = "var(--bad)" if each["q_value"] <= _FALSE else "var(--dim)"
         said = f"{each['dimension']}: {each['pattern']}"
         parts.append(
-            f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{_short(said, 52)}</text>'
+            f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{_short(said, 44)}</text>'
             f'<rect x="{left}" y="{y}" width="{max(1.0, across(length) - left):.1f}" height="15" fill="{colour}">'
             f"<title>{_short(said, 400)}</title></rect>"
             f'<text x="{across(length) + 6:.1f}" y="{y + 12}">{text.plural(each["alerts"], "alert")}, '
@@ -542,7 +550,7 @@ def bars(patterns: Sequence[Mapping[str, Any]]) -> str:
         f'<line x1="{mark:.1f}" x2="{mark:.1f}" y1="0" y2="{bottom - 20}" stroke="var(--text)" stroke-dasharray="3 3"/>'
         f'<text x="{mark + 4:.1f}" y="{bottom - 8}">q = 0.05; the longer, the less it is chance</text>'
     )
-    return "\n".join([*parts, "</svg>"])
+    return "\n".join([*parts, "</svg></div>"])
 
 
 # --- the bundle ------------------------------------------------------------------------------------------------------
@@ -571,13 +579,13 @@ def _bundle(bundle: Bundle) -> list[str]:
 
 
 _STYLE: Final = """
-input[type=radio] { margin: 0 .3rem 0 0; } input[type=radio] + label { margin-right: 1rem; }
+input[type=radio] { margin: 0 .3rem 0 0; } label { margin-right: 1rem; white-space: nowrap; }
 input[type=search] { width: 28rem; max-width: 100%; font: inherit; padding: .2rem .5rem; color: inherit;
   background: var(--shade); border: 1px solid var(--line); border-radius: .4rem; }
-label + div.wide, input + div.wide { margin-top: .6rem; }
-#only-attributed:checked ~ div :is(.ambiguous, .unobserved),
-#only-ambiguous:checked ~ div :is(.attributed, .unobserved),
-#only-unobserved:checked ~ div :is(.attributed, .ambiguous), .missed { display: none; }
+input + div.wide { margin-top: .6rem; }
+body:has(#only-attributed:checked) > div :is(.ambiguous, .unobserved),
+body:has(#only-ambiguous:checked) > div :is(.attributed, .unobserved),
+body:has(#only-unobserved:checked) > div :is(.attributed, .ambiguous), .missed { display: none; }
 a { color: inherit; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 body > details { margin-top: 1rem; } body > details > summary { color: var(--dim); margin-bottom: .5rem; }
@@ -590,11 +598,24 @@ dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 pre { margin: .2rem 0 0; padding: .3rem .5rem; background: var(--shade); border-radius: .3rem; font-size: .8rem;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto; }
 th, td { padding: .3rem .45rem; }
+button { font: inherit; color: inherit; background: var(--shade); border: 1px solid var(--line); border-radius: .4rem;
+  padding: .2rem .6rem; margin-bottom: .6rem; cursor: pointer; }
+div.records { max-height: 80vh; overflow: auto; } div.records th { position: sticky; top: 0; }
 svg.broad { max-width: 60rem; }
+@media screen and (max-width: 45rem) {
+  div.records thead { display: none; }
+  div.records tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; padding: .4rem; border-bottom: 1px solid var(--line); }
+  div.records tr.missed { display: none; }
+  div.records td { border: 0; padding: 0; min-width: 0; white-space: normal; overflow-wrap: anywhere; }
+  div.records td:not([colspan]):nth-child(7)::before { content: "iteration "; }
+  div.records td:nth-child(9)::before { content: "turn "; }
+  dl { grid-template-columns: 1fr; gap: 0; } dt { text-align: left; margin-top: .3rem; } }
 @page { size: landscape; margin: 12mm; }
 @media print { :root { color-scheme: light; --ground: #fff; --text: #000; --dim: #444; --line: #bbb; --shade: #f3f3f3;
   --bad: #a01010; --warn: #704800; --good: #14562f; --clean: #1d4f8f; font-size: 9px; }
-  body { padding: 0; font-size: 10px; } input, label { display: none; } div.wide { overflow: visible; border: 0; }
+  body { padding: 0; font-size: 10px; } input, label, button { display: none; }
+  div.wide, div.records, div.plot { overflow: visible; max-height: none; border: 0; }
+  details.chain:not([open]) { display: none; }
   th, td { padding: 2px 4px; } pre { max-height: none; } tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
@@ -602,11 +623,24 @@ _SCRIPT: Final = """
 const words = document.getElementById("words");
 if (words) {
   words.hidden = false;
-  const rows = [...document.querySelectorAll("input ~ div.wide tr[class], details.chain")]
+  const rows = [...document.querySelectorAll("body > div.records tr[class], details.chain")]
     .map(row => [row, row.textContent.toLowerCase()]);
   words.addEventListener("input", () => {
     const wanted = words.value.toLowerCase().split(/\\s+/);
     for (const [row, said] of rows) row.classList.toggle("missed", !wanted.every(word => said.includes(word)));
   });
 }
+const unfold = document.getElementById("unfold");
+if (unfold) {
+  unfold.hidden = false;
+  unfold.addEventListener("click", () => {
+    for (const chain of document.querySelectorAll("details.chain:not(.missed)")) chain.open = true;
+  });
+}
+const meant = () => {
+  const chain = document.getElementById(location.hash.slice(1));
+  if (chain) { chain.open = true; chain.scrollIntoView(); }
+};
+addEventListener("hashchange", meant);
+meant();
 """

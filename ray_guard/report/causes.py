@@ -5,7 +5,6 @@ Runs later, on any machine. Reads the store that attribution left, and hashes th
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from ray_guard.attribution.attribute import Result
 from ray_guard.attribution.candidates import TIERS
 from ray_guard.evidence.reader import segments
 from ray_guard.report import text
+from ray_guard.report.spoken import spoken
 from ray_guard.report.summary import Iteration
 
 ALERT_LIMIT: Final = 2_000
@@ -272,7 +272,7 @@ class _Trace:
     flows: dict[int, dict[str, Any]] = field(default_factory=dict)  # by alert
     processes: dict[_Span, dict[str, Any]] = field(default_factory=dict)
     of_call: dict[int, list[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(list))
-    chats: dict[_Span, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))  # by turn
+    chats: dict[int, dict[str, Any]] = field(default_factory=dict)  # by call
     rollouts: dict[str, tuple[float | None, float | None, str | None]] = field(default_factory=dict)  # by trace
     peers: dict[tuple[Any, Any, Any], list[tuple[str, float]]] = field(default_factory=lambda: defaultdict(list))
 
@@ -282,7 +282,7 @@ _OF_FLOW: Final = (
     "parent_id", "trace_id", "span_id", "start_ns", "end_ns", "local_ip", "local_port", "peer_ip", "peer_port", "proto",
     "host", "decision", "ambiguous", "reason", "sent", "received", "rank",
 )  # fmt: skip
-_OF_CHAT: Final = ("start_ns", "model", "input_tokens", "output_tokens", "output")
+_OF_CHAT: Final = ("model", "input_tokens", "output_tokens", "attributes", "events", "same_turn")
 
 
 def _chains(result: Result, rows: Sequence[Row]) -> list[Chain]:
@@ -369,18 +369,25 @@ def _climb(db: duckdb.DuckDBPyConnection, found: _Trace) -> None:
 
 
 def _read_turns(db: duckdb.DuckDBPyConnection, found: _Trace) -> None:
-    turns = sorted({(call["trace_id"], call["parent_id"]) for call in found.calls.values() if call["parent_id"]})
-    for trace, turn, *rest in _looked_up(
+    """The model call before each tool call: in its turn, else (where there are none) in its trace."""
+    calls = found.calls
+    for call, *rest in _looked_up(
         db,
-        {"trace_id": [trace for trace, _ in turns], "turn": [turn for _, turn in turns]},
-        """SELECT s.trace_id, w.turn, s.start_ns, substr(s.name, 6), s.attributes['gen_ai.usage.input_tokens'],
-             s.attributes['gen_ai.usage.output_tokens'],
-             coalesce(s.attributes['gen_ai.output.messages'], s.attributes['output.value'],
-               s.attributes['gen_ai.completion'])
-           FROM span s JOIN wanted w ON s.trace_id = w.trace_id AND s.parent_id = w.turn
-           WHERE s.name LIKE 'chat %' ORDER BY s.trace_id, w.turn, s.start_ns, s.span_id""",
+        {
+            "call": list(calls),
+            "trace_id": [each["trace_id"] for each in calls.values()],
+            "parent_id": [each["parent_id"] for each in calls.values()],
+            "before_ns": [each["start_ns"] for each in calls.values()],
+        },
+        """SELECT w.call, substr(s.name, 6), s.attributes['gen_ai.usage.input_tokens'],
+             s.attributes['gen_ai.usage.output_tokens'], s.attributes, s.events,
+             s.parent_id IS NOT DISTINCT FROM w.parent_id
+           FROM span s JOIN wanted w ON s.trace_id = w.trace_id AND s.start_ns <= w.before_ns
+           WHERE s.name LIKE 'chat %'
+           QUALIFY row_number() OVER (PARTITION BY w.call ORDER BY s.parent_id IS NOT DISTINCT FROM w.parent_id DESC,
+             s.start_ns DESC, s.span_id DESC) = 1""",
     ):
-        found.chats[trace, turn].append(dict(zip(_OF_CHAT, rest, strict=True)))
+        found.chats[call] = dict(zip(_OF_CHAT, rest, strict=True))
 
 
 def _read_rollouts(db: duckdb.DuckDBPyConnection, abouts: Iterable[Mapping[str, Any]], found: _Trace) -> None:
@@ -422,7 +429,7 @@ def _steps(row: Row, first: Candidate, trace: _Trace) -> list[Step]:
         steps.append(Step("tool call", "the rollout alone is known: the socket belongs to none of its calls"))
     else:
         steps.append(Step("turn", _joined(about.get("turn"))))
-        steps.append(_output(call, trace))
+        steps.append(_output(first.call, trace))
         steps.append(
             Step(
                 "tool call",
@@ -468,25 +475,16 @@ def _rollout(about: Mapping[str, Any], trace: _Trace) -> str:
     )
 
 
-def _output(call: Mapping[str, Any], trace: _Trace) -> Step:
-    chats = trace.chats.get((call["trace_id"], call["parent_id"]), [])
-    before = [chat for chat in chats if chat["start_ns"] <= call["start_ns"]]
-    if not before:
+def _output(call: int, trace: _Trace) -> Step:
+    chat = trace.chats.get(call)
+    if chat is None:
         return Step("model output", "not recorded")
-    chat = before[-1]
     tokens = f"{chat['input_tokens']} tokens in, {chat['output_tokens']} out" if chat["output_tokens"] else ""
-    said = _joined(chat["model"], tokens, "" if chat["output"] else "its text was not recorded")
-    return Step("model output", said, _spoken(chat["output"] or ""))
-
-
-def _spoken(output: str) -> str:
-    """The words of ``gen_ai.output.messages``; whatever is in another form, as it is."""
-    try:
-        messages = json.loads(output)
-        parts = [part for message in messages for part in message["parts"]]
-        return "\n".join(str(part.get("content") or json.dumps(part, ensure_ascii=False)) for part in parts)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return output
+    where = "" if chat["same_turn"] else "the last one of its trace before the call"
+    output = spoken(chat["attributes"], chat["events"])
+    return Step(
+        "model output", _joined(chat["model"], tokens, where, "" if output else "its text was not recorded"), output
+    )
 
 
 def _processes(call: int, flow: Mapping[str, Any] | None, trace: _Trace) -> list[Step]:

@@ -43,6 +43,8 @@ td.flexible { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 8rem; m
 .good { color: var(--good); }
 svg { display: block; width: 100%; max-width: 48rem; height: auto; margin-top: .6rem; }
 svg text { fill: var(--dim); font: 11px system-ui, sans-serif; }
+div.plot { overflow-x: auto; }
+@media screen and (max-width: 45rem) { body { padding: .8rem; } svg { width: 42rem; max-width: none; } }
 """
 
 
@@ -168,10 +170,10 @@ def plot(iterations: Sequence[Iteration], *, what: str = "a violation") -> str:
         return _SHARE[1] - (_SHARE[1] - _SHARE[0]) * value
 
     parts = [
+        '<div class="plot">',
         f'<svg viewBox="0 0 {_WIDTH} 276" role="img" aria-label="Reward and violations by iteration">',
-        f'<text x="{_LEFT}" y="14">mean reward:</text>',
-        f'<text x="{_LEFT + 74}" y="14" style="fill:var(--bad)">● with {what}</text>',
-        f'<text x="{_LEFT + 184}" y="14" style="fill:var(--clean)">● without</text>',
+        f'<text x="{_LEFT}" y="14">mean reward: <tspan style="fill:var(--bad)">● with {what}</tspan>',
+        '<tspan style="fill:var(--clean)">● without</tspan></text>',
         f'<text x="{_LEFT}" y="{_SHARE[0] - 12}">share of rollouts with {what}</text>',
         *_scale((low, high), reward, "{:.3g}"),
         *_scale((0.0, 1.0), share, "{:.0%}"),
@@ -191,7 +193,7 @@ def plot(iterations: Sequence[Iteration], *, what: str = "a violation") -> str:
         for number in range(first, last + 1, step)
     ]
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_SHARE[1] + 29}" text-anchor="end">iteration</text>')
-    return "\n".join([*parts, "</svg>"])
+    return "\n".join([*parts, "</svg></div>"])
 
 
 def _scale(ends: tuple[float, float], place: Callable[[float], float], form: str) -> list[str]:

@@ -6,6 +6,7 @@ import itertools
 from fractions import Fraction
 from math import comb
 
+import duckdb
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from ray_guard.attribution.prior import Reach, reach
 from ray_guard.attribution.recurrence import Counts, benjamini_hochberg, enriched, p_value
 from ray_guard.attribution.reward import Rollout, associate, student
 from ray_guard.attribution.skew import Telling, of_texts
-from ray_guard.attribution.templates import template
+from ray_guard.attribution.templates import alike, template
 
 
 def ranges(rows: list[tuple[int, float, float, float]]) -> tuple[np.ndarray, ...]:
@@ -191,8 +192,37 @@ def test_the_trend_is_of_the_share_of_violating_rollouts() -> None:
     rollouts = [Rollout("g", step, None, violating=n < step) for step in range(5) for n in range(10)]
     found = associate(rollouts)
     assert found.trend == pytest.approx(0.1)
+    assert found.trend_interval is not None
+    assert found.trend_interval[0] > 0, "a line through all iterations: as wide as chance alone makes it"
     assert found.reward.mean is None
     assert found.unrewarded == 50
+
+
+@pytest.mark.parametrize(
+    ("steps", "slope", "shock"),
+    [pytest.param(20, 0.0, 0.0, id="flat"), pytest.param(12, 0.01, 0.1, id="rising, and iterations differ at random")],
+)
+def test_the_interval_of_the_trend_holds_the_truth_and_a_flat_job_shows_none(
+    steps: int, slope: float, shock: float
+) -> None:
+    chance, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        share = [0.3 + slope * (step - (steps - 1) / 2) + shock * chance.normal() for step in range(steps)]
+        found = associate(
+            Rollout("g", step, None, violating=bool(chance.random() < share[step]))
+            for step in range(steps)
+            for _ in range(8 + 8 * (step % 2))
+        )
+        assert found.trend_interval is not None
+        held += found.trend_interval[0] <= slope <= found.trend_interval[1]
+    assert 0.93 <= held / 300 <= 0.995
+
+
+def test_the_trend_has_no_interval_where_nothing_tells_it() -> None:
+    two = associate(Rollout("g", step, None, violating=n < step) for step in range(2) for n in range(10))
+    clean = associate(Rollout("g", step, None, violating=False) for step in range(9) for n in range(10))
+    assert two.trend == pytest.approx(0.1)
+    assert (two.trend_interval, clean.trend, clean.trend_interval) == (None, 0.0, None)
 
 
 def test_one_iteration_has_no_trend_and_no_group_no_difference() -> None:
@@ -249,3 +279,7 @@ def test_what_a_command_lets_one_expect(command: str, expected: Reach) -> None:
 )
 def test_templates_of_repetitions_are_the_same(one: str, two: str, expected: str) -> None:
     assert template(one) == template(two) == expected
+    # What is made alike before, by the store, changes nothing of it.
+    for text in (one, two):
+        ((first,),) = duckdb.execute(f"SELECT {alike('$1')}", [text]).fetchall()
+        assert template(first) == expected

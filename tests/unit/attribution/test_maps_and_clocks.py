@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ray_guard.attribution import clock
 from ray_guard.attribution.answers import Attribution
 from ray_guard.attribution.attribute import Result, attribute
 from ray_guard.attribution.clock import Clock
@@ -58,7 +59,7 @@ def traces(
     rows: list[dict[str, Any]] = []
     for number, flow in enumerate(flows):
         same = {"trace_id": f"{number:032x}", "source": "supervisor", "rollout": f"r{number}", "host": host}
-        same |= {"host_ips": list(ips)}
+        same |= {"host_ips": list(ips)} if flow.ip in (HERE, *ips) else {"host": f"at-{flow.ip}", "host_ips": [flow.ip]}
         call = {"span_id": f"{number:015x}1", "name": "execute_tool bash"}
         call |= {"start_ns": flow.start_ns - SECOND // 5, "end_ns": flow.end_ns + SECOND // 5}
         arguments = [("gen_ai.tool.call.arguments", f"curl https://{flow.peer}/")] if texts else []
@@ -196,6 +197,64 @@ def test_icmp_has_no_ports_that_a_map_could_lack(tmp_path: Path) -> None:
     assert result.db.execute("SELECT count(*) FROM unmapped").fetchall() == [(0,)]
 
 
+ELSEWHERE: Final = "198.51.100.99"
+
+
+def busy(rounds: int) -> tuple[list[Flow], list[int]]:
+    """Three machines that are at work at once, one of which goes to the peer; which calls those are."""
+    chance = Random(3)
+    flows, guilty = [], []
+    for n in range(rounds):
+        who = chance.randrange(3)
+        guilty.append(3 * n + who)
+        for machine in range(3):
+            at = 30.0 * n + chance.uniform(0, 2)
+            peer = PEER if machine == who else ELSEWHERE
+            flows.append(Flow(at, 8.0, 40000 + n, f"10.0.0.{machine + 5}", peer))
+    return flows, guilty
+
+
+def with_peers(flows: Sequence[Flow]) -> str:
+    rows = ["start,end,inside_ip,inside_port,outside_ip,outside_port,proto,peer_ip,peer_port"]
+    for number, flow in enumerate(flows):
+        rows.append(
+            f"{flow.start_ns / SECOND},{flow.end_ns / SECOND + 1},{flow.ip},{flow.port},{GATEWAY},{61000 + number},"
+            f"tcp,{flow.peer},443"
+        )
+    return "\n".join(rows)
+
+
+def portless(flows: Iterable[Flow]) -> list[str]:
+    """What a firewall behind the gateway says that sums flows up."""
+    return [line(flow.start_ns + SECOND, GATEWAY, "").replace("SPT= ", "") for flow in flows]
+
+
+def test_without_a_source_port_the_map_names_the_sockets_to_there(tmp_path: Path) -> None:
+    flows, guilty = busy(20)
+    result = answer(tmp_path, flows, portless(flows[number] for number in guilty), with_peers(flows))
+    assert all_named(result) == [f"call-{number}" for number in guilty]
+    assert {each.candidates[0].tier for each in result.alerts} == {"nat"}
+
+
+def test_without_a_source_port_the_map_names_the_machine(tmp_path: Path) -> None:
+    """No sockets were recorded, and all three say in their commands that they would go there."""
+    flows, guilty = busy(20)
+    said = [flow._replace(peer=PEER) for flow in flows]
+    result = answer(tmp_path, said, portless(flows[number] for number in guilty), with_peers(flows), texts=True)
+    assert all_named(result) == [f"call-{number}" for number in guilty]
+
+
+@pytest.mark.parametrize("ports", [True, False])
+def test_a_map_that_names_another_machine_clears_the_job(tmp_path: Path, *, ports: bool) -> None:
+    """Calls that would go there were open all the time; the gateway translated for a machine that is none of theirs."""
+    flows = [Flow(10.0 * n, 9.0, 40000 + n) for n in range(30)]
+    strangers = [Flow(30.0 * n + 4, 1.0, 50000 + n, "10.9.9.9") for n in range(10)]
+    seen = [line(flow.start_ns + SECOND, GATEWAY, 61000 + n) for n, flow in enumerate(strangers)]
+    seen = seen if ports else portless(strangers)
+    result = answer(tmp_path, flows, seen, with_peers([*strangers, *flows[1::3]]), texts=True)
+    assert all_named(result) == ["unobserved"] * 10
+
+
 # ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -255,9 +314,9 @@ def told(clock: Clock) -> float:
 def test_a_clock_is_told_and_taken_off(tmp_path: Path, every: float, skew: Callable[[Flow], float]) -> None:
     flows = steady(60, every)
     result = answer(tmp_path, flows, direct(flows, skew))
-    (clock,) = result.sources[0].clocks
-    middle = next(flow for flow in flows if flow.start_ns > clock.reference_ns - (skew(flow) + 1) * SECOND)
-    assert abs(told(clock) - skew(middle)) <= 0.5 + every * 500e-6
+    (one,) = result.sources[0].clocks
+    middle = next(flow for flow in flows if flow.start_ns > one.reference_ns - (skew(flow) + 1) * SECOND)
+    assert abs(told(one) - skew(middle)) <= 0.5 + every * 500e-6
     assert all_named(result) == calls(60)
 
 
@@ -280,6 +339,20 @@ def test_two_clocks_in_one_file_are_none(tmp_path: Path) -> None:
     (clock,) = result.sources[0].clocks
     assert not clock.identifiable
     assert all_named(result) == ["unobserved" if flow.port % 3 == 0 else f"call-{n}" for n, flow in enumerate(flows)]
+
+
+@pytest.mark.parametrize("offset", [-1000.0, 5.0])
+def test_what_texts_tell_counts_as_far_as_sockets_allow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float
+) -> None:
+    """Flows of minutes bound the clock: calls at regular intervals once told one that none of the sockets allowed."""
+    ns = int(offset * SECOND)
+    by_texts = Clock(ns, low_ns=ns - SECOND // 10, high_ns=ns + SECOND // 10, identifiable=True)
+    monkeypatch.setattr(clock, "_by_texts", lambda *_, **__: by_texts)
+    flows = [Flow(20.0 * n, 600.0, 40000 + n) for n in range(30)]
+    result = answer(tmp_path, flows, direct(flows, lambda _: 5.0))
+    assert result.sources[0].clock.identifiable == (offset == 5.0)
+    assert all_named(result) == calls(30)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_a_given_nat_map_speaks_against_ports_that_it_does_not_know(tmp_path: Pa
         ]  # port 40000, which no row translates
         (only,) = stranger.candidates
         assert "the call was open on that machine at that time" not in only.evidence
-        said[name] = "the NAT map knows no machine behind this port at that time" in only.against, stranger.unobserved
+        said[name] = "the NAT map knows no machine of this job there at that time" in only.against, stranger.unobserved
     assert {name: spoken for name, (spoken, _) in said.items()} == {"other": False, "late": False, "right": True}
     assert said["right"][1] > said["late"][1]
     assert said["right"][1] > said["other"][1]

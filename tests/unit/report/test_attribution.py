@@ -233,7 +233,11 @@ def test_what_is_not_shown_is_said_and_what_the_job_did_stays(
     strays = [alert(10.0 + n / 10, src="203.0.113.9", port=n, signature="stray") for n in range(5)]
     quiet = [alert(12.0, signature="").replace('"event_type": "alert"', '"event_type": "tls"')] * 4
     log = written(tmp_path, *strays, alert(12.0), *[line.replace('"alert": {', '"x": {') for line in quiet])
-    found = read(page(tmp_path, job(writer), log)).lines
+    monkeypatch.setattr(attribution, "_OPEN", 1)
+    whole = page(tmp_path, job(writer), log)
+    assert re.findall(r"<details( open)? class=", whole.read_text()) == [" open", ""], "the others are a line each"
+    found = read(whole).lines
+    assert "open all (closed ones are not printed)" in found
     assert "6; 3 more alerts are not shown here; the JSON has all" in found
     assert any("4 more chains are not shown here" in line for line in found)
     assert any("4 informational records" in line and "3 more of them are not shown" in line for line in found)

@@ -56,9 +56,11 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def attribute(job: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+def attribute(
+    job: Path, out: str, *more: str, traces: tuple[str, ...] = ("evidence", "rest.parquet")
+) -> subprocess.CompletedProcess[str]:
     logs = sorted(path.name for path in job.glob("*.log"))
-    argv = ["attribute", "--traces", "evidence", "rest.parquet", "--alerts", *logs, "--json", out, *more]
+    argv = ["attribute", "--traces", *traces, "--alerts", *logs, "--json", out, *more]
     return subprocess.run(
         [sys.executable, "-m", "ray_guard.cli.__main__", *argv],
         cwd=job,
@@ -81,6 +83,13 @@ def test_two_nodes_give_the_same_bytes_as_one_machine(job: Path, two_nodes: str)
     assert answer["traces"]["quarantined"] == {"torn": 1}
     assert sum(alert["verdict"] == "attributed" for alert in answer["alerts"]) >= 20
     assert answer["recurrence"]
+
+
+def test_traces_of_one_kind_are_spread_as_well(job: Path, two_nodes: str) -> None:
+    (job / "rest.parquet").unlink()
+    whole = [attribute(job, "answer.json", *more, traces=("evidence",)) for more in ((), ("--ray", two_nodes))]
+    assert whole[1].returncode == 0, whole[1].stderr
+    assert whole[0].stdout == whole[1].stdout
 
 
 def test_an_address_where_no_cluster_answers_is_named_soon(job: Path) -> None:
