@@ -177,8 +177,9 @@ def _bodies(text: str) -> Iterator[str]:
     """The bodies of short loops, and the lines of long ones: what is tried and what varies stand together."""
     joined = text.replace("\\\n", " ")
     for part in re.split(r"\bdone\b", joined, maxsplit=_MOST_LOOPS)[:-1]:
-        body = re.split(r"\bdo\b", part, maxsplit=1)[-1]
-        yield body if len(body) <= _SHORT else ""
+        loop = re.split(r"\bdo\b", part, maxsplit=1)
+        if len(loop) == 2 and len(loop[1]) <= _SHORT:
+            yield loop[1]
     for begins, body, ends in _LOOPS:
         first = begins.search(joined)
         found = first and body.search(joined, first.end())
