@@ -59,6 +59,15 @@ _SCALES_NS: Final = (30_000_000, 200_000_000, 1_000_000_000, 5_000_000_000)
 """By how much a corrected time may be off: a clock's error is a mixture of these, learned from the alerts by it."""
 _PSEUDO_TIMES: Final = 1.0
 """How many alerts' worth of experience says that each of these is as likely."""
+_QUIET_S: Final = 600.0
+"""Less than that tells nothing of how often alerts are nobody's."""
+_NAMING: Final = 0.5
+"""How often a call that causes an alert names its destination."""
+_COMMON: Final = 0.02
+_PSEUDO_OPEN: Final = 100.0
+"""How often any other call does, as far as so many open calls' worth of experience goes."""
+_COINCIDENCE: Final = 0.05
+"""The least that the chance of meeting such a call is taken for."""
 _MISLED: Final = 0.02
 """How often a call that names or used the destination is there by chance, whatever the rates say."""
 _MISTAKEN: Final = 0.05
@@ -180,7 +189,7 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
     factor = np.where(rows.watched & ~rows.used, elsewhere, 1.0)
     factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
     together, lasted = _together(rows, groups)
-    factor *= together
+    factor *= together * _told_by_name(rows)
     density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, lasted, scale) for scale in _SCALES_NS])
 
     # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
@@ -189,6 +198,19 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
     met = np.bincount(np.unique(pair) % (2 * CLASSES), minlength=2 * CLASSES)
     exposed = np.where(_UNNAMED, np.tile(np.concatenate([calls.ravel(), np.zeros(CLASSES - 8)]), 2), met)
     return _learn(rows, of_class, density, groups, exposed)
+
+
+def _told_by_name(rows: Rows) -> _FLOATS:
+    """How much likelier each row's alert is of the job at all because one of the calls that were open names or used its
+    destination: nobody's would have had to meet such a call by chance, of which a place that many talk to, or many
+    open calls, give more."""
+    told = rows.named | rows.used
+    alerts = int(rows.alert[-1]) + 1 if len(told) else 0
+    among, of_them = np.bincount(rows.alert, minlength=alerts), np.bincount(rows.alert, told, alerts)
+    # Of the others: what is looked for does not speak against itself.
+    each = (of_them - 1 + _COMMON * _PSEUDO_OPEN) / (among - 1 + _PSEUDO_OPEN)
+    chance = np.maximum(1 - np.exp(-among * each), _COINCIDENCE)
+    return np.where(of_them > 0, np.maximum(_NAMING / chance, 1.0), 1.0)[rows.alert]
 
 
 def _together(rows: Rows, groups: Groups) -> tuple[_FLOATS, _FLOATS]:
@@ -285,7 +307,7 @@ def _fit(pairs: _Pairs, taken: _BOOLS, groups: Groups, exposed: _FLOATS, guess: 
     per_call = usual.copy()
     promised = np.bincount(np.arange(2 * CLASSES) // CLASSES, exposed * usual, 2)
     stray = size * np.clip(1 - promised / np.maximum(np.bincount(kinds, size, 2), 1e-9), 0.1, 0.9)[kinds]
-    room = np.maximum(groups.room, 1.0)
+    room = np.maximum(groups.room, _QUIET_S)
     full = size > 0
     clock = groups.clock[of_pair]
     learned_off = off = np.full((len(density), groups.clock.max(initial=0) + 1), 1 / len(density))

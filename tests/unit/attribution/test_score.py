@@ -60,3 +60,20 @@ def test_what_was_not_recorded_speaks_against_a_call_as_far_as_the_traces_have_n
         sum(weighed(0.0, watched=watched, lost=lost)) for watched, lost in ((False, 0.0), (True, 0.5), (True, 0.0))
     )
     assert unwatched > holes > whole
+
+
+def test_a_call_that_names_where_an_alert_went_is_its_cause_though_nothing_else_is_known() -> None:
+    def of_one_alert(*named: bool) -> float:
+        """Nobody's share of an alert that some calls were open for, which take up most of a short job."""
+        none, some = np.zeros(len(named), dtype=np.int64), np.zeros(len(named), dtype=bool)
+        span = none + 20 * SECOND
+        rows = Rows(none, np.arange(len(named)), none + 4, none, span, none + 2, some, np.array(named), some, some)
+        one, no = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool)
+        groups = Groups(one, one, np.array([30.0]), one, no, one + SECOND // 10, one, one, one, np.ones(1))
+        calls = np.array([[0.0, 0.0, float(len(named)), 0.0], [0.0] * 4])
+        return float(confidences(rows, groups, calls, lost=0.0)[1][0])
+
+    assert of_one_alert(True) < 0.2
+    assert of_one_alert(False) > 0.5
+    # Where half of what is open names it, that tells next to nothing.
+    assert of_one_alert(*[True] * 20, *[False] * 20) > of_one_alert(True, *[False] * 39)
