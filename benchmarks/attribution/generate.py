@@ -165,15 +165,8 @@ class Job:
                 start = call.start + int(chance.uniform(0.02, 0.8) * (call.end - call.start))
                 if left:
                     start = call.end + int(chance.uniform(1, 120) * SECOND)
-                end = (
-                    max(start, call.end) + 0
-                    if left
-                    else (
-                        call.end + int(chance.uniform(5, 120) * SECOND)
-                        if survives and self.scenario.sockets
-                        else call.end
-                    )
-                )
+                lingers = survives and self.scenario.sockets
+                end = max(start, call.end) + (int(chance.uniform(5, 120) * SECOND) if lingers else 0)
                 call.flows.append(
                     Flow(
                         call.node,

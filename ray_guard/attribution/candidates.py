@@ -261,14 +261,19 @@ _AFTER: Final = (
     # Who recorded one socket of a rollout would have recorded those of its other calls as well.
     """CREATE OR REPLACE TABLE watched AS SELECT call FROM call SEMI JOIN flow USING (trace_id)
          UNION SELECT call FROM flow WHERE call IS NOT NULL""",
-    # What tunnels, mines or scans may go on when its call has ended, and leave no trace of that where nobody records
-    # processes. Such calls are few.
+    # What tunnels, mines or scans may go on when its call has ended, where no processes are recorded. They are few.
     f"""CREATE OR REPLACE TABLE lingering AS
-         WITH suspect AS (SELECT l.* FROM alive l JOIN words w USING (call) WHERE w.reach = 3)
+         WITH suspect AS (
+             SELECT l.*, w.text, end_ns // {LINGER_NS} AS bucket
+             FROM alive l JOIN words w USING (call) WHERE w.reach = 3),
+           heard AS (
+             SELECT *, unnest([start_ns // {LINGER_NS}, start_ns // {LINGER_NS} - 1]) AS bucket FROM timed
+             WHERE alert NOT IN (SELECT alert FROM by_socket UNION SELECT alert FROM by_process))
          SELECT t.alert, s.call, t.start_ns - s.end_ns AS gap_ns
-         FROM timed t JOIN place p USING (alert) JOIN suspect s
-           ON s.node = p.node AND s.end_ns <= t.start_ns - t.slack_ns AND s.end_ns > t.start_ns - {LINGER_NS}
-         WHERE t.alert NOT IN (SELECT alert FROM by_socket UNION SELECT alert FROM by_process)""",
+         FROM heard t JOIN place p USING (alert) JOIN suspect s
+           ON s.node = p.node AND s.bucket = t.bucket
+           AND s.end_ns <= t.start_ns - t.slack_ns AND s.end_ns > t.start_ns - {LINGER_NS}
+         WHERE {prior.names("s.text", "t.dst_ip")} OR {prior.names("s.text", "t.host")}""",
     # A call meets an alert in one interval only: what has to be brought together is the little hard evidence.
     """CREATE OR REPLACE TABLE best AS
          WITH met AS (

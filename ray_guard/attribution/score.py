@@ -228,7 +228,7 @@ def _kernel(rows: Rows, groups: Groups, lasted: _FLOATS, scale: int) -> _FLOATS:
     margin = 2 * scale * (1 - np.exp(-groups.slack[rows.alert] / scale))
     life = (rows.span - lasted + groups.width[rows.alert] + margin) / 1e9
     density: _FLOATS = np.exp(-rows.gap / scale) / life
-    late = rows.gap > groups.slack[rows.alert]
+    late = rows.gap >= groups.slack[rows.alert]
     density[late] = _LINGERING * np.exp(-rows.gap[late] / _LINGERS_NS) / (_LINGERS_NS / 1e9)
     return density
 
