@@ -14,7 +14,7 @@ from typing import Any, Final
 import duckdb
 import numpy as np
 
-from ray_guard.attribution import candidates, clock, intake, nat, score, store
+from ray_guard.attribution import candidates, clock, intake, nat, rotation, score, store
 from ray_guard.attribution.answers import Answers, Facts
 from ray_guard.attribution.clock import Clock
 from ray_guard.attribution.intake import Options, Source
@@ -119,9 +119,7 @@ def attribute(
     logs.batches.clear()
     store.add_nat(db, mappings)
     progress(f"aligning {len(logs.sources)} clocks")
-    _align(db, logs.sources, given)
-    for source in logs.sources:
-        source.set_at = [logs.record[each.since] for each in source.clocks[1:]]
+    _align(db, logs, given)
     progress("joining")
     candidates.join(db)
     progress("weighing")
@@ -132,11 +130,16 @@ def _nothing_left(_: duckdb.DuckDBPyConnection) -> None:
     """The tables are there."""
 
 
-def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: list[Map]) -> None:
+def _align(db: duckdb.DuckDBPyConnection, logs: intake.Intake, maps: list[Map]) -> None:
     """Fills ``clock``: the sources' clocks, and those of the maps, numbered on from them."""
     candidates.translations(db)
-    for number, source in enumerate(sources):
-        source.clocks = clock.estimate(db, number)
+    sources = logs.sources
+    for log in rotation.logs(db, [(source.path, source.format) for source in sources]):
+        estimated = clock.estimate(db, log)
+        for number in log:
+            sources[number].log = log[0]
+            sources[number].clocks = estimated if len(estimated) == 1 else _during(estimated, logs, number)
+            sources[number].set_at = [logs.record[each.since] for each in sources[number].clocks[1:]]
     clocks = [source.clock for source in sources]
     for number, given in enumerate(maps, len(sources)):
         found = clock.of_map(db, number)
@@ -156,6 +159,13 @@ def _align(db: duckdb.DuckDBPyConnection, sources: list[Source], maps: list[Map]
         for each, until in zip(one_after_another, untils, strict=True):
             row = (number, each.skew_ns, each.drift, each.reference_ns, each.slack_ns, each.since, until)
             db.execute("INSERT INTO clock VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def _during(clocks: list[Clock], logs: intake.Intake, source: int) -> list[Clock]:
+    """The clocks that hold for some of a source's alerts, of those of the log that it is a part of."""
+    mine = np.flatnonzero(np.array(logs.source) == source)
+    untils = [*(each.since for each in clocks[1:]), _EVER]
+    return [each for each, until in zip(clocks, untils, strict=True) if each.since <= mine[-1] and until > mine[0]]
 
 
 def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
@@ -184,7 +194,7 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
     unmapped = np.zeros(len(known), dtype=bool)
     unmapped[db.execute("SELECT alert FROM unmapped").fetchnumpy()["alert"]] = True
     # An ordinary flow and an objection have nothing in common: each kind learns its own rates.
-    group = np.array(logs.source, dtype=np.int64) * 4 + known * 2 + informational
+    group = np.array([each.log for each in logs.sources])[logs.source] * 4 + known * 2 + informational
     groups = 4 * len(logs.sources)
     episode = _episodes(said["between"], said["start_ns"])
     calls, room = _exposures(db, groups, group, said["start_ns"], said["end_ns"])

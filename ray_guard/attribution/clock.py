@@ -10,6 +10,7 @@ Over all calls alike the same search is useless: some call is open at any offset
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import duckdb
@@ -61,9 +62,13 @@ class Clock(NamedTuple):
         return self.high_ns > self.low_ns
 
 
-def estimate(db: duckdb.DuckDBPyConnection, source: int) -> list[Clock]:
-    """The clock of one source, from ``alert``, ``nat`` and the job's tables; where it was set in between, both."""
-    found = db.execute(_SOCKETS, {"source": source, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
+def estimate(db: duckdb.DuckDBPyConnection, log: Sequence[int]) -> list[Clock]:
+    """The clock of one log, from ``alert``, ``nat`` and the job's tables; where it was set in between, both.
+
+    Args:
+        log: its sources, in the order of their alerts: more than one where it was rotated.
+    """
+    found = db.execute(_SOCKETS, {"log": log, "reach": REACH_NS, "limit": _PAIRS}).fetchnumpy()
     best = Clock()
     if len(found["alert"]):
         ranges = found["alert"], found["low"], found["high"], found["seen"]
@@ -73,17 +78,17 @@ def estimate(db: duckdb.DuckDBPyConnection, source: int) -> list[Clock]:
         if best.identifiable:
             return [best._replace(identifiable=not _another(*ranges, best))]
     # Where the sockets themselves were found and tell no clock, that somebody went there is nothing new.
-    told = _by_texts(db, source, sockets=not len(found["alert"]))
+    told = _by_texts(db, log, sockets=not len(found["alert"]))
     if best.bounded and not best.low_ns - SECOND <= told.skew_ns <= best.high_ns + SECOND:
         return [best]
     return [told if told.identifiable or not best.bounded else best]
 
 
-def _by_texts(db: duckdb.DuckDBPyConnection, source: int, *, sockets: bool) -> Clock:
+def _by_texts(db: duckdb.DuckDBPyConnection, log: Sequence[int], *, sockets: bool) -> Clock:
     """By what commands name; ``sockets``: and by recorded sockets to there, whatever their port."""
     ((room_ns,),) = db.execute("SELECT coalesce(max(end_ns) - min(start_ns), 0) FROM alive").fetchall()
     for statement in _TELLING:
-        db.execute(statement, {"source": source} if "$source" in statement else None)
+        db.execute(statement, {"log": log} if "$log" in statement else None)
     found = db.execute(_TEXTS, {"reach": REACH_NS, "sockets": sockets}).fetchnumpy()
     if not room_ns or not len(found["alert"]):
         return Clock()
@@ -220,7 +225,7 @@ def _drift(low: _INTS, high: _INTS, since: _INTS) -> float:
 
 
 def _sampled(most: int) -> str:
-    return f"sampled AS (SELECT * FROM alert WHERE source = $source ORDER BY hash(alert) LIMIT {most})"
+    return f"sampled AS (SELECT * FROM alert WHERE source IN (SELECT unnest($log)) ORDER BY hash(alert) LIMIT {most})"
 
 
 _SIDES: Final = """sides AS (

@@ -141,7 +141,9 @@ def of_ulogd(parsed: dict[str, Any]) -> Event:
         return next((parsed[name] for name in names if name in parsed), None)
 
     at = times.iso(parsed["timestamp"], Semantics.PACKET) if parsed.get("timestamp") else None
-    began, ended = _moment(parsed, "flow.start"), _moment(parsed, "flow.end")
+    began, ended = moment(parsed, "flow.start"), moment(parsed, "flow.end")
+    if began is not None and at is not None and not at.zoned:
+        at = began  # civil time, of a zone that is not said: it may be hours before or after
     return Event(
         _KINDS.get(text_of(parsed, "ct.event"), Kind.NEW if ended is None else Kind.DESTROY),
         ended or at,
@@ -154,7 +156,8 @@ def of_ulogd(parsed: dict[str, Any]) -> Event:
     )
 
 
-def _moment(parsed: dict[str, Any], name: str) -> Time | None:
+def moment(parsed: dict[str, Any], name: str) -> Time | None:
+    """Seconds and microseconds that ulogd2 says under a name; None where it does not."""
     seconds, micros = whole(parsed.get(f"{name}.sec")), whole(parsed.get(f"{name}.usec")) or 0
     return times.epoch(f"{seconds}.{micros % 1_000_000:06d}", Semantics.START) if seconds else None
 

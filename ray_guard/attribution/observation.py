@@ -132,8 +132,11 @@ def address(text: object) -> str | None:
 
 
 def _rare_address(text: str) -> str | None:
+    bare, _, prefix = text.strip().strip("[]").partition("/")
     try:
-        parsed = ipaddress.ip_address(text.strip().strip("[]").partition("%")[0])
+        parsed = ipaddress.ip_address(bare.partition("%")[0])
+        if prefix and parsed == ipaddress.ip_interface(f"{parsed}/{prefix}").network.network_address:
+            return str(parsed) if int(prefix) == parsed.max_prefixlen else None  # a network, and no machine
     except ValueError:
         return None
     mapped = getattr(parsed, "ipv4_mapped", None)

@@ -29,6 +29,7 @@ _CTIME: Final = re.compile(
     r"(?:[A-Z][a-z]{2} +)?(?P<month>[A-Z][a-z]{2}) +(?P<day>\d{1,2}) (?:(?P<year>\d{4}) )?"
     r"(?P<clock>\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?(year)| (?P<last>\d{4}))(?!\d)"
 )
+_MONTH_FIRST: Final = re.compile(r"(\d\d)/(\d\d)(?:/(\d\d|\d{4}))?-(\d\d:\d\d:\d\d(?:\.\d{1,9})?)")
 _MONTHS: Final = {name: number for number, name in enumerate(calendar.month_abbr) if name}
 _EPOCH: Final = re.compile(r"([+-]?\d{1,20})(?:\.(\d+))?")
 _UNITS: Final = tuple((_FIRST // width, _END // width, width) for width in (SECOND, 1_000_000, 1_000, 1))
@@ -97,6 +98,21 @@ def _syslog_civil(date: str) -> int | None:
     # 1972 has a 29 February; every other day is the same in 1970.
     year = 1972 if (month, day) == (2, 29) else 1970
     return _seconds((year, month, day), (hour, minute, second)) * SECOND
+
+
+def month_first(text: str, semantics: Semantics) -> Time:
+    """``03/07/2026-03:40:11.123456``, as Suricata's text has it; Snort leaves the year out: no zone.
+
+    Raises:
+        BadTime: it is none.
+    """
+    match = _MONTH_FIRST.fullmatch(text)
+    if match is None:
+        raise BadTime(f"{text!r:.40} is no date with the month first")
+    month, day, year, clock = match.groups()
+    if year is None:
+        return syslog(f"{calendar.month_abbr[int(month) % 13]} {day} {clock}", semantics)[0]
+    return iso(f"{year if len(year) == 4 else f'20{year}'}-{month}-{day} {clock}", semantics)
 
 
 def ctime(text: str, semantics: Semantics) -> tuple[Time, str]:

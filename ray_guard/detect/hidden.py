@@ -18,10 +18,13 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Final
+from urllib.parse import unquote
 
 LONGEST: Final = 1 << 16
 """Characters of a command line; what is behind them is not looked at."""
 _TEXTS: Final = 32
+_WORK: Final = 4 * LONGEST
+"""Characters of all that one text becomes: what is short when it is decoded has always room."""
 _NAMES: Final = 64
 _UNPACKED: Final = 1 << 16
 
@@ -51,6 +54,7 @@ _OCTAL: Final = re.compile(r"(?:\\0?[0-3][0-7]{2}){4,}")
 _UNICODE: Final = re.compile(r"(?:\\u00[0-9a-fA-F]{2}){4,}")
 _BARE_HEX: Final = re.compile(r"\b(?:0x)?((?:[0-9a-fA-F]{2}){8,})\b")
 _SPACED_HEX: Final = re.compile(r"\b[0-9a-fA-F]{2}(?:[ :,]\s?(?:0x)?[0-9a-fA-F]{2}){7,}\b")
+_PERCENT: Final = re.compile(r"(?:%[2-7][0-9a-fA-F][^%\s]{0,64}){4}")
 _CODES: Final = re.compile(r"\b\d{2,3}(?:\s*,\s*\d{2,3}){7,}")
 _CHR: Final = re.compile(r"(?:\bchr\(\d{2,3}\)\s*[.+]\s*){3,}chr\(\d{2,3}\)")
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
@@ -86,12 +90,17 @@ _DOTS: Final = str.maketrans("。．｡", "...")
 def unhidden(text: str) -> Iterator[str]:
     """The text, and what it becomes, and what that becomes; as many as :data:`_TEXTS` of them."""
     found = [text]
+    left = _WORK
     for at in range(_TEXTS):
         if at == len(found):
-            return
-        yield found[at]
-        becomes = itertools.chain.from_iterable(way(found[at]) for way in _WAYS)
-        found += [each for each in itertools.islice(becomes, _TEXTS) if each not in found]
+            break
+        if len(found[at]) <= left:
+            left -= len(found[at])
+            yield found[at]
+            becomes = itertools.chain.from_iterable(way(found[at]) for way in _WAYS)
+            found += [each for each in itertools.islice(becomes, _TEXTS) if each not in found]
+    for way in _REWRITTEN:
+        yield from (each for each in way(text) if each not in found and len(each) <= left)
 
 
 # -- a shell's own ways -----------------------------------------------------------------------------------------------
@@ -134,6 +143,8 @@ def _integer(text: str) -> int:
 
 
 def _escaped(text: str) -> str:
+    if "\\" not in text:
+        return text
     try:
         return str(ast.literal_eval('"' + text.replace('"', r"\"").replace("\n", r"\n").replace(r"\e", r"\x1b") + '"'))
     except (SyntaxError, ValueError, MemoryError):
@@ -250,6 +261,8 @@ def _ranges(said: str) -> str:
 
 
 def _escapes(text: str) -> str:
+    if _PERCENT.search(text):
+        text = unquote(text, errors="replace")
     if "\\" not in text:
         return text
     text = _HEX.sub(lambda found: _characters(found[0], 16), text)
@@ -382,10 +395,16 @@ def _normal(text: str) -> str:
 
 
 _MAY_NAME: Final = re.compile(r"\balias\b|\(\)|\b(?:cp|mv|ln|install)\b")
-_WAYS: Final[tuple[Callable[[str], Iterator[str]], ...]] = (
-    *map(_one, (_normal, _filled, _said_in_place, _spelt, _named, _escapes)),
-    _reversed,
-    _replaced,
-    _decoded,
-    run_by_code,
-)
+_REWRITTEN: Final = tuple(map(_one, (_normal, _filled, _said_in_place, _spelt, _named, _escapes)))
+
+
+def _rewritten(text: str) -> Iterator[str]:
+    """Every rewriting after the other: of each by itself, and of some of them, there would be too many."""
+    written = text
+    for way in _REWRITTEN:
+        written = next(way(written), written)
+    if written != text:
+        yield written
+
+
+_WAYS: Final[tuple[Callable[[str], Iterator[str]], ...]] = (_rewritten, _reversed, _replaced, _decoded, run_by_code)

@@ -6,19 +6,22 @@ its policy names, and is not asked about here.
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from typing import Final
 
-from ray_guard.detect import Finding, Kind
+from ray_guard.detect import Finding, Kind, pools
 
 SSH: Final = "payload.ssh"
 _MINING: Final = re.compile(
     rb'"method"\s*:\s*"(?:mining\.(?:subscribe|authorize|notify|submit|configure|set_difficulty|extranonce\.subscribe)|'
     rb'eth_(?:submitLogin|getWork|submitWork|submitHashrate)|login|getjob|job|keepalived|getblocktemplate)"'
 )
-_MONERO: Final = re.compile(rb'"(?:pass|agent|rigid|algo|blob|job_id|seed_hash)"\s*:|"login"\s*:\s*"[48]')
+_MONERO: Final = (
+    re.compile(rb'"login"\s*:\s*"(?:[48]|[^"]{1,128}"[^{}]{0,512}"(?:pass|agent|rigid|algo)"\s*:)'),
+    re.compile(rb'"(?:pass|agent|rigid|algo)"\s*:[^{}]{0,512}"login"\s*:\s*"'),
+    re.compile(rb'"(?:blob|seed_hash|rigid)"\s*:|"job_id"\s*:[^{}]{0,512}"(?:nonce|target|result)"\s*:'),
+)
+"""What a pool of Monero's kind is told or tells beside a method's name, which others use too."""
 _ESCAPED: Final = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 _TERMINAL: Final = re.compile(rb"\x1b\[[0-9;?]{0,16}[A-Za-z]|\x1b\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)")
 _CHISEL: Final = re.compile(
@@ -28,19 +31,11 @@ _CHISEL: Final = re.compile(
     rb"\ACONNECT \S*\.(?:ngrok|argotunnel|trycloudflare)\.",
     re.MULTILINE,
 )
+_POOL: Final = re.compile(pools.NAME.encode())
 _HTTP_MINING: Final = re.compile(
     rb"(?i)^x-mining-\w+:|^user-agent:\s*(?:xmrig|cpuminer|cgminer|bfgminer|ethminer|t-rex|nbminer|lolminer|"
-    rb"srbminer|teamredminer)|\ACONNECT \S*"
-    rb"(?:minexmr|supportxmr|nanopool|moneroocean|hashvault|2miners|f2pool|herominers|unmineable|nicehash)\.",
+    rb"srbminer|teamredminer)|\ACONNECT \S{0,253}" + pools.NAME.encode(),
     re.MULTILINE,
-)
-_POOL_NAMES: Final = re.compile(
-    rb"(?i)(?<![\w-])(?:minexmr\.com|supportxmr\.com|nanopool\.org|moneroocean\.stream|hashvault\.pro|"
-    rb"xmrpool\.\w+|c3pool\.\w+|2miners\.com|"
-    rb"ethermine\.org|f2pool\.com|flypool\.org|herominers\.com|unmineable\.com|nicehash\.com|miningpoolhub\.com|"
-    rb"antpool\.com|viabtc\.com|"
-    rb"poolin\.com|slushpool\.com|braiins\.com|woolypooly\.com|zpool\.ca|rplant\.xyz|luckpool\.net|"
-    rb"kryptex\.network|zergpool\.com)"
 )
 _FRAMED: Final = re.compile(
     rb"\A(?:\x00\x01\x00\x01\x00\x00\x00[\x01\x02]|\x00\x02\x00\x01\x00\x00\x00\x00|\x17\x16\x03[\x00-\x04])"
@@ -68,9 +63,11 @@ _SHELL: Final = re.compile(
 )
 _SECRET: Final = re.compile(
     rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY|aws_secret_access_key|^root:[^:\n]*:0:0:|"
-    rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bghp_\w{36}\b|\bhf_[A-Za-z]{34}\b",
+    rb"(?<!Credential=)(?<!AccessKeyId=)\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bghp_\w{36}\b|\bhf_[A-Za-z]{34}\b",
     re.MULTILINE,
 )
+_AUTHORIZATION: Final = re.compile(rb"(?im)^(?:proxy-)?authorization:[^\r\n]*")
+"""Where a credential stands that is put to its own use."""
 _BANNER: Final = re.compile(rb"(?:[^\r\n]{0,255}\r?\n){0,16}SSH-[12]\.")
 """Lines may stand before it (RFC 4253)."""
 _METADATA: Final = re.compile(
@@ -94,7 +91,10 @@ def judge(payload: bytes, direction: str) -> Finding | None:
     if _BANNER.match(payload):
         return Finding(Kind.REVERSE_TUNNEL, SSH)
     if _MINING.search(payload) and (
-        b"mining." in payload or b"eth_" in payload or _MONERO.search(payload) or b'"getblocktemplate"' in payload
+        b"mining." in payload
+        or b"eth_" in payload
+        or any(each.search(payload) for each in _MONERO)
+        or b'"getblocktemplate"' in payload
     ):
         return Finding(Kind.MINING, "payload.json_rpc")
     for kind, rule, pattern in (
@@ -111,7 +111,7 @@ def judge(payload: bytes, direction: str) -> Finding | None:
     if payload[:1] == b"\x16" and payload[5:6] == b"\x01":
         if _TUNNEL_NAMES.search(payload):
             return Finding(Kind.REVERSE_TUNNEL, "payload.tunnel_name")
-        if _POOL_NAMES.search(payload):
+        if _POOL.search(payload):
             return Finding(Kind.MINING, "payload.pool_name")
     if _names_of(payload):
         return Finding(Kind.DNS_TUNNEL, "payload.dns_label")
@@ -119,33 +119,39 @@ def judge(payload: bytes, direction: str) -> Finding | None:
         # Of what a client sends: a prompt, or a secret. Of what it is sent, both are common on ordinary pages.
         if _SHELL.search(_TERMINAL.sub(b"", payload)):
             return Finding(Kind.REVERSE_SHELL, "payload.prompt")
-        if _SECRET.search(payload):
+        if _SECRET.search(_AUTHORIZATION.sub(b"", payload)):
             return Finding(Kind.EXFILTRATION, "payload.secret")
     return None
 
 
 def _names_of(payload: bytes) -> bool:
-    """Whether these are DNS queries (by UDP, or TCP with its length) whose names carry data."""
-    for message in (payload, payload[2:]):
-        if len(message) < 17 or message[4:6] != b"\x00\x01" or message[2] & 0x80:
-            continue
-        labels, at = [], 12
-        while at < len(message) and 0 < message[at] < 64 and at + message[at] < len(message):
-            labels.append(message[at + 1 : at + 1 + message[at]])
-            at += message[at] + 1
-        if at < len(message) and message[at] == 0 and labels and carries(labels):
-            return True
-    return False
+    """Whether this is a DNS query (by UDP, or TCP with its length) whose name carries data."""
+    by_tcp = len(payload) > 2 and int.from_bytes(payload[:2]) >= len(payload) - 2
+    return _carries_data(payload) or (by_tcp and _carries_data(payload[2:]))
+
+
+def _carries_data(message: bytes) -> bool:
+    # one question, asked of a server (no opcode, no answers), at most two records beside it (EDNS, a signature)
+    if len(message) < 17 or message[2] & 0xF8 or message[4:11] != b"\0\1\0\0\0\0\0" or message[11] > 2:
+        return False
+    labels, at = [], 12
+    while at < len(message) and 0 < message[at] < 64:
+        labels.append(message[at + 1 : at + 1 + message[at]])
+        at += message[at] + 1
+    asked = message[at : at + 5]
+    return len(asked) == 5 and asked[0] == 0 and asked[3] == 0 and asked[4] in _CLASSES and carries(labels)
+
+
+_CLASSES: Final = (1, 3, 255)
+"""Internet, Chaos, any."""
+_RUN: Final = 16
+_CARRIED: Final = 41
+"""More than a digest of SHA-1, which machines are named by."""
+_LONG: Final = 100
 
 
 def carries(labels: list[bytes]) -> bool:
-    """Labels that are data: long, or long together, and without the repetitions of words."""
+    """Labels that are data by themselves: long ones without the hyphens of names, or very long ones together."""
     front = labels[:-2]
-    text = b"".join(front)
-    return len(text) >= 30 and (max(map(len, front)) >= 40 or entropy(text) > 3.8 or len(text) >= 100)
-
-
-def entropy(text: bytes) -> float:
-    """Bits a byte."""
-    counts = Counter(text)
-    return -sum(count / len(text) * math.log2(count / len(text)) for count in counts.values()) if text else 0.0
+    runs = (run for label in front for run in re.split(rb"[-_]", label))
+    return sum(len(run) for run in runs if len(run) >= _RUN) >= _CARRIED or sum(map(len, front)) >= _LONG

@@ -17,6 +17,8 @@ from typing import Final
 from ray_guard.detect.hidden import LONGEST, run_by_code, unhidden
 from ray_guard.detect.wrappers import SHELLS, Unwrapped, unwrapped
 
+_PIPED: Final = 32
+"""Programs of a pipeline that are looked back at."""
 DEPTH: Final = 6
 """Commands within commands; deeper ones are not looked at."""
 READERS: Final = frozenset(
@@ -26,6 +28,8 @@ READERS: Final = frozenset(
     ).split()
 )
 """Programs that search, show or write down a text and run nothing of it."""
+NETCATS: Final = frozenset("nc ncat netcat nc.traditional nc.openbsd".split())
+"""Programs that hand their input to a connection, and its bytes to their output."""
 _TALKERS: Final = READERS | frozenset(
     "gh glab curl wget yq logger python python2 python3 perl ruby node php lua psql mysql sqlite3 docker claude "
     "llm".split()
@@ -41,7 +45,13 @@ _PAPERS: Final = re.compile(
 """Files that nobody runs as they are."""
 
 
-@dataclass(slots=True)
+_DRESSED: Final = re.compile(
+    r"(?i)(?:[_.-]?v?\d+(?:\.\d+)+|[_.-](?:linux|darwin|freebsd|x64|x86(?:_64)?|amd64|arm64|aarch64|i?386|musl|static)(?![a-z])|"
+    r"\.(?:exe|bin|elf|py|pl|rb))+$"
+)
+
+
+@dataclass(slots=True, eq=False)
 class Command:
     """One program with its arguments.
 
@@ -51,6 +61,8 @@ class Command:
         piped_from: the command whose output it reads, in a pipeline.
         redirects: operator and target of each, as ``>file``.
         documents: here-documents and here-strings that it reads.
+        first: of its pipeline; none where it is that itself.
+        key: the same for two that do the same.
     """
 
     name: str
@@ -58,16 +70,36 @@ class Command:
     piped_from: Command | None = None
     redirects: list[str] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
+    first: Command | None = None
+    key: int = 0
+
+    def __post_init__(self) -> None:
+        self.key = hash((self.name, *self.arguments, *self.redirects, "<<", *self.documents))
+
+    @property
+    def program(self) -> str:
+        """Its name without what an archive of programs adds to it: version, platform, suffix."""
+        return (_DRESSED.sub("", self.name) if len(self.name) < 256 else "") or self.name
+
+    def sources(self) -> Iterator[Command]:
+        """The commands before it in its pipeline, the nearest first; of a long one those, and the first of all."""
+        source = self.piped_from
+        for _ in range(_PIPED):
+            if source is None:
+                return
+            yield source
+            source = source.piped_from
+        if source is not None and self.first is not None:
+            yield self.first
 
     @property
     def text(self) -> str:
         return " ".join([self.name, *self.arguments])
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        """The same for two that do the same."""
-        before = () if self.piped_from is None else ("|", *self.piped_from.key)
-        return (self.name, *self.arguments, *self.redirects, *self.documents, *before)
+    def follow(self, before: Command) -> None:
+        """Have it read what another one says."""
+        self.piped_from, self.first = before, before.first or before
+        self.key = hash((self.key, before.key))
 
 
 def commands(text: str, depth: int = 0) -> Iterator[Command]:
@@ -81,7 +113,8 @@ def commands(text: str, depth: int = 0) -> Iterator[Command]:
         if found is None:
             before = None if not piped else before
         else:
-            found.piped_from = before if piped else None
+            if piped and before is not None:
+                found.follow(before)
             before = found
             yield found
             inner_texts += _within(found)
@@ -109,6 +142,7 @@ class _Splitter:
         self._words: list[str] = []
         self._word: list[str] = []
         self._begun = self._piped = self._in_quotes = False
+        self._depth = 0
         self._quote = ""
         self._awaited: list[tuple[int, str]] = []
         while self._at < len(text):
@@ -130,6 +164,8 @@ class _Splitter:
             self._at = run.end() - 1
         elif char == self._quote:
             self._quote = ""
+        elif self._quote == '"' and (char == "`" or self._text.startswith("$(", self._at)):
+            self._substituted()
         elif char == "\\" and self._quote == '"' and self._text[self._at + 1 : self._at + 2] in ('"', "\\", "$", "`"):
             self._at += 1
             self._add(self._text[self._at])
@@ -153,9 +189,7 @@ class _Splitter:
             if following != "\n":
                 self._add(following)
         elif char == "`" or (char in "$<>" and following == "("):
-            end = _closing(self._text, self._at)
-            self._add(self._text[self._at : end])
-            self._at = end - 1
+            self._substituted()
         elif self._text.startswith("<<<", self._at):
             self._end_word()
             self._words.append("<<<")
@@ -172,6 +206,11 @@ class _Splitter:
         else:
             self._add(char)
 
+    def _substituted(self) -> None:
+        end = _closing(self._text, self._at)
+        self._add(self._text[self._at : end])
+        self._at = end - 1
+
     def _here(self, begins: re.Match[str]) -> None:
         self._end_word()
         self._awaited.append((len(self.documents), next(each for each in begins.groups() if each is not None)))
@@ -184,12 +223,26 @@ class _Splitter:
         if char == "&" and ((self._word and self._word[-1] in "<>") or following == ">"):
             self._add(char)
             return
+        if char == ")" and self._is_label():
+            return
+        self._depth += {"(": 1, ")": -1}.get(char, 0)
         self._end_command(into_next=char == "|" and following != char)
         self._at += following == char or (char == "|" and following == "&")
         if char == "\n":
             for number, end in self._awaited:
                 self._take(number, end)
             self._awaited.clear()
+
+    def _is_label(self) -> bool:
+        """Whether what stands before this parenthesis is a pattern of ``case``, and no command: it is dropped."""
+        self._end_word()
+        if self._depth > 0 or len(self._words) > 1:
+            return False
+        self._words = []
+        while self._piped and self.found and len(self.found[-1][0]) == 1:
+            self._piped = self.found.pop()[1]
+        self._piped = False
+        return True
 
     def _take(self, number: int, end: str) -> None:
         """The here-document that begins after this line."""
@@ -213,7 +266,7 @@ class _Splitter:
 
 
 _PLAIN_RUN: Final = re.compile(r"[\w./:=@%+,~^-]+")
-_QUOTED_RUN: Final = re.compile(r"[^'\"\\]+")
+_QUOTED_RUN: Final = re.compile(r"[^'\"\\$`]+")
 _HERE: Final = re.compile(r"<<-?\s*(?:'([^'\n]+)'|\"([^\"\n]+)\"|\\?([\w.!-]+))")
 
 
@@ -223,11 +276,23 @@ def _closing(text: str, at: int) -> int:
         end = text.find("`", at + 1)
         return end + 1 if end > 0 else len(text)
     depth = 0
-    for position in range(at + 1, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[position], 0)
+    for parenthesis in _PARENTHESES.finditer(text, at + 1):
+        depth += 1 if parenthesis[0] == "(" else -1
         if depth == 0:
-            return position + 1
+            return parenthesis.end()
     return len(text)
+
+
+_PARENTHESES: Final = re.compile(r"[()]")
+_SUBSTITUTION: Final = re.compile(r"[$<>]\(|`")
+
+
+def _substitutions(text: str) -> Iterator[str]:
+    """What stands within ``$(…)``, ``<(…)`` and backquotes, to the end where they do not close."""
+    at = 0
+    while begins := _SUBSTITUTION.search(text, at):
+        at = _closing(text, begins.start())
+        yield text[begins.end() : at].removesuffix(")" if begins[0] != "`" else "`")
 
 
 _REDIRECT: Final = re.compile(r"(?:\d*|&)(?:>>?\|?|<>?|>&|<&|<<<)")
@@ -253,10 +318,13 @@ def _program(words: list[str], documents: list[str]) -> tuple[Command | None, li
             if "<<<" in taken:
                 read.append(taken.partition("<<<")[2])
     found: Unwrapped = unwrapped(left)
+    texts: list[str] = []
+    for text in found.texts:
+        texts += _substitutions(text) if text.startswith(("$(", "`")) else (text,)
     if not found.words:
-        return None, found.texts
+        return None, texts
     name = found.words[0].rpartition("/")[2] or found.words[0]
-    return Command(name, found.words[1:], redirects=redirects, documents=read), found.texts
+    return Command(name, found.words[1:], redirects=redirects, documents=read), texts
 
 
 def _within(command: Command) -> list[str]:
@@ -268,12 +336,8 @@ def _within(command: Command) -> list[str]:
     if _INTERPRETERS.fullmatch(command.name):
         for program in (*command.arguments, *command.documents):
             texts += run_by_code(program)
-    for argument in [*command.arguments, *command.redirects]:
-        closed = argument[: max(argument.rfind(")"), argument.rfind("`")) + 1]  # else every opening looks for an end
-        texts += (
-            next(each for each in inner if each)
-            for inner in re.findall(r"\$\((.+)\)|`([^`]+)`|[<>]\((.+)\)", closed, re.DOTALL)
-        )
+    for word in [command.name, *command.arguments, *command.redirects]:
+        texts += _substitutions(word)
     return texts
 
 
@@ -321,10 +385,7 @@ def _read_by(command: Command) -> Iterator[str]:
     if source is not None and source.name in ("echo", "printf", "cat"):
         yield _echoed(source)
     # `echo … | base64 -d | sh`: whatever was said on the way may be what is run.
-    said = [*command.redirects, *command.documents]
-    while source is not None:
-        said += source.arguments
-        source = source.piped_from
+    said = [*command.redirects, *command.documents, *(word for each in command.sources() for word in each.arguments)]
     whole = " ".join(said)
     yield from (text for text in unhidden(whole) if text != whole)
 

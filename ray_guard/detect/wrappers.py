@@ -17,7 +17,8 @@ _WRAPPERS: Final = {
         "sudo:ugpCchrtTUD doas:uC env:uCS nohup setsid nice:n ionice:cnpP chrt timeout:ks stdbuf:ioe time:fo command "
         "exec:a builtin xargs:IinLlPsdEa parallel:jSNnLdI strace:eopsSuEaXO ltrace:eopsu unbuffer torsocks "
         "torify tsocks "
-        "proxychains:f proxychains4:f chroot unshare:SG nsenter:tSG setpriv setarch linux64 linux32 faketime:f "
+        "proxychains:f proxychains4:f graftcp:cf socksify "
+        "chroot unshare:SG nsenter:tSG setpriv setarch linux64 linux32 faketime:f "
         "systemd-run:pMuEH systemd-inhibit daemonize:cpEeo start-stop-daemon:xanpudgc screen:SctpTXe tmux:sncxytFfSL "
         "dtach:n abduco:n watch:n script:cEIO busybox toybox taskset flock:wE catchsegv numactl:NCmiplw firejail bwrap "
         "dbus-run-session xvfb-run:efnspw valgrind perf sshpass:fpdP cgexec:g chronic "
@@ -53,6 +54,7 @@ _RUNNERS: Final = {
     "ip": ("netns",),
 }
 """Programs that run another by its name, or by its package's, and the words by which they do so; none: always."""
+_SERVICES: Final = frozenset("systemctl service rc-service initctl".split())
 _CONTAINERS: Final = frozenset("docker podman nerdctl kubectl oc lxc docker-compose".split())
 _CONTAINER_FLAGS: Final = frozenset(
     "--rm --privileged --init --detach --interactive --tty --read-only --no-healthcheck --quiet --stdin -d -i "
@@ -81,14 +83,16 @@ def unwrapped(words: list[str]) -> Unwrapped:
     for _ in range(_MOST):
         while left and _ASSIGNMENT.match(left[0]) and not _UNIT.match(left[0]):
             value = left.pop(0).partition("=")[2]
-            if " " in value:
-                texts.append(value)  # GIT_SSH_COMMAND='ssh …' git fetch
+            if " " in value or value.startswith(("$(", "`")):
+                texts.append(value)  # GIT_SSH_COMMAND='ssh …' git fetch; found=$(…)
         left = _timed(left)
         if len(left) < 2:
             break
         name = left[0].rpartition("/")[2]
         if name in _WRAPPERS or _LOADER.match(name):
             inner = _behind_options(name, left[1:], texts)
+        elif name in _SERVICES:
+            return Unwrapped(left, texts + _served(left[1:]))
         elif name in _CONTAINERS:
             texts += _contained(left)
             return Unwrapped(left, texts)
@@ -140,6 +144,14 @@ def _behind_options(name: str, rest: list[str], texts: list[str]) -> list[str]:
             if " " in value:
                 texts.append(value)
     return rest[_BEFORE.get(name, 0) :]
+
+
+def _served(words: list[str]) -> list[str]:
+    """The programs, by their units' names, that a manager of services is told to start."""
+    told = [word for word in words if not word.startswith("-")]
+    if not {"start", "restart", "enable", "reenable"} & set(told):
+        return []
+    return [shlex.quote(word.removesuffix(".service").partition("@")[0]) for word in told]
 
 
 def _run_by_name(name: str, left: list[str]) -> list[str]:

@@ -30,13 +30,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, Final
 
 import pyarrow as pa
 
 from ray_guard.evidence import conventions
 from ray_guard.evidence.reader import Entry
-from ray_guard.records import AttributeValue
+from ray_guard.records import Attributes, AttributeValue
 
 _TEXT: Final = {
     "run": "rl.run.id",
@@ -77,39 +78,56 @@ BATCH: Final = 20_000
 
 def batches(entries: Iterable[Entry]) -> Iterator[pa.RecordBatch]:
     """The spans as record batches of :data:`SCHEMA`, in their order."""
-    rows: list[dict[str, Any]] = []
-    for entry in entries:
-        rows.append(_row(entry))
-        if len(rows) == BATCH:
-            yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
-            rows = []
-    if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+    entries = iter(entries)
+    while some := list(islice(entries, BATCH)):
+        columns = _columns(some)
+        arrays = [
+            each if isinstance(each := columns[field.name], pa.Array) else pa.array(each, field.type)
+            for field in SCHEMA
+        ]
+        yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def _row(entry: Entry) -> dict[str, Any]:
-    span, about = conventions.told(entry.span), entry.resource.attributes
-    own = span.attributes
-    row: dict[str, Any] = {
-        "trace_id": span.trace_id,
-        "span_id": span.span_id,
-        "parent_id": span.parent_id,
-        "name": span.name,
-        "kind": int(span.kind),
-        "status": int(span.status),
-        "start_ns": _int64(span.start_ns),
-        "end_ns": _int64(span.end_ns),
-        "host_ips": _list(about.get("host.ip", own.get("host.ip"))),
-        "attributes": [(key, text(value)) for key, value in own.items() if key not in _OWN_COLUMN],
-        "events": _json([[each.name, each.time_ns, dict(each.attributes)] for each in span.events]),
-        "links": _json([[each.trace_id, each.span_id, dict(each.attributes)] for each in span.links]),
+def _columns(entries: list[Entry]) -> dict[str, Any]:
+    """Each column, by name: Arrow takes one in whole in a third of the time that it takes for rows."""
+    spans = [conventions.told(entry.span) for entry in entries]
+    both = [(span.attributes, entry.resource.attributes) for span, entry in zip(spans, entries, strict=True)]
+    found: dict[str, Any] = {
+        "trace_id": [span.trace_id for span in spans],
+        "span_id": [span.span_id for span in spans],
+        "parent_id": [span.parent_id for span in spans],
+        "name": [span.name for span in spans],
+        "kind": [int(span.kind) for span in spans],
+        "status": [int(span.status) for span in spans],
+        "start_ns": [_int64(span.start_ns) for span in spans],
+        "end_ns": [_int64(span.end_ns) for span in spans],
+        "host_ips": [_list(about.get("host.ip", own.get("host.ip"))) for own, about in both],
+        "attributes": _map([span.attributes for span in spans]),
+        "events": [_json([[each.name, each.time_ns, dict(each.attributes)] for each in span.events]) for span in spans],
+        "links": [
+            _json([[each.trace_id, each.span_id, dict(each.attributes)] for each in span.links]) for span in spans
+        ],
     }
     for column, key in _TEXT.items():
-        value = own.get(key, about.get(key))
-        row[column] = None if value is None or value == "" else text(value)
+        values = [own.get(key, about.get(key)) for own, about in both]
+        found[column] = [None if value is None or value == "" else text(value) for value in values]
     for column, key in _WHOLE.items():
-        row[column] = _whole(own.get(key, about.get(key)))
-    return row
+        found[column] = [_whole(own.get(key, about.get(key))) for own, about in both]
+    return found
+
+
+def _map(attributes: list[Attributes]) -> pa.Array:
+    """The column of all attributes that have none of their own."""
+    keys: list[str] = []
+    values: list[str] = []
+    begins = [0]
+    for own in attributes:
+        for key, value in own.items():
+            if key not in _OWN_COLUMN:
+                keys.append(key)
+                values.append(value if type(value) is str else text(value))
+        begins.append(len(keys))
+    return pa.MapArray.from_arrays(begins, pa.array(keys, pa.string()), pa.array(values, pa.string()))
 
 
 def text(value: AttributeValue) -> str:

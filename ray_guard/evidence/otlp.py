@@ -367,8 +367,12 @@ class NotOtlp(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
+_SPANS: Final = '"spans":['
+_CLOSE: Final = "]}]}]}"
+_HEAD_LIMIT: Final = 256
+_heads: dict[str, Resource] = {}
+
 _SNAKE: Final = r"_([a-z0-9])"
-_HEX: Final = r"[0-9a-fA-F]+\Z"
 _KINDS: Final = {
     1: SpanKind.INTERNAL,
     3: SpanKind.CLIENT,
@@ -428,18 +432,17 @@ def _identifier(value: object, size: int, what: str) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, str):
-        text = value
-        if len(text) != 2 * size or not re.match(_HEX, text):
-            from base64 import b64decode  # for what others write alone
+        try:
+            found = bytes.fromhex(value) if len(value) == 2 * size else b""
+            if len(found) != size:
+                from base64 import b64decode  # for what others write alone
 
-            plain = text.rstrip("=").replace("-", "+").replace("_", "/")
-            try:
-                text = b64decode(plain + "=" * (-len(plain) % 4), validate=True).hex()
-            except ValueError:
-                text = ""
-        if len(text) == 2 * size:
-            text = text.lower()
-            return text if text.strip("0") else None
+                plain = value.rstrip("=").replace("-", "+").replace("_", "/")
+                found = b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        except ValueError:
+            found = b""
+        if len(found) == size:
+            return found.hex() if any(found) else None
     raise NotOtlp("invalid", f"{what} {value!r:.80} is not an id of {size} bytes")
 
 
@@ -502,9 +505,15 @@ def _decode_attributes(owner: Mapping[str, Any]) -> dict[str, AttributeValue]:
         key, value = item.get("key"), item.get("value")
         if not isinstance(key, str):
             continue
-        # Most of what reading a line costs: the common case without a call.
-        content = value.get("stringValue") if isinstance(value, dict) and len(value) == 1 else None
-        decoded[intern(key)] = content if isinstance(content, str) else _decode_value(value)
+        # Most of what reading a line costs: the common cases without a call, or with one.
+        alone = value if isinstance(value, dict) and len(value) == 1 else {}
+        content = alone.get("stringValue")
+        if isinstance(content, str):
+            decoded[intern(key)] = content
+        elif (content := alone.get("intValue")) is not None:
+            decoded[intern(key)] = _number(content, "intValue")
+        else:
+            decoded[intern(key)] = _decode_value(value)
     return decoded
 
 
@@ -562,18 +571,58 @@ def decode(line: bytes | str) -> list[tuple[Resource, SpanRecord]]:
     """
     try:
         text = line if isinstance(line, str) else line.decode("utf-8")
+        if "\\ud" in text or "\\uD" in text:  # halves of surrogate pairs, which nothing can store
+            text = re.sub(_SURROGATE, "\ufffd", json.dumps(json.loads(text), ensure_ascii=False))
         # The hook is a Python call per JSON object: worth it only where a snake_case key can be. Nearly all writers
         # use camelCase throughout.
         snake = '"resource_spans"' in text or '"span_id"' in text or '_value"' in text
-        data = json.loads(text, object_pairs_hook=_camel if snake else None)
+        known = None if snake else _after_known_head(text)
+        data = json.loads(text, object_pairs_hook=_camel if snake else None) if known is None else {}
     except (ValueError, RecursionError) as error:
         raise NotOtlp("malformed", f"not JSON: {error!s:.120}") from None
-    if not isinstance(data, dict) or "resourceSpans" not in data:
-        raise NotOtlp("foreign", "JSON without resourceSpans")
     try:
-        return _decode_spans(data)
+        if known is not None:
+            return [(known[0], _decode_span(span)) for span in known[1]]
+        if not isinstance(data, dict) or "resourceSpans" not in data:
+            raise NotOtlp("foreign", "JSON without resourceSpans")
+        spans = _decode_spans(data)
     except RecursionError:
         raise NotOtlp("malformed", "a value of too many levels") from None
+    if spans and not snake:
+        _keep_head(text, spans[0][0])
+    return spans
+
+
+def _after_known_head(text: str) -> tuple[Resource, list[dict[str, Any]]] | None:
+    """The spans of a line that begins as one before it did: nearly all that are about one resource do, to their spans.
+
+    It takes half as long as to read the resource each time. None where the line is not known to be like that.
+    """
+    head, _, rest = text.partition(_SPANS)
+    resource = _heads.get(head)
+    if resource is None or not rest.endswith(_CLOSE):
+        return None
+    try:
+        spans = json.loads(f"[{rest[: -len(_CLOSE)]}]")
+    except (ValueError, RecursionError):
+        return None
+    return (resource, spans) if all(isinstance(span, dict) for span in spans) else None
+
+
+def _keep_head(text: str, resource: Resource) -> None:
+    """Keeps what a line begins with, if nothing but spans and the ends of what it opened can follow it."""
+    head, mark, rest = text.partition(_SPANS)
+    if not mark or not rest.endswith(_CLOSE) or len(head) > STRING_LIMIT:
+        return
+    try:
+        alone = json.loads(head + mark + _CLOSE)
+    except ValueError:
+        return
+    scopes = [scope for group in alone["resourceSpans"] for scope in _objects(group, "scopeSpans")]
+    if len(scopes) == 1 == len(alone["resourceSpans"]) and scopes[0].get("spans") == []:
+        if len(_heads) >= _HEAD_LIMIT:
+            _heads.clear()
+        _heads[head] = resource
 
 
 def _decode_spans(data: Mapping[str, Any]) -> list[tuple[Resource, SpanRecord]]:

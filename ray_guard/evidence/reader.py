@@ -165,6 +165,7 @@ def read(paths: Iterable[str | os.PathLike[str]], quarantine: Quarantine) -> Ite
         NotEvidence: a path is missing, or a folder holds no segment.
     """
     shared: dict[object, Resource] = {}
+    met = kept = Resource({})
     for path in segments(paths):
         position = Position(str(path), 0, 0)
         sealed = is_sealed(path)
@@ -174,7 +175,8 @@ def read(paths: Iterable[str | os.PathLike[str]], quarantine: Quarantine) -> Ite
                     position = Position(str(path), line.number, line.offset)
                     for resource, span in _spans(line, position, quarantine, sealed=sealed):
                         # Many spans are about few resources: one object each keeps a large job's evidence in memory.
-                        kept = shared.setdefault(frozenset(resource.attributes.items()), resource)
+                        if resource is not met:
+                            met, kept = resource, shared.setdefault(frozenset(resource.attributes.items()), resource)
                         yield Entry(kept, span, position)
         except OSError as error:
             quarantine.add(position, "unreadable", error.strerror or str(error))

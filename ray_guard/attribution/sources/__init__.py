@@ -39,6 +39,7 @@ class Source(Protocol):
 
         Raises:
             Unusable: the line is damaged.
+            Partly: some of its records are.
             BadTime: its time is none.
         """
 

@@ -52,6 +52,9 @@ _GATEWAY: Final = re.compile(r"\d+ (TransitGateway|-) (\d+|-) tgw-\S+( \S+){32}"
 _RECORD: Final = re.compile(r"\d+( \S+){9} (\d+|-) (\d+|-) (ACCEPT|REJECT|-) (OK|NODATA|SKIPDATA)(?P<later>( \S+)*)")
 #: CloudWatch's own time and stream before what was logged, as it exports and tails
 _BEFORE: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|\+00:00) (?:[\w.-]*eni-\S+ )?")
+_COLUMNS: Final = frozenset((*_DEFAULT, *_LATER, *_TRANSIT))
+_COLUMN: Final = re.compile(r"[a-z][a-z0-9-]*")
+#: of which a header has two: others of them are words too
 _NAMES: Final = frozenset(
     {"srcaddr", "dstaddr", "start", "interface-id", "log-status", "pkt-srcaddr", "flow-direction"}
 )
@@ -119,7 +122,12 @@ def _records(row: dict[str, str]) -> list[Observation]:
 
 def _is_header(text: str) -> bool:
     words = text.replace("_", "-").lower().split()
-    return len(words) > 2 and sum(word in _NAMES for word in words) >= 2
+    return (
+        len(words) > 2
+        and sum(word in _NAMES for word in words) >= 2
+        and 2 * sum(word in _COLUMNS for word in words) >= len(words)
+        and all(map(_COLUMN.fullmatch, words))
+    )
 
 
 def _observation(row: dict[str, str]) -> Observation:

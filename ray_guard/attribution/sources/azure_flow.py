@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ray_guard.attribution import times
 from ray_guard.attribution.observation import Action, Observation, Semantics, endpoint, protocol, whole
-from ray_guard.attribution.sources.line import Line, Unusable, at, text_of
+from ray_guard.attribution.sources.line import Line, Partly, Unusable, at, text_of
 
 FORMAT: Final = "azure-flow"
 
@@ -29,14 +29,32 @@ class AzureFlow:
         if line.object is None:
             raise Unusable("malformed", "not a JSON object")
         seen: list[Observation] = []
+        faults: list[Exception] = []
         searched = 0
         for record in _records(line.object):
             node = text_of(record, "macAddress") or text_of(record, "systemId")
             for rule, written in _tuples(record):
-                found = line.raw.find(written.encode("utf-8", "surrogatepass"), searched)
-                searched = max(searched, found)
-                seen.append(_observation(written, rule, node, _stands(line.raw, max(found, 0))))
+                if written is None:
+                    faults.append(Unusable("fields", "flows without flowTuples"))
+                    continue
+                found, part = _place(line.raw, written, searched)
+                searched = max(searched, found + 1)
+                try:
+                    seen.append(_observation(written, rule, node, _stands(line.raw, max(found, 0)), part))
+                except (Unusable, times.BadTime) as error:
+                    faults.append(error)
+        if faults:
+            raise Partly(seen, faults)
         return seen
+
+
+def _place(raw: bytes, written: str, searched: int) -> tuple[int, str]:
+    """(where a tuple is, its text there); by its time where that is not as it was read (bytes that are no UTF-8)."""
+    found = raw.find(written.encode("utf-8", "surrogatepass"), searched)
+    if found >= 0:
+        return found, written
+    found = raw.find(written.partition(",")[0].encode("utf-8", "surrogatepass"), searched)
+    return found, raw[found : raw.find(b'"', found)].decode("utf-8", "surrogateescape") if found >= 0 else written
 
 
 def _stands(raw: bytes, found: int) -> int:
@@ -58,17 +76,24 @@ def _groups(record: dict[str, Any]) -> list[Any]:
     return []
 
 
-def _tuples(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(rule, tuple) of a record: ``flows[].rule`` over ``flows[]``, or ``flowGroups[].rule``."""
+def _tuples(record: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """(rule, tuple) of a record: ``flows[].rule`` over ``flows[]``, or ``flowGroups[].rule``; None where one lacks."""
     for outer in _groups(record):
-        for inner in at(outer, "flowGroups") or at(outer, "flows") or []:
+        inners = at(outer, "flowGroups") or at(outer, "flows")
+        if not isinstance(inners, list):
+            yield "", None
+            continue
+        for inner in inners:
             rule = text_of(inner, "rule") or text_of(outer, "rule")
-            for written in at(inner, "flowTuples") or []:
-                if isinstance(written, str):
-                    yield rule, written
+            held = at(inner, "flowTuples")
+            if not isinstance(held, list):
+                yield rule, None
+                continue
+            for written in held:
+                yield rule, written if isinstance(written, str) else None
 
 
-def _observation(written: str, rule: str, node: str, within: int) -> Observation:
+def _observation(written: str, rule: str, node: str, within: int, part: str) -> Observation:
     fields = [field.strip() for field in written.split(",")]
     if len(fields) < 8:
         raise Unusable("fields", f"a tuple of {len(fields)} fields: {written:.60}")
@@ -86,5 +111,5 @@ def _observation(written: str, rule: str, node: str, within: int) -> Observation
         bytes_out=whole(fields[10]) if len(fields) > 10 and fields[10] else None,
         bytes_in=whole(fields[12]) if len(fields) > 12 and fields[12] else None,
         within=within,
-        part=written,
+        part=part,
     )

@@ -57,7 +57,7 @@ _CEF_NAMES: Final = {
     "deviceExternalId": "devid",
 }
 _CEF_PREFIXES: Final = ("FTNTFGT", "FortinetFortiGate", "ad.")
-_OF_FLOWS: Final = frozenset({"traffic", "utm", "anomaly"})
+_OF_ITSELF: Final = frozenset({"event"})
 _UNNAMED: Final = frozenset({"", "N/A", "unknown"})
 
 
@@ -83,9 +83,9 @@ class Fortigate:
         if "type" not in said:
             raise Unusable("malformed", "no type= among the pairs")
         if "srcip" not in said and "dstip" not in said:
-            if said["type"] in _OF_FLOWS:
-                raise Unusable("fields", f"a record of type {said['type']} without srcip= and dstip=")
-            return []  # of the device itself
+            if said["type"] not in _OF_ITSELF:
+                raise Unusable("fields", f"a record of type {said['type']:.20} without srcip= and dstip=")
+            return []
         return [_observation(said)]
 
     def _said(self, text: str) -> dict[str, str]:

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from pydantic_core import from_json
 
+from ray_guard.attribution.observation import Observation
+
 _HALF: Final = re.compile("[\ud800-\udfff]")
 _UNREAD: Final = object()
 #: keys under which collectors put a line, or what they made of one (Filebeat, Fluent Bit, journald, CloudWatch, Log
@@ -34,6 +36,20 @@ class Unusable(ValueError):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+class Partly(Exception):
+    """A line of several records, of which some cannot be used.
+
+    Args:
+        seen: the others.
+        faults: what is wrong with each.
+    """
+
+    def __init__(self, seen: list[Observation], faults: list[Exception]) -> None:
+        super().__init__(seen, faults)
+        self.seen = seen
+        self.faults = faults
 
 
 class Line:
@@ -87,6 +103,8 @@ class Line:
                 line = Line(inner.encode("utf-8", "surrogatepass"), self.offset)
             elif isinstance(inner, dict):
                 line = of_object(json.dumps(inner).encode(), self.offset, inner)
+            elif isinstance(inner, list) and (raw := _bytes(inner)):
+                line = Line(raw, self.offset)
             else:
                 continue
             line.envelope = {**(self.envelope or {}), **self.object}
@@ -102,6 +120,11 @@ class Line:
         except ValueError:
             return None
         return Line(inner.encode("utf-8", "surrogatepass"), self.offset, self.envelope)
+
+
+def _bytes(inner: list[Any]) -> bytes:
+    """A message that is no UTF-8, as the journal's JSON has it: a number for each byte. Empty where it is none."""
+    return bytes(inner) if all(type(each) is int and 0 <= each < 256 for each in inner) else b""
 
 
 def of_object(raw: bytes, offset: int, parsed: object) -> Line:

@@ -27,6 +27,7 @@ from ray_guard.attribution.observation import (
     protocol,
     whole,
 )
+from ray_guard.attribution.sources import header
 from ray_guard.attribution.sources.line import Line, Unusable, text_of
 from ray_guard.attribution.sources.pairs import Pairs
 from ray_guard.attribution.times import BadTime
@@ -40,17 +41,26 @@ _PACKET: Final = re.compile(r"IN=(?<!PHYSIN=)\S{0,32} (?:PHYSIN=\S{0,32} )?OUT=\
 _SRC: Final = re.compile(r"SRC=(?<!\wSRC=)")
 _QUOTED: Final = re.compile(r"\[SRC=.*?(?:\]|$)")
 _KEY: Final = r"\b[A-Z]{2,8}"
-_PRIORITY: Final = re.compile(r"<\d{1,3}>(?:1 )?")
-_CONTAINER: Final = re.compile(r"\S+ std(?:out|err) [FP] ")
-_NODE: Final = r"(?P<node>[^\s:\[]+|(?:[0-9A-Fa-f]*:){2,7}[0-9A-Fa-f]*) "
-_PROGRAM: Final = (
-    r"(?:\w+\.\w+ )?(?:kernel: ?|\S+\[\d+\]: |ulogd: ?|"
-    r"(?:kernel|ulogd) (?:-|\d+) (?:-|\w+) (?:-|(?:\[[^\]]*\])+) ?\ufeff?)?(?:message repeated \d+ times: \[ ?)?"
-)
-_FROM: Final = re.compile(_NODE + _PROGRAM)
-_FROM_HERE: Final = re.compile(r"(?:\[\d+\.\d+\] )?(?P<node>)" + _PROGRAM)
-_WEEKDAY: Final = re.compile(r"[A-Z][a-z]{2} (?=\d{4}-)")
-_ZONE: Final = re.compile(r"[A-Z]{3,5} ")
+_SIDES: Final = (("sport", "src"), ("dport", "dest"))
+_FLOW: Final = "] ORIG: SRC="
+"""What ulogd2's PRINTFLOW writes before a connection's first tuple."""
+_PRINTED: Final = re.compile(r"(?:^|,)(timestamp|[a-z0-9]+(?:\.[a-z0-9_]+)+)=")
+_FEW: Final = 8
+"""Keys that GPRINT's line of any packet or connection has, and more."""
+#: an address that IP2STR put into text stands behind the same that GPRINT itself did
+_JSON_NAMES: Final = {
+    "ip.saddr": "src_ip",
+    "ip.daddr": "dest_ip",
+    "orig.ip.saddr": "src_ip",
+    "orig.ip.daddr": "dest_ip",
+    "reply.ip.saddr": "reply.ip.saddr.str",
+    "reply.ip.daddr": "reply.ip.daddr.str",
+    "ip.saddr.str": "src_ip",
+    "ip.daddr.str": "dest_ip",
+    "orig.ip.saddr.str": "src_ip",
+    "orig.ip.daddr.str": "dest_ip",
+    **{f"{layer}.{side}": f"{name}_port" for layer in ("tcp", "udp", "sctp", "orig.l4") for side, name in _SIDES},
+}
 _UPTIME: Final = re.compile(r"\[ *\d+\.\d+\] ?")
 #: what VyOS and Ubiquiti write after a rule's name: accepted, dropped, rejected
 _VERDICT: Final = re.compile(r"-([ADR])\]$")
@@ -69,7 +79,12 @@ class Nftables:
         parsed = line.object
         if parsed is not None:
             return "oob.prefix" in parsed or parsed.get("dvc") == "Netfilter" or "reply.ip.daddr.str" in parsed
-        return len(line.raw) <= _LONGEST and "SRC=" in line.text and _packet_in(line.text) is not None
+        text = line.text
+        if len(line.raw) > _LONGEST:
+            return False
+        if "SRC=" in text:
+            return _packet_in(text) is not None or _FLOW in text
+        return "ip.protocol=" in text and _printed(text) is not None
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is not None and self.recognises(line):
@@ -77,6 +92,11 @@ class Nftables:
         text = line.text
         begin = _packet_in(text)
         if begin is None:
+            if _FLOW in text:
+                time, node, _ = header.taken(text[: text.index("[")])
+                return [_flow(conntrack.event(line)._replace(at=time), node)]
+            if (printed := _printed(text)) is not None:
+                return [_connection(printed) if "reply.ip.daddr.str" in printed else _ulogd(printed)]
             raise Unusable("malformed", "no IN= OUT= SRC= of a logged packet")
         fields = text[begin:]
         if "[SRC=" in fields:
@@ -84,15 +104,16 @@ class Nftables:
         said = self._pairs.of(fields)
         before = text[:begin]
         try:
-            time, sender, rest = _stamp(before)
+            time, node, prefix = header.taken(before)
         except BadTime:
             if line.envelope is None:
                 raise
             time, prefix = _journal(line.envelope), before
             node = text_of(line.envelope, "_HOSTNAME") or text_of(line.envelope, "host", "hostname")
-        else:
-            node, prefix = _written_by(sender, rest)
-        return [_packet(time, node, _UPTIME.sub("", prefix, count=1).strip(" :\ufeff"), said)]
+        prefix = _UPTIME.sub("", prefix, count=1).strip(" :\ufeff")
+        if text[2:3] == "/" and not prefix:
+            prefix = "drop"  # Suricata's drop.log
+        return [_packet(time, node, prefix, said)]
 
 
 @lru_cache(maxsize=1)  # asked twice for each line
@@ -101,53 +122,6 @@ def _packet_in(text: str) -> int | None:
     ends = [found.start() for found in _SRC.finditer(text)]
     begins = [found.start() for found in _PACKET.finditer(text, 0, ends[-1] if ends else 0)]
     return begins[-1] if begins else None
-
-
-@lru_cache(maxsize=1024)
-def _written_by(sender: re.Pattern[str], rest: str) -> tuple[str, str]:
-    """(node, prefix) of what stands between the time and the packet."""
-    found = sender.match(rest + " ")
-    return (found["node"], (rest + " ")[found.end() :]) if found else ("", rest)
-
-
-def _stamp(text: str) -> tuple[Time, re.Pattern[str], str]:
-    """(time, what says who wrote it, the rest). Raises BadTime for what has no time that is known."""
-    if found := _PRIORITY.match(text) or (_CONTAINER.match(text) if " std" in text else None):
-        text = text[found.end() :]
-    if text[:1].isdigit():
-        stamp, _, rest = text.partition(" ")
-        if "-" not in stamp:  # `journalctl -o short-unix`
-            return times.epoch(stamp, Semantics.PACKET), _FROM, rest
-        if "T" not in stamp and rest:  # `2026-03-07 03:40:11 node …`
-            clock, _, rest = rest.partition(" ")
-            stamp = f"{stamp} {clock}"
-        # `dmesg --time-format iso`, which knows no node, has a comma
-        return times.iso(stamp, Semantics.PACKET), _FROM_HERE if "," in stamp else _FROM, rest
-    try:
-        time, rest = times.syslog(text, Semantics.PACKET)
-    except BadTime:
-        return _other_stamp(text)
-    if rest[:5].strip().isdigit():  # `Mar  7 03:40:11 2026`
-        return _other_stamp(text)
-    return time, _FROM, rest
-
-
-def _other_stamp(text: str) -> tuple[Time, re.Pattern[str], str]:
-    """`dmesg -T`, OpenWrt's `logread`, `journalctl -o short-full`, syslog with a year."""
-    if found := _WEEKDAY.match(text):
-        day, clock, rest = (text[found.end() :] + "  ").split(" ", 2)
-        zone = _ZONE.match(rest)
-        known = "UTC" if zone is not None and zone[0] in ("UTC ", "GMT ") else ""
-        return (
-            times.iso(f"{day} {clock}{known}", Semantics.PACKET),
-            _FROM,
-            rest[zone.end() if zone is not None else 0 :],
-        )
-    bracket = text.startswith("[")
-    time, rest = times.ctime(text.removeprefix("["), Semantics.PACKET)
-    # What begins with a weekday was written on the machine itself, which does not say its own name.
-    here = bracket or text[3:7].strip().isalpha()
-    return time, _FROM_HERE if here else _FROM, rest.removeprefix("]").lstrip()
 
 
 def _journal(envelope: dict[str, Any]) -> Time:
@@ -175,7 +149,14 @@ def _packet(time: Time, node: str, prefix: str, said: dict[str, str]) -> Observa
 
 def _connection(parsed: dict[str, Any]) -> Observation:
     """A connection as NFCT records it: what it was translated to is the mirror of what the answers come back to."""
-    seen = conntrack.of_ulogd(parsed)
+    return _flow(conntrack.of_ulogd(parsed), _device(parsed))._replace(
+        bytes_out=whole(parsed.get("orig.raw.pktlen")),
+        bytes_in=whole(parsed.get("reply.raw.pktlen")),
+        flow_id=text_of(parsed, "ct.id"),
+    )
+
+
+def _flow(seen: conntrack.Event, node: str) -> Observation:
     if seen.at is None:
         raise BadTime("a connection without timestamp or flow.end.sec")
     time = seen.at if seen.began is None else seen.at._replace(start_ns=min(seen.began.start_ns, seen.at.start_ns))
@@ -186,11 +167,20 @@ def _connection(parsed: dict[str, Any]) -> Observation:
         translated_src=NOBODY if seen.outside == seen.inside else seen.outside,
         translated_dst=NOBODY if seen.far == seen.peer else seen.far,
         proto=seen.proto,
-        node=_device(parsed),
-        bytes_out=whole(parsed.get("orig.raw.pktlen")),
-        bytes_in=whole(parsed.get("reply.raw.pktlen")),
-        flow_id=text_of(parsed, "ct.id"),
+        node=node,
     )
+
+
+def _printed(text: str) -> dict[str, Any] | None:
+    """What ulogd2's GPRINT wrote, as its JSON would have it; None where it did not."""
+    keys = list(_PRINTED.finditer(text))
+    if not keys or keys[0].start() or len(keys) < _FEW:
+        return None
+    ends = [*(key.start() for key in keys[1:]), len(text)]
+    said = {key[1]: text[key.end() : end] for key, end in zip(keys, ends, strict=True)}
+    found: dict[str, Any] = {_JSON_NAMES.get(key, key): value for key, value in said.items()}
+    found["timestamp"] = said.get("timestamp", "").replace("-", " ")
+    return found
 
 
 def _device(parsed: dict[str, Any]) -> str:
@@ -202,8 +192,10 @@ def _ulogd(parsed: dict[str, Any]) -> Observation:
     prefix = text_of(parsed, "oob.prefix").strip(" :")
     # What a group's label says: with `boolean_label` ulogd calls 1 allowed, anything else blocked.
     label = _LABELS.get(text_of(parsed, "action"))
+    # The packet's own time, which is of no zone, where the other is the machine's.
+    time = conntrack.moment(parsed, "oob.time") or times.iso(parsed.get("timestamp"), Semantics.PACKET)
     return Observation(
-        times.iso(parsed.get("timestamp"), Semantics.PACKET),
+        time._replace(semantics=Semantics.PACKET),
         src=endpoint(parsed.get("src_ip"), parsed.get("src_port")),
         dst=endpoint(parsed.get("dest_ip"), parsed.get("dest_port")),
         proto=protocol(parsed.get("ip.protocol", parsed.get("ip6.nexthdr"))),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import re
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final
 
 from ray_guard.attribution import times
@@ -38,6 +39,11 @@ _DENIES: Final = frozenset(
     "deny drop drop-all drop-all-packets drop-icmp drop-packet reset-client reset-server reset-both block-ip block-url "
     "block block-continue sinkhole random-drop".split()
 )
+#: of the firewall itself, or said of a flow beside its TRAFFIC record
+_OTHERS: Final = frozenset(
+    "CONFIG SYSTEM AUDIT ALARM USERID HIPMATCH HIP-MATCH IPTAG IP-TAG GLOBALPROTECT AUTHENTICATION AUTH CORRELATION "
+    "DECRYPTION TUNNEL SCTP GTP URL DATA FILE WILDFIRE DNS DNSSECURITY DNS-SECURITY EXTPCAP".split()
+)
 #: why a session ended that a rule had let begin
 _CUT_SHORT: Final = (["policy-deny"], ["threat"])
 _DOMAIN: Final = re.compile(r"(?:[\w-]+\.)+[A-Za-z][\w-]*\.?")
@@ -51,24 +57,40 @@ class Panos:
     def recognises(self, line: Line) -> bool:
         if panos_cloud.fields(line) is not None:
             return True
-        return line.object is None and "," in line.text and _BEGIN.search(line.text) is not None
+        return line.object is None and "," in line.text and _record(line.text) is not None
 
     def read(self, line: Line) -> list[Observation]:
         named = panos_cloud.fields(line)
         if named is not None:
-            return [_named(named)] if named["LogType"].upper() in ("TRAFFIC", "THREAT") else []
-        found = _BEGIN.search(line.text)
+            return [_named(named)] if _is_of_a_flow(named["LogType"].upper()) else []
+        found = _record(line.text)
         if found is None:
             raise Unusable("malformed", "no time, serial number and type of a PAN-OS record")
         try:
-            fields = next(csv.reader([found[1]]))
+            fields = next(csv.reader([found]))
         except csv.Error as error:
             raise Unusable("malformed", str(error)) from error
-        if fields[3] not in ("TRAFFIC", "THREAT"):
-            return []  # configuration, system, user-id …: not about traffic
+        if not _is_of_a_flow(fields[3]):
+            return []
         if len(fields) < 37:
             raise Unusable("fields", f"{fields[3]} record of {len(fields)} fields")
         return [_observation(fields)]
+
+
+@lru_cache(maxsize=1)  # asked twice for each line
+def _record(text: str) -> str | None:
+    """The record behind whatever header."""
+    found = _BEGIN.search(text)
+    return None if found is None else found[1]
+
+
+def _is_of_a_flow(kind: str) -> bool:
+    """Raises Unusable for what is no kind of record."""
+    if kind in ("TRAFFIC", "THREAT"):
+        return True
+    if kind not in _OTHERS:
+        raise Unusable("fields", f"a record of type {kind!r:.30}")
+    return False
 
 
 def _observation(fields: list[str]) -> Observation:
@@ -135,7 +157,7 @@ def _translated(after: Endpoint, before: Endpoint) -> Endpoint:
 def _time(fields: list[str], traffic: bool) -> Time:  # noqa: FBT001
     zone, written = "", None
     for field in fields[37:]:
-        if match := _PRECISE.fullmatch(field):
+        if field[10:11] == "T" and (match := _PRECISE.fullmatch(field)):
             zone = match[1]
             with suppress(times.BadTime):  # 1969 stands for unset, and its zone is true all the same
                 written = times.iso(field, Semantics.PACKET)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, cast
 
 from ray_guard.attribution.observation import Observation
-from ray_guard.attribution.sources import FORMATS, Source, documents, packed
-from ray_guard.attribution.sources.line import Line, Unusable
+from ray_guard.attribution.sources import FORMATS, Source, documents, foreign, packed
+from ray_guard.attribution.sources.line import Line, Partly, Unusable
 from ray_guard.attribution.times import BadTime
 from ray_guard.errors import BadPath
 from ray_guard.evidence.reader import open_segment
@@ -125,7 +125,7 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
         if not line.raw or line.raw.isspace():
             continue
         try:
-            source, seen = detector.read(line)
+            source, seen = detector.read(line, number, report)
             found = [(source.format, line.offset, line.raw, each) for each in seen]
         except _Unknown as error:
             found = _opened(line, number, line.raw, _Opening(detector, report, error))
@@ -133,7 +133,7 @@ def read(path: Path, report: FileReport, forced: str | None = None) -> Iterator[
             report.reject(number, line.offset, *_reason(error))
             continue
         for name, offset, raw, each in found:
-            own = each.part.encode() if each.part else raw
+            own = each.part.encode("utf-8", "surrogateescape") if each.part else raw
             yield Record(name, count, offset + each.within, own, each)
             count += 1
             report.records[name] += 1
@@ -159,6 +159,8 @@ def _numbered(path: Path, report: FileReport) -> Iterator[tuple[int, Line]]:
         hashed = _Hashed(file)
         try:
             yield from _lines(packed.unpacked(cast("BinaryIO", hashed), path), report)
+        except packed.Foreign as error:
+            report.reject(0, 0, "unknown", str(error))
         except packed.DAMAGE as error:
             report.reject(0, 0, "unreadable", str(error) or type(error).__name__)
         report.sha256 = hashed.rest_hashed()
@@ -193,14 +195,19 @@ def _opened(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[
     report = opening.report
     inner = line.unwrapped()
     if opening.depth < _DEEP and documents.holds_records(line):
+        held = False
         try:
             for each in documents.within(line):
+                held = True
                 if raw is not line.raw:  # places in what was wrapped are none in the file
                     each.offset = line.offset
                 yield from _inner(each, number, each.raw if raw is line.raw else raw, opening)
         except documents.Broken as broken:
             at = broken.offset if raw is line.raw else line.offset
             report.reject(number, at, "malformed", f"JSON that does not end, or is none: {broken}")
+        else:
+            if not held:
+                report.reject(number, line.offset, *_reason(opening.error))
     elif opening.depth < _DEEP and inner is not None:
         yield from _inner(inner, number, raw, opening)
     else:
@@ -209,7 +216,7 @@ def _opened(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[
 
 def _inner(line: Line, number: int, raw: bytes, opening: _Opening) -> Iterator[tuple[str, int, bytes, Observation]]:
     try:
-        source, seen = opening.detector.read(line)
+        source, seen = opening.detector.read(line, number, opening.report)
     except _Unknown as error:
         yield from _opened(line, number, raw, opening._replace(error=error, depth=opening.depth + 1))
     except _FAULTS as error:
@@ -227,20 +234,30 @@ class _Detector:
         self._current: Source | None = self._sources[0] if forced else None
         self._forced = forced is not None
 
-    def read(self, line: Line) -> tuple[Source, list[Observation]]:
+    def read(self, line: Line, number: int, report: FileReport) -> tuple[Source, list[Observation]]:
+        source = self._of(line)
+        try:
+            return source, source.read(line)
+        except Partly as partly:
+            for each in partly.faults:
+                report.reject(number, line.offset, *_reason(each))
+            return source, partly.seen
+
+    def _of(self, line: Line) -> Source:
         if self._current is not None and self._current.recognises(line):
-            return self._current, self._current.read(line)
+            return self._current
         for source in self._sources:
             if source.recognises(line):
                 self._current = source
-                return source, source.read(line)
+                return source
+        known = foreign.line(line.text) if line.object is None else ""
         if documents.holds_records(line) or line.unwrapped() is not None:
-            raise _Unknown("unknown", "of no format that is known, and neither is what is in it")
+            raise _Unknown("unknown", known or "of no format that is known, and neither is what is in it")
         if line.object is None and line.text.startswith(("{", "[")):
             raise _Unknown("malformed", "JSON that does not end, or is none")
         if self._forced:
-            return self._sources[0], self._sources[0].read(line)
-        raise _Unknown("unknown", "of no format that is known; say --format to force one")
+            return self._sources[0]
+        raise _Unknown("unknown", known or "of no format that is known; say --format to force one")
 
 
 def _lines(stream: BinaryIO, report: FileReport) -> Iterator[tuple[int, Line]]:
@@ -265,10 +282,23 @@ def _lines(stream: BinaryIO, report: FileReport) -> Iterator[tuple[int, Line]]:
             size += len(head)
         if size > LINE_LIMIT:
             report.reject(number, offset, "huge", f"a line of {size} bytes; at most {LINE_LIMIT} are read")
+        elif b"\r" in head:
+            yield from ((number, line) for line in _parted(head[:-1] if whole else head, offset))
         else:
             yield number, Line(head[:-1] if whole else head, offset)
         offset += size
         number += 1
+
+
+def _parted(raw: bytes, offset: int) -> Iterator[Line]:
+    """A line; or those that a carriage return alone ends, which in JSON is a gap like others."""
+    if raw.startswith((b"{", b"[")) or b"\r" not in raw.rstrip(b"\r"):
+        yield Line(raw, offset)
+        return
+    for each in raw.split(b"\r"):
+        if each:
+            yield Line(each, offset)
+        offset += len(each) + 1
 
 
 class _Rereadable:

@@ -1,4 +1,4 @@
-"""Suricata EVE: one JSON object a line, ``event_type`` says of what. Runs later. Pure.
+"""Suricata EVE: one JSON object a line, ``event_type`` says of what; or ``fast.log``. Runs later. Pure.
 
 ``timestamp`` is the time of the packet that the event is about; a flow's record is written when the flow is over and
 says begin and end itself. Source and destination are those of that packet: the source may be the remote side.
@@ -19,6 +19,7 @@ from ray_guard.attribution.observation import (
     whole,
     without_port,
 )
+from ray_guard.attribution.sources import fast
 from ray_guard.attribution.sources.line import Line, Unusable, at, text_of
 
 FORMAT: Final = "suricata"
@@ -33,14 +34,18 @@ class Suricata:
 
     def recognises(self, line: Line) -> bool:
         parsed = line.object
-        if parsed is None or "timestamp" not in parsed:
+        if parsed is None:
+            return fast.recognises(line.text)
+        if "timestamp" not in parsed:
             return False
         # Alerts of old releases, and of shippers that file events by type, come without the type.
         return isinstance(parsed.get("event_type"), str) or ("flow_id" in parsed and "src_ip" in parsed)
 
     def read(self, line: Line) -> list[Observation]:
         if line.object is None:
-            raise Unusable("malformed", "not a JSON object")
+            if fast.recognises(line.text):
+                return [fast.read(line.text)]
+            raise Unusable("malformed", "neither a JSON object nor an alert of fast.log")
         if line.object.get("event_type") == "stats":
             return []
         return [event(line.object)]

@@ -23,7 +23,7 @@ _LOOP_RULES = (probing.in_loop, names.in_loop)
 
 def judge(text: str) -> Finding | None:
     """The first thing that is wrong with a command line; None: nothing that is known."""
-    judged: set[tuple[str, ...]] = set()
+    judged: set[int] = set()
     for plain in unhidden(text[:LONGEST]):
         found = _judged(Line(plain), judged)
         if found is not None:
@@ -31,15 +31,15 @@ def judge(text: str) -> Finding | None:
     return None
 
 
-def _judged(line: Line, judged: set[tuple[str, ...]]) -> Finding | None:
+def _judged(line: Line, judged: set[int]) -> Finding | None:
     """``judged``: commands of which nothing is to be said; the texts that a line becomes have most in common."""
     for of_line in _LINE_RULES:
         if (found := of_line(line)) is not None:
             return found
     for command in line.commands:
-        if (key := command.key) in judged:
+        if command.key in judged:
             continue
-        judged.add(key)
+        judged.add(command.key)
         for of_command in _COMMAND_RULES:
             if (found := of_command(command, line)) is not None:
                 return found

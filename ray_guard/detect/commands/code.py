@@ -20,9 +20,10 @@ class _Code(NamedTuple):
 
 
 _CONNECTS: Final = re.compile(
-    r"socket\.socket|\bsocket\(|create_connection|[\"']socket[\"']\)\.socket|open_connection|fsockopen|stream_socket_client|socket_create|socket\.tcp\(|"
-    r"TCPSocket|IO::Socket|require\(?\s*[\"']socket[\"']|-MIO\b|net\.(?:connect|Socket|createConnection|Dial)|[\"']net[\"']\)|socket\(\s*(?:S,\s*)?PF_INET|"
-    r"Sockets\.TCPClient|new Socket\(|\bsocket \d+\.\d+\.\d+\.\d+ \d+|TcpStream::connect"
+    r"socket\.socket|\bsocket\(|create_connection|[\"']socket[\"']\)\.socket|open_connection|fsockopen|stream_socket_client|socket_create|[sS]ocket\.(?:tcp|connect)\(|"
+    r"TCPSocket|TCPServer|TcpClient\(|TcpListener|IO::Socket|require\(?\s*[\"']socket[\"']|-MIO\b|net\.(?:connect|Socket|createConnection|Dial)|[\"']net[\"']\)|socket\(\s*(?:S,\s*)?PF_INET|"
+    r"Sockets\.TCPClient|using Sockets\b|new Socket\(|\bsocket \d+\.\d+\.\d+\.\d+ \d+|"
+    r"\[socket\s+(?:-server\s+)?[\w.-]+\s+\d+\]|syscall\.Socket\(|TcpStream::connect"
 )
 _LOOPBACK: Final = re.compile(r"localhost|127\.0\.0\.1|\[::1\]")
 _SENDS: Final = re.compile(
@@ -40,16 +41,24 @@ _CODE: Final = (
     _Code(Kind.REVERSE_SHELL, "code.socket_to_shell", (
         _CONNECTS,
         re.compile(
-            r"dup2|pty[\"']?\)?\.spawn|/bin/(?:ba|da|z|k)?sh\b|cmd\.exe|proc_open|exec\s*\(?\s*[\"'](?:/bin/)?(?:ba)?sh|"
+            r"dup2|(?<!#!)(?<!#! )/bin/(?:ba|da|z|k)?sh\b|"
+            r"pty[\"']?\)?\.spawn|ProcessBuilder\(\w+\)\.redirectErrorStream|cmd\.exe|proc_open|exec(?:\s*\()?\s*[\"'](?:/bin/)?(?:ba)?sh|"
             r"spawn\(?\s*[\"'](?:/bin/)?(?:ba|z)?sh|\biex\b|Invoke-Expression|fdopen\("),
     )),
     _Code(Kind.REVERSE_SHELL, "code.obeys", (
         _CONNECTS,
-        re.compile(r"\.recv\(|fgets\(|\.gets\b|[.:]receive\(|<\$\w+>|<>|readline|\[gets\b|\.read\(|\.on\(['\"]data"),
+        re.compile(r"\.recv\(|fgets\(|\.gets\b|[.:]receive\(|socket_read|\.receive\b|<\$\w+>|<>|readline|\bgets\s+\$|\[gets\b|\.read\(|\.on\(['\"]data"),
         re.compile(
-            r"(?:getoutput|check_output|popen|os\.system|subprocess\.\w+|Popen|io\.popen|os\.execute|shell_exec|IO\.popen|exec|system|eval)\s*"
-            r"(?:\(|\s|\$)[^\n\"'(]{0,20}(?:\bs\.recv|\brecv|\bfgets|\b\w{1,8}\s*[,)]|\$_|\{\*\}|\[gets)|[`]\$_?\w*`"),
+            r"(?:getoutput|check_output|popen|os\.system|subprocess\.\w+|Popen|io\.popen|os\.execute|shell_exec|"
+            r"IO\.popen|Process\.new|proc_open|popen|pipeline|exec|system|eval)\s{0,8}"
+            r"(?:\(|\s|\$)(?:\"\$\w+\"|`\$\w+`|[^\n\"'(]{0,20}(?:\bs\.recv|\brecv|\bfgets|\b\w{1,8}\s*[,)]|"
+            r"\$_|\.rstrip|\{\*\}|\[gets))|\[eval \$|[`]\$_?\w*`"),
     ), _LOOPBACK),
+    _Code(Kind.REVERSE_SHELL, "code.request_to_shell", (
+        re.compile(
+            r"(?:system|exec|shell_exec|passthru|popen|proc_open|eval|assert)\s*\(\s*(?:\w+\(\s*)?\$_(?:GET|POST|REQUEST|COOKIE|SERVER)\b|"
+            r"`\s*\$_(?:GET|POST|REQUEST|COOKIE)\b|\$_(?:GET|POST|REQUEST|COOKIE)\[[^\]\n]{1,40}\][^\n]{0,80}(?:system|exec|passthru)\(\$\w+\)"),
+    )),
     _Code(Kind.REVERSE_SHELL, "code.ztcp", (re.compile(r"\bztcp\b"), re.compile(r"[<>]&"))),
     _Code(Kind.DNS_TUNNEL, "code.dns", (
         re.compile(
@@ -69,11 +78,17 @@ _CODE: Final = (
             r"\d{1,3}\.\d+\.\d+\.\d+"),
         re.compile(r"\bopen\(|read_bytes\(|read_text\("),
     )),
+    _Code(Kind.EXFILTRATION, "code.file_to_socket", (
+        re.compile(
+            r"(?:[.:]connect\(\(?(?:\s*\d+,)?|PeerAddr\s*=>|fsockopen\(|TCPSocket\.(?:new|open)\(|create_connection\(\(?)\s*[\"'][\w.-]+\.[\w-]+[\"']"),
+        re.compile(r"\bopen\([^)\n]{0,40}[\"']/|io\.open\(|readFile|createReadStream\(|File\.(?:read|open)\(|file_get_contents\([\"'][^h]"),
+        re.compile(r"[.:]send(?:all|file)?\(|\.write\(|fwrite\(|\bprint \$\w+ |\.puts\b|\.pipe\("),
+    ), _LOOPBACK),
     _Code(Kind.REVERSE_TUNNEL, "code.remote_forward", (
         re.compile(
             r"request_port_forward|forward_remote_port|reverse_forward_tunnel|create_remote_forward|"
             r"ngrok\.(?:connect|forward)|from pyngrok|"
-            r"\bpyngrok\b.*connect|localtunnel\(|forward_remote_path|open_reverse_tunnel|start_ngrok|cloudflared_tunnel"),
+            r"\bpyngrok\b.{0,300}connect|localtunnel\(|forward_remote_path|open_reverse_tunnel|start_ngrok|cloudflared_tunnel"),
     )),
     _Code(Kind.MINING, "code.browser_miner", (
         re.compile(r"(?i)coin-?hive|CoinImp|cryptoloot|webminepool|deepMiner\b"),

@@ -8,7 +8,7 @@ from typing import Final
 
 from ray_guard.detect import Finding, Kind
 from ray_guard.detect.commands.line import Line, host_of, is_loopback, is_outside
-from ray_guard.detect.shell import Command
+from ray_guard.detect.shell import NETCATS, Command
 
 _SECRET: Final = re.compile(
     r"(?:^|[\s'\"=@:/~<>(,;])(?:\.ssh(?:/(?!config\b|known_hosts|authorized_keys)|(?=[\s'\")*]|$))|id_(?:rsa|ed25519|ecdsa|dsa|\*)(?!\w|\.pub)|"
@@ -22,6 +22,12 @@ _DROPS: Final = re.compile(
     r"api\.telegram\.org/bot|interactsh?\.\w+|oast\.\w+|burpcollaborator\.net|beeceptor\.com|pixeldrain\.com|filebin\.net|dpaste\.\w+|"
     r"hastebin\.com|c-v\.sh|keep\.sh|ngrok(?:-free)?\.(?:io|app|dev)|trycloudflare\.com|requestcatcher\.com|hookbin\.com|ptsv2\.com)"
 )
+_WEBHOOKS: Final = re.compile(
+    r"(?i)\bhooks\.slack\.com/|webhook\.office\.com/|\bchat\.googleapis\.com/|\bhooks\.zapier\.com/"
+)
+"""Where ordinary jobs say how they fared: what is not said there is a file's content."""
+_OF_FILE: Final = re.compile(r"\$\(\s*(?:cat|<|tar|base64|xxd|env|printenv)\b|\$\(<|`\s*(?:cat|base64)\b|=@")
+_SHOWERS: Final = frozenset("cat tac head tail dd gzip bzip2 xz zstd base64 base32 xxd strings".split())
 _ENVIRONMENT: Final = frozenset({"env", "printenv", "set", "export", "history"})
 _ARCHIVES: Final = frozenset("tar zip 7z dd mysqldump pg_dump pg_dumpall mongodump cpio".split())
 #: program, and what its arguments must show to say secrets
@@ -42,7 +48,7 @@ _SAYERS: Final = {
     "find": r"-exec\b",
 }
 _ENCODERS: Final = frozenset("base64 base32 xxd uuencode basenc".split())
-_NETCATS: Final = frozenset("nc ncat netcat nc.traditional nc.openbsd socat telnet".split())
+_NETCATS: Final = NETCATS | {"socat", "telnet"}
 #: whose tokens are meant for whom
 _TOKENS: Final = {
     r"AWS_(?:SECRET_ACCESS_KEY|SESSION_TOKEN)": r"amazonaws\.com",
@@ -104,6 +110,8 @@ def by_program(command: Command, line: Line) -> Finding | None:
     text = " ".join(command.arguments)
     if command.name == "git":
         return _pushed(text, line)
+    if command.name == "tar" and re.search(r"(?:^|\s)[\w.-]+@[\w.-]+:\S", text):  # by rsh, or what stands for it
+        return Finding(Kind.EXFILTRATION, "exfiltration.archive")
     if _is_here(text):
         return None
     return _computed(command, text) or _sent(command, text, line) or _on_device(command)
@@ -134,6 +142,8 @@ def _computed(command: Command, text: str) -> Finding | None:
         return Finding(Kind.EXFILTRATION, "exfiltration.secret")
     if command.name == "ping" and re.search(r"(?:^|\s)-p\s*(?:\$|`|[0-9a-f]{16})", text):
         return Finding(Kind.EXFILTRATION, "exfiltration.ping")
+    if re.search(r"gopher://[^/\s]{1,253}/_", text):  # bare bytes in the place of a path
+        return Finding(Kind.EXFILTRATION, "exfiltration.bare_connection")
     if command.name in ("curl", "wget"):
         told = re.sub(r"(?i)(?:authorization|private-token|x-[\w-]*(?:key|token))\s*:\s*\S+(?:\s+\S+)?", "", text)
         for token, owners in _TOKENS.items():
@@ -150,6 +160,10 @@ def _sent(command: Command, text: str, line: Line) -> Finding | None:
         return Finding(Kind.EXFILTRATION, "exfiltration.secret")
     if _DROPS.search(text):
         return Finding(Kind.EXFILTRATION, "exfiltration.drop")
+    if _WEBHOOKS.search(text) and _OF_FILE.search(text):
+        return Finding(Kind.EXFILTRATION, "exfiltration.webhook")
+    if command.name not in ("curl", "wget") and _is_bare(command) and _contents(command) - line.named_pipes:
+        return Finding(Kind.EXFILTRATION, "exfiltration.bare_connection")
     named = {each.rpartition("/")[2].strip("'\"") for each in sends} - {""}
     if _staged(named, line) or (_stands_for_files(sends) and _SECRET.search(f" {line.text} ")):
         return Finding(Kind.EXFILTRATION, "exfiltration.staged")
@@ -163,8 +177,8 @@ def _sent(command: Command, text: str, line: Line) -> Finding | None:
 
 
 def _from_pipe(command: Command) -> Finding | None:
-    source, encoded = command.piped_from, False
-    while source is not None:
+    encoded = False
+    for source in command.sources():
         if _SECRET.search(f" {source.text} {' '.join(source.redirects)} ") or source.name in _ENVIRONMENT:
             return Finding(Kind.EXFILTRATION, "exfiltration.secret")
         if source.name in _SAYERS and re.search(_SAYERS[source.name], " ".join(source.arguments)):
@@ -174,7 +188,6 @@ def _from_pipe(command: Command) -> Finding | None:
         encoded = encoded or (
             source.name in _ENCODERS and not re.search(r"(?:^|\s)(?:-\w*[dDr]|--decode)\b", source.text)
         )
-        source = source.piped_from
     if encoded and command.name not in ("ssh", "aws", "gsutil", *_MAILERS):
         return Finding(Kind.EXFILTRATION, "exfiltration.encoded")
     return None
@@ -267,12 +280,34 @@ def _staged(named: set[str], line: Line) -> bool:
     return False
 
 
+def _is_bare(command: Command) -> bool:
+    """Whether it hands its input to a connection as it is."""
+    return command.name in _NETCATS or (command.name == "openssl" and "s_client" in command.arguments)
+
+
+def _contents(command: Command) -> set[str]:
+    """The files whose contents come to a program by its input: nothing that is said, and no device."""
+    files: set[str] = set()
+    for source in (command, *command.sources()):
+        read = [each.partition("<")[2] for each in source.redirects if re.match(r"\d*<[^<&>]", each)]
+        if source is not command and source.name in _SHOWERS:
+            read += [word.removeprefix("if=") for word in source.arguments if word[:1] != "-" and not word.isdigit()]
+        read += re.findall(r"(?i)^(?:file|open|gopen):(.+)", "\n".join(source.arguments), re.MULTILINE)
+        read += re.findall(r"\$\((?:<|cat\s)\s*([^)]+)\)", " ".join(source.arguments))
+        files.update(each for each in read if not each.startswith(("/dev/", "`tty", "$(tty")))
+    return files
+
+
 def _on_device(command: Command) -> Finding | None:
-    """A secret that is written to ``/dev/tcp``, or to a descriptor of it."""
+    """A secret or a file that is written to ``/dev/tcp``, or a secret to a descriptor of it."""
+    to_device = any(">" in each and re.search("/dev/(?:tcp|udp)/", each) for each in command.redirects)
+    shown = command.name in _SHOWERS and any(word[:1] != "-" for word in command.arguments)
+    if to_device and (shown or _contents(command)):
+        return Finding(Kind.EXFILTRATION, "exfiltration.dev_tcp")
     said = f" {' '.join(command.arguments)} {' '.join(each for each in command.redirects if '<' in each)} "
     if not _SECRET.search(said) and not (command.piped_from and _SECRET.search(f" {command.piped_from.text} ")):
         return None
-    if any(">" in each and ("/dev/tcp/" in each or "/dev/udp/" in each) for each in command.redirects):
+    if to_device:
         return Finding(Kind.EXFILTRATION, "exfiltration.dev_tcp")
     if any(re.match(r"\d*>&[3-9]", each) for each in command.redirects):
         return Finding(Kind.EXFILTRATION, "exfiltration.descriptor")

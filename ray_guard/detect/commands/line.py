@@ -51,6 +51,19 @@ class Line:
         return bool(self.commands) and all(command.name in READERS for command in self.commands)
 
     @cached_property
+    def named_pipes(self) -> frozenset[str]:
+        """Files that lead back: made to be pipes, or read in front of a pipeline and written at its end."""
+        pipes = {word for each in self.commands if each.name in ("mkfifo", "mknod") for word in each.arguments}
+        for each in self.commands:
+            written = {redirect.partition(">")[2] for redirect in each.redirects if ">" in redirect}
+            for source in each.sources() if written else ():
+                pipes |= written.intersection(source.arguments)
+                pipes |= written.intersection(
+                    redirect.partition("<")[2] for redirect in source.redirects if "<" in redirect
+                )
+        return frozenset(pipes)
+
+    @cached_property
     def writes(self) -> bool:
         """It writes to a file."""
         return any(">" in each for command in self.commands for each in command.redirects) or any(

@@ -13,7 +13,7 @@ _ADDRESSES: Final = frozenset(map(ipaddress.ip_address, METADATA_ADDRESSES))
 _WRITTEN: Final = tuple(map(str, _ADDRESSES))
 _NAMES: Final = re.compile(
     r"(?i)metadata\.google\.internal|\bmetadata\.goog\b|metadata\.azure\.(?:internal|com)|instance-data\.ec2\.internal|metadata\.tencentyun\.com|"
-    r"169-254-169-254|//(?:metadata|instance-data)/|\$\{?(?:ECS_CONTAINER_METADATA_URI|AWS_CONTAINER_CREDENTIALS_)|/latest/meta-data|"
+    r"169-254-169-254|//(?:metadata|instance-data)(?=[/:\s'\"]|$)|\$\{?(?:IDENTITY_ENDPOINT|MSI_ENDPOINT|ECS_CONTAINER_METADATA_URI|AWS_CONTAINER_CREDENTIALS_)|/latest/meta-data|"
     r"/latest/api/token|computeMetadata/v1|/metadata/(?:instance|identity/oauth2/token)\?|/opc/v[12]/instance|"
     r"X-aws-ec2-metadata-token|Metadata-Flavor:\s*Google|\bInstanceMetadata(?:Fetcher|Provider)\b|\bIMDSFetcher\b"
 )
@@ -35,7 +35,7 @@ def in_text(line: Line) -> Finding | None:
     ):
         return Finding(Kind.METADATA, "metadata.address")
     words = [*HOSTS.findall(line.text), *(word for command in line.commands for word in command.arguments)]
-    for word in words:
+    for word in dict.fromkeys(words):
         bare = host_of(word) if "://" in word else word.rpartition("@")[2].partition("/")[0]
         if bare[:1] != "[" and bare.count(":") == 1:
             bare = bare.partition(":")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from ray_guard.detect import Finding, Kind
+from ray_guard.detect import Finding, Kind, pools
 from ray_guard.detect.commands.line import Line
 from ray_guard.detect.shell import READERS, Command
 
@@ -19,12 +19,7 @@ _RPC: Final = re.compile(
 _WALLET: Final = re.compile(
     r"(?<![0-9A-Za-z])(?:4[0-9AB][1-9A-HJ-NP-Za-km-z]{93}|8[1-9A-HJ-NP-Za-km-z]{94})(?![0-9A-Za-z])"
 )
-_POOL: Final = re.compile(
-    r"(?i)(?<![\w-])(?:minexmr|supportxmr|nanopool|moneroocean|hashvault|xmrpool|c3pool|2miners|ethermine|f2pool|flypool|"
-    r"herominers|unmineable|nicehash|miningpoolhub|antpool|viabtc|poolin|slushpool|braiins|hiveon|kryptex|woolypooly|zpool|"
-    r"rplant|zergpool|luckpool|ezil|flexpool|suprnova|prohashing|coinhive|minergate|kaspa-pool|acc-pool|k1pool|xmr-pool|monerohash)"
-    r"\.(?:com|org|net|pro|io|stream|co|ca|eu|me|in|one|xyz|cc|us)\b[:/]?\d*"
-)
+_POOL: Final = re.compile(pools.NAME)
 _CONFIG: Final = re.compile(r"[\"']pools[\\\"']{1,3}\s*:\s*\[\s*\{")
 _OF_CONFIG: Final = re.compile(
     r"[\"'](?:algo|coin|donate-level|rig-id|keepalive|randomx|nicehash|user)[\\\"']{1,3}\s*:"
@@ -74,7 +69,7 @@ def by_program(command: Command, _line: Line) -> Finding | None:
     """Miners by their names, and by what they are told."""
     if command.name in READERS:
         return None
-    if _PROGRAMS.match(command.name) and not _TELLS_OF_ITSELF.issuperset(command.arguments or ["run"]):
+    if _PROGRAMS.match(command.program) and not _TELLS_OF_ITSELF.issuperset(command.arguments or ["run"]):
         return Finding(Kind.MINING, "mining.program")
     text = " ".join(command.arguments)
     if _FLAGS.search(text) and _PAID.search(text):

@@ -30,7 +30,7 @@ _TELLS: Final = re.compile(
 
 def by_program(command: Command, _line: Line) -> Finding | None:
     """Tunnels by name and shape; resolvers that are asked for what was computed, or obeyed."""
-    name = command.name.removesuffix(".py")
+    name = command.program
     text = " ".join(command.arguments)
     if command.name in _PROGRAMS or (name in _PROGRAMS and command.arguments):
         return Finding(Kind.DNS_TUNNEL, f"dns.{command.name}") if command.arguments else None
@@ -46,16 +46,13 @@ def by_program(command: Command, _line: Line) -> Finding | None:
 
 
 def _is_told_by_dns(command: Command) -> bool:
-    source = command.piped_from
-    while source is not None:
-        if source.name in ("dig", "nslookup", "host", "drill", "kdig"):
-            return True
-        source = source.piped_from
-    return False
+    return any(source.name in ("dig", "nslookup", "host", "drill", "kdig") for source in command.sources())
 
 
 def _in_host(text: str) -> Finding | None:
     """Of a URL: a label that a command has said."""
+    if re.search(r"(?:^|\s|://)[\w+/-]{8,63}={1,2}\.(?:[\w-]{1,63}\.){1,8}[a-z]{2,}(?:[/:\s]|$)", text):
+        return Finding(Kind.DNS_TUNNEL, "dns.encoded_label")
     for computed in re.findall(r"https?://[^\s/$`]{0,80}(?:\$\(([^)]{1,200})\)|`([^`]{1,200})`)\.[\w-]+\.[a-z]", text):
         if _TELLS.search("".join(computed)):
             return Finding(Kind.DNS_TUNNEL, "dns.substituted_label")
@@ -63,11 +60,7 @@ def _in_host(text: str) -> Finding | None:
 
 
 def _asked(command: Command) -> Finding | None:
-    source = command.piped_from
-    encoded = False
-    while source is not None:
-        encoded = encoded or source.name in _ENCODERS
-        source = source.piped_from
+    encoded = any(source.name in _ENCODERS for source in command.sources())
     for word in command.arguments:
         computed = r"\$\(|`" if command.name.startswith("ping") else r"\$\(|`|\$\{?\w+(?::[^}]*)?\}?\."
         if re.search(computed, word) and re.search(r"\.\w", word):

@@ -9,7 +9,7 @@ from typing import Final
 
 from ray_guard.detect import Finding, Kind
 from ray_guard.detect.commands.line import Line, is_loopback
-from ray_guard.detect.shell import READERS, Command
+from ray_guard.detect.shell import NETCATS, READERS, Command
 
 _ADDRESS: Final = re.compile(r"(?<![\w.])(\d{1,3}(?:\.\d{1,3}){3})(?![\w.]*\w\.)")
 _NETWORK: Final = re.compile(
@@ -22,6 +22,9 @@ _SCANNERS: Final = frozenset(
     "enum4linux-ng smbmap "
     "responder snmpwalk snmp-check fscan kscan gobuster feroxbuster dirsearch wfuzz whatweb wpscan amass fierce "
     "legba scanless".split()
+)
+_SCANS_BY_NAME: Final = re.compile(
+    r"(?i)(?:\w{1,20}[-_])?(?:port|net(?:work)?|subnet|lan|ip|host|udp|tcp|arp|mdns|ping|syn)[\w-]{0,20}?[-_]?(?:scan(?:ner)?|sweep(?:er)?)$"
 )
 #: tools of others, and what their arguments must show to look for hosts
 _WAYS: Final = {
@@ -41,7 +44,7 @@ _SCANS: Final = re.compile(
     r"]\S*vuln\S*)(?:\s|$)"
 )
 _PORTS: Final = re.compile(r"(?:^|\s)(?:-p|--ports?|-ports|-top-ports|--rate|-t|--threads)[= ]?[\d,-]+(?:\s|$)")
-_TARGETED: Final = re.compile(r"(?:^|\s)--?(?:hosts?|targets?|range|cidr|net)[= ]\s*")
+_TARGETED: Final = re.compile(r"(?:^|\s)(?:--?(?:hosts?|targets?|range|cidr|net)[= ]|--?\w{0,20}(?:sweep|scan)\b)\s*")
 #: programs that are told of networks and do not look at them
 _NETWORKERS: Final = READERS | frozenset(
     "ip iptables ip6tables nft ufw firewall-cmd docker kubectl helm aws gcloud az terraform tcpdump tshark "
@@ -49,7 +52,6 @@ _NETWORKERS: Final = READERS | frozenset(
     "ipset kubeadm k3s wg conntrack curl psql mysql git ping tc brctl nmcli netplan podman sshuttle openvpn "
     "minikube kind".split()
 )
-_NETCATS: Final = frozenset("nc ncat netcat nc.traditional nc.openbsd".split())
 _RANGED: Final = re.compile(r"\{\d+\.\.\d+\}|\[\d+-\d+\]")
 _PLACES: Final = re.compile(
     r"(?:\d{1,3}\.){3}(?:\{\d+\.\.\d+\}|\[\d+-\d+\])|(?:\d{1,3}\.){1,3}(?:\{\d+\.\.\d+\}\.?)+|://[^\s/]*:(?:\{\d+\.\.\d+\}|\[\d+-\d+\])"
@@ -61,19 +63,19 @@ def by_program(command: Command, _line: Line) -> Finding | None:
     text = " ".join(command.arguments)
     if command.name in READERS or _TELLS_OF_ITSELF.issuperset(command.arguments or ["-h"]):
         return None
-    if command.name in _SCANNERS:
+    if command.program in _SCANNERS or _SCANS_BY_NAME.match(command.program):
         targets = [word for word in command.arguments if not word.startswith("-")]
         if not targets or not all(
             is_loopback(word) or word.isdigit() for word in targets if not _is_option_value(word)
         ):
-            return Finding(Kind.PROBING, f"probing.{command.name}")
+            return Finding(Kind.PROBING, f"probing.{command.program}")
     if command.name in _WAYS and re.search(_WAYS[command.name], text) and not is_loopback(text):
         return Finding(Kind.PROBING, f"probing.{command.name}")
-    tries = command.name in _NETCATS and re.search(r"(?:^|\s)-\w*z", text) and not is_loopback(text)
+    tries = command.name in NETCATS and re.search(r"(?:^|\s)-\w*z", text) and not is_loopback(text)
     if tries and (re.search(r"\s\d+-\d+\b", f" {text}") or _ADDRESS.search(text) or _RANGED.search(text)):
         return Finding(Kind.PROBING, "probing.nc")
     if (
-        command.name in ("curl", "wget", "ping", "nc", "http", *_NETCATS)
+        command.name in ("curl", "wget", "ping", "nc", "http", *NETCATS)
         and _PLACES.search(text)
         and not is_loopback(text)
     ):
@@ -93,12 +95,10 @@ def _is_option_value(word: str) -> bool:
 
 def _piped(command: Command) -> Finding | None:
     """A range of hosts that is handed to who tries them."""
-    source = command.piped_from
-    while source is not None:
-        if command.name in (*_NETCATS, "ping", "fping", "curl", "wget", "telnet") and _PLACES.search(source.text):
-            return Finding(Kind.PROBING, "probing.range")
-        source = source.piped_from
-    return None
+    if command.name not in NETCATS and command.name not in ("ping", "fping", "curl", "wget", "telnet"):
+        return None
+    ranged = any(_PLACES.search(source.text) for source in command.sources())
+    return Finding(Kind.PROBING, "probing.range") if ranged else None
 
 
 _LOOPS: Final = (
@@ -110,21 +110,22 @@ _LOOPS: Final = (
 )
 """How a loop begins, where its body begins, and what must stand behind it (the body is what follows to the end)."""
 _COUNTED: Final = re.compile(r"\bfor\s+(\w+)\s+in\s+([^;\n]{1,2000})[;\n]\s*do\b")
+_SHORT: Final = 400
 _MOST_LOOPS: Final = 16
 _TRIES: Final = re.compile(
     r"\b(?:ping|fping|nc|ncat|netcat|telnet|curl|wget|timeout\s+\S+\s+bash)\b|/dev/tcp/|connect_ex|socket\.connect|create_connection|\.connect\(\("
     r"|\bsocat\b[^|;&\n]{0,200}\bTCP4?:|\bdig\b[^|;&\n]{0,200}-x\b|\bhost\s+\S*\d\.\$"
 )
 _VARIED: Final = re.compile(
-    r"(?:\d{1,3}\.){1,3}(?:\$\{?\w+\}?|\{\w*\}|%[sd]|['\"]?\s*[+%]\s*(?:str\()?\w+|\{\}|\{\d+\.\.\d+\})|/dev/tcp/[^/\s]+/\$\{?\w+|"
-    r"-z\S*\s+\S+\s+\$\{?\w+|connect_ex\(\(\s*\S+,\s*\w+\s*\)\)|\$\{?(?:ip|host|addr|target|subnet|net)\w*\}?|(?i:TCP4?:)\S+:\$\w+"
+    r"(?:\d{1,3}\.){1,3}(?:\$\{?\w+\}?|\{\w*\}|%[sd]|['\"]?\s*[+%]\s*(?:str\()?\w+|\{\}|\{\d+\.\.\d+\})|/dev/tcp/[^/\s]{1,253}/\$\{?\w+|"
+    r"-z\S{0,64}\s+\S{1,253}\s+\$\{?\w+|connect_ex\(\(\s*\S{1,253},\s*\w+\s*\)\)|\$\{?(?:ip|host|addr|target|subnet|net)\w*\}?|(?i:TCP4?:)\S+:\$\w+"
 )
 _CODE_TRIES: Final = re.compile(
     r"connect_ex|create_connection|open_connection|socket\.connect|\.connect\(\(|\.connect\(\w|IO::Socket::INET|TCPSocket\.(?:new|open)|fsockopen\(|"
     r"net[\"']?\)?\.connect\(|net\.Dial(?:Timeout)?\(|/inet/tcp/"
 )
 _CODE_RANGES: Final = re.compile(
-    r"\bfor\b[^\n]{0,120}\bin\s+(?:range\(|[^\n]{0,80}(?:ip_network\(|\.hosts\(\)))|ip_network\(|\(?\d+\.\.\d+\)?[.){]|<=?\s*\d{2,5}\s*;\s*\$?\w+\+\+|"
+    r"\bfor\b[^\n]{0,120}\bin\s+(?:range\(|[^\n]{0,80}(?:ip_network\(|\.hosts\(\)))|ip_network\(|\(?\d{1,6}\.\.\d{1,6}\)?[.){]|<=?\s*\d{2,5}\s*;\s*\$?\w+\+\+|"
     r"\bin range\("
 )
 _CODE_VARIED: Final = re.compile(
@@ -173,11 +174,17 @@ def in_loop(line: Line) -> Finding | None:
 
 
 def _bodies(text: str) -> Iterator[str]:
+    """The bodies of short loops, and the lines of long ones: what is tried and what varies stand together."""
+    joined = text.replace("\\\n", " ")
+    for part in re.split(r"\bdone\b", joined, maxsplit=_MOST_LOOPS)[:-1]:
+        loop = re.split(r"\bdo\b", part, maxsplit=1)
+        if len(loop) == 2 and len(loop[1]) <= _SHORT:
+            yield loop[1]
     for begins, body, ends in _LOOPS:
-        first = begins.search(text)
-        found = first and body.search(text, first.end())
-        if found and (ends is None or ends.search(text, found.end())):
-            yield text[found.end() :]
+        first = begins.search(joined)
+        found = first and body.search(joined, first.end())
+        if found and (ends is None or ends.search(joined, found.end())):
+            yield from joined[found.end() :].split("\n")
 
 
 def _only_loopback(text: str) -> bool:

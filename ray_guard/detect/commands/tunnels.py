@@ -6,8 +6,8 @@ import re
 from typing import Final
 
 from ray_guard.detect import Finding, Kind, ssh
-from ray_guard.detect.commands.line import Line, is_loopback
-from ray_guard.detect.shell import READERS, Command
+from ray_guard.detect.commands.line import Line, is_loopback, is_outside
+from ray_guard.detect.shell import NETCATS, READERS, Command
 
 _SSH: Final = frozenset("ssh slogin dbclient plink ssh.exe plink.exe dropbear-client scp sftp tsh".split())
 #: programs whose -R, -D or -w is no forward
@@ -138,14 +138,13 @@ zerotier-one .
 zrok \b(?:share|reserve)\b
 """.strip().splitlines()
 )
+_SHAPED: Final = 4096
+"""Characters of arguments whose shape is looked at: many patterns look on from each of many places."""
 #: what the arguments of tunnels look like under any name
 _SHAPES: Final = tuple(
     (rule, re.compile(pattern))
     for rule, pattern in (
-        (
-            "chisel",
-            r"\bclient\s+(?:-\S{1,200}\s+(?:\S{1,200}\s+)?){0,12}\S+:\d+\S*\s+.{0,300}?\bR:(?:\S+:)?(?:socks|\d+)",
-        ),
+        ("chisel", r"^.{0,300}?\bclient\s.{0,300}?:\d+\S{0,200}\s.{0,300}?\bR:(?:\S{1,253}:)?(?:socks|\d+)"),
         ("chisel", r"\bserver\b.{0,300}\s--reverse\b"),
         ("frp", r"(?:^|\s)(?:-c[= ]?|--config[= ])?\S*\bfrp[cs]?\.(?:ini|toml|ya?ml|json)\b"),
         ("frp", r"^(?:tcp|udp|https?|stcp|xtcp)\s.{0,300}--local[_-]port\b"),
@@ -157,13 +156,15 @@ _SHAPES: Final = tuple(
         ("bore", r"^local\s.{0,300}--to[ =]\S"),
         ("gost", r"(?:^|\s)-L[= ]?(?:rtcp|rudp|socks5?|relay|red\w*|http2?|ss)(?:\+\w+)?://"),
         ("gost", r"(?:^|\s)-F[= ]?(?:relay|socks[45]a?|https?2?|wss?|m?tls|quic|kcp|sshd?|ss|h2c?|grpc|forward)(?:\+\w+)?://[^\s/]*:\d+(?:[\s?]|$)"),
-        ("reverse_socks", r"-connect[ =]\S+:\d+\s.{0,300}-(?:ignore-cert|accept-fingerprint|retry|pass|socks)\b"),
+        ("reverse_socks", r"^(?:-[\w-]{1,30}\s+){0,8}-connect[ =]\S{1,253}:\d{2,5}(?:\s|$)"),
+        ("web_socks", r"https?://\S{1,300}\.(?:jspx?|php|as[hp]x?)\b.{0,300}\s--(?:polling|listen|socks)\S{0,30}"),
+        ("web_socks", r"(?:^|\s)(?:-[pl]|--listen[\w-]{0,20})[= ]\d{2,5}\s.{0,300}https?://\S{1,300}\.(?:jspx?|php|as[hp]x?)\b"),
         ("wstunnel", r"\bclient\b.{0,300}\s-[RL]\s*\S*(?:tcp|udp|socks5|http)://.{0,300}\bwss?://"),
         ("wstunnel", r"(?:^|\s)-R\s*\S*:\d+.{0,300}\bwss?://"),
         ("websocket_relay", r"(?:^|\s)tcp:\S+:\d+\s.{0,300}\bwss?://"),
         ("websocket_relay", r"\bwss?://\S+\s+(?:\S{1,200}\s+){0,8}tcp:\S+:\d+"),
         ("kcptun", r"(?:^|\s)-r\s+\S+:\d+\s+.{0,300}-l\s+\S*:\d+\s.{0,300}--?(?:mode|crypt|key)\b"),
-        ("rpivot", r"--server-ip[ =]\S+\s.{0,300}--server-port\b"),
+        ("rpivot", r"--server-(?:ip|port)[ =]\S{1,253}\s.{0,300}--server-(?:ip|port)\b"),
         ("nps", r"(?:^|\s)-server=\S+:\d+\s.{0,300}-vkey="),
         ("stowaway", r"(?:^|\s)-c\s+\S+:\d+\s.{0,300}-s\s+\S+.{0,300}--reconnect\b"),
         ("icmp", r"(?:^|\s)-lp\s*\d+\s.{0,300}-da\s*\S+\s.{0,300}-dp\s*\d+"),
@@ -180,12 +181,15 @@ _BY_SERVICE: Final = re.compile(
 )
 _ONION: Final = re.compile(r"(?i)(?<![\w.])(?:[a-z2-7]{16}|[a-z2-7]{56})\.onion\b")
 _CONFIGURES: Final = re.compile(
-    r"(?im)^\s*RemoteForward[ =\t]+\S+[ \t]+\S|\bRemoteForward[ =]+\S+\s+\S+|^\s*HiddenServicePort\s+\d|"
-    r"server_?addr\s*=.{1,400}(?:remote_?port|proxies)\b|^\s*Endpoint\s*=\s*\S+:\d+|\[client\.services\.",
+    r"(?im)^[ \t]*RemoteForward[ =\t]+\S+[ \t]+\S|\bRemoteForward[ =]+\S+\s+\S+|^[ \t]*HiddenServicePort\s+\d|"
+    r"server_?addr\s*=.{1,400}(?:remote_?port|proxies)\b|^[ \t]*Endpoint\s*=\s*\S+:\d+|\[client\.services\.",
     re.DOTALL,
 )
-_NETCATS: Final = frozenset("nc ncat netcat nc.traditional nc.openbsd telnet".split())
+_NETCATS: Final = NETCATS | {"telnet"}
 _OUTWARD: Final = re.compile(r"(?i)(?:tcp[46]?|openssl|ssl|udp[46]?|proxy|socks4a?|socks5|sctp)(?:-connect)?:")
+_LISTENS: Final = re.compile(r"(?i)(?:tcp[46]?|openssl|udp[46]?|sctp)-(?:listen|l):")
+_DESCRIPTOR: Final = re.compile(r"(?<!\d)(\d{1,3})<>\s*/dev/(?:tcp|udp)/")
+_COPIED: Final = re.compile(r"<&\s*(\d{1,3})\s*1?>&\s*(\d{1,3})")
 _INWARD: Final = re.compile(r"(?i)(?:exec|system|pty)[:,]")
 
 
@@ -211,7 +215,7 @@ def by_ssh(command: Command, _line: Line) -> Finding | None:
 
 def by_program(command: Command, _line: Line) -> Finding | None:
     """Tunnels by their names, and by what they are told."""
-    name = command.name.removesuffix(".exe")
+    name = command.name if command.name in _PROGRAMS else command.program
     arguments = " ".join(command.arguments)
     if command.name in READERS or arguments in ("--version", "--help", "-h", "-V", "help", "version"):
         return None
@@ -220,7 +224,7 @@ def by_program(command: Command, _line: Line) -> Finding | None:
     ):
         return Finding(Kind.REVERSE_TUNNEL, f"tunnel.{name}")
     for rule, shape in _SHAPES if command.name not in _TALKERS else ():
-        if shape.search(arguments):
+        if shape.search(arguments[:_SHAPED]):
             return Finding(Kind.REVERSE_TUNNEL, f"tunnel.{rule}_shape")
     if command.name in ("ssh", "curl", "nc", "ncat") and (_BY_SERVICE.search(arguments) or _ONION.search(arguments)):
         return Finding(Kind.REVERSE_TUNNEL, "tunnel.service")
@@ -247,11 +251,19 @@ def _relay(command: Command, name: str, arguments: str) -> Finding | None:
     local = [word for word in ends if re.match(r"(?i)unix(?:-connect)?:", word)]
     if (len(outward) > 1 or local) and not all(is_loopback(word) and "socks" not in word.lower() for word in outward):
         return Finding(Kind.REVERSE_TUNNEL, "tunnel.socat")
-    return None
+    listens = [word for word in ends if _LISTENS.match(word)]
+    enters = listens and (
+        re.match(r"(?i)openssl", listens[0])
+        or any(re.match(r"(?i)socks|proxy|openssl", word) or is_outside(word.split(":")[1]) for word in outward)
+    )
+    return Finding(Kind.REVERSE_TUNNEL, "tunnel.socat") if enters else None
 
 
 def in_text(line: Line) -> Finding | None:
-    """Configurations of tunnels that are written, and used."""
+    """Configurations of tunnels that are written, and used; connections whose descriptors are copied crosswise."""
+    opened = set(_DESCRIPTOR.findall(line.text))
+    if len(opened) > 1 and any(opened.issuperset(each.groups()) for each in _COPIED.finditer(line.text)):
+        return Finding(Kind.REVERSE_TUNNEL, "tunnel.descriptors")
     found = _CONFIGURES.search(line.text)
     if found and (line.writes or not line.only_read):
         return Finding(Kind.REVERSE_TUNNEL, "tunnel.configuration")

@@ -74,9 +74,9 @@ def mistyped(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def damaged(draw: st.DrawFn) -> bytes:
+def damaged(draw: st.DrawFn, seeds: list[bytes] = SEEDS) -> bytes:
     """A line with bits flipped, cut, doubled, joined with another, with numbers blown up or keys that come twice."""
-    line = bytearray(draw(st.sampled_from(SEEDS)))
+    line = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 3))):
         if not line:
             break
@@ -93,7 +93,7 @@ def damaged(draw: st.DrawFn) -> bytes:
             case "double":
                 line[at:at] = line[at : at + draw(st.integers(1, 40))]
             case "join":
-                line += draw(st.sampled_from(SEEDS))
+                line += draw(st.sampled_from(seeds))
             case "grow":
                 line = bytearray(bytes(line).replace(b"1", draw(st.sampled_from([b"9" * 30, b"-1", b"1e9", b"0x"])), 3))
             case "twice":
@@ -161,6 +161,21 @@ def test_every_line_is_a_record_or_counted(lines: list[bytes]) -> None:
     for each in report.first:
         assert bisect.bisect(begins, each.byte_offset) == each.line
         assert each.reason in ("malformed", "time", "fields", "unknown", "binary", "huge")
+
+
+TOLD = [seed for seed in SEEDS if not seed.startswith((b"#", b"version ")) and b"NODATA" not in seed]
+"""Lines that are records; no header, and none that says that there was nothing."""
+
+
+@quick
+@given(
+    damaged(TOLD)
+    .map(lambda line: line.replace(b"\n", b"").replace(b"\r", b""))
+    .filter(lambda line: line.strip(b" \0[]{},\x1e\xef\xbb\xbf"))
+)
+def test_no_damaged_line_vanishes(line: bytes) -> None:
+    found, report = checked(b"first\n" + line + b"\nlast")
+    assert len(found) + report.quarantined.total() >= 3, report.first
 
 
 @quick

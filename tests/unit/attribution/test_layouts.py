@@ -771,3 +771,21 @@ def test_each_tuple_of_a_line_has_a_place_and_a_text_of_its_own(tmp_path: Path) 
     found, _ = records(tmp_path, line)
     assert [line.encode()[each.byte_offset :][: len(each.raw)] for each in found] == [each.encode() for each in tuples]
     assert [each.raw.decode() for each in found] == tuples
+
+
+def test_a_damaged_tuple_costs_the_others_nothing(tmp_path: Path) -> None:
+    good = [
+        "1772854811,10.0.0.5,198.51.100.7,44318,22,T,O,D,B,,,,",
+        "1772854812,10.0.0.5,198.51.100.7,44319,22,T,O,A,B,,,,",
+    ]
+    tuples = [good[0], "0," + good[0][11:], "cut", good[1].replace(",O,", ",\ufffd,")]
+    flows = {"rule": "r", "flows": [{"mac": "0", "flowTuples": tuples}]}
+    line = json.dumps({"records": [{"properties": {"flows": [flows]}}]}, ensure_ascii=False)
+    path = tmp_path / "log"
+    path.write_bytes(raw := line.encode().replace("\ufffd".encode(), b"\xff"))
+    report = FileReport(str(path))
+    found = list(read(path, report))
+    assert report.quarantined == {"time": 1, "fields": 1}
+    assert [each.seen.src.port for each in found] == [44318, 44319]
+    assert [raw[each.byte_offset :][: len(each.raw)] for each in found] == [each.raw for each in found]
+    assert found[1].raw == good[1].encode().replace(b",O,", b",\xff,")

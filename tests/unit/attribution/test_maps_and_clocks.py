@@ -3,11 +3,13 @@ every clock; and where nothing tells, that this is said."""
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from ray_guard.attribution import clock
 from ray_guard.attribution.answers import Attribution
 from ray_guard.attribution.attribute import Result, attribute
 from ray_guard.attribution.clock import Clock
-from ray_guard.attribution.intake import Options, placed
+from ray_guard.attribution.intake import Intake, Options, placed
 from ray_guard.attribution.observation import Semantics
 from ray_guard.attribution.times import syslog
 from ray_guard.evidence import columns
@@ -333,6 +335,89 @@ def test_a_clock_that_is_set_in_between_is_two(tmp_path: Path, jump: float, shar
     assert all_named(result) == calls(60)
 
 
+def parted(
+    folder: Path, flows: Sequence[Flow], log: Sequence[str], names: Sequence[str], ends: Sequence[int]
+) -> Result:
+    """The answer where a log's lines lie in several files, the last of which is written to."""
+    for name, begin, end in zip(names, (0, *ends), (*ends, len(log)), strict=True):
+        content = "".join(f"{each}\n" for each in log[begin:end]).encode()
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return attribute([traces(folder, flows)], [folder / name for name in reversed(names)])
+
+
+ROTATED: Final = ("fw.log.10.gz", "fw.log.2", "fw.log")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ROTATED,
+        ("fw-20260306.log.gz", "fw-20260307.log", "fw.log"),
+        ("fw-2026-03-06-23:00.log", "fw-2026-03-07-00:00.log", "fw-2026-03-07-01:00.log"),
+    ],
+)
+def test_a_rotated_log_has_one_clock(tmp_path: Path, names: Sequence[str]) -> None:
+    """A part of it has one record of a port that comes again at every call; and drift shows over days alone."""
+    flows = [*steady(20, 2000), *(Flow(50_000 + 60.0 * n, 1.0, 39000) for n in range(5)), *steady(60, 2000)[40:]]
+    drifting = direct(flows, lambda flow: 37 + flow.at * 500e-6)
+    result = parted(tmp_path, flows, drifting, names, (20, 25))
+    assert [source.path for source in result.sources] == [str(tmp_path / name) for name in names]
+    assert [source.records for source in result.sources] == [20, 5, 20]
+    assert len({source.report.sha256 for source in result.sources}) == 3
+    assert [each.record for each in result.alerts] == [*range(20), *range(5), *range(20)]
+    (clock,) = {clock for source in result.sources for clock in source.clocks}
+    told(clock)
+    assert clock.drift == pytest.approx(500e-6, abs=2e-5)
+    assert all_named(result) == calls(45)
+
+
+def test_a_clock_that_is_set_in_a_rotated_log(tmp_path: Path) -> None:
+    flows = steady(60)
+    result = parted(
+        tmp_path, flows, direct(flows, lambda flow: 90.0 if flow.at > flows[34].at else 4.0), ROTATED, (20, 40)
+    )
+    assert [[round(told(clock)) for clock in source.clocks] for source in result.sources] == [[4], [4, 90], [90]]
+    assert [source.set_at for source in result.sources] == [[], [15], []]
+    assert all_named(result) == calls(60)
+
+
+@pytest.mark.parametrize("names", [ROTATED, ("fw-1.log", "fw-2.log", "fw-3.log"), ("10.0.0.3", "10.0.0.2", "10.0.0.1")])
+def test_files_that_may_be_of_two_sensors_stay_apart(tmp_path: Path, names: Sequence[str]) -> None:
+    """Whatever the names are: what is written at one time; or where names say nothing of an order."""
+    flows = steady(60)
+    log = direct(flows, lambda flow: 30.0 * (flow.port % 3))
+    if names is ROTATED:
+        log = [*log[::3], *log[1::3], *log[2::3]]
+    else:
+        log = direct(flows, lambda flow: 30.0 * (flow.port // 20 - 2000))
+    result = parted(tmp_path, flows, log, names, (20, 40))
+    assert {round(told(source.clock)) for source in result.sources} == {0, 30, 60}
+
+
+def test_amazons_parts_of_one_log_overlap(tmp_path: Path) -> None:
+    names = [f"1_vpcflowlogs_eu-west-1_fl-7_20260307T03{n}Z_{n}3456ab.log.gz" for n in (40, 45, 50)]
+    flows = steady(60)
+    log = direct(flows, lambda _: 37.0)
+    result = parted(tmp_path, flows, [*log[::3], *log[1::3], *log[2::3]], names, (20, 40))
+    assert len({clock for source in result.sources for clock in source.clocks}) == 1
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    """However many names lead to it."""
+    log = "".join(f"{each}\n" for each in direct(steady(3), lambda _: 0.0))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "fw.log").write_text(log)
+    (tmp_path / "logs" / "link.log").symlink_to("fw.log")
+    logs = Intake()
+    list(logs.read([tmp_path / "logs", tmp_path / "logs" / "fw.log"], Options(), (BEGIN, BEGIN + SECOND)))
+    assert [(source.records, dict(source.report.quarantined)) for source in logs.sources] == [
+        (3, {}),
+        (0, {"twice": 1}),
+        (0, {"twice": 1}),
+    ]
+    assert len({source.report.sha256 for source in logs.sources}) == 1
+
+
 def test_two_clocks_in_one_file_are_none(tmp_path: Path) -> None:
     flows = steady(60)
     result = answer(tmp_path, flows, direct(flows, lambda flow: 90.0 if flow.port % 3 == 0 else 4.0))
@@ -400,3 +485,83 @@ def test_a_year_that_is_not_said(traces_begin: str, written: str, year: int | No
     time, _ = syslog(written, Semantics.PACKET)
     placed_ns = placed(time, Options(year=year), (begin, begin + 3600 * SECOND)).start_ns
     assert datetime.fromtimestamp(placed_ns // SECOND, UTC) == datetime.fromisoformat(expected)
+
+
+@pytest.mark.parametrize(
+    ("year", "written", "expected"),
+    [
+        # a log of ten months, and a job at its end: what is nearer to next summer than to this job was last summer
+        (
+            None,
+            [("Jun  9", "Oct  1"), ("Dec 31", "Jan  1"), ("Mar 10", "Mar  7")],
+            [2025, 2025, 2025, 2026, 2026, 2026],
+        ),
+        # relays write lines out of order
+        (
+            None,
+            [("Sep  6", "Aug 20"), ("Sep  9", "Feb 28"), ("Mar  7", "Mar  7")],
+            [2025, 2025, 2025, 2026, 2026, 2026],
+        ),
+        (
+            2025,
+            [("Jun  9", "Oct  1"), ("Dec 31", "Jan  1"), ("Mar 10", "Mar  7")],
+            [2025, 2025, 2025, 2026, 2026, 2026],
+        ),
+        (
+            2023,
+            [("Jun  9", "Oct  1"), ("Feb 28", "Feb 29"), ("Mar  1", "Mar  7")],
+            [2023, 2023, 2024, 2024, 2024, 2024],
+        ),
+    ],
+)
+def test_years_follow_one_another_from_file_to_file(
+    tmp_path: Path, year: int | None, written: list[tuple[str, str]], expected: list[int]
+) -> None:
+    for name, days in zip(ROTATED, written, strict=True):
+        content = "".join(
+            f"{day} 03:40:11 gw kernel: IN= OUT=e SRC={HERE} DST={PEER} PROTO=TCP SPT=1 DPT=2\n" for day in days
+        )
+        (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    logs = Intake()
+    list(logs.read([tmp_path], Options(year=year), (BEGIN, BEGIN + 3600 * SECOND)))
+    moments = [
+        datetime.fromtimestamp(ns // SECOND, UTC) for batch in logs.batches for ns in batch["start_ns"].to_pylist()
+    ]
+    assert [moment.year for moment in moments] == expected
+    assert [moment.strftime("%b %e") for moment in moments] == [day for days in written for day in days]
+
+
+@pytest.mark.parametrize(
+    ("zone", "written", "expected"),
+    [
+        # set back from 3 to 2 o'clock: 2:30 comes twice, and the log tells which
+        (
+            "Europe/Berlin",
+            ["25 01:59", "25 02:10", "25 02:50", "25 02:05", "25 02:55", "25 03:10"],
+            ["24 23:59", "25 00:10", "25 00:50", "25 01:05", "25 01:55", "25 02:10"],
+        ),
+        ("Europe/Berlin", ["25 02:10", "25 02:50", "25 03:10"], ["25 00:10", "25 00:50", "25 02:10"]),
+        ("Australia/Lord_Howe", ["04 01:40", "04 01:50"], ["03 15:10", "03 15:20"]),
+        ("Asia/Shanghai", ["25 02:10", "25 02:05"], ["24 18:10", "24 18:05"]),
+    ],
+)
+def test_an_hour_that_comes_twice(tmp_path: Path, zone: str, written: list[str], expected: list[str]) -> None:
+    begin = int(datetime.fromisoformat("2026-10-25T00:00:00Z").timestamp()) * SECOND
+    path = tmp_path / "log"
+    path.write_text(
+        "".join(f"2026-10-{each}:00 gw kernel: IN= OUT=e SRC={HERE} DST={PEER} SPT=1\n" for each in written)
+    )
+    logs = Intake()
+    list(logs.read([path], Options(zone=ZoneInfo(zone)), (begin, begin + 3600 * SECOND)))
+    assert [
+        f"{datetime.fromtimestamp(at // SECOND, UTC):%d %H:%M}"
+        for batch in logs.batches
+        for at in batch["start_ns"].to_pylist()
+    ] == expected
+
+
+def test_an_hour_that_never_was(tmp_path: Path) -> None:
+    """A clock that was not set for summer goes on by its own time."""
+    time, _ = syslog("Mar 29 02:30:00", Semantics.PACKET)
+    begin = int(datetime.fromisoformat("2026-03-29T01:30:00Z").timestamp()) * SECOND
+    assert placed(time, Options(zone=ZoneInfo("Europe/Berlin")), (begin, begin)).start_ns == begin

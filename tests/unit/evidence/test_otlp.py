@@ -424,3 +424,48 @@ def test_junk_around_a_valid_span(span: dict[str, Any]) -> None:
     except NotOtlp:
         return
     decode(encode(read, RESOURCE))
+
+
+ONE = '{"traceId":"0123456789abcdef0123456789abcdef","spanId":"0123456789abcdef","name":"x","startTimeUnixNano":"7"}'
+NAMED = '{"attributes":[{"key":"host.name","value":{"stringValue":"n\\"spans"}}]}'
+HEAD = '{"resourceSpans":[{"resource":' + NAMED + ',"scopeSpans":['
+
+
+@pytest.mark.parametrize(
+    ("after", "hosts"),
+    [
+        ('{"spans":[' + ONE + "]}]}]}", 1),
+        ('{"spans":[' + ONE + "," + ONE + "]}]}]}", 2),
+        ('{"spans":[' + ONE + "]}]}]} ", 1),
+        ('{"spans":[]}]}]}', 0),
+        ('{"spans":[' + ONE + ']},{"spans":[' + ONE + "]}]}]}", 2),
+        ('{"spans":[' + ONE + ']}],"resource":{}}]}', 0),
+        ('],"scopeSpans":null,"instrumentationLibrarySpans":[{"spans":[' + ONE + "]}]}]}", 1),
+        ('{"spans":[' + ONE + ']}]},{"scopeSpans":[{"spans":[' + ONE + "]}]}]}", 1),
+        ('{"spans":[' + ONE.replace('"x"', '"]}]}]}"') + "]}]}]}", 1),
+        ('{"spans":[' + ONE.replace("}", ',"events":[{"name":"e","attributes":[{"key":"a"}]}]}') + "]}]}]}", 1),
+        ('{"spans":[' + ONE.replace('"7"', '"soon"') + "]}]}]}", "invalid"),
+        ('{"spans":[7]}]}]}', "foreign"),
+        ('{"spans":[' + ONE + "]}]}", "malformed"),
+        ('{"spans":[' + ONE + "]}]}]}]}", "malformed"),
+    ],
+)
+def test_a_line_is_read_alike_whatever_came_before(after: str, hosts: int | str) -> None:
+    """What lines of one resource begin with is read once."""
+    read: list[object] = []
+    for number, before in enumerate(("", '{"spans":[' + ONE + "]}]}]}", after)):
+        head = HEAD.replace("host", f"{number}.{abs(hash(after))}.host", 1)
+        try:
+            if before:
+                decode(head + before)
+            read.append(sum("host.name" in " ".join(about.attributes) for about, _ in decode(head + after)))
+        except NotOtlp as error:
+            read.append(error.reason)
+    assert read == [hosts] * 3
+
+
+def test_half_a_surrogate_pair_can_be_stored() -> None:
+    """Who is traced chooses some of the text: it shall not end the reading of all."""
+    line = HEAD + '{"spans":[' + ONE.replace('"x"', r'"\ud800 \ud83d\ude00 \\ud800"') + "]}]}]}"
+    ((_, span),) = decode(line)
+    assert span.name == "\ufffd \U0001f600 \\ud800"
