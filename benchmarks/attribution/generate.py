@@ -48,6 +48,8 @@ class Scenario:
     drift_ppm: float = 0.0
     lost: float = 0.0
     strays_per_hour: float = 40.0
+    survivors: float = 0.0
+    """The share of guilty calls that leave a program behind, which makes their flows after them."""
     processes: bool = False
     """Between a call and its sockets hang processes: a shell, and what it started."""
     flows: int = 1
@@ -68,6 +70,10 @@ SCENARIOS = {
     "interval-skew": Scenario(sockets=False, skew_s=-112.0),
     "interval-bare": Scenario(sockets=False, arguments=False, skew_s=0.0),
     "nat-hidden": Scenario(sockets=False, nat="hidden", skew_s=0.0),
+    "interval-drift": Scenario(sockets=False, drift_ppm=200.0, minutes=240),
+    "interval-bursts": Scenario(sockets=False, flows=320),
+    "interval-survivors": Scenario(sockets=False, survivors=0.3),
+    "socket-lost-half": Scenario(lost=0.5),
     "interval-one-node": Scenario(nodes=1, slots=16, minutes=120, guilty=0.01, sockets=False, strays_per_hour=15.0),
     "negatives-few": Scenario(guilty=0.0, sockets=False, strays_per_hour=10.0),
     "negatives": Scenario(guilty=0.0, strays_per_hour=400.0, skew_s=0.0),
@@ -154,11 +160,13 @@ class Job:
         if guilty:
             words = chance.choice(GUILTY).format(n=number, ip=peer, port=peer_port, p=chance.randrange(2000, 9000))
             survives = chance.random() < 0.15
+            left = self.scenario.survivors > 0 and chance.random() < self.scenario.survivors
             for _ in range(chance.randint(1, self.scenario.flows) if self.scenario.flows > 1 else 1):
                 start = call.start + int(chance.uniform(0.02, 0.8) * (call.end - call.start))
-                end = (
-                    call.end + int(chance.uniform(5, 120) * SECOND) if survives and self.scenario.sockets else call.end
-                )
+                if left:
+                    start = call.end + int(chance.uniform(1, 120) * SECOND)
+                lingers = survives and self.scenario.sockets
+                end = max(start, call.end) + (int(chance.uniform(5, 120) * SECOND) if lingers else 0)
                 call.flows.append(
                     Flow(
                         call.node,

@@ -25,6 +25,8 @@ _COMPARED: Final = 50_000_000
 _ALWAYS: Final = nat.ALWAYS
 LOOKBACK_NS: Final = 300_000_000_000
 """How far back a record may look that says only when it was written, or when something ended."""
+LINGER_NS: Final = 180_000_000_000
+"""How long ago a call that tunnels, mines or scans may have ended and still be the cause."""
 
 
 def join(db: duckdb.DuckDBPyConnection) -> None:
@@ -259,6 +261,19 @@ _AFTER: Final = (
     # Who recorded one socket of a rollout would have recorded those of its other calls as well.
     """CREATE OR REPLACE TABLE watched AS SELECT call FROM call SEMI JOIN flow USING (trace_id)
          UNION SELECT call FROM flow WHERE call IS NOT NULL""",
+    # What tunnels, mines or scans may go on when its call has ended, where no processes are recorded. They are few.
+    f"""CREATE OR REPLACE TABLE lingering AS
+         WITH suspect AS (
+             SELECT l.*, w.text, end_ns // {LINGER_NS} AS bucket
+             FROM alive l JOIN words w USING (call) WHERE w.reach = 3),
+           heard AS (
+             SELECT *, unnest([start_ns // {LINGER_NS}, start_ns // {LINGER_NS} - 1]) AS bucket FROM timed
+             WHERE alert NOT IN (SELECT alert FROM by_socket UNION SELECT alert FROM by_process))
+         SELECT t.alert, s.call, t.start_ns - s.end_ns AS gap_ns
+         FROM heard t JOIN place p USING (alert) JOIN suspect s
+           ON s.node = p.node AND s.bucket = t.bucket
+           AND s.end_ns <= t.start_ns - t.slack_ns AND s.end_ns > t.start_ns - {LINGER_NS}
+         WHERE {prior.names("s.text", "t.dst_ip")} OR {prior.names("s.text", "t.host")}""",
     # A call meets an alert in one interval only: what has to be brought together is the little hard evidence.
     """CREATE OR REPLACE TABLE best AS
          WITH met AS (
@@ -268,7 +283,7 @@ _AFTER: Final = (
          hard AS (SELECT alert, call, min(tier) AS tier, min(gap_ns) AS gap_ns FROM met WHERE call IS NOT NULL
            GROUP BY alert, call)
          SELECT alert, call, coalesce(h.tier, 4) AS tier, least(h.gap_ns, i.gap_ns) AS gap_ns
-         FROM by_interval i FULL JOIN hard h USING (alert, call)""",
+         FROM (FROM by_interval UNION ALL FROM lingering) i FULL JOIN hard h USING (alert, call)""",
     # What a call's recorded sockets say of an alert's destination: asked of those who may have caused it alone, since
     # a place that everybody talks to would make a pair of every alert with every call.
     """CREATE OR REPLACE TABLE used AS
@@ -301,6 +316,7 @@ _AFTER: Final = (
          FROM best b LEFT JOIN about a USING (call) LEFT JOIN named n USING (alert, call)
            LEFT JOIN used u USING (alert, call)""",
     "DROP TABLE by_interval",
+    "DROP TABLE lingering",
     "DROP TABLE best",
     "DROP TABLE used",
     "DROP TABLE named",

@@ -57,6 +57,9 @@ _GAP_NS: Final = 1_000_000_000
 """How hard evidence fades with the time that lies between."""
 _SCALES_NS: Final = (30_000_000, 200_000_000, 1_000_000_000, 5_000_000_000)
 """By how much a corrected time may be off: a clock's error is a mixture of these, learned from the alerts by it."""
+_LINGERING: Final = 0.15
+"""How much of what a call that tunnels, mines or scans causes may come after its end: two thirds of that within:"""
+_LINGERS_NS: Final = 60_000_000_000
 _PSEUDO_TIMES: Final = 1.0
 """How many alerts' worth of experience says that each of these is as likely."""
 _QUIET_S: Final = 600.0
@@ -247,6 +250,8 @@ def _kernel(rows: Rows, groups: Groups, lasted: _FLOATS, scale: int) -> _FLOATS:
     margin = 2 * scale * (1 - np.exp(-groups.slack[rows.alert] / scale))
     life = (rows.span - lasted + groups.width[rows.alert] + margin) / 1e9
     density: _FLOATS = np.exp(-rows.gap / scale) / life
+    late = rows.gap >= groups.slack[rows.alert]
+    density[late] = _LINGERING * np.exp(-rows.gap[late] / _LINGERS_NS) / (_LINGERS_NS / 1e9)
     return density
 
 

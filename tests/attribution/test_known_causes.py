@@ -61,6 +61,12 @@ def test_without_sockets_the_text_tells_and_says_how_sure(tmp_path: Path) -> Non
         assert high - low < 3
 
 
+def test_a_tunnel_that_outlives_its_call_is_its_calls(tmp_path: Path) -> None:
+    _, score = answer(tmp_path, "interval-survivors", skew_s=0.0, survivors=1.0)
+    assert score["top1"] >= 0.2  # none without; many name nobody
+    assert score["sure_wrong"] == 0
+
+
 def test_alerts_of_nobody_are_called_so(tmp_path: Path) -> None:
     found, score = answer(tmp_path, "negatives-bare", guilty=0.0, minutes=40)
     assert score["negatives"] >= 50
