@@ -261,19 +261,22 @@ _AFTER: Final = (
     # Who recorded one socket of a rollout would have recorded those of its other calls as well.
     """CREATE OR REPLACE TABLE watched AS SELECT call FROM call SEMI JOIN flow USING (trace_id)
          UNION SELECT call FROM flow WHERE call IS NOT NULL""",
-    # What tunnels, mines or scans may go on when its call has ended, where no processes are recorded. They are few.
+    # What tunnels, mines or scans may go on when its call has ended, where no processes are recorded. Pairs are made of
+    # what such calls name and where alerts went, not of calls and alerts.
     f"""CREATE OR REPLACE TABLE lingering AS
          WITH suspect AS (
-             SELECT l.*, w.text, end_ns // {LINGER_NS} AS bucket
+             SELECT l.call, l.node, l.end_ns, unnest(list_distinct({prior.NAMED.format(text="w.text")})) AS name
              FROM alive l JOIN words w USING (call) WHERE w.reach = 3),
+           gone AS (
+             SELECT DISTINCT t.alert, p.node, t.start_ns, t.slack_ns, unnest([t.dst_ip, t.host]) AS name
+             FROM timed t JOIN place p USING (alert)
+             WHERE alert NOT IN (SELECT alert FROM by_socket UNION SELECT alert FROM by_process)),
            heard AS (
-             SELECT *, unnest([start_ns // {LINGER_NS}, start_ns // {LINGER_NS} - 1]) AS bucket FROM timed
-             WHERE alert NOT IN (SELECT alert FROM by_socket UNION SELECT alert FROM by_process))
-         SELECT t.alert, s.call, t.start_ns - s.end_ns AS gap_ns
-         FROM heard t JOIN place p USING (alert) JOIN suspect s
-           ON s.node = p.node AND s.bucket = t.bucket
-           AND s.end_ns <= t.start_ns - t.slack_ns AND s.end_ns > t.start_ns - {LINGER_NS}
-         WHERE {prior.names("s.text", "t.dst_ip")} OR {prior.names("s.text", "t.host")}""",
+             SELECT *, unnest([start_ns // {LINGER_NS}, start_ns // {LINGER_NS} - 1]) AS bucket
+             FROM gone SEMI JOIN suspect USING (name, node))
+         SELECT DISTINCT t.alert, s.call, t.start_ns - s.end_ns AS gap_ns
+         FROM heard t JOIN suspect s ON s.name = t.name AND s.node = t.node AND s.end_ns // {LINGER_NS} = t.bucket
+           AND s.end_ns <= t.start_ns - t.slack_ns AND s.end_ns > t.start_ns - {LINGER_NS}""",
     # A call meets an alert in one interval only: what has to be brought together is the little hard evidence.
     """CREATE OR REPLACE TABLE best AS
          WITH met AS (

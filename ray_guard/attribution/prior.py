@@ -62,6 +62,10 @@ def reach(text: str) -> Reach:
 ADDRESS: Final = r"\d\.\d|[0-9A-Fa-f:]:[0-9A-Fa-f:]"
 """What a text has that holds any address, and few others."""
 
+NAMED: Final = r"""regexp_extract_all(regexp_replace(lower({text}), '\\[nrt]', ' ', 'g'),
+    '[0-9a-z_-]+(?:[.][0-9a-z_-]+)+|[0-9a-f]*:[0-9a-f:.]+')"""
+"""The SQL for the addresses and hosts that a text names, with others that look like them."""
+
 
 def names(text: str, what: str) -> str:
     """The SQL that tells whether a text names an address or a host, and no longer one that holds it. Both in SQL."""
