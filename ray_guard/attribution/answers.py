@@ -254,13 +254,15 @@ class _About:
                FROM rollout r JOIN wanted_calls w ON w.call = r.call"""
         ).to_arrow_table()
         db.unregister("wanted_calls")
-        self._table = self._table.sort_by("call").combine_chunks()
-        self._calls = self._table["call"].to_numpy()
+        self._table = self._table.combine_chunks()
+        calls = self._table["call"].to_numpy()
+        self._order = np.argsort(calls)
+        self._calls = calls[self._order]
 
     def of(self, calls: Any) -> tuple[pa.Table, Any]:
         """(what each is called, one row for one call, however often it is asked; the row of each call asked)."""
         distinct, back = np.unique(calls, return_inverse=True)
-        return self._table.take(np.searchsorted(self._calls, distinct)), back
+        return self._table.take(self._order[np.searchsorted(self._calls, distinct)]), back
 
 
 class Said(NamedTuple):

@@ -30,6 +30,7 @@ _EVER: Final = 1 << 62
 Progress = Callable[[str], None]
 Spread = Callable[[duckdb.DuckDBPyConnection, Sequence[str | os.PathLike[str]], Quarantine], tuple[int, int]]
 """Fills a store with a job's tables; the first and the last nanosecond of its traces."""
+Meanwhile = Callable[[duckdb.DuckDBPyConnection], None]
 
 
 @dataclass(slots=True)
@@ -72,6 +73,7 @@ def attribute(
     options: Options | None = None,
     progress: Progress = lambda _: None,
     spread: Spread | None = None,
+    meanwhile: Meanwhile = lambda _: None,
 ) -> Result:
     """Which rollout, turn and tool call caused each alert.
 
@@ -83,6 +85,7 @@ def attribute(
         progress: is told in words how far it is.
         spread: arranges the traces in the store's stead, on other machines (:mod:`ray_guard.integrations.ray_data`).
             The answer is the same; what spans said besides is not there to be reported.
+        meanwhile: what else to make of the job's tables while logs are still being read.
 
     Raises:
         NotEvidence, NotAlerts: a path holds nothing to read.
@@ -97,12 +100,11 @@ def attribute(
     else:
         span = spread(db, traces, quarantine)
     logs = intake.Intake()
-    # The store works without the interpreter: logs are read meanwhile, on a processor that is left to them.
+    # The store works without the interpreter: logs are read meanwhile.
     with ThreadPoolExecutor(1) as beside:
-        with store.fewer_threads(db):
-            job = beside.submit(store.arrange if spread is None else _nothing_left, db)
-            for done in logs.read(alerts, options, span):
-                progress(f"{done:,} alert records read")
+        job = beside.submit(_arranged, db, meanwhile, there=spread is not None)
+        for done in logs.read(alerts, options, span):
+            progress(f"{done:,} alert records read")
         while not job.done():
             progress("arranging the job's calls")
             wait([job], _TICK_S)
@@ -126,8 +128,10 @@ def attribute(
     return Result(logs.sources, _weigh(db, logs), quarantine, given, db)
 
 
-def _nothing_left(_: duckdb.DuckDBPyConnection) -> None:
-    """The tables are there."""
+def _arranged(db: duckdb.DuckDBPyConnection, then: Meanwhile, *, there: bool) -> None:
+    if not there:
+        store.arrange(db)
+    then(db)
 
 
 def _align(db: duckdb.DuckDBPyConnection, logs: intake.Intake, maps: list[Map]) -> None:

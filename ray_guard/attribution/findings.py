@@ -59,11 +59,11 @@ def _within(strata: str) -> str:
 
 def _counts(result: Result, caused: Counter[int]) -> recurrence.Counts:
     db = result.db
+    prepare(db)
     _name_causing(result, caused)
     db.execute(f"CREATE OR REPLACE TABLE compared AS {_within('run, iteration, node')}")
     # A checkpoint is an iteration's, or nearly: to be compared at all it has to be with the others of its machines.
     db.execute(f"CREATE OR REPLACE TEMP VIEW versioned AS {_within('run, node')} WHERE c.policy_version <> ''")
-    _make_templates(db)
     counts = recurrence.Counts()
     for dimension, counted in _DIMENSIONS:
         db.execute(
@@ -92,13 +92,23 @@ def _counts(result: Result, caused: Counter[int]) -> recurrence.Counts:
     return counts
 
 
+def prepare(db: duckdb.DuckDBPyConnection) -> None:
+    """Makes what the traces alone tell, whatever the alerts are: ``templated`` (call, words) and ``rewarded``.
+
+    For whoever has time for it before the alerts are read; else what follows does it.
+    """
+    ((done,),) = db.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'rewarded'").fetchall()
+    if not done:
+        _make_templates(db)
+        db.execute(_REWARDED)
+
+
 def _make_templates(db: duckdb.DuckDBPyConnection) -> None:
-    """Fills ``templated``: call, words."""
     db.execute(
-        f"""CREATE OR REPLACE TABLE said AS SELECT text, {alike("text")} AS alike
-            FROM (SELECT DISTINCT text FROM words WHERE text <> '' AND call IN (SELECT call FROM compared))"""
+        f"""CREATE TABLE said AS SELECT text, {alike("text")} AS alike
+            FROM (SELECT DISTINCT text FROM words WHERE text <> '')"""
     )
-    db.execute("CREATE OR REPLACE TEMP TABLE template (alike VARCHAR, words VARCHAR)")
+    db.execute("CREATE TABLE template (alike VARCHAR, words VARCHAR)")
     # Of its own: what is written meanwhile would end the reading.
     reading = db.cursor()
     reading.execute("SELECT DISTINCT alike FROM said")
@@ -108,9 +118,11 @@ def _make_templates(db: duckdb.DuckDBPyConnection) -> None:
         db.execute("INSERT INTO template SELECT * FROM made WHERE words <> ''")
         db.unregister("made")
     db.execute(
-        """CREATE OR REPLACE TEMP TABLE templated AS SELECT call, t.words FROM compared JOIN words USING (call)
-           JOIN said USING (text) JOIN template t USING (alike)"""
+        """CREATE TABLE templated AS SELECT call, t.words
+           FROM words JOIN said USING (text) JOIN template t USING (alike)"""
     )
+    db.execute("DROP TABLE said")
+    db.execute("DROP TABLE template")
 
 
 def _number(name: str) -> str:
@@ -119,7 +131,7 @@ def _number(name: str) -> str:
 
 
 #: the last reward and advantage of each rollout, finite numbers: on its span, or told later in a trace of its own
-_REWARDED: Final = f"""CREATE OR REPLACE TEMP VIEW rewarded AS
+_REWARDED: Final = f"""CREATE TABLE rewarded AS
     WITH said AS (
       SELECT trace_id, run, rollout, coalesce(end_ns, start_ns) AS at_ns, {_number("rl.reward.score")} AS score,
         {_number("rl.advantage")} AS advantage
@@ -136,9 +148,9 @@ _REWARDED: Final = f"""CREATE OR REPLACE TEMP VIEW rewarded AS
 
 
 def association(result: Result, caused: Counter[int]) -> reward.Association:
-    """Reward against violation, over all rollouts of the traces. Leaves the view ``rewarded``."""
+    """Reward against violation, over all rollouts of the traces. Leaves the table ``rewarded``."""
+    prepare(result.db)
     _name_causing(result, caused)
-    result.db.execute(_REWARDED)
     rows = result.db.execute(
         """WITH violating AS (
              SELECT trace_id FROM call JOIN causing USING (call)

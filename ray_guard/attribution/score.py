@@ -69,7 +69,7 @@ _NAMING: Final = 0.5
 _COMMON: Final = 0.02
 _PSEUDO_OPEN: Final = 100.0
 """How often any other call does, as far as so many open calls' worth of experience goes."""
-_COINCIDENCE: Final = 0.05
+_COINCIDENCE: Final = 0.07
 """The least that the chance of meeting such a call is taken for."""
 _MISLED: Final = 0.02
 """How often a call that names or used the destination is there by chance, whatever the rates say."""
@@ -192,7 +192,7 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
     factor = np.where(rows.watched & ~rows.used, elsewhere, 1.0)
     factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
     together, lasted = _together(rows, groups)
-    factor *= together * _told_by_name(rows)
+    factor *= together * np.where(groups.foreign[rows.alert], 1.0, _told_by_name(rows, _late(rows, groups)))
     density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, lasted, scale) for scale in _SCALES_NS])
 
     # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
@@ -203,17 +203,15 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
     return _learn(rows, of_class, density, groups, exposed)
 
 
-def _told_by_name(rows: Rows) -> _FLOATS:
-    """How much likelier each row's alert is of the job at all because one of the calls that were open names or used its
-    destination: nobody's would have had to meet such a call by chance, of which a place that many talk to, or many
-    open calls, give more."""
-    told = rows.named | rows.used
-    alerts = int(rows.alert[-1]) + 1 if len(told) else 0
-    among, of_them = np.bincount(rows.alert, minlength=alerts), np.bincount(rows.alert, told, alerts)
+def _told_by_name(rows: Rows, late: _BOOLS) -> _FLOATS:
+    """How much likelier each row is because its call names the destination: else such a call was met by chance, of
+    which a place that many name, or many open calls, give more. A recorded socket to there tells less: it would have
+    been this alert's own, or is another. Calls that had ended (``late``) are candidates for their text alone."""
+    among, of_them = np.bincount(rows.alert), np.bincount(rows.alert, rows.named)
     # Of the others: what is looked for does not speak against itself.
     each = (of_them - 1 + _COMMON * _PSEUDO_OPEN) / (among - 1 + _PSEUDO_OPEN)
     chance = np.maximum(1 - np.exp(-among * each), _COINCIDENCE)
-    return np.where(of_them > 0, np.maximum(_NAMING / chance, 1.0), 1.0)[rows.alert]
+    return np.where(rows.named & ~late, np.maximum(_NAMING / chance, 1.0)[rows.alert], 1.0)
 
 
 def _together(rows: Rows, groups: Groups) -> tuple[_FLOATS, _FLOATS]:
@@ -244,13 +242,18 @@ def _together(rows: Rows, groups: Groups) -> tuple[_FLOATS, _FLOATS]:
     return factor, lasted
 
 
+def _late(rows: Rows, groups: Groups) -> _BOOLS:
+    """Which rows' calls had ended for longer than times may be off."""
+    return rows.gap >= groups.slack[rows.alert]
+
+
 def _kernel(rows: Rows, groups: Groups, lasted: _FLOATS, scale: int) -> _FLOATS:
     """How likely (per second) a call's alert is to fall where this one fell, if times are off by about ``scale``."""
     # What that adds up to wherever it may fall: a call's life, the alert's own width, and margins, where it fades.
     margin = 2 * scale * (1 - np.exp(-groups.slack[rows.alert] / scale))
     life = (rows.span - lasted + groups.width[rows.alert] + margin) / 1e9
     density: _FLOATS = np.exp(-rows.gap / scale) / life
-    late = rows.gap >= groups.slack[rows.alert]
+    late = _late(rows, groups)
     density[late] = _LINGERING * np.exp(-rows.gap[late] / _LINGERS_NS) / (_LINGERS_NS / 1e9)
     return density
 

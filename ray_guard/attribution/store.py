@@ -13,8 +13,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import duckdb
@@ -70,18 +69,6 @@ def connect(memory: str = "2GB", threads: int | None = None) -> duckdb.DuckDBPyC
     for name, schema in (("span", columns.SCHEMA), ("alert", ALERT_SCHEMA), ("nat", NAT_SCHEMA)):
         _create(db, name, schema)
     return db
-
-
-@contextmanager
-def fewer_threads(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Leaves one processor to others meanwhile, also while statements run."""
-    ((threads,),) = db.execute("SELECT current_setting('threads')").fetchall()
-    beside = db.cursor()
-    beside.execute(f"SET threads = {max(1, threads - 1)}")
-    try:
-        yield
-    finally:
-        beside.execute(f"SET threads = {threads}")
 
 
 def _create(db: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from ray_guard import __version__
-from ray_guard.attribution import document, store
+from ray_guard.attribution import document, findings, store
 from ray_guard.attribution.attribute import Result, Spread, attribute
 from ray_guard.attribution.intake import Options
 from ray_guard.attribution.sources import FORMATS
@@ -89,8 +89,17 @@ def run(args: argparse.Namespace) -> int:
     try:
         _refuse_same(args)
         spread = None if args.ray is None else _ray(args.ray)
-        result = attribute(args.traces, args.alerts, maps=args.nat, options=options, progress=progress, spread=spread)
-        if args.json is not None or args.html is not None:
+        written = args.json is not None or args.html is not None
+        result = attribute(
+            args.traces,
+            args.alerts,
+            maps=args.nat,
+            options=options,
+            progress=progress,
+            spread=spread,
+            meanwhile=findings.prepare if written else lambda _: None,
+        )
+        if written:
             progress("writing")
             _write(args, result)
     except (NotEvidence, NotAlerts, _NotWritten, _NoRay) as error:

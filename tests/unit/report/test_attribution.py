@@ -230,7 +230,9 @@ def test_what_is_not_shown_is_said_and_what_the_job_did_stays(
     monkeypatch.setattr(causes, "ALERT_LIMIT", 3)
     monkeypatch.setattr(causes, "CHAIN_LIMIT", 2)
     monkeypatch.setattr(causes, "INFORMATIONAL_LIMIT", 1)
-    strays = [alert(10.0 + n / 10, src="203.0.113.9", port=n, signature="stray") for n in range(5)]
+    strays = [
+        alert(10.0 + n / 10, src="203.0.113.9", port=n, signature="stray").replace(FAR, "192.0.2.77") for n in range(5)
+    ]
     quiet = [alert(12.0, signature="").replace('"event_type": "alert"', '"event_type": "tls"')] * 4
     log = written(tmp_path, *strays, alert(12.0), *[line.replace('"alert": {', '"x": {') for line in quiet])
     monkeypatch.setattr(attribution, "_OPEN", 1)
