@@ -62,14 +62,12 @@ _LINGERING: Final = 0.15
 _LINGERS_NS: Final = 60_000_000_000
 _PSEUDO_TIMES: Final = 1.0
 """How many alerts' worth of experience says that each of these is as likely."""
-_QUIET_S: Final = 600.0
-"""Less than that tells nothing of how often alerts are nobody's."""
 _NAMING: Final = 0.5
 """How often a call that causes an alert names its destination."""
 _COMMON: Final = 0.02
 _PSEUDO_OPEN: Final = 100.0
 """How often any other call does, as far as so many open calls' worth of experience goes."""
-_COINCIDENCE: Final = 0.07
+_COINCIDENCE: Final = 0.05
 """The least that the chance of meeting such a call is taken for."""
 _MISLED: Final = 0.02
 """How often a call that names or used the destination is there by chance, whatever the rates say."""
@@ -205,13 +203,13 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
 
 def _told_by_name(rows: Rows, late: _BOOLS) -> _FLOATS:
     """How much likelier each row is because its call names the destination: else such a call was met by chance, of
-    which a place that many name, or many open calls, give more. A recorded socket to there tells less: it would have
-    been this alert's own, or is another. Calls that had ended (``late``) are candidates for their text alone."""
+    which a place that many name, or many open calls, give more. Where sockets were recorded, they tell, and not the
+    text; calls that had ended (``late``) are candidates for their text alone."""
     among, of_them = np.bincount(rows.alert), np.bincount(rows.alert, rows.named)
     # Of the others: what is looked for does not speak against itself.
     each = (of_them - 1 + _COMMON * _PSEUDO_OPEN) / (among - 1 + _PSEUDO_OPEN)
     chance = np.maximum(1 - np.exp(-among * each), _COINCIDENCE)
-    return np.where(rows.named & ~late, np.maximum(_NAMING / chance, 1.0)[rows.alert], 1.0)
+    return np.where(rows.named & ~rows.watched & ~late, np.maximum(_NAMING / chance, 1.0)[rows.alert], 1.0)
 
 
 def _together(rows: Rows, groups: Groups) -> tuple[_FLOATS, _FLOATS]:
@@ -315,7 +313,7 @@ def _fit(pairs: _Pairs, taken: _BOOLS, groups: Groups, exposed: _FLOATS, guess: 
     per_call = usual.copy()
     promised = np.bincount(np.arange(2 * CLASSES) // CLASSES, exposed * usual, 2)
     stray = size * np.clip(1 - promised / np.maximum(np.bincount(kinds, size, 2), 1e-9), 0.1, 0.9)[kinds]
-    room = np.maximum(groups.room, _QUIET_S)
+    room = np.maximum(groups.room, 1.0)
     full = size > 0
     clock = groups.clock[of_pair]
     learned_off = off = np.full((len(density), groups.clock.max(initial=0) + 1), 1 / len(density))
