@@ -234,6 +234,7 @@ def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:
             said["start_ns"],
             episode,
             1.0 / np.bincount(episode)[episode],
+            np.arange(groups) & 2 > 0,
         ),
         calls,
         lost=lost,

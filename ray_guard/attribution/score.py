@@ -72,7 +72,8 @@ _COINCIDENCE: Final = 0.05
 _MISLED: Final = 0.02
 """How often a call that names or used the destination is there by chance, whatever the rates say."""
 _MISTAKEN: Final = 0.05
-"""How often the picture of calls and constant rates is wrong for an alert that only time connects."""
+"""How often the picture of calls and constant rates is wrong for an alert that only time connects, or time and text
+of no machine in particular."""
 _FEW: Final = 100
 _ROUNDS: Final = 60
 _SETTLED: Final = 1e-3
@@ -112,6 +113,7 @@ class Groups(NamedTuple):
         begin: of each alert, nanoseconds.
         episode: of each alert, the event it is part of: many of one machine to one place within moments.
         weight: of each alert, one over how many are part of that.
+        placed: of each group, whether its records tell the machine.
     """
 
     of: _INTS
@@ -124,6 +126,7 @@ class Groups(NamedTuple):
     begin: _INTS
     episode: _INTS
     weight: _FLOATS
+    placed: _BOOLS
 
 
 def confidences(rows: Rows, groups: Groups, calls: _FLOATS, *, lost: float) -> tuple[_FLOATS, _FLOATS]:
@@ -173,7 +176,8 @@ def _doubted(rows: Rows, groups: Groups, probability: _FLOATS, nobody: _FLOATS) 
     calls that were open, to the less likely of them as well, unless that would name hundreds.
     """
     alerts = len(groups.of)
-    taken = probability * np.where(rows.named | rows.used, _MISLED, _MISTAKEN)
+    told = (rows.named | rows.used) & groups.placed[groups.of[rows.alert]]
+    taken = probability * np.where(told, _MISLED, _MISTAKEN)
     size = np.bincount(rows.alert, probability > 0, alerts)
     given = np.where((size > 0) & (size <= _FEW) & ~groups.foreign, nobody * _MISTAKEN, 0.0)
     spread = np.sqrt(probability)

@@ -42,6 +42,7 @@ def weighed(gap: float, *, watched: bool = False, lost: float = 0.0) -> tuple[fl
         begin=np.arange(COUNT) * SECOND,
         episode=np.arange(COUNT),
         weight=np.ones(COUNT),
+        placed=np.ones(1, dtype=bool),
     )
     probability, nobody = confidences(rows, groups, np.array([[0.0, 400.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), lost=lost)
     assert np.allclose(np.bincount(alert, probability) + nobody, 1)
@@ -69,7 +70,7 @@ def test_a_call_that_names_where_an_alert_went_is_its_cause_though_nothing_else_
         span = none + 20 * SECOND
         rows = Rows(none, np.arange(len(named)), none + 4, none, span, none + 2, some, np.array(named), some, some)
         one, no = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool)
-        groups = Groups(one, one, np.array([30.0]), one, no, one + SECOND // 10, one, one, one, np.ones(1))
+        groups = Groups(one, one, np.array([30.0]), one, no, one + SECOND // 10, one, one, one, np.ones(1), ~no)
         calls = np.array([[0.0, 0.0, float(len(named)), 0.0], [0.0] * 4])
         return float(confidences(rows, groups, calls, lost=0.0)[1][0])
 
