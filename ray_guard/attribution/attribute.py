@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -165,8 +165,7 @@ def _align(db: duckdb.DuckDBPyConnection, logs: intake.Intake, maps: list[Map]) 
     )
     held = [source.clocks for source in sources] + [[each] for each in clocks[len(sources) :]]
     for number, one_after_another in enumerate(held):
-        untils = [*(each.since for each in one_after_another[1:]), _EVER]
-        for each, until in zip(one_after_another, untils, strict=True):
+        for each, until in _untils(one_after_another):
             row = (number, each.skew_ns, each.drift, each.reference_ns, each.slack_ns, each.since, until)
             db.execute("INSERT INTO clock VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
@@ -174,8 +173,12 @@ def _align(db: duckdb.DuckDBPyConnection, logs: intake.Intake, maps: list[Map]) 
 def _during(clocks: list[Clock], logs: intake.Intake, source: int) -> list[Clock]:
     """The clocks that hold for some of a source's alerts, of those of the log that it is a part of."""
     mine = np.flatnonzero(np.array(logs.source) == source)
-    untils = [*(each.since for each in clocks[1:]), _EVER]
-    return [each for each, until in zip(clocks, untils, strict=True) if each.since <= mine[-1] and until > mine[0]]
+    return [each for each, until in _untils(clocks) if each.since <= mine[-1] and until > mine[0]]
+
+
+def _untils(clocks: list[Clock]) -> Iterator[tuple[Clock, int]]:
+    """Each with the alert from which on it holds no more."""
+    return zip(clocks, [*(each.since for each in clocks[1:]), _EVER], strict=True)
 
 
 def _weigh(db: duckdb.DuckDBPyConnection, logs: intake.Intake) -> Answers:

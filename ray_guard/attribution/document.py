@@ -162,10 +162,10 @@ def _seconds(ns: int) -> float:
 def _alerts(block: Block, sources: pa.Array) -> pa.Buffer:
     candidates = _candidates(block)
     until = np.concatenate([[0], block.until])
-    texts = _put_together(
+    texts = put_together(
         ',\n  {\n   "source": ', sources.take(pa.array(block.source)),
-        ',\n   "record": ', _numbers(block.record),
-        ',\n   "byte_offset": ', _numbers(block.byte_offset),
+        ',\n   "record": ', numbers(block.record),
+        ',\n   "byte_offset": ', numbers(block.byte_offset),
         ',\n   "time": [\n    "', _times(block.start_ns),
         '",\n    "', _times(block.end_ns),
         '"\n   ],\n   "verdict": "', _VERDICTS.take(pa.array(block.verdict)),
@@ -192,10 +192,10 @@ def _candidates(block: Block) -> pa.Array:
     said, closing = pa.array(block.said), pa.array(2 * block.said + (block.gap_ns > 0))
     gaps, of_gap = np.unique(block.gap_ns, return_inverse=True)
     outsides = pa.array([outside(gap) if gap else "" for gap in gaps.tolist()], pa.string())
-    return _put_together(
+    return put_together(
         '\n    {\n     "confidence": ', _shares(block.confidence),
         ',\n     "tier": "', _TIERS.take(said), '"',
-        _put_together(*about).take(pa.array(block.of)),
+        put_together(*about).take(pa.array(block.of)),
         _BEFORE_GAP.take(closing), outsides.take(pa.array(of_gap)), _AFTER_GAP.take(closing),
     )  # fmt: skip
 
@@ -225,11 +225,13 @@ _BEFORE_GAP: Final = pa.array([before for before, _, _ in _CLOSINGS])
 _AFTER_GAP: Final = pa.array([after for _, _, after in _CLOSINGS])
 
 
-def _put_together(*parts: pa.Array | str) -> pa.Array:
+def put_together(*parts: pa.Array | str) -> pa.Array:
+    """One text of several columns, row by row."""
     return pc.binary_join_element_wise(*parts, "")
 
 
-def _numbers(column: Any) -> pa.Array:
+def numbers(column: Any) -> pa.Array:
+    """As text."""
     return pa.array(column).cast(pa.string())
 
 
@@ -243,7 +245,7 @@ def _times(column: Any) -> pa.Array:
     """By the traces' clock, UTC, as many digits as there are."""
     text = pa.array(column.astype("datetime64[ns]")).cast(pa.string())
     text = pc.binary_replace_slice(text.cast(pa.binary()), 10, 11, b"T").cast(pa.string())
-    return _put_together(pc.utf8_rtrim(pc.utf8_rtrim(text, "0"), "."), "Z")
+    return put_together(pc.utf8_rtrim(pc.utf8_rtrim(text, "0"), "."), "Z")
 
 
 #: bytes that are not themselves in JSON
@@ -258,5 +260,5 @@ def _values(column: pa.Array) -> pa.Array:
         distinct = column.dictionary_encode()
         text = pa.array(map(_quote, distinct.dictionary.to_pylist()), pa.string()).take(distinct.indices)
     else:
-        text = _put_together('"', column, '"')
+        text = put_together('"', column, '"')
     return text.fill_null("null")

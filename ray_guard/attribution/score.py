@@ -194,8 +194,12 @@ def _mixture(rows: Rows, soft: _BOOLS, groups: Groups, calls: _FLOATS, elsewhere
     factor = np.where(rows.watched & ~rows.used, elsewhere, 1.0)
     factor *= np.where(groups.foreign[rows.alert], _FOREIGN, 1.0)
     together, lasted = _together(rows, groups)
-    factor *= together * np.where(groups.foreign[rows.alert], 1.0, _told_by_name(rows, _late(rows, groups)))
-    density = np.where(soft, factor, 0.0) * np.stack([_kernel(rows, groups, lasted, scale) for scale in _SCALES_NS])
+    # Whose call had ended for longer than times may be off: what survives it comes when it will, by any clock.
+    late = rows.gap >= groups.slack[rows.alert]
+    factor *= together * np.where(groups.foreign[rows.alert], 1.0, _told_by_name(rows, late))
+    density = np.stack([_kernel(rows, groups, lasted, scale) for scale in _SCALES_NS])
+    density[:, late] = _LINGERING * np.exp(-rows.gap[late] / _LINGERS_NS) / (_LINGERS_NS / 1e9)
+    density *= np.where(soft, factor, 0.0)
 
     # Of the calls that name a destination only those count that met an alert to there: the others cannot be told.
     told = np.flatnonzero(~_UNNAMED[of_class])
@@ -244,19 +248,12 @@ def _together(rows: Rows, groups: Groups) -> tuple[_FLOATS, _FLOATS]:
     return factor, lasted
 
 
-def _late(rows: Rows, groups: Groups) -> _BOOLS:
-    """Which rows' calls had ended for longer than times may be off."""
-    return rows.gap >= groups.slack[rows.alert]
-
-
 def _kernel(rows: Rows, groups: Groups, lasted: _FLOATS, scale: int) -> _FLOATS:
     """How likely (per second) a call's alert is to fall where this one fell, if times are off by about ``scale``."""
     # What that adds up to wherever it may fall: a call's life, the alert's own width, and margins, where it fades.
     margin = 2 * scale * (1 - np.exp(-groups.slack[rows.alert] / scale))
     life = (rows.span - lasted + groups.width[rows.alert] + margin) / 1e9
     density: _FLOATS = np.exp(-rows.gap / scale) / life
-    late = _late(rows, groups)
-    density[late] = _LINGERING * np.exp(-rows.gap[late] / _LINGERS_NS) / (_LINGERS_NS / 1e9)
     return density
 
 

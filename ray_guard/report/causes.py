@@ -162,7 +162,7 @@ def beware(result: Result) -> list[str]:
         return []
     ((first, last),) = result.db.execute("SELECT min(start_ns), max(end_ns) FROM alive").fetchall()
     if first is None:
-        left = ", ".join(f"{count} {reason}" for reason, count in sorted(result.quarantine.counts.items()))
+        left = text.counted(result.quarantine.counts)
         why = f"; of their lines {left} could not be used" if left else ""
         return [f"beware: there is no tool call in the traces{why}: nobody can be named, which clears nobody"]
     if at.min() <= last and at.max() >= first:

@@ -6,7 +6,7 @@ Runs later, on any machine. Pure.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
@@ -23,6 +23,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """``2 invalid, 1 torn``: by name; empty where there is nothing."""
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
 
 
 def width(text: str) -> int:

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from ray_guard.attribution.answers import SAID, VERDICTS, Block
 from ray_guard.attribution.attribute import Map, Result
+from ray_guard.attribution.document import numbers, put_together
 from ray_guard.attribution.intake import Source
 from ray_guard.report import causes
-from ray_guard.report.text import printable
+from ray_guard.report.text import counted, printable
 
 _SECOND: Final = 1_000_000_000
 
@@ -46,14 +47,11 @@ def _heading(result: Result) -> list[str]:
                 f"{report.path}: {count} quarantined as {first.reason}, first in line {first.line}: {first.detail}"
             )
     if result.quarantine.total:
-        lines.append(
-            f"traces: {', '.join(f'{n} {why}' for why, n in sorted(result.quarantine.counts.items()))} quarantined"
-        )
+        lines.append(f"traces: {counted(result.quarantine.counts)} quarantined")
     lines += causes.beware(result)
     quiet = result.alerts.informational
     counts = Counter(result.alerts.verdicts()[~quiet].tolist())
-    named = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "no alerts"
-    return [*lines, f"{named}; {quiet.sum()} informational records"]
+    return [*lines, f"{counted(counts) or 'no alerts'}; {quiet.sum()} informational records"]
 
 
 def _source(source: Source) -> str:
@@ -81,22 +79,21 @@ _HUNDREDTHS: Final = pa.array([f"{each / 100:.2f}" for each in range(101)])
 
 def _alerts(block: Block, paths: pa.Array) -> pa.Array:
     nobody = block.verdict == VERDICTS.index("unobserved")
-    where = _joined(paths.take(pa.array(block.source)), ":", pa.array(block.record).cast(pa.string()), "  ")
+    where = put_together(paths.take(pa.array(block.source)), ":", numbers(block.record), "  ")
     first = np.concatenate([[0], block.until[:-1]])[~nobody]  # one that is nobody's need have no candidate
     about = [
-        _joined(f"{name} ", block.about[column].combine_chunks().cast(pa.string())) for name, column in _NAMES.items()
+        put_together(f"{name} ", block.about[column].combine_chunks().cast(pa.string()))
+        for name, column in _NAMES.items()
     ]
     whose = pc.binary_join_element_wise(*about, ", ", null_handling="skip")
-    answers = pc.if_else(pa.array(nobody), _joined("nobody in this job (", _hundredths(block.unobserved), ")"), None)
-    named = _joined(
+    answers = pc.if_else(
+        pa.array(nobody), put_together("nobody in this job (", _hundredths(block.unobserved), ")"), None
+    )
+    named = put_together(
         pa.array(VERDICTS).take(pa.array(block.verdict[~nobody])), " ", _hundredths(block.confidence[first]),
         _TIERS.take(pa.array(block.said[first])), whose.take(pa.array(block.of[first])),
     )  # fmt: skip
-    return _joined(where, pc.replace_with_mask(answers, pa.array(~nobody), named))
-
-
-def _joined(*parts: pa.Array | str) -> pa.Array:
-    return pc.binary_join_element_wise(*parts, "")
+    return put_together(where, pc.replace_with_mask(answers, pa.array(~nobody), named))
 
 
 def _hundredths(shares: np.ndarray) -> pa.Array:
